@@ -1,0 +1,162 @@
+"""The configuration of an allocation run: frozen, validated once, JSON in and out."""
+
+from __future__ import annotations
+
+import operator
+from typing import Annotated, Literal, SupportsIndex, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from drlora_core import timetable
+
+
+def _whole_number(value: object) -> int:
+    """Accept Python and NumPy integers; refuse bools, floats and strings, which are mistakes."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise ValueError(f"must be a whole number, got {value!r}")
+    return operator.index(cast(SupportsIndex, value))
+
+
+Count = Annotated[int, BeforeValidator(_whole_number)]
+PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune"]
+ScopeName = Literal["layer", "global"]
+
+
+class AllocatorConfig(BaseModel):
+    """How ranks are allocated. Defaults are those of the DR-LoRA paper (arXiv 2601.04823).
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) for unknown fields, values out of range, and
+            combinations that cannot reach the budget.
+
+    Example:
+        >>> config = AllocatorConfig(r_init=2, r_target=4, r_max=8, warmup_steps=10,
+        ...                          growth_interval=10, growth_end=50)
+        >>> config.num_events, config.growth_steps
+        (4, (20, 30, 40, 50))
+        >>> AllocatorConfig.model_validate_json(config.model_dump_json()) == config
+        True
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    r_init: Count = Field(8, ge=1)
+    """Rank of every expert at the start (policy ``prune``: the larger rank it cuts down from)."""
+    r_target: Count = Field(16, ge=1)
+    """Mean rank per expert at the end: the budget of a layer is ``num_experts * r_target``."""
+    r_max: Count = Field(32, ge=1)
+    """Largest rank that one expert may have."""
+    warmup_steps: Count = Field(200, ge=0)
+    """Optimizer steps before growth may begin; statistics are gathered from step 1 on."""
+    growth_interval: Count = Field(200, ge=1)
+    """Optimizer steps from one growth event to the next."""
+    growth_end: Count = Field(2200, ge=0)
+    """Last optimizer step at which an event may happen."""
+    quota: Annotated[Count, Field(ge=1)] | None = None
+    """Rank units per event and layer; None spreads the budget evenly over the events."""
+    max_growth: Annotated[Count, Field(ge=1)] | None = None
+    """Most units one expert may get at one event; None leaves only ``r_max``."""
+    gamma: float = Field(1.0, ge=0.0)
+    """Exponent of the rank penalty in the saliency, S = f * g / (r + 1)^gamma."""
+    routing_decay: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay beta_f of the routing frequency's moving average."""
+    importance_decay: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay beta_g of the rank importance's moving average."""
+    use_routing: bool = True
+    """False replaces the routing frequency f by 1 (an ablation)."""
+    use_importance: bool = True
+    """False replaces the rank importance g by 1 (an ablation)."""
+    policy: PolicyName = "greedy"
+    """Which built-in policy spreads a quota over the experts."""
+    scope: ScopeName = "layer"
+    """``layer``: a quota per layer; ``global``: one quota over all layers."""
+    layer_floor: float = Field(0.25, ge=0.0, le=1.0)
+    """Scope ``global`` only: share of its even quota that each layer gets in any case."""
+    layer_ceiling: Annotated[Count, Field(ge=1)] | None = None
+    """Scope ``global`` only: largest mean rank of a layer; None: min(r_max, 2 * r_target)."""
+    seed: Count = Field(0, ge=0)
+    """Seed of everything random: policy ``random`` and the rows of A in drlora_torch."""
+
+    @property
+    def starting_rank(self) -> int:
+        """Rank of every expert before the first event."""
+        return self.r_target if self.policy == "uniform" else self.r_init
+
+    @property
+    def growth_steps(self) -> tuple[int, ...]:
+        """The optimizer steps, counted from 1, after which an event happens (T_grow)."""
+        return timetable.growth_steps(self.warmup_steps, self.growth_interval, self.growth_end)
+
+    @property
+    def num_events(self) -> int:
+        """K, the number of growth events."""
+        return len(self.growth_steps)
+
+    @property
+    def mean_rank_ceiling(self) -> int:
+        """Largest mean rank that a layer can ever have, which is what storage must hold."""
+        if self.policy == "prune":
+            return self.r_init
+        if self.scope == "layer":
+            return self.r_target
+        return self.layer_ceiling or min(self.r_max, 2 * self.r_target)
+
+    @model_validator(mode="after")
+    def _is_feasible(self) -> AllocatorConfig:
+        self._check_ranks()
+        if self.scope == "global":
+            self._check_global_scope()
+        if self.starting_rank != self.r_target:
+            self._check_window()
+        return self
+
+    def _check_ranks(self) -> None:
+        if self.r_target > self.r_max:
+            raise ValueError(
+                f"r_target {self.r_target} > r_max {self.r_max}: no expert may exceed r_max, so "
+                f"the mean cannot; use r_max >= {self.r_target}"
+            )
+        if self.r_init > self.r_max:
+            raise ValueError(
+                f"r_init {self.r_init} > r_max {self.r_max}; use r_max >= {self.r_init}"
+            )
+        if self.policy == "prune" and self.r_init < self.r_target:
+            raise ValueError(
+                f"policy 'prune' cuts from r_init down to r_target, but r_init {self.r_init} < "
+                f"r_target {self.r_target}; use r_init >= {self.r_target}, e.g. {2 * self.r_target}"
+            )
+        if self.policy != "prune" and self.r_init > self.r_target:
+            raise ValueError(
+                f"r_init {self.r_init} > r_target {self.r_target}: ranks only grow; use "
+                f"r_init <= {self.r_target}, or policy 'prune'"
+            )
+
+    def _check_global_scope(self) -> None:
+        if self.policy in ("uniform", "prune") and self.layer_ceiling is not None:
+            raise ValueError(
+                f"layer_ceiling has no meaning for policy {self.policy!r}; leave it out"
+            )
+        if self.layer_ceiling is not None and not self.r_target <= self.layer_ceiling <= self.r_max:
+            raise ValueError(
+                f"layer_ceiling {self.layer_ceiling} must lie between r_target {self.r_target} "
+                f"and r_max {self.r_max}"
+            )
+
+    def _check_window(self) -> None:
+        events = self.num_events
+        if events == 0:
+            raise ValueError(
+                f"no growth event: none of the steps {self.warmup_steps} < t <= {self.growth_end} "
+                f"is warmup_steps plus a multiple of growth_interval {self.growth_interval}; use "
+                f"growth_end >= {self.warmup_steps + self.growth_interval}, or r_init = r_target "
+                f"for static LoRA"
+            )
+        if self.policy == "prune" or self.quota is not None or self.max_growth is None:
+            return
+        needed = self.r_target - self.r_init
+        if self.max_growth * events < needed:
+            raise ValueError(
+                f"the budget is out of reach: per expert, max_growth {self.max_growth} x {events} "
+                f"events = {self.max_growth * events} < {needed} = r_target - r_init needed; use "
+                f"max_growth >= {-(-needed // events)} or more events"
+            )

@@ -1,0 +1,28 @@
+"""Exponential moving averages with bias correction, as pure functions.
+
+Shapes: N experts; a count is one number or an int64 array [N].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def update(average: FloatArray, sample: FloatArray, decay: float) -> FloatArray:
+    """One update: average <- decay * average + (1 - decay) * sample (float64, any shape)."""
+    return decay * average + (1.0 - decay) * sample
+
+
+def corrected(average: FloatArray, count: int | IntArray, decay: float) -> FloatArray:
+    """Read an average that started at 0: average / (1 - decay^count); 0 where count is 0.
+
+    Example:
+        >>> corrected(np.array([0.1, 0.0]), np.array([1, 0]), decay=0.9).tolist()
+        [1.0000000000000002, 0.0]
+    """
+    weight = 1.0 - decay ** np.asarray(count, dtype=np.float64)
+    return np.where(weight > 0.0, average / np.where(weight > 0.0, weight, 1.0), 0.0)

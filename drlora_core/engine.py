@@ -1,0 +1,270 @@
+"""The allocation engine: the one stateful object of drlora_core, a thin shell over pure functions.
+
+Shapes: N experts of a layer, R = r_max rank dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import ArrayLike
+
+from drlora_core import events, layer, snapshot, timetable
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.errors import (
+    LayoutError,
+    StatisticError,
+    StepOrderError,
+    UnknownLayerError,
+    near_misses,
+)
+from drlora_core.events import GrowthEvent
+from drlora_core.policies import GROWTH_POLICIES, Policy
+from drlora_core.pools import Pool
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """What the engine tells of each step; :mod:`drlora_core.recording` writes it to disk."""
+
+    def sample(
+        self,
+        name: str,
+        routing: ArrayLike | None,
+        importance: ArrayLike | None,
+        tokens: int | None,
+    ) -> None:
+        """Take the sample of a layer, after it was accepted."""
+        ...
+
+    def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
+        """Close an optimizer step; ``ranks`` are those that the samples were taken at."""
+        ...
+
+
+class AllocatorEngine:
+    """Gathers statistics of experts and decides, at growth events, which of them get rank.
+
+    Args:
+        config: the validated configuration.
+        policy: a callable of your own in place of ``config.policy``; see
+            :class:`drlora_core.policies.Policy`.
+
+    Example:
+        >>> config = AllocatorConfig(r_init=1, r_target=2, r_max=4, warmup_steps=0,
+        ...                          growth_interval=1, growth_end=1)
+        >>> engine = AllocatorEngine(config)
+        >>> engine.add_layer("experts", num_experts=2)
+        >>> engine.observe("experts", routing=[0.9, 0.1], importance=[1.0, 1.0])
+        >>> event = engine.step()
+        >>> event.deltas["experts"].tolist(), engine.ranks("experts").tolist()
+        ([2, 0], [3, 1])
+    """
+
+    def __init__(self, config: AllocatorConfig, *, policy: Policy | None = None) -> None:
+        if not isinstance(config, AllocatorConfig):
+            raise LayoutError(f"config must be an AllocatorConfig, got {type(config).__name__}")
+        if policy is not None and config.policy == "prune":
+            raise LayoutError("policy 'prune' cuts rank and cannot be combined with a callable")
+        self.config = config
+        self._policy = policy or GROWTH_POLICIES.get(config.policy)
+        self._layers: dict[str, layer.LayerState] = {}
+        self._carry: tuple[int, ...] = ()
+        self._step = 0
+        self._recorder: Recorder | None = None
+
+    def add_layer(self, name: str, num_experts: int) -> None:
+        """Announce a layer; all layers are added before the first step.
+
+        Raises:
+            LayoutError: the name is taken, ``num_experts < 1``, or a step was already made.
+        """
+        if name in self._layers:
+            raise LayoutError(f"layer {name!r} was already added; names must be unique")
+        if isinstance(num_experts, bool) or not hasattr(type(num_experts), "__index__"):
+            raise LayoutError(f"num_experts must be a whole number, got {num_experts!r}")
+        if num_experts < 1:
+            raise LayoutError(f"num_experts must be at least 1, got {num_experts}")
+        if self._step or any(state.observed for state in self._layers.values()):
+            raise LayoutError(f"layer {name!r} comes too late: add all layers before observing")
+        self._layers[name] = layer.initial(self.config, int(num_experts))
+        self._carry = (0,) * len(self._pools())
+        self._report_shortfall(name, int(num_experts))
+
+    def observe(
+        self,
+        name: str,
+        *,
+        routing: ArrayLike | None,
+        importance: ArrayLike | None,
+        tokens: int | None = None,
+    ) -> None:
+        """Take a layer's sample of the running optimizer step, once per step.
+
+        Args:
+            name: the layer.
+            routing: phi, float [N]; None only with ``use_routing=False``.
+            importance: per expert, float [N], or per rank dimension, float [N, R], of which the
+                first r_i columns count; None only with ``use_importance=False``.
+            tokens: counted tokens behind the sample; only written to a recording.
+
+        Raises:
+            UnknownLayerError, StatisticError, StepOrderError: the engine is left unchanged.
+        """
+        state = self._layer(name)
+        if state.observed:
+            raise StepOrderError(
+                f"layer {name!r} was already observed in step {self._step + 1}; wrong:\n"
+                f"    engine.observe({name!r}, ...); engine.observe({name!r}, ...)\n"
+                f"right, one sample per optimizer step (average the micro-batches):\n"
+                f"    engine.observe({name!r}, ...); engine.step()"
+            )
+        try:
+            self._layers[name] = layer.observe(state, self.config, routing, importance)
+        except StatisticError as error:
+            raise StatisticError(f"layer {name!r}, step {self._step + 1}: {error}") from None
+        if self._recorder is not None:
+            self._recorder.sample(name, routing, importance, tokens)
+
+    def skip(self, name: str) -> None:
+        """Let the running step pass without a sample of this layer (say, after a NaN).
+
+        Raises:
+            UnknownLayerError, StepOrderError: as :meth:`observe`.
+        """
+        state = self._layer(name)
+        if state.observed:
+            raise StepOrderError(f"layer {name!r} was already observed in step {self._step + 1}")
+        self._layers[name] = dataclasses.replace(state, observed=True)
+
+    def step(self) -> GrowthEvent | None:
+        """Close an optimizer step; return the growth event that follows it, or None.
+
+        Raises:
+            StepOrderError: there is no layer, or one was not observed.
+            PolicyError: the policy broke its contract. The engine is left unchanged.
+        """
+        self._check_observed()
+        ranks_before = {name: state.ranks for name, state in self._layers.items()}
+        event, layers, carry = None, self._layers, self._carry
+        if (index := self._event_index(self._step + 1)) is not None:
+            event, layers, carry = events.decide(
+                self.config, self._policy, self._layers, self._pools(), carry, index, self._step + 1
+            )
+        if self._recorder is not None:
+            self._recorder.step(self._step + 1, ranks_before, event)
+        self._layers = {
+            name: dataclasses.replace(state, observed=False) for name, state in layers.items()
+        }
+        self._carry = carry
+        self._step += 1
+        return event
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps made, t."""
+        return self._step
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers in the order they were added."""
+        return tuple(self._layers)
+
+    def num_experts(self, name: str) -> int:
+        """N of a layer."""
+        return self._layer(name).num_experts
+
+    def ranks(self, name: str) -> IntArray:
+        """Active ranks r_i, int64 [N] (a copy)."""
+        return self._layer(name).ranks.copy()
+
+    def saliency(self, name: str) -> FloatArray:
+        """S_i = f_i * g_i / (r_i + 1)^gamma, float64 [N]."""
+        return layer.layer_saliency(self._layer(name), self.config)
+
+    def routing_frequency(self, name: str) -> FloatArray:
+        """f_i, bias-corrected, float64 [N]; 0 before the first sample."""
+        return layer.routing_frequency(self._layer(name), self.config)
+
+    def rank_importance(self, name: str) -> FloatArray:
+        """g_i, bias-corrected, float64 [N]; 0 before the first sample since the last growth."""
+        return layer.rank_importance(self._layer(name), self.config)
+
+    def budget(self, name: str) -> int:
+        """Total rank that a layer may reach, N * r_target (scope ``global``: on average)."""
+        return self._layer(name).num_experts * self.config.r_target
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly: plain arrays and JSON values, independent copies."""
+        return snapshot.to_dict(self.config, self._layers, self._carry, self._step)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. An engine without layers takes the layers of the state.
+
+        Raises:
+            LayoutError: other layers, configuration or version, or damaged values; the engine is
+                left unchanged.
+        """
+        loaded = snapshot.from_dict(state, self.config)
+        if self._layers:
+            snapshot.check_layout(loaded.layers, self._layers)
+        self._layers, self._step = dict(loaded.layers), loaded.step
+        if len(loaded.carry) != len(self._pools()):
+            raise AssertionError("snapshot.from_dict lets only matching pools through")
+        self._carry = loaded.carry
+
+    def record_to(self, recorder: Recorder | None) -> None:
+        """Tell every accepted sample and step to a recorder from now on; None stops."""
+        self._recorder = recorder
+
+    def _layer(self, name: str) -> layer.LayerState:
+        try:
+            return self._layers[name]
+        except (KeyError, TypeError):
+            hint = near_misses(str(name), self._layers)
+            raise UnknownLayerError(f"no layer {name!r}; {hint}") from None
+
+    def _check_observed(self) -> None:
+        if not self._layers:
+            raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
+        missing = [name for name, state in self._layers.items() if not state.observed]
+        if missing:
+            raise StepOrderError(
+                f"step {self._step + 1} has no sample of {len(missing)} of {len(self._layers)} "
+                f"layers, first {missing[0]!r}; call engine.observe(...) for every layer before "
+                f"engine.step(), or engine.skip(name) to leave one out"
+            )
+
+    def _event_index(self, step: int) -> int | None:
+        config = self.config
+        return timetable.event_index(
+            step, config.warmup_steps, config.growth_interval, config.growth_end
+        )
+
+    def _pools(self) -> list[Pool]:
+        return events.pools(self.config, self._layers)
+
+    def _report_shortfall(self, name: str, num_experts: int) -> None:
+        config = self.config
+        if config.quota is None or config.policy in ("uniform", "prune"):
+            return
+        planned, needed = (
+            config.quota * config.num_events,
+            num_experts * (config.r_target - config.r_init),
+        )
+        if planned < needed:
+            logger.warning(
+                "layer %r: quota %d x %d events = %d < %d needed; total rank will end at %d of %d",
+                name,
+                config.quota,
+                config.num_events,
+                planned,
+                needed,
+                num_experts * config.r_init + planned,
+                num_experts * config.r_target,
+            )

@@ -1,0 +1,194 @@
+"""One growth (or pruning) event: from the layers' states to a decision, as pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drlora_core import layer, pruning, timetable
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.layer import LayerState
+from drlora_core.policies import AllocationRequest, Policy, run_policy
+from drlora_core.pools import Pool, allocate, layer_means
+
+Layers = Mapping[str, LayerState]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class GrowthEvent:
+    """What was decided at one event; all mappings are by layer name, arrays are [N]."""
+
+    step: int
+    """Optimizer step after which it happened, counted from 1."""
+    index: int
+    """k, the number of the event, counted from 1."""
+    deltas: Mapping[str, IntArray]
+    """Change of each expert's rank, int64; negative with policy ``prune``."""
+    ranks: Mapping[str, IntArray]
+    """Ranks after the event, int64."""
+    saliency: Mapping[str, FloatArray]
+    """S before the event, by which experts were ordered, float64."""
+    unplaced: int
+    """Rank units of the quota that limits left over, carried to the next event (all layers)."""
+    cut: Mapping[str, NDArray[np.bool_]]
+    """Policy ``prune`` only: the dimensions cut, bool [N, r_max], numbered as before the event."""
+
+
+def pools(config: AllocatorConfig, layers: Layers) -> list[Pool]:
+    """Who shares a quota: each layer for itself, or all layers (scope ``global``)."""
+    sizes = {name: state.num_experts for name, state in layers.items()}
+    if config.scope == "global" and sizes:
+        return [Pool(tuple(sizes), tuple(sizes.values()))]
+    return [Pool((name,), (size,)) for name, size in sizes.items()]
+
+
+def decide(
+    config: AllocatorConfig,
+    policy: Policy | None,
+    layers: Layers,
+    all_pools: list[Pool],
+    carry: tuple[int, ...],
+    index: int,
+    step: int,
+) -> tuple[GrowthEvent, dict[str, LayerState], tuple[int, ...]]:
+    """Decide event ``index`` (from 1) after optimizer step ``step``.
+
+    Returns:
+        The event, the layers' states after it, and what each pool carries to the next event.
+    """
+    after: dict[str, LayerState] = {}
+    cut: dict[str, NDArray[np.bool_]] = {}
+    left_over = []
+    for number, (pool, carried) in enumerate(zip(all_pools, carry, strict=True)):
+        members = {name: layers[name] for name in pool.names}
+        if policy is None:
+            pruned, cut_here = _prune(config, members, index)
+            after |= pruned
+            cut |= cut_here
+            left_over.append(0)
+        else:
+            seed = (config.seed, step, number)
+            grown, left = _grow(config, policy, members, pool, carried, index, step, seed)
+            after |= grown
+            left_over.append(left)
+    event = GrowthEvent(
+        step=step,
+        index=index,
+        deltas={name: after[name].ranks - state.ranks for name, state in layers.items()},
+        ranks={name: after[name].ranks.copy() for name in layers},
+        saliency={name: layer.layer_saliency(state, config) for name, state in layers.items()},
+        unplaced=sum(left_over),
+        cut=cut,
+    )
+    return event, {name: after[name] for name in layers}, tuple(left_over)
+
+
+def _grow(
+    config: AllocatorConfig,
+    policy: Policy,
+    members: Layers,
+    pool: Pool,
+    carried: int,
+    index: int,
+    step: int,
+    seed: tuple[int, ...],
+) -> tuple[dict[str, LayerState], int]:
+    ranks = np.concatenate([state.ranks for state in members.values()])
+    available = quota_of(config, pool, index) + carried
+    quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
+    request = _request(config, members, pool, ranks, quota, step, seed)
+    if config.scope == "global":
+        floors, capacities = _bounds(config, pool, ranks, index)
+        growth = allocate(policy, request, pool, floors, capacities)
+    else:
+        growth = run_policy(policy, request, pool.describe())
+    after = {
+        name: layer.grown(state, growth[part])
+        for (name, state), part in zip(members.items(), pool.slices(), strict=True)
+    }
+    return after, quota - int(growth.sum())
+
+
+def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
+    """Quota of event k without what was carried: Q per layer, or the even schedule's share."""
+    if config.policy == "uniform":
+        return 0
+    if config.quota is not None:
+        return config.quota * len(pool.names)
+    budget = pool.num_experts * (config.r_target - config.r_init)
+    return timetable.even_quota(index, config.num_events, budget)
+
+
+def _request(
+    config: AllocatorConfig,
+    members: Layers,
+    pool: Pool,
+    ranks: IntArray,
+    quota: int,
+    step: int,
+    seed: tuple[int, ...],
+) -> AllocationRequest:
+    signals = [layer.signals(state, config) for state in members.values()]
+    scale = np.ones(pool.num_experts)
+    if config.scope == "global":
+        scores = [layer.layer_saliency(state, config) for state in members.values()]
+        scale = layer_means(np.concatenate(scores), pool)
+    room = config.r_max - ranks
+    return AllocationRequest(
+        step=step,
+        quota=quota,
+        ranks=ranks,
+        limits=room if config.max_growth is None else np.minimum(room, config.max_growth),
+        routing=np.concatenate([routing for routing, _ in signals]),
+        importance=np.concatenate([importance for _, importance in signals]),
+        gamma=config.gamma,
+        scale=scale,
+        seed=seed,
+    )
+
+
+def _bounds(
+    config: AllocatorConfig, pool: Pool, ranks: IntArray, index: int
+) -> tuple[IntArray, IntArray]:
+    """Scope ``global``: the least and the most each layer may get at this event, [layers]."""
+    totals = np.array([ranks[part].sum() for part in pool.slices()])
+    sizes = np.array(pool.sizes)
+    share = [
+        quota_of(config, Pool((name,), (size,)), index)
+        for name, size in zip(pool.names, pool.sizes, strict=True)
+    ]
+    capacities = sizes * config.mean_rank_ceiling - totals
+    floors = np.floor(config.layer_floor * np.array(share)).astype(np.int64)
+    return np.minimum(floors, capacities), capacities
+
+
+def _prune(
+    config: AllocatorConfig, members: Layers, index: int
+) -> tuple[dict[str, LayerState], dict[str, NDArray[np.bool_]]]:
+    """Cut the pool's least important dimensions down to the cubic schedule's total."""
+    states = list(members.values())
+    ranks = np.concatenate([state.ranks for state in states])
+    averages = np.concatenate(
+        [state.dimensions for state in states if state.dimensions is not None]
+    )
+    size = ranks.size
+    total = timetable.cubic_total(
+        index, config.num_events, size * config.r_init, size * config.r_target
+    )
+    cut = pruning.least_important(averages, ranks, int(ranks.sum()) - total)
+    ends = np.cumsum([state.num_experts for state in states])[:-1]
+    parts = dict(zip(members, np.split(cut, ends), strict=True))
+    after = {
+        name: dataclasses.replace(
+            state,
+            ranks=state.ranks - parts[name].sum(axis=1),
+            dimensions=pruning.compact(state.dimensions, parts[name]),
+        )
+        for name, state in members.items()
+        if state.dimensions is not None
+    }
+    return after, parts

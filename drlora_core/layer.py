@@ -1,0 +1,154 @@
+"""State of one MoE layer: its statistics and ranks, and the pure updates of them.
+
+Shapes: N experts, R = r_max rank dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from drlora_core import ema
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.errors import StatisticError
+from drlora_core.saliency import active_dimensions, mean_over_active, saliency
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class LayerState:
+    """Everything the engine remembers of a layer. Arrays are replaced, never written to."""
+
+    ranks: IntArray  # [N]
+    routing: FloatArray  # [N], moving average of phi, not bias-corrected
+    routing_count: int  # updates of `routing`
+    importance: FloatArray  # [N], moving average of mean s_j, not bias-corrected
+    importance_count: IntArray  # [N], updates of `importance` since start or reset
+    dimensions: FloatArray | None  # [N, R], moving average of s_j; policy `prune` only
+    observed: bool  # a sample of the running step has been taken (or skipped)
+
+    @property
+    def num_experts(self) -> int:
+        """N, the experts of the layer."""
+        return self.ranks.size
+
+
+def initial(config: AllocatorConfig, num_experts: int) -> LayerState:
+    """Every expert at the starting rank, every average at 0."""
+    dimensions = np.zeros((num_experts, config.r_max)) if config.policy == "prune" else None
+    return LayerState(
+        ranks=np.full(num_experts, config.starting_rank, dtype=np.int64),
+        routing=np.zeros(num_experts),
+        routing_count=0,
+        importance=np.zeros(num_experts),
+        importance_count=np.zeros(num_experts, dtype=np.int64),
+        dimensions=dimensions,
+        observed=False,
+    )
+
+
+def observe(
+    state: LayerState,
+    config: AllocatorConfig,
+    routing: ArrayLike | None,
+    importance: ArrayLike | None,
+) -> LayerState:
+    """Take one sample of phi [N] and of importance [N] or [N, R] into the averages.
+
+    Raises:
+        StatisticError: missing, wrongly shaped, negative or non-finite samples.
+    """
+    changes: dict[str, object] = {"observed": True}
+    if routing is not None:
+        phi = _checked("routing", _numbers("routing", routing), [(state.num_experts,)])
+        changes["routing"] = ema.update(state.routing, phi, config.routing_decay)
+        changes["routing_count"] = state.routing_count + 1
+    elif config.use_routing:
+        raise StatisticError("routing is missing; it may be None only with use_routing=False")
+    if importance is not None:
+        changes |= _importance_changes(state, config, importance)
+    elif config.use_importance or state.dimensions is not None:
+        raise StatisticError("importance is missing; it may be None only with use_importance=False")
+    return dataclasses.replace(state, **changes)  # type: ignore[arg-type]
+
+
+def _importance_changes(
+    state: LayerState, config: AllocatorConfig, importance: ArrayLike
+) -> dict[str, object]:
+    changes: dict[str, object] = {}
+    per_dimension = (state.num_experts, config.r_max)
+    sample = _numbers("importance", importance)
+    if sample.shape == per_dimension:
+        active = active_dimensions(state.ranks, config.r_max)
+        sample = _checked("importance", np.where(active, sample, 0.0), [per_dimension])
+        if state.dimensions is not None:
+            changes["dimensions"] = ema.update(state.dimensions, sample, config.importance_decay)
+        mean = mean_over_active(sample, state.ranks)
+    elif state.dimensions is not None:
+        raise StatisticError(
+            f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
+            f"dimension, shape {per_dimension} = (num_experts, r_max)"
+        )
+    else:
+        mean = _checked("importance", sample, [(state.num_experts,), per_dimension])
+    changes["importance"] = ema.update(state.importance, mean, config.importance_decay)
+    changes["importance_count"] = state.importance_count + 1
+    return changes
+
+
+def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
+    try:
+        return np.asarray(sample, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise StatisticError(f"{kind} is not an array of numbers: {error}") from error
+
+
+def _checked(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> FloatArray:
+    if values.shape not in shapes:
+        accepted = " or ".join(str(shape) for shape in shapes)
+        raise StatisticError(f"{kind} has shape {values.shape}; accepted: {accepted}")
+    # One comparison catches negative, infinite and NaN values: with NaN both sides are False.
+    if not (values.min() >= 0.0 and values.max() < np.inf):
+        index = np.argwhere(~((values >= 0.0) & (values < np.inf)))[0].tolist()
+        raise StatisticError(
+            f"{kind}{index} is {values[tuple(index)]}; accepted: finite numbers >= 0"
+        )
+    return values
+
+
+def routing_frequency(state: LayerState, config: AllocatorConfig) -> FloatArray:
+    """f_i = average / (1 - beta_f^n), float64 [N]; 0 before the first sample."""
+    return ema.corrected(state.routing, state.routing_count, config.routing_decay)
+
+
+def rank_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
+    """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample."""
+    return ema.corrected(state.importance, state.importance_count, config.importance_decay)
+
+
+def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:
+    """f and g as the saliency uses them: 1 where the configuration switches one off."""
+    ones = np.ones(state.num_experts)
+    return (
+        routing_frequency(state, config) if config.use_routing else ones,
+        rank_importance(state, config) if config.use_importance else ones,
+    )
+
+
+def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
+    """S_i of the layer's experts, float64 [N]."""
+    routing, importance = signals(state, config)
+    return saliency(routing, importance, state.ranks, config.gamma)
+
+
+def grown(state: LayerState, growth: IntArray) -> LayerState:
+    """Add growth [N] to the ranks; g and its count restart for the experts that grew, f stays."""
+    unchanged = growth == 0
+    return dataclasses.replace(
+        state,
+        ranks=state.ranks + growth,
+        importance=np.where(unchanged, state.importance, 0.0),
+        importance_count=np.where(unchanged, state.importance_count, 0),
+    )

@@ -1,0 +1,197 @@
+"""Growth policies: pure callables that spread a quota of rank units over experts.
+
+A policy gets one :class:`AllocationRequest` and returns int64 growth per expert, ``[N]``. It must
+keep ``0 <= growth <= request.limits`` and ``growth.sum() <= request.quota``; what it leaves over is
+carried to the next event. :func:`drlora_core.testing.check_policy` tests a policy of your own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drlora_core import saliency as equations
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.errors import PolicyError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AllocationRequest:
+    """What a policy knows at one growth event. All arrays are read-only, over the same N experts.
+
+    With scope ``layer`` these are the experts of one layer; with scope ``global`` the experts of
+    all layers, one layer after the other, and ``scale`` makes their saliencies comparable.
+    """
+
+    step: int
+    """Optimizer step of the event."""
+    quota: int
+    """Rank units to place, >= 0."""
+    ranks: IntArray
+    """Active rank of each expert before the event, int64 [N]."""
+    limits: IntArray
+    """Most units each expert may get: min(max_growth, r_max - r_i), int64 [N]."""
+    routing: FloatArray
+    """f, bias-corrected (1 where ablated), float64 [N]."""
+    importance: FloatArray
+    """g, bias-corrected (1 where ablated), float64 [N]."""
+    gamma: float
+    """Exponent of the rank penalty."""
+    scale: FloatArray
+    """What saliency is divided by: 1, or the layer's mean with scope ``global``, float64 [N]."""
+    seed: tuple[int, ...]
+    """Seeds :meth:`generator`: the configuration's seed, the step and the pool of experts."""
+
+    def saliency_at(self, ranks: IntArray) -> FloatArray:
+        """S that the experts would have at other ranks, float64 [N]."""
+        scores = equations.saliency(self.routing, self.importance, ranks, self.gamma)
+        return scores / self.scale
+
+    @property
+    def saliency(self) -> FloatArray:
+        """S at the present ranks, float64 [N]."""
+        return self.saliency_at(self.ranks)
+
+    def generator(self) -> np.random.Generator:
+        """Return a fresh random generator, the same at every call for the same event."""
+        return np.random.default_rng(self.seed)
+
+
+class Policy(Protocol):
+    """Spreads ``request.quota`` units over the experts; pure, deterministic, no side effects."""
+
+    def __call__(self, request: AllocationRequest) -> IntArray:
+        """Return the growth of each expert, int64 [N]."""
+        ...
+
+
+def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
+    """Serve experts in one pass by score descending, then rank, then index, each to its limit.
+
+    Example:
+        >>> from drlora_core.testing import make_request
+        >>> request = make_request(quota=5, ranks=[1, 1, 1], limits=[2, 2, 2])
+        >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
+        [1, 2, 2]
+    """
+    order = np.lexsort((request.ranks, -scores))  # lexsort is stable, so the index breaks ties
+    limits = request.limits[order]
+    served_before = np.cumsum(limits) - limits
+    growth = np.empty_like(request.ranks)
+    growth[order] = np.clip(request.quota - served_before, 0, limits)
+    return growth
+
+
+def greedy(request: AllocationRequest) -> IntArray:
+    """The paper's allocation: one walk by saliency."""
+    return walk(request.saliency, request)
+
+
+def random(request: AllocationRequest) -> IntArray:
+    """Control: the greedy walk in a random order, the same limits but no preference."""
+    return walk(request.generator().random(request.ranks.size), request)
+
+
+def rescored(request: AllocationRequest) -> IntArray:
+    """Greedy one unit at a time: after each unit the saliency is taken at the new rank.
+
+    With ``use_routing=False, use_importance=False`` this is uniform growth: the same timetable
+    with no preference.
+    """
+    # The scores that one expert passes through never rise with its rank, so taking the best unit
+    # again and again is taking the first `quota` of all units by score, then rank, then index.
+    units = int(min(request.quota, request.limits.sum()))
+    depth = int(min(units, request.limits.max(initial=0)))
+    offered = np.arange(depth)[:, None]
+    ranks = request.ranks + offered
+    experts = np.broadcast_to(np.arange(request.ranks.size), ranks.shape)
+    scores = np.where(offered < request.limits, request.saliency_at(ranks), -np.inf)
+    order = np.lexsort((experts.ravel(), ranks.ravel(), -scores.ravel()))[:units]
+    return np.bincount(experts.ravel()[order], minlength=request.ranks.size).astype(np.int64)
+
+
+def proportional(request: AllocationRequest) -> IntArray:
+    """Shares in proportion to S, rounded by largest remainder; full experts' excess is reshared."""
+    growth = np.zeros_like(request.ranks)
+    left = int(min(request.quota, request.limits.sum()))
+    open_ = request.limits > 0
+    while True:
+        shares = left * _normalised(np.where(open_, request.saliency, 0.0), open_)
+        full = open_ & (shares >= request.limits)
+        growth[full] = request.limits[full]
+        left -= int(request.limits[full].sum())
+        open_ &= ~full
+        if not full.any() or not open_.any():
+            break
+    whole = np.where(open_, np.floor(shares), 0.0).astype(np.int64)
+    remainders = dataclasses.replace(
+        request, quota=left - int(whole.sum()), limits=open_.astype(np.int64)
+    )
+    return growth + whole + walk(shares - whole, remainders)
+
+
+def _normalised(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:
+    """Weights over their sum; equal over the open experts where all are 0, 0 if none is open."""
+    if not open_.any():
+        return np.zeros_like(weights)
+    if weights.sum() <= 0.0:
+        weights = open_.astype(np.float64)
+    return weights / weights.sum()
+
+
+def uniform(request: AllocationRequest) -> IntArray:
+    """Static LoRA: nothing grows, since every expert already starts at r_target."""
+    return np.zeros_like(request.ranks)
+
+
+GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "greedy": greedy,
+        "rescored": rescored,
+        "proportional": proportional,
+        "uniform": uniform,
+        "random": random,
+    }
+)
+
+
+def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntArray:
+    """Call a policy and refuse whatever breaks its contract.
+
+    Args:
+        policy: the callable.
+        request: its input; the arrays are made read-only.
+        experts: names the experts in error messages, such as ``layer 'model.layers.0'``.
+
+    Raises:
+        PolicyError: naming the experts, the step, the index and the value.
+    """
+    for field in (request.ranks, request.limits, request.routing, request.importance):
+        field.setflags(write=False)
+    request.scale.setflags(write=False)
+    where = f"policy {getattr(policy, '__name__', type(policy).__name__)!r} at step {request.step}"
+    where += f", {experts}"
+    try:
+        growth = policy(request)
+    except Exception as error:
+        raise PolicyError(f"{where} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(growth, np.ndarray) or growth.dtype.kind not in "iu":
+        kind = growth.dtype if isinstance(growth, np.ndarray) else type(growth).__name__
+        raise PolicyError(f"{where} returned {kind}; return an integer array of growth per expert")
+    if growth.shape != request.ranks.shape:
+        raise PolicyError(f"{where} returned shape {growth.shape}, not {request.ranks.shape}")
+    for wrong, limit in ((growth < 0, "below 0"), (growth > request.limits, "above its limit")):
+        if wrong.any():
+            expert = int(np.argmax(wrong))
+            raise PolicyError(
+                f"{where} gave expert {expert} growth {growth[expert]}, {limit} "
+                f"(accepted: 0 to {request.limits[expert]})"
+            )
+    if growth.sum() > request.quota:
+        raise PolicyError(f"{where} spent {growth.sum()} units of a quota of {request.quota}")
+    return growth.astype(np.int64)

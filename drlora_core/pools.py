@@ -1,0 +1,100 @@
+"""Pools: the experts that share one quota, a layer (scope ``layer``) or all (scope ``global``).
+
+Shapes: N experts of the pool, all its layers one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.policies import AllocationRequest, Policy, run_policy
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pool:
+    """Layers that share a quota, and where each layer's experts lie in the pool's arrays."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers of the pool."""
+        return sum(self.sizes)
+
+    def slices(self) -> list[slice]:
+        """Return the range of each layer's experts, in the order of ``names``."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def describe(self) -> str:
+        """Name the pool in error messages."""
+        return f"layer {self.names[0]!r}" if len(self.names) == 1 else f"{len(self.names)} layers"
+
+
+def layer_means(values: FloatArray, pool: Pool) -> FloatArray:
+    """Each expert's layer mean, [N]; 1 for a layer whose values are all zero."""
+    means = np.empty_like(values)
+    for part in pool.slices():
+        means[part] = values[part].mean() or 1.0
+    return means
+
+
+def allocate(
+    policy: Policy, request: AllocationRequest, pool: Pool, floors: IntArray, capacities: IntArray
+) -> IntArray:
+    """Spread a global quota so that each layer gets its floor and no more than its capacity.
+
+    Args:
+        policy: the growth policy; it runs on one layer for the floors, then on all experts.
+        request: over all experts of the pool.
+        pool: which experts belong to which layer.
+        floors: units each layer gets in any case, int64 [layers]; together at most the quota.
+        capacities: units each layer may get at most, int64 [layers].
+
+    Returns:
+        Growth of each expert, int64 [N].
+    """
+    growth = np.zeros_like(request.ranks)
+    for name, part, units in zip(pool.names, pool.slices(), floors, strict=True):
+        layer = _restricted(request, part, min(int(units), request.quota - int(growth.sum())))
+        growth += run_policy(policy, layer, f"layer {name!r}")
+    rest = dataclasses.replace(
+        request,
+        quota=request.quota - int(growth.sum()),
+        ranks=request.ranks + growth,
+        limits=request.limits - growth,
+    )
+    used = np.array([growth[part].sum() for part in pool.slices()])
+    return growth + _under_capacities(policy, rest, pool, capacities - used)
+
+
+def _under_capacities(
+    policy: Policy, request: AllocationRequest, pool: Pool, capacities: IntArray
+) -> IntArray:
+    """Run the policy on all experts; fill overfull layers to the brim and share out the rest."""
+    filled = np.zeros_like(request.ranks)
+    while True:
+        growth = run_policy(policy, request, pool.describe())
+        used = np.array([growth[part].sum() for part in pool.slices()])
+        if (used <= capacities).all():
+            return filled + growth
+        limits, quota = request.limits.copy(), request.quota
+        for index in np.flatnonzero(used > capacities):
+            part = pool.slices()[index]
+            brim = _restricted(request, part, int(capacities[index]))
+            growth = run_policy(policy, brim, f"layer {pool.names[index]!r}")
+            filled += growth
+            quota -= int(growth.sum())
+            limits[part] = 0
+        request = dataclasses.replace(request, limits=limits, quota=quota)
+
+
+def _restricted(request: AllocationRequest, part: slice, quota: int) -> AllocationRequest:
+    """Return the same request with room only for the experts of one layer."""
+    limits = np.zeros_like(request.limits)
+    limits[part] = request.limits[part]
+    return dataclasses.replace(request, quota=quota, limits=limits)

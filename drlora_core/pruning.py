@@ -1,0 +1,46 @@
+"""Policy ``prune``: start large and cut the least important rank dimensions (after AdaLoRA).
+
+Shapes: N experts, R = r_max rank dimensions; the first r_i columns of row i are active.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.saliency import active_dimensions
+
+
+def least_important(scores: FloatArray, ranks: IntArray, count: int) -> NDArray[np.bool_]:
+    """Choose exactly ``count`` active dimensions to cut, every expert keeping at least one.
+
+    The lowest scores go first; on ties the dimension of the larger expert, then the later
+    dimension, then the later expert. (AdaLoRA compares with a threshold instead and keeps 0 of a
+    budget of 6 when all scores tie.)
+
+    Args:
+        scores: importance of each rank dimension, float64 [N, R].
+        ranks: active ranks, int64 [N].
+        count: dimensions to cut, at most ``ranks.sum() - N``.
+
+    Returns:
+        Bool [N, R], True where a dimension is cut.
+    """
+    candidates = active_dimensions(ranks, scores.shape[1])
+    best = np.where(candidates, scores, -np.inf).argmax(axis=1)
+    candidates[np.arange(ranks.size), best] = False
+    experts, dimensions = np.nonzero(candidates)
+    order = np.lexsort((-experts, -dimensions, -ranks[experts], scores[experts, dimensions]))[
+        :count
+    ]
+    cut = np.zeros(scores.shape, dtype=np.bool_)
+    cut[experts[order], dimensions[order]] = True
+    return cut
+
+
+def compact(values: FloatArray, cut: NDArray[np.bool_]) -> FloatArray:
+    """Close the gaps that a cut leaves: kept columns move to the front in order, zeros follow."""
+    order = np.argsort(cut, axis=1, kind="stable")
+    kept = np.take_along_axis(np.where(cut, 0.0, values), order, axis=1)
+    return kept
