@@ -141,7 +141,8 @@ def _normalised(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:
         return np.zeros_like(weights)
     if weights.sum() <= 0.0:
         weights = open_.astype(np.float64)
-    return weights / weights.sum()
+    shares: FloatArray = weights / weights.sum()
+    return shares
 
 
 def uniform(request: AllocationRequest) -> IntArray:
