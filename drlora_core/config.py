@@ -12,9 +12,12 @@ from drlora_core import timetable
 
 def _whole_number(value: object) -> int:
     """Accept Python and NumPy integers; refuse bools, floats and strings, which are mistakes."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise ValueError(f"must be a whole number, got {value!r}")
-    return operator.index(cast(SupportsIndex, value))
+    try:
+        if not isinstance(value, bool):
+            return operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        pass
+    raise ValueError(f"must be a whole number, got {value!r}")
 
 
 Count = Annotated[int, BeforeValidator(_whole_number)]

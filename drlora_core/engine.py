@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from drlora_core import events, layer, snapshot, timetable
@@ -82,11 +83,14 @@ class AllocatorEngine:
         """Announce a layer; all layers are added before the first step.
 
         Raises:
-            LayoutError: the name is taken, ``num_experts < 1``, or a step was already made.
+            LayoutError: the name is taken or no str, ``num_experts < 1``, or the first
+                sample was already taken.
         """
+        if not isinstance(name, str):
+            raise LayoutError(f"a layer name must be a str, got {name!r}")
         if name in self._layers:
             raise LayoutError(f"layer {name!r} was already added; names must be unique")
-        if isinstance(num_experts, bool) or not hasattr(type(num_experts), "__index__"):
+        if not isinstance(num_experts, (int, np.integer)) or isinstance(num_experts, bool):
             raise LayoutError(f"num_experts must be a whole number, got {num_experts!r}")
         if num_experts < 1:
             raise LayoutError(f"num_experts must be at least 1, got {num_experts}")
@@ -253,15 +257,15 @@ class AllocatorEngine:
         config = self.config
         if config.quota is None or config.policy in ("uniform", "prune"):
             return
-        planned, needed = (
-            config.quota * config.num_events,
-            num_experts * (config.r_target - config.r_init),
-        )
+        most = num_experts * (config.max_growth or config.r_max)
+        per_event = min(config.quota, most)
+        planned = per_event * config.num_events
+        needed = num_experts * (config.r_target - config.r_init)
         if planned < needed:
             logger.warning(
                 "layer %r: quota %d x %d events = %d < %d needed; total rank will end at %d of %d",
                 name,
-                config.quota,
+                per_event,
                 config.num_events,
                 planned,
                 needed,

@@ -172,9 +172,7 @@ def _prune(
     """Cut the pool's least important dimensions down to the cubic schedule's total."""
     states = list(members.values())
     ranks = np.concatenate([state.ranks for state in states])
-    averages = np.concatenate(
-        [state.dimensions for state in states if state.dimensions is not None]
-    )
+    averages = np.concatenate([layer.dimension_importance(state, config) for state in states])
     size = ranks.size
     total = timetable.cubic_total(
         index, config.num_events, size * config.r_init, size * config.r_target

@@ -85,7 +85,9 @@ def _importance_changes(
         sample = _checked("importance", np.where(active, sample, 0.0), [per_dimension])
         if state.dimensions is not None:
             changes["dimensions"] = ema.update(state.dimensions, sample, config.importance_decay)
-        mean = mean_over_active(sample, state.ranks)
+        with np.errstate(over="ignore"):
+            mean = mean_over_active(sample, state.ranks)
+        _checked("mean importance", mean, [mean.shape])
     elif state.dimensions is not None:
         raise StatisticError(
             f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
@@ -100,7 +102,10 @@ def _importance_changes(
 
 def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
     try:
-        return np.asarray(sample, dtype=np.float64)
+        values = np.asarray(sample)
+        if values.dtype.kind in "SUc":
+            raise TypeError(f"it holds {values.dtype}")
+        return values.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise StatisticError(f"{kind} is not an array of numbers: {error}") from error
 
@@ -126,6 +131,14 @@ def routing_frequency(state: LayerState, config: AllocatorConfig) -> FloatArray:
 def rank_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
     """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample."""
     return ema.corrected(state.importance, state.importance_count, config.importance_decay)
+
+
+def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
+    """s_j averaged like g and bias-corrected, float64 [N, R]; policy ``prune`` only."""
+    if state.dimensions is None:
+        raise AssertionError("only policy 'prune' averages single dimensions")
+    counts = state.importance_count[:, None]  # layers may have skipped different steps
+    return ema.corrected(state.dimensions, counts, config.importance_decay)
 
 
 def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:

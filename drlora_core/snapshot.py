@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drlora_core import timetable
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import LayoutError, near_misses
 from drlora_core.layer import LayerState
@@ -72,12 +73,16 @@ def from_dict(state: Mapping[str, Any], config: AllocatorConfig) -> Snapshot:
         str(name): _layer_from_dict(str(name), values, config)
         for name, values in _mapping("layers", state["layers"]).items()
     }
+    if not isinstance(state["carry"], (list, tuple)):
+        raise LayoutError(f"carry of the state is a {type(state['carry']).__name__}, not a list")
     carry = tuple(_count("carry", value) for value in state["carry"])
     pools = min(len(layers), 1) if config.scope == "global" else len(layers)
     if len(carry) != pools:
         raise LayoutError(f"the engine state carries {len(carry)} quotas for {pools} pools")
-    _check_budget(layers, config)
-    return Snapshot(layers, carry, _count("step", state["step"]))
+    step = _count("step", state["step"])
+    _check_budget(layers, config, step)
+    _check_ceilings(layers, config)
+    return Snapshot(layers, carry, step)
 
 
 def check_layout(loaded: Mapping[str, LayerState], own: Mapping[str, LayerState]) -> None:
@@ -125,18 +130,22 @@ def _layer_from_dict(name: str, values: Any, config: AllocatorConfig) -> LayerSt
         raise LayoutError(
             f"layer {name!r} of the state has fields {sorted(values)}, not {sorted(wanted)}"
         )
-    size = np.shape(values["ranks"])
+    size = _plain(name, "ranks", values["ranks"]).shape
     if len(size) != 1 or size[0] < 1:
         raise LayoutError(f"layer {name!r}: ranks have shape {size}, not (num_experts,)")
     ranks = _array(name, "ranks", values["ranks"], np.int64, size)
-    if ranks.min() < 1 or ranks.max() > config.r_max:
+    least = 1 if config.policy == "prune" else config.starting_rank
+    if ranks.min() < least or ranks.max() > config.r_max:
         raise LayoutError(
-            f"layer {name!r}: ranks lie in {ranks.min()}..{ranks.max()}, not 1..{config.r_max}"
+            f"layer {name!r}: ranks lie in {ranks.min()}..{ranks.max()}, "
+            f"not {least}..{config.r_max}"
         )
-    dimensions = values.get("dimensions")
-    if dimensions is not None:
+    dimensions = None
+    if config.policy == "prune":
         shape = (size[0], config.r_max)
-        dimensions = _array(name, "dimensions", dimensions, np.float64, shape)
+        dimensions = _array(name, "dimensions", values["dimensions"], np.float64, shape)
+    if not isinstance(values["observed"], (bool, np.bool_)):
+        raise LayoutError(f"layer {name!r}: observed is {values['observed']!r}, not true or false")
     return LayerState(
         ranks=ranks,
         routing=_array(name, "routing", values["routing"], np.float64, size),
@@ -150,17 +159,39 @@ def _layer_from_dict(name: str, values: Any, config: AllocatorConfig) -> LayerSt
     )
 
 
-def _check_budget(layers: Mapping[str, LayerState], config: AllocatorConfig) -> None:
+def _check_budget(layers: Mapping[str, LayerState], config: AllocatorConfig, step: int) -> None:
     groups = [layers] if config.scope == "global" else [{n: s} for n, s in layers.items()]
     for group in groups:
         total = sum(int(state.ranks.sum()) for state in group.values())
         size = sum(state.num_experts for state in group.values())
+        if config.policy == "prune" and total != (due := _pruned_total(config, size, step)):
+            raise LayoutError(
+                f"ranks of {', '.join(map(repr, list(group)[:2]))} sum to {total}, "
+                f"but pruning leaves {due} after step {step}"
+            )
         budget = size * max(config.r_target, config.starting_rank)
         if total > budget:
             raise LayoutError(
                 f"ranks of {', '.join(map(repr, list(group)[:2]))} sum to {total}, "
                 f"above the budget of {budget}"
             )
+
+
+def _check_ceilings(layers: Mapping[str, LayerState], config: AllocatorConfig) -> None:
+    """Scope ``global``: no layer may hold more than its storage does."""
+    for name, state in layers.items():
+        ceiling = state.num_experts * config.mean_rank_ceiling
+        if state.ranks.sum() > ceiling:
+            raise LayoutError(
+                f"layer {name!r}: ranks sum to {state.ranks.sum()}, above its ceiling of {ceiling}"
+            )
+
+
+def _pruned_total(config: AllocatorConfig, size: int, step: int) -> int:
+    """Total rank of ``size`` experts that the pruning schedule leaves after a step."""
+    past = sum(event <= step for event in config.growth_steps)
+    start, target = size * config.r_init, size * config.r_target
+    return timetable.cubic_total(past, config.num_events, start, target) if past else start
 
 
 def _mapping(what: str, value: Any) -> Mapping[str, Any]:
@@ -170,14 +201,21 @@ def _mapping(what: str, value: Any) -> Mapping[str, Any]:
 
 
 def _count(what: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise LayoutError(f"{what} of the state is {value!r}; accepted: whole numbers >= 0")
     return int(value)
 
 
+def _plain(name: str, field: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise LayoutError(f"layer {name!r}: {field} is no array: {error}") from None
+
+
 def _array(name: str, field: str, value: Any, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
     """Copy an array of the state; only dtype-exact, finite, non-negative values are a state."""
-    array = np.asarray(value)
+    array = _plain(name, field, value)
     if array.dtype != dtype or array.shape != shape:
         raise LayoutError(
             f"layer {name!r}: {field} is {array.dtype}{list(array.shape)}, "
