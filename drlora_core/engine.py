@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -45,6 +46,14 @@ class Recorder(Protocol):
 
     def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
         """Close an optimizer step; ``ranks`` are those that the samples were taken at."""
+        ...
+
+    def flush(self) -> None:
+        """Make what was told durable; called when the engine's state is saved."""
+        ...
+
+    def close(self) -> None:
+        """Finish; called when the engine stops telling."""
         ...
 
 
@@ -204,7 +213,12 @@ class AllocatorEngine:
         return self._layer(name).num_experts * self.config.r_target
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: plain arrays and JSON values, independent copies."""
+        """Everything needed to go on exactly: plain arrays and JSON values, independent copies.
+
+        A recording is flushed, so that a run resumed from this state can continue it.
+        """
+        if self._recorder is not None:
+            self._recorder.flush()
         return snapshot.to_dict(self.config, self._layers, self._carry, self._step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,8 +236,22 @@ class AllocatorEngine:
             raise AssertionError("snapshot.from_dict lets only matching pools through")
         self._carry = loaded.carry
 
-    def record_to(self, recorder: Recorder | None) -> None:
-        """Tell every accepted sample and step to a recorder from now on; None stops."""
+    def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
+        """Tell every accepted sample and step to a recorder from now on; None stops.
+
+        A path stands for a recording on disk (:mod:`drlora_core.recording`), created at the first
+        sample and complete after ``record_to(None)`` or at the end of the process.
+
+        Raises:
+            DRLoRAError: a path was given and zarr is not installed.
+        """
+        if isinstance(recorder, (str, os.PathLike)):
+            from drlora_core.recording import RecordingWriter
+
+            name = getattr(self._policy, "__name__", self.config.policy)
+            recorder = RecordingWriter(recorder, self, policy=name)
+        if self._recorder is not None and self._recorder is not recorder:
+            self._recorder.close()
         self._recorder = recorder
 
     def _layer(self, name: str) -> layer.LayerState:

@@ -1,0 +1,180 @@
+"""A recording in memory: NumPy arrays, checked once, and views of them by layer.
+
+Shapes: T steps, L layers, E experts of all layers one after the other, N experts of one layer,
+R = r_max rank dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.errors import UnknownLayerError, near_misses
+from drlora_core.events import GrowthEvent
+from drlora_core.recording import checks, schema
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class LayerRecord:
+    """One layer of a recording; arrays are read-only views."""
+
+    name: str
+    routing: FloatArray
+    """phi, [T, N]; NaN where no sample of it was taken."""
+    importance: FloatArray
+    """Mean of s_j over the active dimensions, [T, N]; NaN where no sample of it was taken."""
+    dimensions: FloatArray | None
+    """s_j, [T, N, R], dimensions numbered as at the start, NaN where cut; policy ``prune`` only."""
+    ranks: IntArray | None
+    """Ranks that the step's samples were taken at, [T, N]; None if never recorded."""
+    tokens: IntArray
+    """Counted tokens, [T]; -1 where unknown."""
+    presence: NDArray[np.uint8]
+    """What each sample held, [T], bits of :mod:`drlora_core.recording.schema`."""
+
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """False where the engine was told to skip the layer, bool [T]."""
+        return (self.presence & schema.SAMPLED) > 0
+
+    def routing_at(self, row: int) -> FloatArray | None:
+        """phi of one row (step ``row + 1``), or None if it was not given."""
+        return self.routing[row] if self.presence[row] & schema.ROUTING else None
+
+    def importance_at(self, row: int) -> FloatArray | None:
+        """Mean importance of one row, or None if it was not given."""
+        return self.importance[row] if self.presence[row] & schema.IMPORTANCE else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recording:
+    """Statistics of a run, as recorded: build one with :meth:`open` or :meth:`from_arrays`.
+
+    Example:
+        >>> routing = np.full((3, 4), 0.25)
+        >>> recording = Recording.from_arrays({"experts": routing})
+        >>> recording.steps, recording.layers
+        (3, {'experts': 4})
+    """
+
+    layers: dict[str, int]
+    """Experts of each layer, in the order of the engine."""
+    routing: FloatArray
+    importance: FloatArray
+    presence: NDArray[np.uint8]
+    tokens: IntArray
+    ranks: IntArray | None = None
+    dimensions: FloatArray | None = None
+    events: tuple[GrowthEvent, ...] = ()
+    config: AllocatorConfig | None = None
+    """Configuration of the run; None where the data has another origin."""
+    policy: str | None = None
+    """Name of the policy of the run; not ``config.policy`` if it was a callable of the user's."""
+    notes: tuple[str, ...] = ()
+    """What was found while reading: a torn tail, a writer that is still at work."""
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        checks.check(self)
+        for array in (self.routing, self.importance, self.presence, self.tokens):
+            array.setflags(write=False)
+        for optional in (self.ranks, self.dimensions):
+            if optional is not None:
+                optional.setflags(write=False)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps recorded, T."""
+        return int(self.presence.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers, E."""
+        return sum(self.layers.values())
+
+    def layer(self, name: str) -> LayerRecord:
+        """One layer's arrays.
+
+        Raises:
+            UnknownLayerError: naming close names.
+        """
+        if name not in self.layers:
+            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self.layers)}")
+        position = list(self.layers).index(name)
+        part = self.slices()[name]
+        return LayerRecord(
+            name=name,
+            routing=self.routing[:, part],
+            importance=self.importance[:, part],
+            dimensions=None if self.dimensions is None else self.dimensions[:, part],
+            ranks=None if self.ranks is None else self.ranks[:, part],
+            tokens=self.tokens[:, position],
+            presence=self.presence[:, position],
+        )
+
+    def slices(self) -> dict[str, slice]:
+        """Where each layer's experts lie in the arrays over E."""
+        ends = np.cumsum(list(self.layers.values())).tolist()
+        sizes = self.layers.items()
+        return {n: slice(end - size, end) for (n, size), end in zip(sizes, ends, strict=True)}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Recording:
+        """Read a recording into memory; one that is being written, too.
+
+        A torn tail (the writer was killed, or its last chunk is damaged) is left out and named in
+        ``notes``; damage anywhere else is an error.
+
+        Raises:
+            LayoutError: not a recording, another version, damaged, or with holes.
+            OSError: the path cannot be read.
+        """
+        from drlora_core.recording import store
+
+        return store.read(Path(path))
+
+    @classmethod
+    def from_arrays(
+        cls,
+        routing: Mapping[str, ArrayLike] | None,
+        importance: Mapping[str, ArrayLike] | None = None,
+        *,
+        tokens: ArrayLike | None = None,
+        ranks: Mapping[str, ArrayLike] | None = None,
+        dimensions: Mapping[str, ArrayLike] | None = None,
+        config: AllocatorConfig | None = None,
+    ) -> Recording:
+        """Build a recording from anyone's statistics.
+
+        Args:
+            routing: phi by layer, float [T, N]; None if unknown (then replay with
+                ``use_routing=False``).
+            importance: g's samples by layer, float [T, N]; None if unknown.
+            tokens: counted tokens of each step, int [T].
+            ranks: ranks at which the samples were taken, int [T, N] by layer.
+            dimensions: s_j by layer, float [T, N, R], R equal in all layers, NaN for dimensions
+                that were not active; needed to replay policy ``prune``.
+            config: configuration of the run that they come from.
+
+        Raises:
+            LayoutError: layers, steps or shapes that do not fit together.
+            StatisticError: naming layer, step and value of the first impossible number.
+        """
+        return checks.build(cls, routing, importance, tokens, ranks, dimensions, config)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recording as a Zarr store to a new path.
+
+        Raises:
+            LayoutError: the path is not empty.
+        """
+        from drlora_core.recording import writer
+
+        writer.save(self, Path(path))

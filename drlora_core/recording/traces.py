@@ -1,0 +1,103 @@
+"""Routing-only traces, such as those recorded for other studies, as recordings.
+
+Shapes: T steps, L layers, N experts per layer.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from drlora_core.errors import LayoutError, StatisticError
+from drlora_core.recording.data import Recording
+
+ImportanceChoice = Literal["ones", "sampled"]
+
+
+def from_routing_trace(
+    weight_sum: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    importance: ImportanceChoice = "ones",
+    seed: int = 0,
+    layer_names: list[str] | None = None,
+) -> Recording:
+    """Make a recording of summed routing weights; importance was not traced and is made up.
+
+    phi of a step is ``weight_sum / tokens``.
+
+    Args:
+        weight_sum: routing weights summed over the tokens of a step, float [T, L, N].
+        tokens: tokens of each step, int [T], all positive.
+        importance: ``"ones"`` (experts differ by routing only) or ``"sampled"``: a lognormal level
+            for each expert times a lognormal noise for each step (an invention, for tests of a
+            policy's behaviour, not of a method's merit).
+        seed: of ``"sampled"``.
+        layer_names: default ``layers.0`` and so on.
+
+    Raises:
+        LayoutError, StatisticError: shapes, or a step, layer and value that cannot be.
+    """
+    sums = np.asarray(weight_sum, dtype=np.float64)
+    counts = np.asarray(tokens)
+    if sums.ndim != 3 or 0 in sums.shape:
+        raise LayoutError(
+            f"weight_sum has shape {sums.shape}; accepted: [steps, layers, experts], none of them 0"
+        )
+    if counts.shape != sums.shape[:1] or counts.dtype.kind not in "iu":
+        raise LayoutError(
+            f"tokens are {counts.dtype}{list(counts.shape)}; accepted: whole numbers "
+            f"[{sums.shape[0]}], one for each step of weight_sum"
+        )
+    if (counts < 1).any():
+        step = int(np.argmax(counts < 1))
+        raise StatisticError(f"step {step + 1}: tokens are {counts[step]}; accepted: 1 or more")
+    names = layer_names or [f"layers.{index}" for index in range(sums.shape[1])]
+    if len(names) != sums.shape[1]:
+        raise LayoutError(f"{len(names)} layer names for {sums.shape[1]} layers")
+    phi = sums / counts[:, None, None]
+    scores = _importance(importance, sums.shape, seed)
+    return Recording.from_arrays(
+        {name: phi[:, index] for index, name in enumerate(names)},
+        {name: scores[:, index] for index, name in enumerate(names)},
+        tokens=counts,
+    )
+
+
+def _importance(
+    choice: str, shape: tuple[int, ...], seed: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    if choice == "ones":
+        return np.ones(shape)
+    if choice != "sampled":
+        raise LayoutError(f"importance {choice!r} is unknown; accepted: 'ones' or 'sampled'")
+    rng = np.random.default_rng(seed)
+    level = rng.lognormal(0.0, 0.5, size=shape[1:])
+    return np.asarray(level * rng.lognormal(0.0, 0.25, size=shape))
+
+
+def load_trace(
+    path: str | os.PathLike[str], *, importance: ImportanceChoice = "ones", seed: int = 0
+) -> Recording:
+    """Read a ``.npz`` file with arrays ``weight_sum`` and ``tokens``; see `from_routing_trace`.
+
+    Raises:
+        LayoutError: not such a file (nothing in it is ever unpickled).
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            weight_sum, tokens = file["weight_sum"], file["tokens"]
+    except OSError:
+        raise
+    except Exception as error:  # np.load raises ValueError, KeyError, BadZipFile, EOFError, ...
+        raise LayoutError(
+            f"{path} is not a routing trace, an .npz file with arrays weight_sum "
+            f"[steps, layers, experts] and tokens [steps]: {error}"
+        ) from error
+    return from_routing_trace(weight_sum, tokens, importance=importance, seed=seed)

@@ -1,0 +1,200 @@
+"""Replay: drive a fresh engine with recorded statistics.
+
+A replay cannot know how the statistics would have changed under other ranks. With the recording's
+own configuration and policy it repeats the run's decisions exactly; with another one it tells what
+that policy would have decided from the statistics of *this* run.
+
+Shapes: T steps, K events, N experts of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.engine import AllocatorEngine
+from drlora_core.errors import LayoutError, StatisticError, UnknownLayerError, near_misses
+from drlora_core.events import GrowthEvent
+from drlora_core.policies import Policy
+from drlora_core.recording.data import LayerRecord, Recording
+from drlora_core.recording.dimensions import follow, from_recorded, initial_order
+from drlora_core.saliency import active_dimensions
+
+CAVEAT = (
+    "A replay takes the statistics as recorded: it cannot know how they would have changed under "
+    "other ranks."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replay:
+    """What an engine decided on a recording."""
+
+    config: AllocatorConfig
+    policy: str
+    """Name of the policy that decided."""
+    layers: dict[str, int]
+    """Experts of each layer."""
+    steps: int
+    events: tuple[GrowthEvent, ...]
+    final_ranks: Mapping[str, IntArray]
+    """Ranks after the last step, int64 [N] by layer."""
+    engine: AllocatorEngine
+    """The engine after the last step."""
+
+    def trajectory(self, name: str) -> IntArray:
+        """Ranks of a layer at the start and after each event, int64 [K + 1, N]."""
+        if name not in self.layers:
+            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self.layers)}")
+        start = np.full(self.layers[name], self.config.starting_rank, dtype=np.int64)
+        return np.stack([start, *(event.ranks[name] for event in self.events)])
+
+    def total_rank(self) -> IntArray:
+        """Sum of all ranks at the start and after each event, int64 [K + 1]."""
+        totals: IntArray = sum(self.trajectory(name).sum(axis=1) for name in self.layers)
+        return totals
+
+
+def replay(
+    recording: Recording, config: AllocatorConfig | None = None, policy: Policy | None = None
+) -> Replay:
+    """Drive a fresh engine with a recording's statistics.
+
+    A replay cannot know how the statistics would have changed under other ranks.
+
+    Args:
+        recording: the statistics.
+        config: default: that of the recorded run.
+        policy: a callable in place of ``config.policy``.
+
+    Raises:
+        LayoutError: no configuration is known, or what the policy needs was not recorded.
+        StatisticError, PolicyError: naming layer, step and value.
+
+    Example:
+        >>> recording = Recording.from_arrays(
+        ...     {"experts": [[0.9, 0.1]] * 2}, {"experts": [[1.0, 1.0]] * 2})
+        >>> config = AllocatorConfig(r_init=1, r_target=2, r_max=3, warmup_steps=0,
+        ...                          growth_interval=1, growth_end=2)
+        >>> replay(recording, config).final_ranks["experts"].tolist()
+        [3, 1]
+    """
+    if config is None:
+        config = recording.config
+    if config is None:
+        raise LayoutError("the recording has no configuration of its own; give one to replay it")
+    if config.policy == "prune" and policy is None:
+        _check_dimensions(recording, config)
+    engine = AllocatorEngine(config, policy=policy)
+    for name, size in recording.layers.items():
+        engine.add_layer(name, size)
+    events = _drive(engine, recording)
+    return Replay(
+        config=config,
+        policy=config.policy if policy is None else getattr(policy, "__name__", "own policy"),
+        layers=dict(recording.layers),
+        steps=recording.steps,
+        events=tuple(events),
+        final_ranks={name: engine.ranks(name) for name in recording.layers},
+        engine=engine,
+    )
+
+
+def _check_dimensions(recording: Recording, config: AllocatorConfig) -> None:
+    if recording.dimensions is None:
+        raise LayoutError(
+            "policy 'prune' needs the importance of every rank dimension, which this recording "
+            "does not hold; only runs with policy 'prune' record it (or "
+            "Recording.from_arrays(dimensions=...))"
+        )
+    if recording.dimensions.shape[2] != config.r_max:
+        raise LayoutError(
+            f"the recording has {recording.dimensions.shape[2]} rank dimensions, "
+            f"r_max is {config.r_max}; replay policy 'prune' with the recorded r_max"
+        )
+
+
+def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
+    """Feed every step; return the events."""
+    prunes = engine.config.policy == "prune"
+    records = [recording.layer(name) for name in recording.layers]
+    orders = {
+        record.name: initial_order(record.routing.shape[1], engine.config.r_max)
+        for record in records
+        if prunes
+    }
+    events = []
+    for row in range(recording.steps):
+        for record in records:
+            if not record.presence[row]:
+                engine.skip(record.name)
+                continue
+            importance = record.importance_at(row)
+            if prunes:
+                importance = _dimensions(record, row, engine, orders[record.name])
+            engine.observe(record.name, routing=record.routing_at(row), importance=importance)
+        event = engine.step()
+        if event is not None:
+            events.append(event)
+            for name, cut in event.cut.items():
+                orders[name] = follow(orders[name], cut)
+    return events
+
+
+def _dimensions(
+    record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
+) -> FloatArray | None:
+    """Importance of the dimensions that the replay has kept, in its numbering, [N, R]."""
+    if record.dimensions is None or record.importance_at(row) is None:
+        return None
+    sample = from_recorded(record.dimensions[row], order)
+    missing = np.isnan(sample) & active_dimensions(engine.ranks(record.name), sample.shape[1])
+    if missing.any():
+        expert, dimension = (int(number) for number in np.argwhere(missing)[0])
+        raise StatisticError(
+            f"layer {record.name!r}, step {row + 1}: dimension {int(order[expert, dimension])} of "
+            f"expert {expert} was not recorded (the run had cut it), but this replay keeps it; "
+            f"policy 'prune' can be replayed on what the run kept, not on more"
+        )
+    return sample
+
+
+def first_difference(
+    recorded: tuple[GrowthEvent, ...], replayed: tuple[GrowthEvent, ...]
+) -> str | None:
+    """Name the first decision in which two lists of events differ; None if they are identical."""
+    for ours, theirs in zip(recorded, replayed, strict=False):
+        if (ours.step, ours.index, ours.unplaced) != (theirs.step, theirs.index, theirs.unplaced):
+            return (
+                f"event {ours.index} after step {ours.step} left {ours.unplaced} units, the other "
+                f"is event {theirs.index} after step {theirs.step} and left {theirs.unplaced}"
+            )
+        for name, ranks in ours.ranks.items():
+            for what, one, two in _decisions(name, ranks, ours, theirs):
+                if not np.array_equal(one, two):
+                    index = tuple(int(number) for number in np.argwhere(one != two)[0])
+                    return (
+                        f"step {ours.step}, layer {name!r}, expert {index[0]}: {what} "
+                        f"{one[index]} and {two[index]}"
+                    )
+    if len(recorded) != len(replayed):
+        return f"{len(recorded)} events and {len(replayed)}"
+    return None
+
+
+def _decisions(
+    name: str, ranks: IntArray, ours: GrowthEvent, theirs: GrowthEvent
+) -> list[tuple[str, Any, Any]]:
+    pairs: list[tuple[str, Any, Any]] = [
+        ("rank", ranks, theirs.ranks[name]),
+        ("growth", ours.deltas[name], theirs.deltas[name]),
+        ("saliency", ours.saliency[name], theirs.saliency[name]),
+    ]
+    if ours.cut or theirs.cut:
+        pairs.append(("cut", ours.cut[name], theirs.cut[name]))
+    return pairs
