@@ -1,0 +1,49 @@
+"""Expert LoRA with dynamic ranks for the mixture-of-experts models of PyTorch and Transformers.
+
+Start with :func:`attach`. Names are imported on first use, so that the command line starts fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drlora_torch.adapter import Adapter
+    from drlora_torch.attaching import attach
+    from drlora_torch.checkpoint import load
+    from drlora_torch.errors import AttachError, CheckpointError, ModelError
+    from drlora_torch.models.discovery import discover
+    from drlora_torch.models.records import MoELayer
+
+_HOMES = {
+    "Adapter": "drlora_torch.adapter",
+    "AttachError": "drlora_torch.errors",
+    "CheckpointError": "drlora_torch.errors",
+    "ModelError": "drlora_torch.errors",
+    "MoELayer": "drlora_torch.models.records",
+    "attach": "drlora_torch.attaching",
+    "discover": "drlora_torch.models.discovery",
+    "load": "drlora_torch.checkpoint",
+}
+
+__all__ = [
+    "Adapter",
+    "AttachError",
+    "CheckpointError",
+    "MoELayer",
+    "ModelError",
+    "attach",
+    "discover",
+    "load",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

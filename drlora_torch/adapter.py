@@ -1,0 +1,324 @@
+"""The adapter: the handle of a model whose experts carry LoRA with dynamic ranks.
+
+Shape letters: N experts, P rank slots, R = r_max rank dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from drlora_core import AllocatorEngine, GrowthEvent
+from drlora_torch import importance, optimizer
+from drlora_torch.distributed import sum_over_processes
+from drlora_torch.errors import AttachError
+from drlora_torch.layers import ExpertLoRA
+from drlora_torch.options import AdapterOptions, RouterMode
+from drlora_torch.routing import ForwardWatch, RoutingCounter, token_mask
+
+if TYPE_CHECKING:
+    from drlora_torch.models.records import MoELayer
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AdaptedLayer:
+    """One experts module with its LoRA."""
+
+    record: MoELayer
+    experts: nn.Module
+    lora: ExpertLoRA
+    router: nn.Module | None
+    remove: Callable[[], None]
+    """Takes the LoRA out of the experts module again."""
+
+
+class Adapter:
+    """Made by :func:`drlora_torch.attach` or :func:`drlora_torch.load`; not by hand.
+
+    Attributes:
+        model: the adapted model.
+        engine: the engine that decides the ranks.
+        options: the options of ``attach``.
+        layers: the adapted layers by name.
+        events: growth events so far, oldest first.
+        skipped_steps: optimizer steps whose statistics were not finite and counted for nothing.
+    """
+
+    def __init__(self, model: nn.Module, engine: AllocatorEngine, options: AdapterOptions) -> None:
+        self.model = model
+        self.engine = engine
+        self.options = options
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.events: list[GrowthEvent] = []
+        self.skipped_steps = 0
+        self._enabled = True
+        self._paused = False
+        self._backward_seen = False
+        self._optimizer: Optimizer | None = None
+        # Filled in by `attach`:
+        self.undo: list[Callable[[], None]] = []
+        self.counters: dict[str, RoutingCounter] = {}
+        self.router_base: dict[str, Tensor] = {}
+        self.watch: ForwardWatch
+        self.newborn: optimizer.NewbornCorrection
+        self.accumulated: importance.AccumulatedImportance | None = None
+
+    # -- what a user calls ---------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything to give to an optimizer: A and B of all layers, and routers that may learn."""
+        self._check_attached()
+        lora = [p for layer in self.layers.values() for p in layer.lora.parameters()]
+        return lora + list(self.router_parameters().values())
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """Router parameters that learn (now or after warmup), by qualified name."""
+        if self.options.router is RouterMode.FROZEN:
+            return {}
+        return {
+            f"{layer.record.router}.{name}": parameter
+            for layer in self.layers.values()
+            if layer.router is not None
+            for name, parameter in layer.router.named_parameters()
+        }
+
+    def ranks(self) -> dict[str, np.ndarray]:
+        """Active rank of every expert, int64 [N] by layer name."""
+        return {name: layer.lora.table.ranks() for name, layer in self.layers.items()}
+
+    def step(self, grad_scale: float = 1.0) -> GrowthEvent | None:
+        """Close an optimizer step by hand; only with ``auto_step=False``.
+
+        Call it once per optimizer step, after the update; ``zero_grad`` may come before or after.
+
+        Args:
+            grad_scale: what the loss was multiplied with (``GradScaler.get_scale()``).
+
+        Returns:
+            The growth event that followed, or None.
+
+        Raises:
+            AttachError: with ``auto_step=True``, or after ``detach``.
+        """
+        self._check_attached()
+        if self.accumulated is None:
+            raise AttachError(
+                "adapter.step() is called for you after every optimizer.step(); use "
+                "attach(..., auto_step=False) to call it yourself"
+            )
+        return self._close_step(self.accumulated.take(grad_scale))
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base model, routers included; nothing is counted."""
+        self._check_attached()
+        before, self._enabled = self._enabled, False
+        self._swap_routers(before)
+        try:
+            yield
+        finally:
+            self._swap_routers(before)
+            self._enabled = before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no statistics are taken and optimizer steps do not count."""
+        self._check_attached()
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def detach(self) -> nn.Module:
+        """Take everything out again; the model is as it was before ``attach``, bit for bit."""
+        self._check_attached()
+        self._restore_routers()
+        self.take_out()
+        return self.model
+
+    def merge(self) -> nn.Module:
+        """Write W + s B A into the expert weights and take the adapter out; routers stay trained.
+
+        The sum is rounded to the dtype of the base weights.
+        """
+        from drlora_torch.models.interface import add_delta
+
+        self._check_attached()
+        for layer in self.layers.values():
+            for projection, _ in layer.lora.items():
+                add_delta(layer.experts, projection, layer.lora)
+        self.take_out()
+        return self.model
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter and the engine's state to a directory, atomically.
+
+        Load it with :func:`drlora_torch.load`. A file that is already there is replaced only when
+        the new one is complete.
+
+        Raises:
+            CheckpointError: nothing could be written (no space, no permission).
+        """
+        from drlora_torch.checkpoint import save
+
+        self._check_attached()
+        save(self, path)
+
+    # -- what the forwards tell ----------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """False inside :meth:`disabled`."""
+        return self._enabled
+
+    @property
+    def is_paused(self) -> bool:
+        """True inside :meth:`paused`."""
+        return self._paused
+
+    def routed(self, name: str, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Count a routing decision if the running forward counts."""
+        forward = self.watch.current(self.layers[name].experts.training)
+        if not forward.counts or self._paused:
+            return
+        if self._backward_seen and name == next(iter(self.layers)) and self._gradients_dropped():
+            self._forget()
+        mask = token_mask(forward.mask, top_k_index.shape[0])
+        self.counters[name].add(top_k_index, top_k_weights, mask)
+
+    def backward_seen(self, parameter: Tensor) -> None:
+        """Note that gradients of this step have begun to arrive."""
+        self._backward_seen = True
+
+    def _gradients_dropped(self) -> bool:
+        """True if the gradients of the last backward were cleared without an optimizer step."""
+        lora = next(iter(self.layers.values())).lora
+        grads = [p.grad for p in lora.parameters() if p.grad is not None]
+        return not any(bool(grad.any()) for grad in grads)
+
+    def _forget(self) -> None:
+        for counter in self.counters.values():
+            counter.reset()
+        self._backward_seen = False
+
+    # -- what the optimizer's step brings ------------------------------------------------------
+
+    def optimizer_stepped(self, user: Optimizer, slots: Mapping[str, Tensor | None]) -> None:
+        """Follow a step of the user's optimizer; ``slots`` is the importance read before it."""
+        self._optimizer = user
+        if self.options.newborn is optimizer.Newborn.CORRECTED:
+            self.newborn.after_step(user)
+        if self.accumulated is None:
+            self._close_step(slots)
+
+    def _close_step(self, slots: Mapping[str, Tensor | None]) -> GrowthEvent | None:
+        """Give the engine the statistics of one optimizer step and carry out its decision."""
+        totals = self._take_routing()
+        samples = {
+            name: (
+                totals[name][:-1] / max(totals[name][-1], 1.0),
+                importance.by_dimension(layer.lora, slots[name]),
+            )
+            for name, layer in self.layers.items()
+        }
+        if all(np.isfinite(part).all() for sample in samples.values() for part in sample):
+            for name, (phi, s) in samples.items():
+                tokens = int(totals[name][-1])
+                self.engine.observe(name, routing=phi, importance=s, tokens=tokens)
+        else:
+            self._skip_step()
+        event = self.engine.step()
+        if event is not None:
+            self._carry_out(event)
+        self.free_routers_after_warmup()
+        return event
+
+    def _take_routing(self) -> dict[str, np.ndarray]:
+        """Routing totals of the step over all processes, [N + 1] by layer; counting restarts."""
+        local = [self.counters[name].totals() for name in self.layers]
+        self._forget()
+        device = next(iter(self.layers.values())).lora.device
+        summed = sum_over_processes(np.concatenate(local), device)
+        parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
+        return dict(zip(self.layers, parts, strict=True))
+
+    def _skip_step(self) -> None:
+        if not self.skipped_steps:
+            warnings.warn(
+                f"step {self.engine.step_count + 1}: routing or importance is not finite; the "
+                "step counts for nothing in the allocation (adapter.skipped_steps counts them)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.skipped_steps += 1
+        for name in self.layers:
+            self.engine.skip(name)
+
+    def _carry_out(self, event: GrowthEvent) -> None:
+        for name, layer in self.layers.items():
+            lora = layer.lora
+            if name in event.cut:
+                freed = lora.table.cut(event.cut[name])
+                lora.clear(freed)
+                self._changed(lora, freed)
+                self.newborn.freed(name, freed)
+            else:
+                born = lora.table.grow(event.deltas[name])
+                lora.birth(born)
+                self._changed(lora, born.slots)
+                self.newborn.born(name, born.slots)
+        self.events.append(event)
+
+    def _changed(self, lora: ExpertLoRA, slots: np.ndarray) -> None:
+        if self._optimizer is None or not slots.size:
+            return
+        for parameter in lora.parameters():
+            optimizer.clear_state(self._optimizer, parameter, slots)
+
+    # -- routers -------------------------------------------------------------------------------
+
+    def free_routers_after_warmup(self) -> None:
+        """Let the routers learn once the warmup is over (``router="after_warmup"``)."""
+        if (
+            self.options.router is RouterMode.AFTER_WARMUP
+            and self.engine.step_count >= self.engine.config.warmup_steps
+        ):
+            for parameter in self.router_parameters().values():
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def _swap_routers(self, wanted: bool) -> None:
+        """Exchange trained and original router values (nothing if already disabled)."""
+        if not wanted:
+            return
+        for name, parameter in self.router_parameters().items():
+            trained = parameter.detach().clone()
+            parameter.copy_(self.router_base[name])
+            self.router_base[name] = trained
+
+    @torch.no_grad()
+    def _restore_routers(self) -> None:
+        for name, parameter in self.router_parameters().items():
+            parameter.copy_(self.router_base[name])
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def take_out(self) -> None:
+        """Undo every change to the model, last first."""
+        while self.undo:
+            self.undo.pop()()
+        self.layers = {}
+
+    def _check_attached(self) -> None:
+        if not self.layers:
+            raise AttachError("this adapter was detached or merged; attach a new one")

@@ -1,0 +1,203 @@
+"""Save an adapter and load it again: weights, slot tables, engine state and options.
+
+Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B`` [P, O] (row s of
+both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P];
+the engine's arrays as ``{layer}/engine/{field}``; learning routers as ``router/{parameter}``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from drlora_core import AllocatorConfig, AllocatorEngine, DRLoRAError
+from drlora_torch import files
+from drlora_torch.adapter import Adapter
+from drlora_torch.attaching import attach
+from drlora_torch.errors import CheckpointError
+from drlora_torch.layers import ExpertLoRA
+from drlora_torch.models.discovery import discover
+from drlora_torch.options import AdapterOptions
+from drlora_torch.slots import FREE
+
+VERSION = 1
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
+    """Write the adapter file; see :meth:`drlora_torch.Adapter.save_pretrained`."""
+    state = adapter.engine.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapter.layers.items():
+        tensors |= _layer_tensors(layer.lora, adapter.newborn.ages[name])
+        fields = state["layers"][name]
+        for field, value in list(fields.items()):
+            if isinstance(value, np.ndarray):
+                tensors[f"{name}/engine/{field}"] = torch.from_numpy(fields.pop(field))
+    for name, parameter in adapter.router_parameters().items():
+        tensors[f"router/{name}"] = parameter.detach()
+    description = {
+        "version": VERSION,
+        "options": adapter.options.model_dump(mode="json"),
+        "engine": state,
+        "skipped_steps": adapter.skipped_steps,
+        "layers": {
+            name: {
+                "num_experts": layer.record.num_experts,
+                "projections": {p: list(s) for p, s in layer.record.projections.items()},
+            }
+            for name, layer in adapter.layers.items()
+        },
+    }
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return files.write(Path(path), whole, description)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
+    """Attach a saved adapter to its base model, ready to be used or trained further.
+
+    Args:
+        model: the base model, without an adapter.
+        path: the directory (or file) that ``adapter.save_pretrained`` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign or of another model. The model is
+            left unchanged.
+    """
+    tensors, description = files.read(Path(path))
+    try:
+        adapter_layers, options, state = _parts(description, tensors)
+        config = AllocatorConfig.model_validate(state["config"])
+        _check_model(model, adapter_layers)
+        _check_tensors(tensors, adapter_layers, options, config)
+        engine = AllocatorEngine(config)
+        engine.load_state_dict(state)
+        _check_owners(tensors, engine)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
+    except (DRLoRAError, ValidationError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    adapter = attach(model, engine, **_arguments(options, adapter_layers))
+    _fill(adapter, tensors)
+    adapter.skipped_steps = int(description["skipped_steps"])
+    return adapter
+
+
+def _layer_tensors(lora: ExpertLoRA, ages: np.ndarray) -> dict[str, Tensor]:
+    tensors = {
+        f"{lora.name}/owner": torch.from_numpy(lora.table.owner),
+        f"{lora.name}/position": torch.from_numpy(lora.table.position),
+        f"{lora.name}/ages": torch.from_numpy(ages),
+    }
+    for projection, slots in lora.items():
+        tensors[f"{lora.name}/{projection}/lora_A"] = slots.lora_A
+        tensors[f"{lora.name}/{projection}/lora_B"] = slots.lora_B
+    return tensors
+
+
+def _parts(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], AdapterOptions, dict[str, Any]]:
+    """Take the description apart; the engine's arrays come back from the tensors."""
+    if description["version"] != VERSION:
+        raise CheckpointError(
+            f"the adapter has format version {description['version']!r}; this drlora reads "
+            f"{VERSION}"
+        )
+    state = dict(description["engine"])
+    state["layers"] = {name: dict(fields) for name, fields in state["layers"].items()}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition("/engine/")
+        if name:
+            state["layers"][name][field] = tensor.numpy()
+    return dict(description["layers"]), AdapterOptions(**description["options"]), state
+
+
+def _arguments(options: AdapterOptions, layers: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options.model_dump(mode="json"), "layers": list(layers)}
+
+
+def _check_model(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    found = {record.name: record for record in discover(model)}
+    for name, saved in layers.items():
+        if name not in found:
+            raise CheckpointError(
+                f"the adapter is for a layer {name!r}, which the model does not have "
+                f"(it has {len(found)} MoE layers)"
+            )
+        record = found[name]
+        if record.num_experts != saved["num_experts"]:
+            raise CheckpointError(
+                f"layer {name!r} has {record.num_experts} experts, the adapter is for "
+                f"{saved['num_experts']}"
+            )
+        own = {projection: list(shape) for projection, shape in record.projections.items()}
+        if own != saved["projections"]:
+            raise CheckpointError(
+                f"layer {name!r} has projections {own}, the adapter is for {saved['projections']}"
+            )
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Any],
+    options: AdapterOptions,
+    config: AllocatorConfig,
+) -> None:
+    """Every tensor that must be there, with its shape; no other; nothing non-finite."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        masked = options.layout.value == "masked"
+        slots = layer["num_experts"] * (config.r_max if masked else config.mean_rank_ceiling)
+        wanted |= {f"{name}/{field}": (slots,) for field in ("owner", "position", "ages")}
+        for projection, (inputs, outputs) in layer["projections"].items():
+            if options.targets is None or projection in options.targets:
+                wanted[f"{name}/{projection}/lora_A"] = (slots, inputs)
+                wanted[f"{name}/{projection}/lora_B"] = (slots, outputs)
+    own = {k: t for k, t in tensors.items() if "/engine/" not in k and not k.startswith("router/")}
+    differing = sorted(wanted.keys() ^ own.keys())
+    if differing:
+        verb = "lacks" if differing[0] in wanted else "has an unknown"
+        raise CheckpointError(f"the adapter {verb} tensor {differing[0]!r}")
+    for key, shape in wanted.items():
+        if tuple(own[key].shape) != shape:
+            raise CheckpointError(f"{key} has shape {tuple(own[key].shape)}, not {shape}")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{key} holds values that are not finite")
+
+
+def _check_owners(tensors: Mapping[str, Tensor], engine: AllocatorEngine) -> None:
+    """The slot tables must hold exactly the ranks of the engine, each dimension once."""
+    for name in engine.layer_names:
+        owner, position = tensors[f"{name}/owner"].numpy(), tensors[f"{name}/position"].numpy()
+        ranks = engine.ranks(name)
+        held = owner != FREE
+        owned = set(zip(owner[held].tolist(), position[held].tolist(), strict=True))
+        wanted = {(e, j) for e, rank in enumerate(ranks.tolist()) for j in range(rank)}
+        if owned != wanted or int(held.sum()) != len(wanted):
+            raise CheckpointError(f"layer {name!r}: the slot table does not hold the saved ranks")
+
+
+@torch.no_grad()
+def _fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    for name, layer in adapter.layers.items():
+        table = layer.lora.table
+        table.owner = tensors[f"{name}/owner"].numpy().copy()
+        table.position = tensors[f"{name}/position"].numpy().copy()
+        adapter.newborn.ages[name] = tensors[f"{name}/ages"].numpy().copy()
+        for projection, slots in layer.lora.items():
+            slots.lora_A.copy_(tensors[f"{name}/{projection}/lora_A"])
+            slots.lora_B.copy_(tensors[f"{name}/{projection}/lora_B"])
+        layer.lora.refresh()
+    for name, parameter in adapter.router_parameters().items():
+        parameter.copy_(tensors[f"router/{name}"])
+    adapter.free_routers_after_warmup()

@@ -1,0 +1,17 @@
+"""Errors of the PyTorch side, in the same tree as those of the core."""
+
+from __future__ import annotations
+
+from drlora_core.errors import DRLoRAError
+
+
+class ModelError(DRLoRAError):
+    """The model has no MoE layers, or ones that cannot be adapted."""
+
+
+class AttachError(DRLoRAError):
+    """The adapter cannot be attached this way, or is no longer attached."""
+
+
+class CheckpointError(DRLoRAError):
+    """A saved adapter is damaged, foreign, or does not fit the model."""

@@ -1,0 +1,87 @@
+"""Importance of rank dimensions, read from the LoRA gradients (AdaLoRA, arXiv 2303.10512, eq. 8).
+
+Shape letters: P rank slots, N experts, R = r_max rank dimensions, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from drlora_torch.layers import ExpertLoRA
+
+
+@torch.no_grad()
+def mean_sensitivity(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """mean |w * dL/dw| of every row, [P, I] or [P, O] -> [P]."""
+    total: Tensor = torch.linalg.vector_norm(parameter * gradient, ord=1, dim=1)
+    return total / parameter.shape[1]
+
+
+@torch.no_grad()
+def slot_importance(lora: ExpertLoRA) -> Tensor | None:
+    """s_j of every slot: mean |A_j * dA_j| + mean |B_j * dB_j|, summed over the projections.
+
+    Returns:
+        float64 [P] on the device of the parameters; None if no parameter has a gradient. A
+        parameter without one (nothing was routed there) adds 0.
+    """
+    total: Tensor | None = None
+    for _, projection in lora.items():
+        for parameter in (projection.lora_A, projection.lora_B):
+            if parameter.grad is not None:
+                part = mean_sensitivity(parameter, parameter.grad).double()
+                total = part if total is None else total + part
+    return total
+
+
+def by_dimension(lora: ExpertLoRA, slots: Tensor | None) -> NDArray[np.float64]:
+    """Arrange the importance of slots by expert and rank dimension, float64 [N, R]."""
+    if slots is None:
+        return np.zeros((lora.table.num_experts, lora.table.r_max))
+    return lora.table.per_dimension(slots.cpu().numpy())
+
+
+class AccumulatedImportance:
+    """Reads importance as gradients arrive, where no torch optimizer steps (``auto_step=False``).
+
+    Autograd's accumulation hooks see the gradient summed over the micro-batches so far, so the
+    last value of a step is that of its whole gradient, and it survives ``zero_grad``.
+    """
+
+    def __init__(self, loras: Iterable[ExpertLoRA]) -> None:
+        self._parts: dict[str, dict[int, Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        for lora in loras:
+            parts = self._parts.setdefault(lora.name, {})
+            for _, projection in lora.items():
+                for parameter in (projection.lora_A, projection.lora_B):
+                    hook = partial(self._read, parts)
+                    handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        hook
+                    )
+                    self._handles.append(handle)
+
+    @staticmethod
+    def _read(parts: dict[int, Tensor], parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parts[id(parameter)] = mean_sensitivity(parameter, parameter.grad).double()
+
+    def take(self, grad_scale: float) -> dict[str, Tensor | None]:
+        """Importance of every layer's slots since the last call, for the unscaled gradients."""
+        taken: dict[str, Tensor | None] = {}
+        for name, parts in self._parts.items():
+            taken[name] = torch.stack(list(parts.values())).sum(0) / grad_scale if parts else None
+            parts.clear()
+        return taken
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for handle in self._handles:
+            handle.remove()

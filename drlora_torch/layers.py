@@ -1,0 +1,152 @@
+"""The LoRA of one experts module: storage by rank slots, and the factors a forward needs.
+
+Shape letters: P rank slots, I input and O output features, N experts, R active rank dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from drlora_torch.initialization import RowGenerator
+from drlora_torch.kernels import LoRAFactors
+from drlora_torch.slots import Born, SlotTable
+
+
+class ProjectionShape(NamedTuple):
+    """Features of one projection of an expert."""
+
+    in_features: int
+    out_features: int
+
+
+class SlotLoRA(nn.Module):
+    """A [P, I] and B [P, O] of one projection; row s of both belongs to slot s.
+
+    Free slots are exactly 0 in A and B and get no gradient, so that neither weight decay nor an
+    update can move them.
+    """
+
+    def __init__(self, shape: ProjectionShape, num_slots: int, rows: RowGenerator) -> None:
+        super().__init__()
+        self.shape = shape
+        self.rows = rows
+        self.lora_A = nn.Parameter(torch.zeros(num_slots, shape.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(num_slots, shape.out_features))
+
+    @torch.no_grad()
+    def give_birth(self, born: Born) -> None:
+        """Fresh rows of A, zeros in B: the layer's function does not change."""
+        if not born.slots.size:
+            return
+        drawn = [
+            self.rows.draw(int(expert), int(position))
+            for expert, position in zip(born.experts, born.positions, strict=True)
+        ]
+        slots = torch.from_numpy(born.slots).to(self.lora_A.device)
+        self.lora_A[slots] = torch.from_numpy(np.stack(drawn)).to(self.lora_A)
+        self.lora_B[slots] = 0.0
+
+    @torch.no_grad()
+    def clear(self, slots: np.ndarray) -> None:
+        """Zero the rows of freed slots."""
+        index = torch.from_numpy(slots).to(self.lora_A.device)
+        self.lora_A[index] = 0.0
+        self.lora_B[index] = 0.0
+
+
+class ExpertLoRA(nn.Module):
+    """LoRA of all experts of one module, with one rank per expert shared by its projections.
+
+    Args:
+        name: the layer's name in the engine; seeds the rows of A.
+        shapes: features by projection name.
+        table: the slot table, already holding the starting ranks.
+        scaling: s, the factor of B A; the same for every expert and constant over training.
+        dropout: probability of dropping an input of the low-rank part, in [0, 1).
+        seed: seed of the rows of A.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shapes: Mapping[str, ProjectionShape],
+        table: SlotTable,
+        scaling: float,
+        dropout: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.table = table
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.projections = nn.ModuleDict(
+            {
+                projection: SlotLoRA(
+                    shape,
+                    table.num_slots,
+                    RowGenerator(seed, name, projection, shape.in_features),
+                )
+                for projection, shape in shapes.items()
+            }
+        )
+        active = table.active()
+        self.birth(Born(active, table.owner[active], table.position[active]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where A and B are."""
+        return next(self.parameters()).device
+
+    def items(self) -> list[tuple[str, SlotLoRA]]:
+        """Projections by name."""
+        return list(self.projections.items())  # type: ignore[arg-type]
+
+    def birth(self, born: Born) -> None:
+        """Initialise slots that the table has just given to experts."""
+        for _, projection in self.items():
+            projection.give_birth(born)
+        self.refresh()
+
+    def clear(self, slots: np.ndarray) -> None:
+        """Zero slots that the table has just freed."""
+        for _, projection in self.items():
+            projection.clear(slots)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Follow a change of the slot table."""
+        self._active = torch.from_numpy(self.table.active())
+        self._ends: list[int] = np.cumsum(self.table.ranks()).tolist()
+
+    def factors(self, projection: str, dtype: torch.dtype) -> LoRAFactors | None:
+        """Active rows of a projection in the compute dtype; None where it is not a target."""
+        if projection not in self.projections:
+            return None
+        slots = self.projections[projection]
+        assert isinstance(slots, SlotLoRA)
+        if self._active.device != slots.lora_A.device:
+            self._active = self._active.to(slots.lora_A.device)
+        return LoRAFactors(
+            slots.lora_A.index_select(0, self._active).to(dtype),
+            slots.lora_B.index_select(0, self._active).to(dtype),
+            self._ends,
+            self.scaling,
+        )
+
+    def drop(self, rows: Tensor) -> Tensor | None:
+        """Input of the low-rank part under dropout; None where it reads the rows themselves."""
+        return self.dropout(rows) if self.dropout is not None and self.training else None
+
+    @torch.no_grad()
+    def delta_weight(self, projection: str, expert: int) -> Tensor:
+        """s * (B A) of one expert, [O, I], in the dtype of the LoRA parameters."""
+        slots = self.projections[projection]
+        assert isinstance(slots, SlotLoRA)
+        owned = torch.from_numpy(np.flatnonzero(self.table.owner == expert))
+        return self.scaling * (slots.lora_B[owned].T @ slots.lora_A[owned])

@@ -1,0 +1,106 @@
+"""Find the MoE layers of a model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from drlora_core.errors import UnknownLayerError, near_misses
+from drlora_torch.errors import ModelError
+from drlora_torch.models import interface
+from drlora_torch.models.records import MoELayer
+
+
+def discover(model: nn.Module) -> list[MoELayer]:
+    """List the MoE layers of a model; attaches nothing and changes nothing.
+
+    Args:
+        model: any ``nn.Module``, usually a Transformers model.
+
+    Returns:
+        One record per experts module, in the order of the model; ``obstacle`` says why a layer
+        cannot be adapted.
+
+    Example:
+        >>> from transformers import OlmoeConfig, OlmoeForCausalLM
+        >>> config = OlmoeConfig(hidden_size=8, intermediate_size=4, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=16)
+        >>> [(layer.name, layer.num_experts) for layer in discover(OlmoeForCausalLM(config))]
+        [('model.layers.0.mlp.experts', 4)]
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return [
+        _record(model, name, module)
+        for name, module in model.named_modules()
+        if interface.follows_interface(module)
+    ]
+
+
+def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> list[MoELayer]:
+    """The layers to adapt: all, or those whose name matches one of the patterns (``fnmatch``).
+
+    Raises:
+        ModelError: there is no MoE layer, or a chosen one has an obstacle.
+        UnknownLayerError: a pattern matches nothing; the message lists near misses.
+    """
+    found = discover(model)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no mixture-of-experts layer that drlora can adapt; "
+            "drlora_torch.discover(model) lists what it finds"
+        )
+    names = [layer.name for layer in found]
+    for pattern in patterns or ():
+        if not fnmatch.filter(names, pattern):
+            raise UnknownLayerError(
+                f"no MoE layer matches {pattern!r}; {near_misses(pattern, names)}"
+            )
+    chosen = [
+        layer
+        for layer in found
+        if patterns is None or any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)
+    ]
+    for layer in chosen:
+        if layer.obstacle is not None:
+            raise ModelError(f"layer {layer.name!r} cannot be adapted: {layer.obstacle}")
+    return chosen
+
+
+def _record(model: nn.Module, name: str, module: Any) -> MoELayer:
+    obstacle = interface.obstacle(module)
+    weight = getattr(module, interface.projection_names(module)[0], None)
+    return MoELayer(
+        name=name,
+        experts_class=type(module).__name__,
+        num_experts=0 if weight is None else int(weight.shape[0]),
+        projections={} if obstacle else interface.projection_shapes(module),
+        router=_router_name(model, name),
+        dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
+        obstacle=obstacle,
+    )
+
+
+def _router_name(model: nn.Module, experts: str) -> str | None:
+    """The router beside the experts: of the class that the model declares to record logits of."""
+    parent, _, _ = experts.rpartition(".")
+    classes = _declared_router_classes(model)
+    for child, module in model.get_submodule(parent).named_children():
+        if type(module) in classes:
+            return f"{parent}.{child}" if parent else child
+    return None
+
+
+def _declared_router_classes(model: nn.Module) -> set[type]:
+    """Classes under ``router_logits`` in the ``_can_record_outputs`` of the model's parts."""
+    classes: set[type] = set()
+    for module in model.modules():
+        recorded = getattr(type(module), "_can_record_outputs", None) or {}
+        entries = recorded.get("router_logits", ())
+        for entry in entries if isinstance(entries, (list, tuple)) else (entries,):
+            target: Any = getattr(entry, "target_class", entry)
+            classes.add(target)
+    return classes

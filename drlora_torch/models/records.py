@@ -1,0 +1,28 @@
+"""What discovery finds: plain records of the MoE layers of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from drlora_torch.layers import ProjectionShape
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MoELayer:
+    """One experts module of a model, as :func:`drlora_torch.discover` lists it."""
+
+    name: str
+    """Qualified name of the experts module, and of the layer in the engine."""
+    experts_class: str
+    """Class name of the experts module."""
+    num_experts: int
+    """N; 0 where it cannot be told."""
+    projections: Mapping[str, ProjectionShape]
+    """Input and output features by the name of the weight, such as ``gate_up_proj``."""
+    router: str | None
+    """Qualified name of the router module, None where none was found."""
+    dtype: str
+    """Data type of the expert weights, such as ``float32``."""
+    obstacle: str | None = None
+    """Why the layer cannot be adapted; None where it can."""

@@ -1,0 +1,72 @@
+"""Options of :func:`drlora_torch.attach`, validated once and saved with the adapter."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from drlora_core import AllocatorConfig
+from drlora_core.errors import near_misses
+from drlora_torch.optimizer import Newborn
+from drlora_torch.slots import Layout
+
+
+class RouterMode(str, enum.Enum):
+    """Whether the routers of the adapted layers learn."""
+
+    FROZEN = "frozen"
+    AFTER_WARMUP = "after_warmup"
+    """Frozen for ``warmup_steps`` optimizer steps, then trained."""
+    TRAINABLE = "trainable"
+
+
+FLOATING = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+class AdapterOptions(BaseModel):
+    """How the LoRA of the experts is built; see :func:`drlora_torch.attach` for each option."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    alpha: float = Field(gt=0.0)
+    targets: tuple[str, ...] | None = None
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    router: RouterMode = RouterMode.FROZEN
+    layout: Layout = Layout.POOLED
+    dtype: str | None = None
+    layers: tuple[str, ...] | None = None
+    auto_step: bool = True
+    newborn: Newborn = Newborn.CORRECTED
+    rslora: bool = False
+
+    @field_validator("targets", "layers", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_name(cls, value: object) -> object:
+        name = str(value).removeprefix("torch.")
+        if value is not None and name not in FLOATING:
+            raise ValueError(
+                f"{value!r} is not a floating-point dtype; {near_misses(name, FLOATING)}"
+            )
+        return None if value is None else name
+
+    def scaling(self, config: AllocatorConfig) -> float:
+        """s = alpha / r_target, or alpha / sqrt(r_target) with ``rslora``; never changes."""
+        divisor = math.sqrt(config.r_target) if self.rslora else config.r_target
+        return self.alpha / divisor
+
+    def lora_dtype(self, base: torch.dtype) -> torch.dtype:
+        """Return the dtype of the LoRA parameters: the one asked for, else at least float32."""
+        if self.dtype is not None:
+            return FLOATING[self.dtype]
+        return torch.float32 if base.itemsize < 4 else base

@@ -1,0 +1,149 @@
+"""Routing statistics: what the router does with the counted tokens of one optimizer step.
+
+A token counts once, in a training forward of the whole model: not in evaluation, under
+``no_grad``, while paused, in padding, or when gradient checkpointing runs a layer again.
+
+Shape letters: T tokens, K experts per token, N experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """A forward that is running: whether it counts, and its attention mask [batch, length]."""
+
+    counts: bool
+    mask: Tensor | None
+
+
+class ForwardWatch:
+    """Follows the forwards of a model and of its parts that take an ``attention_mask``.
+
+    Experts see flattened tokens, so the mask must be taken where the model gets it. The innermost
+    two-dimensional mask is the one the experts below belong to (encoder-decoder models have two);
+    the outermost forward decides whether anything counts.
+    """
+
+    def __init__(self, model: nn.Module, inside: Iterable[str]) -> None:
+        self._stack: list[Forward] = []
+        self._handles: list[RemovableHandle] = []
+        for module in _mask_takers(model, list(inside)):
+            signature = inspect.signature(module.forward)
+            self._handles += [
+                module.register_forward_pre_hook(self._entering(signature), with_kwargs=True),
+                module.register_forward_hook(self._leaving, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def current(self, training: bool) -> Forward:
+        """The running forward; outside of one, layers called by hand count while training."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward:  # gradient checkpointing runs the layer a second time
+            return Forward(counts=False, mask=None)
+        if self._stack:
+            return self._stack[-1]
+        return Forward(counts=training and torch.is_grad_enabled(), mask=None)
+
+    def _entering(self, signature: inspect.Signature) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                mask = self._stack[-1].mask if self._stack else None
+            counts = (
+                self._stack[-1].counts
+                if self._stack
+                else module.training and torch.is_grad_enabled()
+            )
+            self._stack.append(Forward(counts, mask))
+
+        return enter
+
+    def _leaving(self, module: nn.Module, args: object, output: object) -> None:
+        self._stack.pop()
+
+
+def _mask_takers(model: nn.Module, inside: list[str]) -> list[nn.Module]:
+    """The model, and the modules around the experts that take tokens and a mask of their own."""
+    chosen = [model]
+    for name, module in model.named_modules():
+        around = any(layer.startswith(f"{name}.") for layer in inside)
+        if name and around and {"input_ids", "attention_mask"} <= _parameters(module):
+            chosen.append(module)
+    return chosen
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+class RoutingCounter:
+    """Sums the routing weights of one layer over the micro-batches of an optimizer step."""
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        self._sums: Tensor | None = None
+        self._tokens: Tensor | int = 0
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._sums, self._tokens = None, 0
+
+    @torch.no_grad()
+    def add(self, top_k_index: Tensor, top_k_weights: Tensor, mask: Tensor | None) -> None:
+        """Count tokens; indices >= N are sentinels and weigh nothing.
+
+        Args:
+            top_k_index: int64 [T, K].
+            top_k_weights: [T, K].
+            mask: which tokens count, [T], or None for all.
+        """
+        weights = top_k_weights.detach().double()
+        tokens: Tensor | int = top_k_index.shape[0]
+        if mask is not None:
+            weights = weights * mask.unsqueeze(-1)
+            tokens = mask.sum()
+        sums = torch.bincount(
+            top_k_index.clamp(max=self._num_experts).reshape(-1),
+            weights=weights.reshape(-1),
+            minlength=self._num_experts + 1,
+        )[: self._num_experts]
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._tokens = self._tokens + tokens
+
+    def totals(self) -> NDArray[np.float64]:
+        """Summed weights of each expert, then the number of counted tokens, float64 [N + 1]."""
+        if self._sums is None:
+            return np.zeros(self._num_experts + 1)
+        tokens = torch.as_tensor(self._tokens, dtype=torch.float64, device=self._sums.device)
+        totals: NDArray[np.float64] = torch.cat([self._sums, tokens.reshape(1)]).cpu().numpy()
+        return totals
+
+
+def token_mask(mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Flatten an attention mask [batch, length] to the tokens of this forward, bool [T].
+
+    With a key-value cache the mask is longer than the input, whose tokens are its last columns.
+    None where the mask cannot belong to these tokens (image tokens of another tower, say).
+    """
+    if mask is None or mask.shape[0] == 0 or num_tokens % mask.shape[0]:
+        return None
+    length = num_tokens // mask.shape[0]
+    if length > mask.shape[1]:
+        return None
+    return mask[:, mask.shape[1] - length :].reshape(-1) != 0
