@@ -94,7 +94,7 @@ def _numbers(name: str, values: ArrayLike | None, size: int) -> FloatArray:
     return checked
 
 
-def _fits(name: str, array: np.ndarray, size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _fits(name: str, array: NDArray[Any], size: int) -> NDArray[Any]:
     if array.shape != (size,):
         raise ValueError(f"{name} has shape {array.shape}; ranks have ({size},)")
     return array
@@ -221,9 +221,10 @@ def _check_permuted(policy: Policy, request: AllocationRequest, permutation: lis
     got = _check_once(policy, renumbered)
     if not np.array_equal(got, growth[order]):
         raise AssertionError(
-            f"policy {_name(policy)!r} depends on the numbering of the experts: {growth.tolist()} for "
-            f"{_describe(request)}, but in the order {permutation} it gives {got.tolist()}, not "
-            f"{growth[order].tolist()} (equivariant=False turns this check off)"
+            f"policy {_name(policy)!r} depends on the numbering of the experts: "
+            f"{growth.tolist()} for {_describe(request)}, but in the order "
+            f"{permutation} it gives {got.tolist()}, not {growth[order].tolist()} "
+            "(equivariant=False turns this check off)"
         )
 
 

@@ -1,0 +1,1 @@
+"""Tests of drlora; run ``pytest`` in the repository."""

@@ -1,0 +1,1 @@
+"""Tests of drlora_core; none needs torch."""
