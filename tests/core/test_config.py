@@ -1,0 +1,189 @@
+"""Every refusal of AllocatorConfig names the value and the fix, and refuses only what must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
+from drlora_core.errors import DRLoRAError
+from tests import reference
+from tests.core.comparison import build, feed
+from tests.strategies import layers, make_samples, options, seeds
+
+WHOLE = ("r_init", "r_target", "r_max", "warmup_steps", "growth_interval", "growth_end", "seed")
+WHOLE += ("quota", "max_growth", "layer_ceiling")
+
+# (arguments, fragments that the message must hold: the name, the value or range, the fix)
+INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"r_init": 0}, ("r_init", "greater than or equal to 1", "input_value=0")),
+    ({"r_target": 0}, ("r_target", "greater than or equal to 1")),
+    ({"r_max": -1}, ("r_max", "greater than or equal to 1", "input_value=-1")),
+    ({"warmup_steps": -1}, ("warmup_steps", "greater than or equal to 0")),
+    ({"growth_interval": 0}, ("growth_interval", "greater than or equal to 1")),
+    ({"growth_end": -5}, ("growth_end", "greater than or equal to 0")),
+    ({"quota": 0}, ("quota", "greater than or equal to 1")),
+    ({"max_growth": 0}, ("max_growth", "greater than or equal to 1")),
+    ({"gamma": -0.5}, ("gamma", "greater than or equal to 0", "input_value=-0.5")),
+    ({"gamma": float("nan")}, ("gamma", "finite")),
+    ({"gamma": float("inf")}, ("gamma", "finite")),
+    ({"gamma": "1"}, ("gamma", "valid number")),
+    ({"gamma": True}, ("gamma", "valid number")),
+    ({"routing_decay": 1.0}, ("routing_decay", "less than 1")),
+    ({"routing_decay": -0.1}, ("routing_decay", "greater than or equal to 0")),
+    ({"importance_decay": 1.0}, ("importance_decay", "less than 1")),
+    ({"use_routing": 1}, ("use_routing", "valid boolean")),
+    ({"use_importance": "yes"}, ("use_importance", "valid boolean")),
+    ({"policy": "gready"}, ("policy", "'greedy'", "'prune'", "gready")),
+    ({"scope": "model"}, ("scope", "'layer' or 'global'")),
+    ({"layer_floor": 1.5}, ("layer_floor", "less than or equal to 1")),
+    ({"layer_ceiling": 0, "scope": "global"}, ("layer_ceiling", "greater than or equal to 1")),
+    ({"seed": -1}, ("seed", "greater than or equal to 0")),
+    ({"rank": 8}, ("rank", "Extra inputs are not permitted")),
+    ({"r_target": 40}, ("r_target 40 > r_max 32", "use r_max >= 40")),
+    ({"policy": "prune", "r_init": 40}, ("r_init 40 > r_max 32", "use r_max >= 40")),
+    ({"r_init": 20}, ("r_init 20 > r_target 16", "r_init <= 16", "policy 'prune'")),
+    ({"policy": "prune"}, ("r_init 8 < r_target 16", "use r_init >= 16", "e.g. 32")),
+    (
+        {"growth_end": 399},
+        ("no growth event", "200 < t <= 399", "growth_end >= 400", "r_init = r_target"),
+    ),
+    ({"growth_end": 0, "policy": "prune", "r_init": 32}, ("no growth event", "use growth_end")),
+    (
+        {"growth_end": 600, "max_growth": 3},
+        ("out of reach", "max_growth 3 x 2 events = 6 < 8", "max_growth >= 4 or more events"),
+    ),
+    (
+        {"scope": "global", "layer_ceiling": 15},
+        ("layer_ceiling 15", "between r_target 16", "r_max 32"),
+    ),
+    ({"scope": "global", "layer_ceiling": 33}, ("layer_ceiling 33", "r_max 32")),
+    (
+        {"scope": "global", "layer_ceiling": 20, "policy": "uniform"},
+        ("layer_ceiling has no meaning", "'uniform'", "leave it out"),
+    ),
+]
+INVALID += [
+    ({name: value}, (name, "must be a whole number", repr(value)))
+    for name in WHOLE
+    for value in (True, 8.0, "8", np.float64(8), np.array([8, 8]), np.array(8.5))
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragments"), INVALID, ids=lambda value: str(value)[:50])
+def test_invalid_arguments_are_refused_with_name_value_and_fix(
+    arguments: dict[str, Any], fragments: tuple[str, ...]
+) -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        AllocatorConfig(**arguments)
+    assert isinstance(caught.value, ValueError)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WHOLE[:-1])
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_are_whole_numbers(name: str, kind: Any) -> None:
+    plain = AllocatorConfig(r_init=16)
+    value = 32 if name == "r_max" else 16
+    config = AllocatorConfig(**{"r_init": 16, name: kind(value)})
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is int
+    assert config == plain.model_validate(plain.model_dump() | {name: value})
+
+
+@given(options(scopes=("layer", "global")))
+def test_json_round_trip(options: dict[str, Any]) -> None:
+    config = AllocatorConfig(**options)
+    assert AllocatorConfig.model_validate_json(config.model_dump_json()) == config
+    assert AllocatorConfig(**config.model_dump(mode="json")) == config
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = AllocatorConfig()
+    assert config.model_dump() == {
+        **{"r_init": 8, "r_target": 16, "r_max": 32},
+        **{"warmup_steps": 200, "growth_interval": 200, "growth_end": 2200},
+        **{"quota": None, "max_growth": None, "gamma": 1.0},
+        **{"routing_decay": 0.9, "importance_decay": 0.9},
+        **{"use_routing": True, "use_importance": True},
+        **{"policy": "greedy", "scope": "layer", "layer_floor": 0.25, "layer_ceiling": None},
+        "seed": 0,
+    }
+    assert config.growth_steps == tuple(range(400, 2201, 200))
+
+
+@pytest.mark.parametrize("field", AllocatorConfig.model_fields)
+def test_configuration_is_frozen(field: str) -> None:
+    config = AllocatorConfig()
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        setattr(config, field, 1)
+    assert config == AllocatorConfig()
+
+
+def test_engine_wants_a_configuration() -> None:
+    options: Any = {"r_init": 8}
+    with pytest.raises(LayoutError, match="must be an AllocatorConfig, got dict"):
+        AllocatorEngine(options)
+
+
+def test_every_error_of_ours_is_a_value_error() -> None:
+    assert issubclass(DRLoRAError, ValueError)
+
+
+@given(options(), st.integers(0, 20))
+def test_timetable_is_its_definition(options: dict[str, Any], growth_end: int) -> None:
+    options |= {"growth_end": growth_end, "r_init": options["r_target"], "policy": "greedy"}
+    config = AllocatorConfig(**options)
+    assert list(config.growth_steps) == reference.Engine(options).growth_steps()
+    assert config.num_events == len(config.growth_steps)
+
+
+small = st.integers(1, 4)
+
+
+@given(
+    r_init=small,
+    r_target=small,
+    r_max=small,
+    warmup_steps=st.integers(0, 3),
+    growth_interval=st.integers(1, 3),
+    growth_end=st.integers(0, 8),
+    max_growth=st.none() | st.integers(1, 3),
+)
+def test_refused_exactly_if_the_budget_is_out_of_reach(**arguments: Any) -> None:
+    """What is refused has no allocation that starts at r_init and averages r_target in time."""
+    window = reference.Engine(arguments).growth_steps()
+    low, high, top = arguments["r_init"], arguments["r_target"], arguments["r_max"]
+    most = low  # the largest rank an expert can reach, event by event
+    for _ in window:
+        most = min(top, most + (arguments["max_growth"] or top))
+    feasible = low <= high <= most and high <= top
+    try:
+        AllocatorConfig(**arguments)
+    except pydantic.ValidationError:
+        assert not feasible
+    else:
+        assert feasible
+
+
+@given(
+    options(policies=("greedy", "rescored", "proportional", "random"), quota=None, max_growth=None),
+    layers(),
+    seeds,
+)
+def test_even_schedule_meets_the_budget_exactly_at_the_last_event(
+    options: dict[str, Any], layers: dict[str, int], seed: int
+) -> None:
+    engine = build(options, layers)
+    events = feed(engine, make_samples(options, layers, seed, "generic", options["growth_end"]))
+    last = [event for event in events if event is not None][-1]
+    assert last.step == engine.config.growth_steps[-1]
+    for name, size in layers.items():
+        assert last.ranks[name].sum() == size * options["r_target"] == engine.budget(name)
+    assert last.unplaced == 0
