@@ -5,6 +5,7 @@ Shapes: E experts of all layers one after the other, R rank dimensions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class RecordingFile:
             spec.name: np.empty((rows, *spec.columns), dtype=spec.dtype) for spec in self.specs
         }
         self.start = self.count = self.written = 0
+        self.flushed_at = time.monotonic()
         self.written_events: list[GrowthEvent] = []
         self.events: list[GrowthEvent] = []
         self.dimensions = dimensions
@@ -74,9 +76,12 @@ class RecordingFile:
         if self.count == self.rows:
             self.flush()
             self.start, self.count = self.start + self.rows, 0
+        elif time.monotonic() - self.flushed_at > schema.FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Write the running chunk and the events; ``presence`` comes last and commits them."""
+        self.flushed_at = time.monotonic()
         end = self.start + self.count
         if end == self.written:
             return
@@ -89,24 +94,21 @@ class RecordingFile:
 
     def flush_events(self) -> None:
         """Write the events; readers ignore those of steps that are not written."""
-        while self.events:
-            self._write_event(self.events[0], len(self.written_events))
-            self.written_events.append(self.events.pop(0))
-
-    def _write_event(self, event: GrowthEvent, row: int) -> None:
-        values: dict[str, Any] = {
-            "index": event.index,
-            "unplaced": event.unplaced,
-            "step": event.step,
-        }
-        for name in ("deltas", "ranks", "saliency", "cut"):
-            by_layer = getattr(event, name)
-            if by_layer:
-                values[name] = np.concatenate([by_layer[layer] for layer in self.layers])
+        if not self.events:
+            return
+        start, end = len(self.written_events), len(self.written_events) + len(self.events)
         for spec in self.event_specs:
-            handle = self.event_handles[spec.name]
-            handle.resize((row + 1, *spec.columns))
-            handle[row] = np.asarray(values[spec.name], dtype=spec.dtype)
+            values = [self._event_values(event, spec.name) for event in self.events]
+            self.event_handles[spec.name].resize((end, *spec.columns))
+            self.event_handles[spec.name][start:end] = np.array(values, dtype=spec.dtype)
+        self.written_events += self.events
+        self.events = []
+
+    def _event_values(self, event: GrowthEvent, name: str) -> Any:
+        values = getattr(event, name)
+        if isinstance(values, int):
+            return values
+        return np.concatenate([values[layer] for layer in self.layers])
 
     def seek(self, steps: int) -> None:
         """Make ``steps`` the number of steps there are, discarding what follows.

@@ -21,7 +21,9 @@ HOLE = 255
 UNKNOWN_TOKENS = -1
 CHUNK_BYTES = 4 * 2**20
 """Size of a chunk of float64 before compression, which bounds the writer's memory."""
-CHUNK_STEPS = 64
+CHUNK_STEPS = 256
+FLUSH_SECONDS = 30.0
+"""Longest time that a step stays in memory only, if steps go on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class RecordingWriter:
         path: where to write; a new or empty directory, or the recording to continue.
         source: the engine.
         policy: name of the policy that decides.
-        chunk_steps: steps per chunk; None chooses at most 64, less for very wide models.
+        chunk_steps: steps per chunk; None chooses at most 256, less for very wide models.
 
     Raises:
         DRLoRAError: zarr is not installed.
