@@ -34,7 +34,7 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message: close names, or the names there are.
 
     Example:
-        >>> near_misses("layer.O", ["layer.0", "layer.1"])
+        >>> near_misses("layers.0", ["layer.0", "layer.1"])
         "did you mean 'layer.0' or 'layer.1'?"
     """
     names = list(known)

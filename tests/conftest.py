@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "fast",
-    max_examples=40,
+    max_examples=100,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
-    "ci", settings.get_profile("fast"), max_examples=100, derandomize=True, print_blob=True
+    "ci", settings.get_profile("fast"), max_examples=200, derandomize=True, print_blob=True
 )
 settings.register_profile(
     "deep", settings.get_profile("fast"), max_examples=2000, stateful_step_count=60

@@ -1,0 +1,54 @@
+"""Every example in the docstrings and on the pages of docs/ runs and gives what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import drlora_core
+
+ROOT = Path(__file__).parents[2]
+MODULES = [module.name for module in pkgutil.walk_packages(drlora_core.__path__, "drlora_core.")]
+PAGES = [page for page in sorted(ROOT.glob("docs/*.md")) if "```pycon" in page.read_text()]
+OPTIONAL = {"zarr", "plotly", "typer", "rich", "hypothesis"}  # the extras of pyproject.toml
+
+
+def run(tests: list[doctest.DocTest]) -> doctest.TestResults:
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in tests:
+        runner.run(test)
+    return runner.summarize(verbose=False)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_module(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name in OPTIONAL:
+            pytest.skip(f"{name} needs {error.name}")
+        raise
+    assert run(doctest.DocTestFinder().find(module)).failed == 0
+
+
+def test_the_main_modules_have_examples() -> None:
+    """The search above finds something: no examples would pass as well."""
+    for name in ("engine", "config", "policies", "testing"):
+        module = importlib.import_module(f"drlora_core.{name}")
+        assert any(test.examples for test in doctest.DocTestFinder().find(module)), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_of_page(page: Path) -> None:
+    """The ```pycon blocks of a page are one session, in the order of the page."""
+    blocks = re.findall(r"^```pycon\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    session = doctest.DocTestParser().get_doctest(
+        "\n".join(blocks), {}, page.name, str(page), lineno=0
+    )
+    assert session.examples
+    assert run([session]).failed == 0
