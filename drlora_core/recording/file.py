@@ -17,7 +17,7 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.ema import IntArray
 from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
-from drlora_core.recording import schema, store
+from drlora_core.recording import chunks, schema, store
 from drlora_core.recording.dimensions import follow, initial_order
 
 Row = dict[str, NDArray[Any]]
@@ -31,11 +31,11 @@ class RecordingFile:
     """
 
     def __init__(
-        self, group: Any, layers: dict[str, int], rows: int, dimensions: int | None
+        self, path: Path, layers: dict[str, int], rows: int, dimensions: int | None
     ) -> None:
         experts = sum(layers.values())
         ends = np.cumsum(list(layers.values())).tolist()
-        self.group = group
+        self.path = path
         self.layers = layers
         self.slices = {
             name: slice(end - size, end)
@@ -44,10 +44,8 @@ class RecordingFile:
         self.rows = rows
         self.specs = schema.step_arrays(len(layers), experts, dimensions)
         self.event_specs = schema.event_arrays(experts, dimensions)
-        self.handles = {spec.name: group[spec.name] for spec in self.specs}
-        self.event_handles = {spec.name: group[f"events/{spec.name}"] for spec in self.event_specs}
         self.buffers: dict[str, NDArray[Any]] = {
-            spec.name: np.empty((rows, *spec.columns), dtype=spec.dtype) for spec in self.specs
+            spec.name: np.full((rows, *spec.columns), spec.fill, spec.dtype) for spec in self.specs
         }
         self.start = self.count = self.written = 0
         self.flushed_at = time.monotonic()
@@ -87,20 +85,25 @@ class RecordingFile:
             return
         self.flush_events()
         for spec in self.specs:
-            handle = self.handles[spec.name]
-            handle.resize((end, *spec.columns))
-            handle[self.start : end] = self.buffers[spec.name][: self.count]
+            chunk = self.buffers[spec.name]
+            chunk[self.count :] = spec.fill
+            chunks.write(self.path / spec.name, self.start // self.rows, chunk)
+            chunks.set_length(self.path / spec.name, end)
         self.written = end
 
     def flush_events(self) -> None:
         """Write the events; readers ignore those of steps that are not written."""
         if not self.events:
             return
-        start, end = len(self.written_events), len(self.written_events) + len(self.events)
+        start = len(self.written_events)
         for spec in self.event_specs:
-            values = [self._event_values(event, spec.name) for event in self.events]
-            self.event_handles[spec.name].resize((end, *spec.columns))
-            self.event_handles[spec.name][start:end] = np.array(values, dtype=spec.dtype)
+            array = self.path / "events" / spec.name
+            for row, event in enumerate(self.events, start):
+                values: NDArray[Any] = np.array(
+                    [self._event_values(event, spec.name)], dtype=spec.dtype
+                )
+                chunks.write(array, row, values)
+            chunks.set_length(array, start + len(self.events))
         self.written_events += self.events
         self.events = []
 
@@ -109,6 +112,11 @@ class RecordingFile:
         if isinstance(values, int):
             return values
         return np.concatenate([values[layer] for layer in self.layers])
+
+    def close(self) -> None:
+        """Flush, and mark the recording as complete."""
+        self.flush()
+        chunks.set_attribute(self.path, "closed", True)
 
     def seek(self, steps: int) -> None:
         """Make ``steps`` the number of steps there are, discarding what follows.
@@ -125,8 +133,7 @@ class RecordingFile:
         if steps == end:
             return
         if self.written > steps:  # first of all, uncommit
-            self.handles["presence"][steps:] = schema.HOLE
-            self.handles["presence"].resize((steps, len(self.layers)))
+            chunks.set_length(self.path / "presence", steps)
             self.written = steps
         if steps < self.start:
             self.load(steps)
@@ -134,15 +141,16 @@ class RecordingFile:
         self.events = [event for event in self.events if event.step <= steps]
         self.written_events = [event for event in self.written_events if event.step <= steps]
         for spec in self.event_specs:
-            self.event_handles[spec.name].resize((len(self.written_events), *spec.columns))
+            chunks.set_length(self.path / "events" / spec.name, len(self.written_events))
         self._reorder()
 
     def load(self, steps: int) -> None:
         """Take the rows of the chunk that step ``steps`` ends in from the store."""
         self.start = steps // self.rows * self.rows
         self.count = steps - self.start
-        for name, handle in self.handles.items():
-            self.buffers[name][: self.count] = handle[self.start : steps]
+        group, _ = store.open_group(self.path)
+        for name, buffer in self.buffers.items():
+            buffer[: self.count] = group[name][self.start : steps]
 
     def _reorder(self) -> None:
         if self.dimensions is None:
@@ -169,8 +177,8 @@ def create(
     rows = rows or schema.chunk_steps(specs)
     saved = None if config is None else config.model_dump(mode="json")
     attributes = schema.attributes(layers, saved, policy, rows)
-    group = store.create(path, attributes, specs, schema.event_arrays(experts, dimensions))
-    return RecordingFile(group, layers, rows, dimensions)
+    store.create(path, attributes, specs, schema.event_arrays(experts, dimensions))
+    return RecordingFile(path, layers, rows, dimensions)
 
 
 def resume(
@@ -186,17 +194,17 @@ def resume(
         raise LayoutError(f"the recording {path} is of other layers; record to a new path")
     if recording.config != config:
         raise LayoutError(f"the recording {path} is of another configuration; use a new path")
-    group, attributes = store.open_group(path, mode="r+")
+    _, attributes = store.open_group(path)
     dimensions = config.r_max if config.policy == "prune" else None
-    file = RecordingFile(group, dict(layers), int(attributes["chunk_steps"]), dimensions)
+    file = RecordingFile(path, dict(layers), int(attributes["chunk_steps"]), dimensions)
     file.written_events = list(recording.events)
     file.load(recording.steps)
-    file.written = max(handle.shape[0] for handle in file.handles.values())
+    file.written = recording.steps
     if steps > recording.steps:
         raise LayoutError(
             f"the recording {path} ends at step {recording.steps}, the engine is at step {steps}; "
             f"resume from an earlier state, or record to a new path from the start"
         )
     file.seek(steps)
-    group.attrs["closed"] = False
+    chunks.set_attribute(path, "closed", False)
     return file

@@ -1,7 +1,7 @@
-"""Reading and creating the Zarr store of a recording; the only file that knows the zarr library.
+"""Creating and reading the Zarr store of a recording.
 
-A step counts as written when its row of ``presence`` is, which is written last. Chunks are replaced
-atomically (a temporary file and a rename), so a killed writer leaves whole chunks behind.
+A step counts as written when the length of ``presence`` says so, which is written last. Files are
+replaced atomically (a temporary file and a rename), so a killed writer leaves whole ones behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import DRLoRAError, LayoutError
 from drlora_core.events import GrowthEvent
-from drlora_core.recording import schema
+from drlora_core.recording import chunks, schema
 from drlora_core.recording.data import Recording
 from drlora_core.recording.schema import ArraySpec
 
@@ -35,32 +35,27 @@ def import_zarr() -> Any:
 
 def create(
     path: Path, attributes: dict[str, Any], steps: list[ArraySpec], events: list[ArraySpec]
-) -> Any:
-    """Create an empty store; the root's metadata is written last and makes it a recording."""
+) -> None:
+    """Create an empty store; the root's attributes are written last and make it a recording."""
     zarr = import_zarr()
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
     group = zarr.create_group(store=str(path), zarr_format=3)
     rows = attributes["chunk_steps"]
     for prefix, arrays, chunk in (("", steps, rows), ("events/", events, 1)):
         if prefix:
             group.create_group(prefix.rstrip("/"))
         for spec in arrays:
-            size = np.dtype(spec.dtype).itemsize
-            shuffled = BloscCodec(typesize=size, cname="zstd", clevel=3, shuffle="shuffle")
             group.create_array(
                 prefix + spec.name,
                 shape=(0, *spec.columns),
                 chunks=(chunk, *spec.columns),
                 dtype=spec.dtype,
                 fill_value=spec.fill,
-                compressors=[shuffled, Crc32cCodec()],
+                compressors=chunks.codecs(spec.dtype),
             )
     group.attrs.update(attributes)
-    return group
 
 
-def open_group(path: Path, mode: str = "r") -> tuple[Any, dict[str, Any]]:
+def open_group(path: Path) -> tuple[Any, dict[str, Any]]:
     """Open a store and check that it is a recording of our version.
 
     Returns:
@@ -74,7 +69,7 @@ def open_group(path: Path, mode: str = "r") -> tuple[Any, dict[str, Any]]:
         raise FileNotFoundError(f"there is no recording at {path}")
     zarr = import_zarr()
     try:
-        group = zarr.open_group(str(path), mode=mode, zarr_format=3)
+        group = zarr.open_group(str(path), mode="r", zarr_format=3)
         attributes = dict(group.attrs)
     except Exception as error:  # zarr raises ValueError, KeyError, JSONDecodeError, its own
         raise LayoutError(
@@ -168,7 +163,8 @@ def _read_steps(
     path: Path, group: Any, specs: list[ArraySpec], rows: int
 ) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """Read all committed steps; a damaged last chunk shortens the recording and is noted."""
-    handles = {spec.name: _handle(path, group, spec.name, spec) for spec in specs}
+    committing_first = reversed(specs)  # what is appended meanwhile is then not looked for
+    handles = {spec.name: _handle(path, group, spec.name, spec) for spec in committing_first}
     notes: list[str] = []
     presence, committed = _committed(path, handles["presence"], rows, notes)
     longest = max(handle.shape[0] for handle in handles.values())

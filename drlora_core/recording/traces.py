@@ -91,7 +91,7 @@ def load_trace(
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             weight_sum, tokens = file["weight_sum"], file["tokens"]
     except OSError:
         raise

@@ -19,7 +19,7 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
-from drlora_core.recording import dimensions, file, schema, store
+from drlora_core.recording import chunks, dimensions, file, schema, store
 from drlora_core.recording.data import Recording
 from drlora_core.recording.file import RecordingFile
 from drlora_core.saliency import mean_over_active
@@ -121,8 +121,7 @@ class RecordingWriter:
         """Flush, and mark the recording as complete; further steps open it again."""
         atexit.unregister(self.close)
         if self._file is not None:
-            self._file.flush()
-            self._file.group.attrs["closed"] = True
+            self._file.close()
             self._file = None
 
     def _opened(self, step: int) -> RecordingFile:
@@ -203,6 +202,11 @@ def save(recording: Recording, path: Path) -> None:
     target.events = list(recording.events)
     target.flush_events()
     for spec in target.specs:
-        target.handles[spec.name].resize((recording.steps, *spec.columns))
-        target.handles[spec.name][:] = arrays[spec.name].astype(spec.dtype)
-    target.group.attrs["closed"] = True
+        values: NDArray[Any] = arrays[spec.name].astype(spec.dtype)
+        for number, start in enumerate(range(0, recording.steps, target.rows)):
+            chunk: NDArray[Any] = np.full((target.rows, *spec.columns), spec.fill, dtype=spec.dtype)
+            piece = values[start : start + target.rows]
+            chunk[: piece.shape[0]] = piece
+            chunks.write(target.path / spec.name, number, chunk)
+        chunks.set_length(target.path / spec.name, recording.steps)
+    target.close()

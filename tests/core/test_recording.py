@@ -1,0 +1,300 @@
+"""Recordings hold what the engine saw; bad input is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drlora_core import LayoutError, StatisticError, UnknownLayerError
+from drlora_core.recording import Recording, RecordingWriter, from_routing_trace, load_trace
+from drlora_core.replay import first_difference
+from tests.core import recorded
+
+pytest.importorskip("zarr")
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    """Arguments of from_arrays: 3 steps, layers of 2 and 3 experts."""
+    values: dict[str, Any] = {
+        "routing": {"a": np.full((3, 2), 0.5), "b": np.full((3, 3), 0.25)},
+        "importance": {"a": np.ones((3, 2)), "b": np.ones((3, 3))},
+    }
+    return values | changes
+
+
+def same(one: Recording, two: Recording) -> None:
+    """Assert that two recordings hold the same, whatever their notes."""
+    assert one.layers == two.layers
+    assert one.config == two.config
+    for name in ("routing", "importance", "presence", "tokens", "ranks", "dimensions"):
+        ours, theirs = getattr(one, name), getattr(two, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            np.testing.assert_array_equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
+    assert first_difference(one.events, two.events) is None
+
+
+def test_a_recording_holds_the_samples_ranks_tokens_and_events(tmp_path: Path) -> None:
+    engine, events = recorded.record(tmp_path / "run")
+    recording = Recording.open(tmp_path / "run")
+    assert recording.notes == ()
+    assert recording.steps == 20
+    assert recording.layers == recorded.LAYERS
+    assert recording.config == engine.config
+    assert recording.policy == "greedy"
+    assert first_difference(events, recording.events) is None
+    rng = np.random.default_rng([7, 9])
+    first = recording.layer("first")
+    np.testing.assert_array_equal(first.routing[8], rng.random(6))
+    sample = rng.random((6, 8))
+    assert first.ranks is not None
+    np.testing.assert_array_equal(first.ranks[8], events[0].ranks["first"])
+    means = [sample[i, :rank].mean() for i, rank in enumerate(first.ranks[8])]
+    np.testing.assert_allclose(first.importance[8], means, rtol=1e-15)
+    assert first.tokens.tolist() == list(range(1, 21))
+    assert first.sampled.all()
+
+
+def test_a_skipped_layer_is_recorded_as_skipped(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run")
+    second = Recording.open(tmp_path / "run").layer("second")
+    assert (np.flatnonzero(~second.sampled) + 1).tolist() == [7, 14]
+    assert np.isnan(second.routing[6]).all()
+    assert second.routing_at(6) is None
+    assert second.importance_at(6) is None
+    assert second.tokens[6] == -1
+
+
+def test_saving_an_opened_recording_gives_the_same_again(tmp_path: Path) -> None:
+    for policy, changes in (("greedy", {}), ("prune", {"r_init": 8})):
+        recorded.record(tmp_path / policy, policy=policy, **changes)
+        recording = Recording.open(tmp_path / policy)
+        recording.save(tmp_path / f"{policy}-copy")
+        same(recording, Recording.open(tmp_path / f"{policy}-copy"))
+
+
+def test_chunk_length_changes_nothing_but_the_files(tmp_path: Path) -> None:
+    for rows in (1, 3, 64):
+        engine = recorded.build(recorded.config())
+        writer = RecordingWriter(tmp_path / str(rows), engine, chunk_steps=rows)
+        engine.record_to(writer)
+        recorded.drive(engine, 20)
+        engine.record_to(None)
+    reference = Recording.open(tmp_path / "64")
+    for rows in (1, 3):
+        same(reference, Recording.open(tmp_path / str(rows)))
+
+
+def test_it_is_readable_while_it_is_written(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    writer = RecordingWriter(tmp_path / "run", engine, chunk_steps=8)
+    engine.record_to(writer)
+    recorded.drive(engine, 10)
+    during = Recording.open(tmp_path / "run")
+    assert during.steps == 8
+    assert "not closed" in during.notes[0]
+    assert [event.step for event in during.events] == [8]
+    writer.flush()
+    assert Recording.open(tmp_path / "run").steps == 10
+    recorded.drive(engine, 10)
+    engine.record_to(None)
+    recorded.record(tmp_path / "reference")
+    same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
+
+
+def test_saving_the_engine_state_flushes_the_recording(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    engine.state_dict()
+    assert Recording.open(tmp_path / "run").steps == 5
+    engine.record_to(None)
+
+
+@pytest.mark.parametrize("policy", ["greedy", "prune"])
+@pytest.mark.parametrize("stop", [3, 8, 13])
+def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, policy: str) -> None:
+    changes = {"policy": policy, "r_init": 8 if policy == "prune" else 2}
+    recorded.record(tmp_path / "reference", **changes)
+    engine = recorded.build(recorded.config(**changes))
+    engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))
+    recorded.drive(engine, stop)
+    state = engine.state_dict()
+    recorded.drive(engine, 3)  # steps that the checkpoint does not know
+    engine.record_to(None)
+    resumed = recorded.build(recorded.config(**changes))
+    resumed.load_state_dict(state)
+    resumed.record_to(tmp_path / "run")
+    recorded.drive(resumed, 20 - stop)
+    resumed.record_to(None)
+    same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
+
+
+def test_going_back_in_a_run_discards_the_steps_after(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "reference")
+    engine = recorded.build(recorded.config())
+    engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))
+    recorded.drive(engine, 5)
+    state = engine.state_dict()
+    recorded.drive(engine, 6)
+    engine.load_state_dict(state)
+    recorded.drive(engine, 15)
+    engine.record_to(None)
+    same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
+
+
+def test_a_path_that_is_taken_or_too_short_is_refused(tmp_path: Path) -> None:
+    engine, _ = recorded.record(tmp_path / "run")
+    fresh = recorded.build(recorded.config())
+    fresh.record_to(tmp_path / "run")
+    with pytest.raises(LayoutError, match="not empty"):
+        recorded.drive(fresh, 1)
+    engine.record_to(tmp_path / "elsewhere")
+    with pytest.raises(LayoutError, match="no recording at"):
+        recorded.drive(engine, 1)
+    drifted = recorded.build(recorded.config())
+    recorded.drive(drifted, 25)
+    drifted.record_to(tmp_path / "run")
+    with pytest.raises(LayoutError, match="ends at step 20, the engine is at step 25"):
+        recorded.drive(drifted, 1)
+    other = recorded.build(recorded.config(gamma=2.0))
+    recorded.drive(other, 3)
+    other.record_to(tmp_path / "run")
+    with pytest.raises(LayoutError, match="another configuration"):
+        recorded.drive(other, 1)
+    assert Recording.open(tmp_path / "run").steps == 20
+
+
+def test_from_arrays_views_by_layer_and_read_only(tmp_path: Path) -> None:
+    recording = Recording.from_arrays(**arrays(tokens=[5, 6, 7]))
+    layer = recording.layer("b")
+    assert layer.routing.shape == (3, 3)
+    assert layer.tokens.tolist() == [5, 6, 7]
+    assert layer.ranks is None
+    with pytest.raises(ValueError, match="read-only"):
+        layer.routing[0, 0] = 1.0
+    recording.save(tmp_path / "saved")
+    same(recording, Recording.open(tmp_path / "saved"))
+    with pytest.raises(UnknownLayerError, match="no layer 'c'"):
+        recording.layer("c")
+
+
+NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"routing": {"a": NAN, "b": np.ones((3, 3))}},
+            StatisticError,
+            r"'a', step 2: routing\[1\] is nan",
+        ),
+        (
+            {"importance": {"a": np.ones((3, 2)), "b": -np.ones((3, 3))}},
+            StatisticError,
+            r"'b', step 1: importance\[0\] is -1",
+        ),
+        (
+            {"importance": {"a": np.ones((3, 2)), "b": np.full((3, 3), np.inf)}},
+            StatisticError,
+            "is inf",
+        ),
+        (
+            {"ranks": {"a": np.ones((3, 2)), "b": np.zeros((3, 3))}},
+            StatisticError,
+            r"'b', step 1: ranks\[0\] is 0",
+        ),
+        (
+            {"ranks": {"a": np.full((3, 2), 1.5), "b": np.ones((3, 3))}},
+            StatisticError,
+            "whole numbers",
+        ),
+        (
+            {"routing": {"a": np.ones((2, 2)), "b": np.ones((3, 3))}},
+            LayoutError,
+            "numbers of steps|has shape",
+        ),
+        ({"routing": {"b": np.ones((3, 3)), "a": np.ones((3, 2))}}, LayoutError, "same order"),
+        (
+            {"routing": {"a": np.ones(3)}, "importance": None},
+            LayoutError,
+            r"accepted: \[steps, experts\]",
+        ),
+        (
+            {"routing": {"a": "x"}, "importance": None},
+            StatisticError,
+            "'a': routing is not an array",
+        ),
+        ({"routing": None, "importance": None}, LayoutError, "at least one layer"),
+        ({"tokens": [1.5, 2.0, 3.0]}, LayoutError, "whole numbers"),
+        ({"tokens": [1, 2]}, LayoutError, "whole numbers"),
+        ({"tokens": [1, 2, -5]}, StatisticError, "step 3: tokens is -5"),
+        (
+            {"dimensions": {"a": np.ones((3, 2, 4)), "b": np.ones((3, 3, 5))}},
+            LayoutError,
+            "different numbers of rank",
+        ),
+        (
+            {"dimensions": {"a": np.ones((3, 2, 4)), "b": -np.ones((3, 3, 4))}},
+            StatisticError,
+            r"dimensions\[0, 0\] is -1",
+        ),
+    ],
+)
+def test_from_arrays_refuses(changes: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Recording.from_arrays(**arrays(**changes))
+
+
+def test_a_routing_trace_becomes_phi(tmp_path: Path) -> None:
+    sums = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    recording = from_routing_trace(sums, np.array([2, 4]))
+    assert recording.layers == {"layers.0": 4, "layers.1": 4, "layers.2": 4}
+    np.testing.assert_array_equal(recording.layer("layers.2").routing, sums[:, 2] / [[2.0], [4.0]])
+    assert (recording.importance == 1.0).all()
+    np.savez(tmp_path / "trace.npz", weight_sum=sums, tokens=np.array([2, 4]))
+    sampled = [load_trace(tmp_path / "trace.npz", importance="sampled", seed=s) for s in (1, 1, 2)]
+    np.testing.assert_array_equal(sampled[0].importance, sampled[1].importance)
+    assert (sampled[0].importance != sampled[2].importance).all()
+    assert (sampled[0].importance > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sums", "tokens", "error", "message"),
+    [
+        (np.ones((2, 3)), [1, 1], LayoutError, "accepted: .steps, layers, experts"),
+        (np.ones((2, 3, 4)), [1], LayoutError, "one for each step"),
+        (np.ones((2, 3, 4)), [1.0, 2.0], LayoutError, "whole numbers"),
+        (np.ones((2, 3, 4)), [1, 0], StatisticError, "step 2: tokens are 0"),
+        (
+            np.full((2, 3, 4), np.nan),
+            [1, 2],
+            StatisticError,
+            "'layers.0', step 1: routing.0. is nan",
+        ),
+    ],
+)
+def test_a_bad_trace_is_refused(sums: Any, tokens: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        from_routing_trace(sums, tokens)
+
+
+def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(LayoutError, match="not a routing trace"):
+        load_trace(tmp_path / "no.npz")
+    np.savez(tmp_path / "other.npz", weights=np.ones(3))
+    with pytest.raises(LayoutError, match="weight_sum"):
+        load_trace(tmp_path / "other.npz")
+    np.savez(tmp_path / "pickle.npz", weight_sum=np.array([{}], dtype=object), tokens=np.ones(1))
+    with pytest.raises(LayoutError, match="not a routing trace"):
+        load_trace(tmp_path / "pickle.npz")
+    with pytest.raises(OSError, match=r"missing\.npz"):
+        load_trace(tmp_path / "missing.npz")
+    with pytest.raises(LayoutError, match="accepted: 'ones' or 'sampled'"):
+        from_routing_trace(np.ones((1, 1, 1)), np.ones(1, dtype=int), importance="x")  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""A replay of a run's recording decides what the run decided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drlora_core import (
+    AllocationRequest,
+    LayoutError,
+    PolicyError,
+    StatisticError,
+    UnknownLayerError,
+)
+from drlora_core.ema import IntArray
+from drlora_core.recording import Recording
+from drlora_core.replay import first_difference, replay
+from tests.core import recorded
+
+ARRAYS = {"experts": np.array([[0.9, 0.1]] * 20)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"policy": "rescored"},
+        {"policy": "proportional", "gamma": 0.3},
+        {"policy": "random", "seed": 5},
+        {"policy": "uniform"},
+        {"policy": "prune", "r_init": 8},
+        {"policy": "prune", "r_init": 6, "scope": "global"},
+        {"scope": "global", "max_growth": 2},
+        {"use_importance": False},
+        {"quota": 3},
+    ],
+)
+def test_a_live_run_is_repeated_exactly(tmp_path: Path, changes: dict[str, object]) -> None:
+    pytest.importorskip("zarr")
+    engine, events = recorded.record(tmp_path / "run", **changes)
+    again = replay(Recording.open(tmp_path / "run"))
+    assert first_difference(events, again.events) is None
+    for name in recorded.LAYERS:
+        np.testing.assert_array_equal(again.final_ranks[name], engine.ranks(name))
+        np.testing.assert_array_equal(again.engine.saliency(name), engine.saliency(name))
+        assert again.trajectory(name).shape == (len(events) + 1, recorded.LAYERS[name])
+    assert again.total_rank()[-1] == sum(ranks.sum() for ranks in again.final_ranks.values())
+    assert again.steps == 20
+
+
+def test_another_policy_decides_otherwise_and_it_is_named() -> None:
+    recording = Recording.from_arrays(ARRAYS, ARRAYS)
+    config = recorded.config()
+    greedy, spread = replay(recording, config), replay(recording, config, policy=last_first)
+    assert greedy.policy == "greedy"
+    assert spread.policy == "last_first"
+    assert greedy.final_ranks["experts"].tolist() == [6, 2]
+    assert spread.final_ranks["experts"].tolist() == [2, 6]
+    difference = first_difference(greedy.events, spread.events)
+    assert difference == "step 8, layer 'experts', expert 0: rank 3 and 2"
+    assert first_difference(greedy.events, greedy.events[:1]) == "3 events and 1"
+
+
+def last_first(request: AllocationRequest) -> IntArray:
+    growth = np.zeros_like(request.ranks)
+    growth[-1] = min(request.quota, request.limits[-1])
+    return growth
+
+
+def floats(request: AllocationRequest) -> IntArray:
+    return np.zeros(request.ranks.size)  # type: ignore[return-value]
+
+
+def overspends(request: AllocationRequest) -> IntArray:
+    return np.minimum(request.limits, request.quota)
+
+
+def mutates(request: AllocationRequest) -> IntArray:
+    request.ranks[0] = 1
+    return np.zeros_like(request.ranks)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (floats, "'floats' at step 8, layer 'experts' returned float64"),
+        (overspends, "'overspends' at step 8, layer 'experts' spent"),
+        (mutates, "'mutates' at step 8, layer 'experts' failed: ValueError"),
+    ],
+)
+def test_a_policy_that_breaks_the_contract_is_named(policy: object, message: str) -> None:
+    recording = Recording.from_arrays(ARRAYS, ARRAYS)
+    with pytest.raises(PolicyError, match=message):
+        replay(recording, recorded.config(), policy=policy)  # type: ignore[arg-type]
+
+
+def test_what_a_replay_needs_and_does_not_have_is_named(tmp_path: Path) -> None:
+    recording = Recording.from_arrays(ARRAYS)
+    with pytest.raises(LayoutError, match="no configuration of its own"):
+        replay(recording)
+    with pytest.raises(StatisticError, match="layer 'experts', step 1: importance is missing"):
+        replay(recording, recorded.config())
+    assert len(replay(recording, recorded.config(use_importance=False)).events) == 3
+    with pytest.raises(LayoutError, match="importance of every rank dimension"):
+        replay(recording, recorded.config(policy="prune", r_init=8))
+    with pytest.raises(UnknownLayerError, match="did you mean 'experts'"):
+        replay(recording, recorded.config(use_importance=False)).trajectory("expert")
+
+
+def test_prune_is_replayed_by_the_identity_of_dimensions(tmp_path: Path) -> None:
+    pytest.importorskip("zarr")
+    recorded.record(tmp_path / "run", policy="prune", r_init=8)
+    recording = Recording.open(tmp_path / "run")
+    assert recording.dimensions is not None
+    with pytest.raises(LayoutError, match="8 rank dimensions, r_max is 9"):
+        replay(recording, recorded.config(policy="prune", r_init=8, r_max=9))
+    with pytest.raises(StatisticError, match=r"step 9: dimension . of expert . was not recorded"):
+        replay(recording, recorded.config(policy="prune", r_init=8, r_target=6))
+    greedy = replay(recording, recorded.config())
+    assert greedy.total_rank()[-1] == 10 * 4
+
+
+def test_prune_on_arrays_keeps_the_important_dimensions() -> None:
+    importance = np.ones((20, 2, 8))
+    importance[:, 0, ::2] = 5.0  # every other dimension of expert 0 matters
+    recording = Recording.from_arrays(
+        ARRAYS, {"experts": importance.mean(axis=2)}, dimensions={"experts": importance}
+    )
+    result = replay(recording, recorded.config(policy="prune", r_init=8, r_target=4))
+    kept = np.ones((2, 8), dtype=bool)
+    order = np.tile(np.arange(8), (2, 1))
+    for event in result.events:
+        for expert, cut in enumerate(event.cut["experts"]):
+            kept[expert, order[expert][cut]] = False
+            order[expert] = np.concatenate([order[expert][~cut], order[expert][cut]])
+    assert kept[0, ::2].all()
+    assert kept.sum() == 8
