@@ -7,6 +7,7 @@ the engine's arrays as ``{layer}/engine/{field}``; learning routers as ``router/
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,25 +71,62 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
             left unchanged.
     """
-    tensors, description = files.read(Path(path))
+    saved = _read(Path(path), model)
+    engine = AllocatorEngine(saved.config)
+    engine.load_state_dict(saved.state)
+    arguments = {**saved.options.model_dump(mode="json"), "layers": list(saved.layers)}
+    adapter = attach(model, engine, **arguments)
+    _fill(adapter, saved)
+    return adapter
+
+
+def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Bring an attached adapter to a saved state, in place: parameters keep their identity.
+
+    This is how a trainer resumes whose optimizer already holds ``adapter.parameters()``.
+
+    Raises:
+        CheckpointError: as :func:`load`, or the adapter was made with other options.
+    """
+    saved = _read(Path(path), adapter.model)
+    own = adapter.options.model_dump(exclude={"layers"})
+    if saved.options.model_dump(exclude={"layers"}) != own or set(saved.layers) != set(
+        adapter.layers
+    ):
+        raise CheckpointError(f"{path} was saved by an adapter with other options or layers")
+    adapter.engine.load_state_dict(saved.state)
+    _fill(adapter, saved)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Saved:
+    """A file that has passed every check against a model."""
+
+    layers: Mapping[str, Any]
+    options: AdapterOptions
+    config: AllocatorConfig
+    state: Mapping[str, Any]  # of the engine
+    tensors: Mapping[str, Tensor]
+    skipped_steps: int
+
+
+def _read(path: Path, model: nn.Module) -> _Saved:
+    tensors, description = files.read(path)
     try:
-        adapter_layers, options, state = _parts(description, tensors)
+        layers, options, state = _parts(description, tensors)
         config = AllocatorConfig.model_validate(state["config"])
-        _check_model(model, adapter_layers)
-        _check_tensors(tensors, adapter_layers, options, config)
-        engine = AllocatorEngine(config)
-        engine.load_state_dict(state)
-        _check_owners(tensors, engine)
+        _check_model(model, layers)
+        _check_tensors(tensors, layers, options, config)
+        trial = AllocatorEngine(config)
+        trial.load_state_dict(state)
+        _check_owners(tensors, trial)
+        return _Saved(layers, options, config, state, tensors, int(description["skipped_steps"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
     except (DRLoRAError, ValidationError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    adapter = attach(model, engine, **_arguments(options, adapter_layers))
-    _fill(adapter, tensors)
-    adapter.skipped_steps = int(description["skipped_steps"])
-    return adapter
 
 
 def _layer_tensors(lora: ExpertLoRA, ages: np.ndarray) -> dict[str, Tensor]:
@@ -119,10 +157,6 @@ def _parts(
         if name:
             state["layers"][name][field] = tensor.numpy()
     return dict(description["layers"]), AdapterOptions(**description["options"]), state
-
-
-def _arguments(options: AdapterOptions, layers: Mapping[str, Any]) -> dict[str, Any]:
-    return {**options.model_dump(mode="json"), "layers": list(layers)}
 
 
 def _check_model(model: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -188,7 +222,9 @@ def _check_owners(tensors: Mapping[str, Tensor], engine: AllocatorEngine) -> Non
 
 
 @torch.no_grad()
-def _fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+def _fill(adapter: Adapter, saved: _Saved) -> None:
+    tensors = saved.tensors
+    adapter.skipped_steps = saved.skipped_steps
     for name, layer in adapter.layers.items():
         table = layer.lora.table
         table.owner = tensors[f"{name}/owner"].numpy().copy()

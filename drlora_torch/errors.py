@@ -15,3 +15,11 @@ class AttachError(DRLoRAError):
 
 class CheckpointError(DRLoRAError):
     """A saved adapter is damaged, foreign, or does not fit the model."""
+
+
+class DataError(DRLoRAError):
+    """Training data that is missing, empty or in no known format."""
+
+
+class RunError(DRLoRAError):
+    """A fine-tuning run that cannot start or be resumed where it was asked to."""

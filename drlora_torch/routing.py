@@ -40,9 +40,10 @@ class ForwardWatch:
         self._stack: list[Forward] = []
         self._handles: list[RemovableHandle] = []
         for module in _mask_takers(model, list(inside)):
-            signature = inspect.signature(module.forward)
+            names = list(inspect.signature(module.forward).parameters)
+            place = names.index("attention_mask") if "attention_mask" in names else None
             self._handles += [
-                module.register_forward_pre_hook(self._entering(signature), with_kwargs=True),
+                module.register_forward_pre_hook(self._entering(place), with_kwargs=True),
                 module.register_forward_hook(self._leaving, always_call=True),
             ]
 
@@ -60,9 +61,11 @@ class ForwardWatch:
             return self._stack[-1]
         return Forward(counts=training and torch.is_grad_enabled(), mask=None)
 
-    def _entering(self, signature: inspect.Signature) -> Callable[..., None]:
+    def _entering(self, place: int | None) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+            mask = kwargs.get("attention_mask")
+            if place is not None and place < len(args):
+                mask = args[place]
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 mask = self._stack[-1].mask if self._stack else None
             counts = (

@@ -1,0 +1,95 @@
+"""Load the rows to train on and to test on, with ``datasets``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from drlora_torch.errors import DataError
+from drlora_torch.finetune.options import FinetuneOptions, is_local
+
+FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+HELD_OUT_SPLITS = ("validation", "test")
+
+
+def load_rows(options: FinetuneOptions) -> tuple[Any, Any]:
+    """Load training and held-out rows, both ``datasets.Dataset``.
+
+    Without ``eval_data``, the held-out rows are the validation or test split of a dataset from the
+    hub, else a seeded random part of the training rows.
+
+    Raises:
+        DataError: the data cannot be read, is empty, or has none of the known columns.
+    """
+    splits = _read(options.data)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    if options.eval_data is not None:
+        held_out = next(iter(_read(options.eval_data).values()))
+        return _columns(train, options.data), _columns(held_out, options.eval_data)
+    for split in HELD_OUT_SPLITS:
+        if split in splits:
+            return _columns(train, options.data), _columns(splits[split], options.data)
+    train = _columns(train, options.data)
+    if len(train) < 2:
+        raise DataError(
+            f"{options.data} has {len(train)} row; at least 2 are needed to hold one out, "
+            "or give --eval-data"
+        )
+    parts = train.train_test_split(
+        test_size=max(1, round(len(train) * options.eval_fraction)), seed=options.seed
+    )
+    return parts["train"], parts["test"]
+
+
+def _read(name: str) -> Any:
+    """Read a file or a dataset id into a ``DatasetDict``."""
+    import datasets
+
+    arguments = _file_arguments(name) if is_local(name) else (name, {})
+    try:
+        splits = datasets.load_dataset(arguments[0], **arguments[1])
+    except Exception as error:  # builders, hub clients and parsers all raise their own
+        cause = error.__cause__ or error
+        reason = str(cause).strip().split("\n")[0] or type(cause).__name__
+        what = "could not be read" if is_local(name) else "is neither a file nor a dataset here"
+        raise DataError(f"data {name!r} {what}: {reason}") from error
+    if not splits or all(len(rows) == 0 for rows in splits.values()):
+        raise DataError(f"data {name!r} has no rows")
+    return splits
+
+
+def _file_arguments(name: str) -> tuple[str, dict[str, Any]]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"there is no file {name!r}; accepted: a .jsonl, .json or .txt file, or an id"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"data {name!r} is empty")
+    if path.suffix == ".txt":
+        return "text", {"data_files": str(path), "sample_by": "paragraph"}
+    if path.suffix in {".jsonl", ".json"}:
+        return "json", {"data_files": str(path)}
+    raise DataError(f"data {name!r} ends in {path.suffix!r}; accepted: .jsonl, .json, .txt")
+
+
+def _columns(rows: Any, name: str) -> Any:
+    """Keep the columns of the first format that the rows have."""
+    for columns in FORMATS:
+        if set(columns) <= set(rows.column_names):
+            return rows.select_columns(list(columns))
+    accepted = "; ".join(" and ".join(columns) for columns in FORMATS)
+    raise DataError(f"data {name!r} has columns {rows.column_names}; accepted: {accepted}")
+
+
+def check_template(rows: Any, tokenizer: Any, model: str) -> None:
+    """Refuse chat messages for a tokenizer that cannot lay them out.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    if "messages" in rows.column_names and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"the data has messages, but the tokenizer of {model!r} has no chat template; use "
+            "prompt and completion instead, or an instruction-tuned model"
+        )
