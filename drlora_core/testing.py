@@ -122,7 +122,7 @@ def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 10
         >>> check_policy(greedy, examples=10)
         >>> check_policy(lambda request: request.limits, examples=10)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        AssertionError: policy '<lambda>' at step 1, request quota=0... of a quota of 0
+        AssertionError: policy '<lambda>' at step 1, request quota=... units of a quota of ...
     """
     try:
         import hypothesis

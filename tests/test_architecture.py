@@ -1,0 +1,213 @@
+"""Rules about the source itself: import direction, sizes, documented names, no torch below."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("drlora_core", "drlora_torch", "benchmarks", "examples", "scripts")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+CORE = sorted((ROOT / "drlora_core").rglob("*.py"))
+TORCH = sorted((ROOT / "drlora_torch").rglob("*.py"))
+FILE_LINES, FUNCTION_LINES = 400, 50
+
+# A module of the core imports from its own level and from those above it in this list. Whatever is
+# not named (recording, replay, plan ...) stands on the engine, below the command line.
+LEVELS = (
+    {"errors", "timetable", "ema", "saliency"},
+    {"config", "policies", "pruning", "pools", "layer"},
+    {"events", "snapshot"},
+    {"engine"},
+    {"__init__"},
+    set(),  # the unnamed ones
+    {"cli"},
+)
+UNNAMED = 5
+# Catalogue of exceptions: (module, what it imports inside a function) and why.
+UPWARD = {("engine", "recording")}  # engine.record_to(path) opens the writer for the user
+OFF_LIMITS = {"torch", "transformers", "drlora_torch", "peft", "accelerate", "datasets", "trl"}
+MAY_IMPORT_TRANSFORMERS = ("models", "integrations", "finetune", "finetune.py", "cli.py")
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Dotted names that a file imports anywhere, lazily too, with their lines.
+
+    ``from a import b`` gives ``a.b``: b may be a module.
+    """
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += [node.module] if node.module else []
+            yield from ((".".join([*base, alias.name]), node.lineno) for alias in node.names)
+
+
+def core_module(dotted: str) -> str | None:
+    """The first part below drlora_core of an imported name; ``__init__`` for a public name."""
+    parts = dotted.split(".")
+    if parts[0] != "drlora_core":
+        return None
+    known = {path.relative_to(ROOT / "drlora_core").parts[0].removesuffix(".py") for path in CORE}
+    return parts[1] if len(parts) > 1 and parts[1] in known else "__init__"
+
+
+def level(module: str) -> int:
+    return next((i for i, names in enumerate(LEVELS) if module in names), UNNAMED)
+
+
+@pytest.mark.parametrize("path", CORE, ids=label)
+def test_core_imports_only_what_is_below(path: Path) -> None:
+    own = path.relative_to(ROOT / "drlora_core").parts[0].removesuffix(".py")
+    wrong = [
+        f"line {line}: {own} imports {name}"
+        for name, line in imported(path)
+        if (module := core_module(name)) is not None
+        and module != own
+        and level(module) > level(own)
+        and (own, module) not in UPWARD
+    ]
+    assert wrong == []
+
+
+def test_core_has_no_import_cycle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in CORE:
+        own = path.relative_to(ROOT / "drlora_core").parts[0].removesuffix(".py")
+        modules = {core_module(name) for name, _ in imported(path)}
+        modules -= {own, None} | {module for importer, module in UPWARD if importer == own}
+        graph.setdefault(own, set()).update(module for module in modules if module)
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & set(graph)}
+        assert leaves, f"these import each other: {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("path", CORE, ids=label)
+def test_core_imports_no_framework(path: Path) -> None:
+    assert [name for name, _ in imported(path) if name.split(".")[0] in OFF_LIMITS] == []
+
+
+@pytest.mark.parametrize("path", TORCH, ids=label)
+def test_transformers_is_imported_at_the_edge_only(path: Path) -> None:
+    if path.relative_to(ROOT / "drlora_torch").parts[0] in MAY_IMPORT_TRANSFORMERS:
+        pytest.skip("an adapter to the outside")
+    found = [f"line {line}: {n}" for n, line in imported(path) if n.split(".")[0] == "transformers"]
+    assert found == []
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=label)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from its name to its end; its docstring does not count."""
+    length = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        length -= (docstring.end_lineno or 0) - docstring.lineno + 1
+    return length
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_functions_are_short(path: Path) -> None:
+    long = [
+        f"{node.name}, line {node.lineno}: {length} lines"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (length := code_lines(node)) > FUNCTION_LINES
+    ]
+    assert long == []
+
+
+def test_exceptions_are_needed_and_lazy() -> None:
+    for own, module in UPWARD:
+        path = ROOT / "drlora_core" / f"{own}.py"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_import = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        lines = [line for name, line in imported(path) if core_module(name) == module]
+        assert lines, f"{own} no longer imports {module}: take it out of the catalogue"
+        assert not set(lines) & {node.lineno for node in at_import}
+
+
+def check_public_names(package: object) -> None:
+    names = package.__all__  # type: ignore[attr-defined]
+    assert names
+    assert len(set(names)) == len(names)
+    for name in names:
+        value = getattr(package, name)
+        if inspect.isclass(value) or callable(value) or inspect.ismodule(value):
+            assert inspect.getdoc(value), f"{name} has no docstring"
+            own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+            assert own, f"{name} only inherits a docstring"
+
+
+def test_public_names_of_the_core_are_documented() -> None:
+    import drlora_core
+
+    check_public_names(drlora_core)
+
+
+def test_public_names_of_the_torch_package_are_documented() -> None:
+    pytest.importorskip("torch")
+    if not (ROOT / "drlora_torch" / "__init__.py").exists():
+        pytest.skip("drlora_torch has no public module yet")
+    import drlora_torch
+
+    check_public_names(drlora_torch)
+
+
+WITHOUT_TORCH = """
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {"torch", "transformers", "drlora_torch"}:
+                raise ImportError(f"{name} is blocked")
+
+    sys.meta_path.insert(0, Blocked())
+    try:
+        import torch
+    except ImportError:
+        pass
+    else:
+        raise SystemExit("torch was not blocked")
+
+    from drlora_core import AllocatorConfig, AllocatorEngine
+
+    engine = AllocatorEngine(AllocatorConfig(
+        r_init=1, r_target=2, r_max=3, warmup_steps=0, growth_interval=1, growth_end=1))
+    engine.add_layer("experts", num_experts=2)
+    engine.observe("experts", routing=[0.1, 0.9], importance=[1.0, 1.0])
+    print(engine.step().ranks["experts"].tolist())
+    print(sorted({"hypothesis", "zarr", "plotly", "typer", "rich"} & set(sys.modules)))
+"""
+
+
+def test_core_allocates_where_torch_cannot_be_imported() -> None:
+    """In a fresh interpreter; and importing the core pulls in no optional library either."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WITHOUT_TORCH)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["[1, 3]", "[]"]
+    assert done.returncode == 0
