@@ -52,7 +52,7 @@ class Dispatch:
             dead = torch.arange(rows.shape[0], device=rows.device) >= valid
             weighted = weighted.masked_fill(dead.unsqueeze(-1), 0.0)
         unsorted = weighted.new_empty(weighted.shape).index_copy(0, self.order, weighted)
-        return unsorted.view(num_tokens, top_k, -1).sum(dim=1)
+        return unsorted.view(num_tokens, top_k, rows.shape[1]).sum(dim=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,112 @@
+"""What many tests do: build an engine, attach, give experts unequal ranks, take a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import drlora_torch
+from drlora_core import AllocatorConfig, AllocatorEngine
+from tests.torch import models
+
+CONFIG: dict[str, Any] = {
+    "r_init": 2,
+    "r_target": 4,
+    "r_max": 8,
+    "warmup_steps": 2,
+    "growth_interval": 2,
+    "growth_end": 6,
+}
+"""Events after optimizer steps 4 and 6."""
+
+
+def engine(**changes: Any) -> AllocatorEngine:
+    return AllocatorEngine(AllocatorConfig(**{**CONFIG, **changes}))
+
+
+def attach(
+    model: nn.Module, *, config: dict[str, Any] | None = None, **options: Any
+) -> drlora_torch.Adapter:
+    return drlora_torch.attach(model, engine(**(config or {})), **options)
+
+
+def projections(adapter: drlora_torch.Adapter) -> Iterator[tuple[str, str, Any, Any]]:
+    """Iterate over (layer name, projection name, ExpertLoRA, SlotLoRA)."""
+    for name, layer in adapter.layers.items():
+        for projection, slots in layer.lora.items():
+            yield name, projection, layer.lora, slots
+
+
+def owned(lora: Any, expert: int) -> list[int]:
+    """Slots of an expert in the order of its rank dimensions."""
+    table = lora.table
+    slots = [s for s in range(table.num_slots) if table.owner[s] == expert]
+    return sorted(slots, key=lambda s: table.position[s])
+
+
+def free(lora: Any) -> list[int]:
+    """Slots that nobody owns."""
+    return [s for s in range(lora.table.num_slots) if lora.table.owner[s] == -1]
+
+
+def grow(lora: Any, growth: list[int]) -> None:
+    """Give the experts of one layer more rank by hand."""
+    born = lora.table.grow(np.array(growth))
+    lora.birth(born)
+
+
+def uneven(adapter: drlora_torch.Adapter, seed: int = 0, scale: float = 0.2) -> None:
+    """Spend the whole budget unevenly, by hand, and fill B so that the LoRA matters."""
+    config = adapter.engine.config
+    rng = np.random.default_rng(seed)
+    for layer in adapter.layers.values():
+        ranks = layer.lora.table.ranks()
+        room = ranks.size * config.r_target - int(ranks.sum())
+        growth = np.zeros_like(ranks)
+        while growth.sum() < room:
+            expert = min(int(rng.exponential(2.0)), ranks.size - 1)
+            growth[expert] += ranks[expert] + growth[expert] < config.r_max
+        grow(layer.lora, growth.tolist())
+    fill(adapter, seed, scale)
+
+
+@torch.no_grad()
+def fill(adapter: drlora_torch.Adapter, seed: int = 0, scale: float = 0.2) -> None:
+    """Draw the columns of B that have an owner, the same in both layouts."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, _, lora, slots in projections(adapter):
+        for expert in range(lora.table.num_experts):
+            for slot in owned(lora, expert):
+                drawn = torch.randn(slots.lora_B.shape[1], generator=generator)
+                slots.lora_B[slot] = (scale * drawn).to(slots.lora_B)
+
+
+def batch(seed: int = 0, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
+    ids = models.tokens(rows, length, seed)
+    return {"input_ids": ids, "labels": ids}
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, seed: int = 0) -> float:
+    """One training step; the loss before it."""
+    loss = model(**batch(seed)).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss)
+
+
+def adamw(adapter: drlora_torch.Adapter, lr: float = 1e-2, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(adapter.parameters(), lr=lr, **options)
+
+
+def rank_history(adapter: drlora_torch.Adapter) -> dict[str, list[int]]:
+    return {name: ranks.tolist() for name, ranks in adapter.ranks().items()}
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Bit for bit, dtype and shape included."""
+    return left.dtype == right.dtype and torch.equal(left, right)
