@@ -1,0 +1,294 @@
+"""Pretrain the embedded default model: a small OLMoE whose experts specialise by kind of text.
+
+The model ships inside the package, so that ``drlora finetune`` works without arguments and
+without a download. It has to be small, and it has to have what a rank allocation needs to be
+worth anything: experts that do different things. Every row of a batch is therefore of one kind,
+the kinds are sampled evenly, and the balancing loss is only strong enough that no expert dies.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import transformers
+import typer
+from corpus import Kind, collect, digest
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+CONTEXT = 256
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: "
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train."""
+
+    steps: int
+    minutes: float | None
+    rows_per_kind: int
+    learning_rate: float
+    aux: float
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return the share of the training that is done, by time if a time was given."""
+        return step / self.steps if self.minutes is None else seconds / (60 * self.minutes)
+
+    def rate(self, progress: float) -> float:
+        """Return the learning rate: linear warmup, then a cosine down to a twentieth."""
+        if progress < self.warmup:
+            return self.learning_rate * (0.02 + 0.98 * progress / self.warmup)
+        done = min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * done))))
+
+
+def train_tokenizer(kinds: list[Kind], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the training text; digits stay single, as arithmetic likes."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # An equal share of each kind, lest the vocabulary go to the kind with the most text.
+    share = min(sum(len(d.text) for d in kind.train) for kind in kinds)
+    core.train_from_iterator(("\n".join(d.text for d in k.train)[:share] for k in kinds), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=2 * CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """Join documents, each between its beginning and its end token, to one stream."""
+    ids: list[int] = []
+    for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def held_out_rows(stream: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return up to ``rows`` rows spread evenly over a stream, the same ones every time."""
+    count = min(rows, len(stream) // CONTEXT)
+    starts = np.linspace(0, len(stream) - CONTEXT, count).astype(int)
+    return torch.stack([stream[s : s + CONTEXT] for s in starts])
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, aux: float) -> OlmoeForCausalLM:
+    """Return a freshly initialised model; at this width the usual 0.02 starts too near zero."""
+    config = OlmoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=2 * CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        router_aux_loss_coef=aux,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = OlmoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+@torch.no_grad()
+def losses(model: OlmoeForCausalLM, rows: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the mean loss per token of each kind, without the balancing loss."""
+    model.eval()
+    found = {
+        kind: float(np.mean([model(input_ids=b, labels=b).loss.item() for b in batch.split(16)]))
+        for kind, batch in rows.items()
+    }
+    model.train()
+    return found
+
+
+def unigram(train: torch.Tensor, rows: torch.Tensor, vocabulary: int) -> float:
+    """Return the loss of guessing each token by its frequency in the kind's training text."""
+    counts = torch.bincount(train, minlength=vocabulary).double() + 1
+    return float(-(counts / counts.sum()).log()[rows[:, 1:]].mean())
+
+
+def imbalance(routing: torch.Tensor, chosen: int) -> torch.Tensor:
+    """Return the balancing loss of router logits (layer, token, expert): 1 for an even use.
+
+    Transformers' own adds the layers up before it compares experts, so that an expert may die in
+    one layer if its namesakes in the others make up for it. Here each layer has to use them all.
+    """
+    probabilities = routing.softmax(-1)
+    picked = torch.zeros_like(probabilities).scatter_(-1, routing.topk(chosen, -1).indices, 1.0)
+    per_layer = (picked.mean(1) / chosen * probabilities.mean(1)).sum(-1) * routing.shape[-1]
+    return per_layer.mean()
+
+
+def optimizer_for(model: OlmoeForCausalLM, plan: Plan) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices, but neither norms nor the (tied) embedding."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (plain if parameter.dim() < 2 or "embed" in name else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95))
+
+
+def train(
+    model: OlmoeForCausalLM,
+    streams: dict[str, torch.Tensor],
+    rows: dict[str, torch.Tensor],
+    plan: Plan,
+    seed: int,
+) -> tuple[list[dict[str, object]], int, float]:
+    """Train by the plan; return the loss curve, the steps taken and the seconds they took."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = optimizer_for(model, plan)
+    curve: list[dict[str, object]] = []
+    began, step, progress = time.monotonic(), 0, 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("pretraining", total=1.0)
+        recent: list[float] = []
+        while progress < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate(progress)
+            loss = _step(model, optimizer, _batch(streams, plan.rows_per_kind, generator), plan)
+            recent.append(loss)
+            step += 1
+            progress = plan.progress(step, time.monotonic() - began)
+            bar.update(task, completed=progress, description=f"step {step} loss {loss:.3f}")
+            if step % 200 == 0 or progress >= 1:
+                held_out = losses(model, {kind: r[:8] for kind, r in rows.items()})
+                curve.append({"step": step, "train": float(np.mean(recent)), "held_out": held_out})
+                mean = float(np.mean(list(held_out.values())))
+                bar.console.print(f"step {step}: train {np.mean(recent):.3f}, held out {mean:.3f}")
+                recent = []
+    return curve, step, time.monotonic() - began
+
+
+def _batch(streams: dict[str, torch.Tensor], rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw the same number of rows of each kind."""
+    drawn = []
+    for stream in streams.values():
+        starts = torch.randint(len(stream) - CONTEXT, (rows,), generator=generator).tolist()
+        drawn += [stream[s : s + CONTEXT] for s in starts]
+    return torch.stack(drawn)
+
+
+def _step(
+    model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor, plan: Plan
+) -> float:
+    """Take one optimizer step; return the loss without the balancing loss."""
+    output = model.model(input_ids=batch, output_router_logits=True)
+    logits = model.lm_head(output.last_hidden_state[:, :-1])
+    loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    routing = torch.stack(list(output.router_logits))
+    (loss + plan.aux * imbalance(routing, model.config.num_experts_per_tok)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path(
+        "drlora_torch/embedded/model"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the corpus split, weights and batches.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1500,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Train for this long instead (not repeatable to the bit)."),
+    ] = None,
+    rows_per_kind: Annotated[int, typer.Option(min=1, help="Rows per kind in a batch.")] = 2,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 4e-3,
+    aux: Annotated[float, typer.Option(help="Weight of the balancing loss.")] = 0.02,
+    vocabulary: Annotated[int, typer.Option(min=300, help="Size of the vocabulary.")] = 1536,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """Pretrain the embedded model on text of this Python installation; about 15 minutes.
+
+    Writes the model (bfloat16), its tokenizer and training.json with the figures of the run.
+    """
+    torch.set_num_threads(threads)
+    plan = Plan(steps, minutes, rows_per_kind, learning_rate, aux)
+    kinds = collect(seed)
+    tokenizer = train_tokenizer(kinds, vocabulary)
+    streams = {k.name: encode(tokenizer, [d.text for d in k.train]) for k in kinds}
+    rows = {
+        k.name: held_out_rows(encode(tokenizer, [d.text for d in k.held_out]), 32) for k in kinds
+    }
+    model = make_model(tokenizer, seed, aux)
+    curve, taken, seconds = train(model, streams, rows, plan, seed)
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    model.float()  # From here on: the figures of the weights as they were written.
+    figures = {
+        "seed": seed,
+        "steps": taken,
+        "seconds": round(seconds, 1),
+        "tokens": taken * rows_per_kind * len(kinds) * CONTEXT,
+        "rows_per_kind": rows_per_kind,
+        "learning_rate": learning_rate,
+        "aux": aux,
+        "parameters": model.num_parameters(),
+        "corpus_sha256": digest(kinds),
+        "kinds": {k.name: k.sizes() | {"train_tokens": len(streams[k.name])} for k in kinds},
+        "unigram": {k: unigram(streams[k], rows[k], len(tokenizer)) for k in streams},
+        "held_out": losses(model, rows),
+        "curve": curve,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": f"{platform.machine()}, {threads} CPU threads",
+    }
+    (output / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
