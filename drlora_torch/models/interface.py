@@ -155,14 +155,15 @@ def experts_forward(
 
 
 def _project(module: Any, lora: ExpertLoRA, name: str, rows: Tensor, dispatch: Dispatch) -> Tensor:
+    factors = lora.factors(name, rows.dtype)
     return expert_linear(
         rows,
         getattr(module, name),
         getattr(module, f"{name}_bias") if module.has_bias else None,
-        lora.factors(name, rows.dtype),
+        factors,
         dispatch,
         transposed=module.is_transposed,
-        lora_rows=lora.drop(rows),
+        lora_rows=None if factors is None else lora.drop(rows),
     )
 
 

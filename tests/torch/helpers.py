@@ -96,7 +96,7 @@ def step(model: Any, optimizer: torch.optim.Optimizer, seed: int = 0) -> float:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return loss.item()
 
 
 def adamw(adapter: drlora_torch.Adapter, lr: float = 1e-2, **options: Any) -> torch.optim.AdamW:
@@ -110,3 +110,9 @@ def rank_history(adapter: drlora_torch.Adapter) -> dict[str, list[int]]:
 def equal(left: Tensor, right: Tensor) -> bool:
     """Bit for bit, dtype and shape included."""
     return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def checkpoint_activations(model: Any, *, reentrant: bool) -> None:
+    """Switch gradient checkpointing on, by the name of today or the one before."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
