@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from drlora_core import AllocatorConfig, AllocatorEngine, GrowthEvent
+from drlora_core import AllocatorConfig, AllocatorEngine, GrowthEvent, Policy
 
 LAYERS = {"first": 6, "second": 4}
 
@@ -25,9 +25,11 @@ def config(**changes: Any) -> AllocatorConfig:
     return AllocatorConfig(**(values | changes))
 
 
-def build(settings: AllocatorConfig, layers: dict[str, int] | None = None) -> AllocatorEngine:
+def build(
+    settings: AllocatorConfig, layers: dict[str, int] | None = None, policy: Policy | None = None
+) -> AllocatorEngine:
     """Return an engine with the layers of these tests."""
-    engine = AllocatorEngine(settings)
+    engine = AllocatorEngine(settings, policy=policy)
     for name, size in (layers or LAYERS).items():
         engine.add_layer(name, size)
     return engine
