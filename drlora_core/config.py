@@ -43,27 +43,27 @@ class AllocatorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    r_init: Count = Field(8, ge=1)
+    r_init: Count = Field(default=8, ge=1)
     """Rank of every expert at the start (policy ``prune``: the larger rank it cuts down from)."""
-    r_target: Count = Field(16, ge=1)
+    r_target: Count = Field(default=16, ge=1)
     """Mean rank per expert at the end: the budget of a layer is ``num_experts * r_target``."""
-    r_max: Count = Field(32, ge=1)
+    r_max: Count = Field(default=32, ge=1)
     """Largest rank that one expert may have."""
-    warmup_steps: Count = Field(200, ge=0)
+    warmup_steps: Count = Field(default=200, ge=0)
     """Optimizer steps before growth may begin; statistics are gathered from step 1 on."""
-    growth_interval: Count = Field(200, ge=1)
+    growth_interval: Count = Field(default=200, ge=1)
     """Optimizer steps from one growth event to the next."""
-    growth_end: Count = Field(2200, ge=0)
+    growth_end: Count = Field(default=2200, ge=0)
     """Last optimizer step at which an event may happen."""
     quota: Annotated[Count, Field(ge=1)] | None = None
     """Rank units per event and layer; None spreads the budget evenly over the events."""
     max_growth: Annotated[Count, Field(ge=1)] | None = None
     """Most units one expert may get at one event; None leaves only ``r_max``."""
-    gamma: float = Field(1.0, ge=0.0)
+    gamma: float = Field(default=1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency, S = f * g / (r + 1)^gamma."""
-    routing_decay: float = Field(0.9, ge=0.0, lt=1.0)
+    routing_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay beta_f of the routing frequency's moving average."""
-    importance_decay: float = Field(0.9, ge=0.0, lt=1.0)
+    importance_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay beta_g of the rank importance's moving average."""
     use_routing: bool = True
     """False replaces the routing frequency f by 1 (an ablation)."""
@@ -73,11 +73,11 @@ class AllocatorConfig(BaseModel):
     """Which built-in policy spreads a quota over the experts."""
     scope: ScopeName = "layer"
     """``layer``: a quota per layer; ``global``: one quota over all layers."""
-    layer_floor: float = Field(0.25, ge=0.0, le=1.0)
+    layer_floor: float = Field(default=0.25, ge=0.0, le=1.0)
     """Scope ``global`` only: share of its even quota that each layer gets in any case."""
     layer_ceiling: Annotated[Count, Field(ge=1)] | None = None
     """Scope ``global`` only: largest mean rank of a layer; None: min(r_max, 2 * r_target)."""
-    seed: Count = Field(0, ge=0)
+    seed: Count = Field(default=0, ge=0)
     """Seed of everything random: policy ``random`` and the rows of A in drlora_torch."""
 
     @property

@@ -132,7 +132,8 @@ def proportional(request: AllocationRequest) -> IntArray:
     remainders = dataclasses.replace(
         request, quota=left - int(whole.sum()), limits=open_.astype(np.int64)
     )
-    return growth + whole + walk(shares - whole, remainders)
+    # Equal remainders (4/3 and 1/3, say) must tie, whatever the last bits of the quotients are.
+    return growth + whole + walk(np.round(shares - whole, 9), remainders)
 
 
 def _normalised(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:

@@ -158,12 +158,12 @@ class Engine:
         o, layer = self.options, self.layers[name]
         size = len(layer.ranks)
         if o["quota"] is not None:
-            fresh = o["quota"]
+            fresh = int(o["quota"])
         else:
             budget = size * (o["r_target"] - o["r_init"])
             fresh = math.floor(Fraction(k * budget, num_events))
             fresh -= math.floor(Fraction((k - 1) * budget, num_events))
-        return min(fresh + self.carry[name], size * o["r_target"] - sum(layer.ranks))
+        return min(fresh + self.carry[name], size * int(o["r_target"]) - sum(layer.ranks))
 
     def _allocate(self, layer: Layer, quota: int) -> tuple[list[int], bool]:
         policy, ranks, limits = self.options["policy"], layer.ranks, layer.limits()
@@ -245,11 +245,11 @@ def proportional(
     order = sorted(open_, key=lambda i: (-rest[i], ranks[i], i))
     for i in order[:left]:
         growth[i] += 1
-    undecided = False
-    if 0 < left < len(order):
-        last, next_ = order[left - 1], order[left]
-        close = rest[last] - rest[next_] < Fraction(1, 10**9)
-        undecided = close and scores[last] != scores[next_]
+    undecided = any(
+        0 < rest[winner] - rest[loser] < Fraction(1, 10**8)
+        for winner in order[:left]
+        for loser in order[left:]
+    )
     return growth, undecided
 
 
@@ -290,7 +290,8 @@ def brute_force_greedy(
 ) -> list[int]:
     """Of all feasible allocations the one that gives most to the first in order, then the next."""
     order = sorted(range(len(ranks)), key=lambda i: (-scores[i], ranks[i], i))
-    return list(max(all_allocations(limits, quota), key=lambda g: [g[i] for i in order]))
+    by_priority = {tuple(g[i] for i in order): g for g in all_allocations(limits, quota)}
+    return list(by_priority[max(by_priority)])
 
 
 def brute_force_prune(

@@ -17,6 +17,7 @@ Samples = list[dict[str, tuple[list[float] | None, list[Any] | None]]]
 @st.composite
 def options(
     draw: st.DrawFn,
+    /,
     policies: tuple[str, ...] = POLICIES,
     scopes: tuple[str, ...] = ("layer",),
     **fixed: Any,
@@ -28,7 +29,7 @@ def options(
     events, interval = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     warmup = draw(st.integers(0, 3))
     least = max(1, -(-extra // events))
-    values = {
+    values: dict[str, Any] = {
         "r_init": large if policy == "prune" else small,
         "r_target": small if policy == "prune" else large,
         "r_max": large + draw(st.integers(0, 4)),

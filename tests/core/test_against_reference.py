@@ -29,7 +29,7 @@ def random_run(seed: int, policy: str, style: str) -> tuple[dict[str, Any], dict
     low, events, interval = draw.randint(1, 4), draw.randint(1, 6), draw.randint(1, 4)
     high = low + draw.randint(1, 6)
     warmup = draw.randint(0, 5)
-    options = {
+    options: dict[str, Any] = {
         "r_init": high if policy == "prune" else low,
         "r_target": low if policy == "prune" else high,
         "r_max": high + draw.randint(0, 6),

@@ -191,7 +191,13 @@ def test_threshold_pruning_loses_the_budget_when_all_scores_tie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pruning, "least_important", cut_by_threshold)
-    options = {"r_init": 4, "r_target": 2, "r_max": 4, "warmup_steps": 0, "growth_interval": 1}
+    options: dict[str, Any] = {
+        "r_init": 4,
+        "r_target": 2,
+        "r_max": 4,
+        "warmup_steps": 0,
+        "growth_interval": 1,
+    }
     options |= {"growth_end": 1, "policy": "prune"}
     engine = build(options, {"a": 3})
     feed(engine, make_samples(options, {"a": 3}, 0, "constant", 1))
@@ -202,7 +208,13 @@ def test_global_scope_without_capacities_is_rejected(monkeypatch: pytest.MonkeyP
     def unbounded(policy: Any, request: Any, pool: Any, floors: Any, capacities: Any) -> Any:
         return policy(request)
 
-    options = {"r_init": 1, "r_target": 3, "r_max": 9, "warmup_steps": 0, "growth_interval": 1}
+    options: dict[str, Any] = {
+        "r_init": 1,
+        "r_target": 3,
+        "r_max": 9,
+        "warmup_steps": 0,
+        "growth_interval": 1,
+    }
     options |= {"growth_end": 2, "scope": "global", "layer_ceiling": 3, "gamma": 0.0}
     sizes = {"a": 2, "b": 4}
     totals = []

@@ -16,7 +16,15 @@ from tests import reference
 from tests.core.comparison import build, feed
 from tests.strategies import layers, make_samples, options, seeds
 
-WHOLE = ("r_init", "r_target", "r_max", "warmup_steps", "growth_interval", "growth_end", "seed")
+WHOLE: tuple[str, ...] = (
+    "r_init",
+    "r_target",
+    "r_max",
+    "warmup_steps",
+    "growth_interval",
+    "growth_end",
+    "seed",
+)
 WHOLE += ("quota", "max_growth", "layer_ceiling")
 
 # (arguments, fragments that the message must hold: the name, the value or range, the fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ MISUSE: list[tuple[str, Action, type[Exception], str]] = [
         "no layer 'layers.0.mpl'; did you mean 'layers.0.mlp'",
     ),
     ("far name", lambda e: e.ranks("x"), UnknownLayerError, "known: 'layers.0.mlp', 'layers.1.mlp"),
-    ("no name", lambda e: e.saliency(["x"]), UnknownLayerError, "no layer"),
+    ("no name", lambda e: e.saliency(cast(Any, ["x"])), UnknownLayerError, "no layer"),
     ("skip unknown", lambda e: e.skip("layers.2"), UnknownLayerError, "no layer 'layers.2'"),
     ("short", sample([0.5], ok), StatisticError, r"routing has shape \(1,\); accepted: \(2,\)"),
     ("long", sample(ok, [1.0] * 3), StatisticError, r"accepted: \(2,\) or \(2, 4\)"),
@@ -98,9 +98,14 @@ MISUSE: list[tuple[str, Action, type[Exception], str]] = [
     ),
     ("late layer", lambda e: e.add_layer("new", 2), LayoutError, "'new' comes too late"),
     ("layer again", lambda e: e.add_layer(FIRST, 2), LayoutError, "already added"),
-    ("unnamed layer", lambda e: e.add_layer(3, 2), LayoutError, "must be a str, got 3"),
+    ("unnamed layer", lambda e: e.add_layer(cast(Any, 3), 2), LayoutError, "must be a str, got 3"),
     ("no experts", lambda e: e.add_layer("new", 0), LayoutError, "at least 1, got 0"),
-    ("half expert", lambda e: e.add_layer("new", 1.5), LayoutError, "whole number, got 1.5"),
+    (
+        "half expert",
+        lambda e: e.add_layer("new", cast(Any, 1.5)),
+        LayoutError,
+        "whole number, got 1.5",
+    ),
     ("true experts", lambda e: e.add_layer("new", True), LayoutError, "whole number, got True"),
 ]
 

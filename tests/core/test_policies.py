@@ -64,7 +64,7 @@ def test_greedy_is_the_first_of_all_feasible_allocations(request: AllocationRequ
 @given(requests())
 def test_rescored_is_greedy_unit_by_unit(request: AllocationRequest) -> None:
     def saliency_at(ranks: Sequence[int]) -> list[float]:
-        return request.saliency_at(np.array(ranks)).tolist()
+        return [float(score) for score in request.saliency_at(np.array(ranks))]
 
     expected = reference.rescored(
         saliency_at, request.ranks.tolist(), request.limits.tolist(), request.quota
@@ -79,6 +79,12 @@ def test_proportional_is_largest_remainder_in_exact_fractions(request: Allocatio
     )
     assume(not undecided)
     assert policies.proportional(request).tolist() == expected
+
+
+def test_equal_remainders_tie_although_floats_differ() -> None:
+    """Shares 4/3, 4/3 and 1/3 of a quota of 3: the unit left over goes to the first expert."""
+    request = make_request(3, [1, 1, 3], [3, 3, 3], saliency=[4.0, 4.0, 1.0])
+    assert policies.proportional(request).tolist() == [2, 1, 0]
 
 
 @given(requests())
@@ -127,7 +133,7 @@ def test_ties_go_to_the_smaller_rank_then_the_smaller_index() -> None:
 def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
     def order(seed: int, scores: list[float]) -> list[int]:
         request = make_request(4, [1] * 8, [1] * 8, saliency=scores, seed=[seed])
-        return policies.random(request).tolist()
+        return [int(units) for units in policies.random(request)]
 
     up = [float(i) for i in range(8)]
     for seed in range(5):
@@ -136,7 +142,13 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
 
 
 def test_uniform_starts_at_the_budget_and_stays() -> None:
-    given = {"r_init": 1, "r_target": 3, "r_max": 5, "warmup_steps": 0, "growth_interval": 1}
+    given: dict[str, Any] = {
+        "r_init": 1,
+        "r_target": 3,
+        "r_max": 5,
+        "warmup_steps": 0,
+        "growth_interval": 1,
+    }
     given |= {"growth_end": 3, "policy": "uniform"}
     engine = build(given, {"a": 4})
     events = feed(engine, make_samples(given, {"a": 4}, 0, "generic", 4))
@@ -184,7 +196,13 @@ def test_prune_ends_exactly_at_the_budget(
 
 def test_prune_compares_layers_by_their_bias_corrected_importance() -> None:
     """A layer that skipped steps has a smaller raw average, not less important dimensions."""
-    given = {"r_init": 2, "r_target": 1, "r_max": 2, "warmup_steps": 0, "growth_interval": 2}
+    given: dict[str, Any] = {
+        "r_init": 2,
+        "r_target": 1,
+        "r_max": 2,
+        "warmup_steps": 0,
+        "growth_interval": 2,
+    }
     given |= {"growth_end": 4, "policy": "prune", "scope": "global"}
     engine = build(given, {"seen once": 2, "seen twice": 2})
     ones = np.ones((2, 2))
@@ -278,7 +296,13 @@ def test_fixed_quota_falls_short_or_stops_at_the_budget(
     scope: str, policy: str, quota: int, total: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two layers of three experts from rank 1 to a mean of 4 in five events."""
-    given = {"r_init": 1, "r_target": 4, "r_max": 8, "warmup_steps": 2, "growth_interval": 2}
+    given: dict[str, Any] = {
+        "r_init": 1,
+        "r_target": 4,
+        "r_max": 8,
+        "warmup_steps": 2,
+        "growth_interval": 2,
+    }
     given |= {"growth_end": 12, "quota": quota, "policy": policy, "scope": scope}
     sizes = {"a": 3, "b": 3}
     with caplog.at_level(logging.WARNING):
@@ -295,7 +319,13 @@ def test_fixed_quota_falls_short_or_stops_at_the_budget(
 
 def test_what_limits_leave_over_is_carried_to_the_next_event() -> None:
     """Quotas 3, 3, 3; at one unit each two experts take 2, 2, 2 and the rest stays unplaced."""
-    given = {"r_init": 1, "r_target": 4, "r_max": 9, "warmup_steps": 0, "growth_interval": 1}
+    given: dict[str, Any] = {
+        "r_init": 1,
+        "r_target": 4,
+        "r_max": 9,
+        "warmup_steps": 0,
+        "growth_interval": 1,
+    }
     given |= {"growth_end": 3, "quota": 3, "max_growth": 1}
     engine = build(given, {"a": 2})
     samples = make_samples(given | {"policy": "greedy"}, {"a": 2}, 0, "generic", 3)

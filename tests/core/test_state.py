@@ -78,7 +78,13 @@ def test_same_samples_give_the_same_events(
 
 def test_state_of_plain_lists_is_read_too() -> None:
     """JSON alone is enough: lists of numbers become the arrays they were."""
-    options = {"r_init": 1, "r_target": 2, "r_max": 3, "warmup_steps": 0, "growth_interval": 1}
+    options: dict[str, Any] = {
+        "r_init": 1,
+        "r_target": 2,
+        "r_max": 3,
+        "warmup_steps": 0,
+        "growth_interval": 1,
+    }
     options |= {"growth_end": 4}
     engine = build(options, {"a": 3})
     feed(engine, make_samples(options | {"policy": "greedy"}, {"a": 3}, 0, "generic", 2))
