@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ class Adapter:
         self._enabled = True
         self._paused = False
         self._backward_seen = False
-        self._optimizer: Optimizer | None = None
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # Filled in by `attach`:
         self.undo: list[Callable[[], None]] = []
         self.counters: dict[str, RoutingCounter] = {}
@@ -215,10 +216,12 @@ class Adapter:
 
     def optimizer_stepped(self, user: Optimizer, slots: Mapping[str, Tensor | None]) -> None:
         """Follow a step of the user's optimizer; ``slots`` is the importance read before it."""
-        self._optimizer = user
+        self._optimizers.add(user)
         if self.options.newborn is optimizer.Newborn.CORRECTED:
             self.newborn.after_step(user)
-        if self.accumulated is None:
+        if self._paused:
+            self.newborn.age()
+        elif self.accumulated is None:
             self._close_step(slots)
 
     def _close_step(self, slots: Mapping[str, Tensor | None]) -> GrowthEvent | None:
@@ -237,6 +240,7 @@ class Adapter:
                 self.engine.observe(name, routing=phi, importance=s, tokens=tokens)
         else:
             self._skip_step()
+        self.newborn.age()
         event = self.engine.step()
         if event is not None:
             self._carry_out(event)
@@ -280,10 +284,9 @@ class Adapter:
         self.events.append(event)
 
     def _changed(self, lora: ExpertLoRA, slots: np.ndarray) -> None:
-        if self._optimizer is None or not slots.size:
-            return
-        for parameter in lora.parameters():
-            optimizer.clear_state(self._optimizer, parameter, slots)
+        for user in self._optimizers if slots.size else ():
+            for parameter in lora.parameters():
+                optimizer.clear_state(user, parameter, slots)
 
     # -- routers -------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -173,9 +174,17 @@ def _start_observing(adapter: Adapter) -> None:
     if not adapter.options.auto_step:
         adapter.accumulated = AccumulatedImportance(loras)
         adapter.undo.append(adapter.accumulated.remove)
+    # The garbage collector does not see through these hooks: a strong reference would keep the
+    # model alive for ever.
+    seen_by = weakref.WeakMethod(adapter.backward_seen)
+
+    def seen_backward(parameter: torch.Tensor) -> None:
+        if (backward_seen := seen_by()) is not None:
+            backward_seen(parameter)
+
     parameter = next(loras[0].parameters())
     seen = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-        adapter.backward_seen
+        seen_backward
     )
     adapter.undo.append(seen.remove)
     adapter.undo.append(OptimizerFollower(adapter).remove)
@@ -200,9 +209,10 @@ def _keep_out_of_checkpoints(model: nn.Module) -> Callable[[], None]:
     """
     attribute = "_keys_to_ignore_on_save"
     before: list[tuple[Any, Any]] = []
+    inherited = object()
     for module in model.modules():
         if hasattr(module, "save_pretrained") and hasattr(module, attribute):
-            before.append((module, getattr(module, attribute)))
+            before.append((module, vars(module).get(attribute, inherited)))
             ours = {
                 name
                 for name, _ in module.named_parameters()
@@ -212,7 +222,10 @@ def _keep_out_of_checkpoints(model: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         for module, value in before:
-            setattr(module, attribute, value)
+            if value is inherited:
+                delattr(module, attribute)
+            else:
+                setattr(module, attribute, value)
 
     return restore
 

@@ -49,7 +49,7 @@ class OptimizerFollower:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._slots = None
         adapter = self._adapter()
-        if adapter is None or adapter.is_paused or not self._holds_lora(optimizer):
+        if adapter is None or not self._holds_lora(optimizer, adapter.options.auto_step):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -65,9 +65,9 @@ class OptimizerFollower:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         adapter = self._adapter()
-        if adapter is None or self._slots is None or not self._holds_lora(optimizer):
-            return
         slots, self._slots = self._slots, None
+        if adapter is None or slots is None:
+            return
         adapter.optimizer_stepped(optimizer, slots)
 
     def _read(self, adapter: Adapter, optimizer: Optimizer) -> None:
@@ -86,9 +86,9 @@ class OptimizerFollower:
         self._slots = slots
         adapter.newborn.before_step(optimizer)
 
-    def _holds_lora(self, optimizer: Optimizer) -> bool:
+    def _holds_lora(self, optimizer: Optimizer, alone: bool) -> bool:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]} & self._own
-        if held and len(held) < len(self._own):
+        if alone and held and len(held) < len(self._own):
             raise AttachError(
                 f"the optimizer holds {len(held)} of the adapter's {len(self._own)} LoRA "
                 "parameters; wrong:\n    AdamW(some of adapter.parameters())\nright:\n"

@@ -5,7 +5,7 @@ Shape letters: P rank slots, N experts, R = r_max rank dimensions, I inputs, O o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from drlora_torch.distributed import several_processes
 from drlora_torch.layers import ExpertLoRA
 
 
@@ -52,21 +53,39 @@ class AccumulatedImportance:
     """Reads importance as gradients arrive, where no torch optimizer steps (``auto_step=False``).
 
     Autograd's accumulation hooks see the gradient summed over the micro-batches so far, so the
-    last value of a step is that of its whole gradient, and it survives ``zero_grad``.
+    last value of a step is that of its whole gradient, and it survives ``zero_grad``. With several
+    processes the gradients are read at the end of the backward pass, when they are averaged.
     """
 
     def __init__(self, loras: Iterable[ExpertLoRA]) -> None:
         self._parts: dict[str, dict[int, Tensor]] = {}
+        self._late: list[Callable[[], None]] = []
         self._handles: list[RemovableHandle] = []
         for lora in loras:
             parts = self._parts.setdefault(lora.name, {})
             for _, projection in lora.items():
                 for parameter in (projection.lora_A, projection.lora_B):
-                    hook = partial(self._read, parts)
+                    hook = partial(self._arrived, parts)
                     handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                         hook
                     )
                     self._handles.append(handle)
+
+    def _arrived(self, parts: dict[int, Tensor], parameter: Tensor) -> None:
+        if not several_processes():
+            self._read(parts, parameter)
+            return
+        if not self._late:
+            # Callbacks run in order at the end of the backward pass; one that is queued by a
+            # callback comes after that of DistributedDataParallel, which averages.
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._read_late))
+        self._late.append(partial(self._read, parts, parameter))
+
+    def _read_late(self) -> None:
+        for read in self._late:
+            read()
+        self._late.clear()
 
     @staticmethod
     def _read(parts: dict[int, Tensor], parameter: Tensor) -> None:

@@ -91,6 +91,7 @@ class NewbornCorrection:
             for name, lora in self._loras.items()
         }
         self._snapshots: list[_Snapshot] = []
+        self._horizon: float | None = None  # set by the Adam steps of the running optimizer step
 
     def born(self, name: str, slots: np.ndarray) -> None:
         """Begin to correct these slots."""
@@ -128,23 +129,25 @@ class NewbornCorrection:
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Shorten the step that the newborn rows have just made, and let them age."""
+        """Shorten the step that the newborn rows have just made."""
         for kept in self._snapshots:
             t = float(optimizer.state[kept.parameter]["step"])
-            ratio = adam_ratio(kept.counts, t, kept.group["betas"])
+            # An optimizer made after the birth has made fewer steps than the row has lived.
+            ratio = adam_ratio(np.minimum(kept.counts, t), t, kept.group["betas"])
             factor = torch.from_numpy(ratio).to(kept.values).unsqueeze(-1)
             moved = kept.parameter[kept.rows]
             kept.parameter[kept.rows] = torch.lerp(kept.values, moved, factor)
-        self._age(self._snapshots)
+            self._horizon = max(self._horizon or 0.0, _settled_after(kept.group["betas"]))
         self._snapshots = []
 
-    def _age(self, snapshots: list[_Snapshot]) -> None:
-        if not snapshots:
+    def age(self) -> None:
+        """Close an optimizer step, to which several optimizers may have contributed."""
+        if self._horizon is None:
             return
-        horizon = max(_settled_after(kept.group["betas"]) for kept in snapshots)
         for ages in self.ages.values():
             ages[ages >= 0] += 1
-            ages[ages > horizon] = -1
+            ages[ages > self._horizon] = -1
+        self._horizon = None
 
 
 def _settled_after(betas: tuple[float, float]) -> float:

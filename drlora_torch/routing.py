@@ -119,7 +119,7 @@ class RoutingCounter:
         weights = top_k_weights.detach().double()
         tokens: Tensor | int = top_k_index.shape[0]
         if mask is not None:
-            weights = weights * mask.unsqueeze(-1)
+            weights = weights.masked_fill(~mask.unsqueeze(-1), 0.0)  # padding may hold NaN
             tokens = mask.sum()
         sums = torch.bincount(
             top_k_index.clamp(max=self._num_experts).reshape(-1),
