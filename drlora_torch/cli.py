@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any
 
 import typer
 
-COMPARE = Literal["uniform"]
-Text = Optional[str]  # noqa: UP045 - typer reads these at run time on Python 3.10
-Whole = Optional[int]  # noqa: UP045
-Real = Optional[float]  # noqa: UP045
-Folder = Optional[Path]  # noqa: UP045
+from drlora_torch.finetune import arguments as given
+
+NOT_OPTIONS = ("output", "resume", "compare")
 
 
 def register(app: typer.Typer) -> None:
@@ -26,79 +24,47 @@ def register(app: typer.Typer) -> None:
 
 
 def finetune(
-    model: Annotated[
-        Text, typer.Argument(help="Hugging Face id or local folder of a MoE model.")
-    ] = None,
-    data: Annotated[
-        Text,
-        typer.Argument(
-            help="A .jsonl or .txt file, or a dataset id, with columns text, prompt and "
-            "completion, or messages."
-        ),
-    ] = None,
-    output: Annotated[
-        Folder, typer.Option(help="Folder for the run; must not exist. [default: runs/<time>]")
-    ] = None,
-    eval_data: Annotated[Text, typer.Option(help="Held-out rows; like DATA.")] = None,
-    eval_fraction: Annotated[
-        Real, typer.Option(help="Share of DATA to hold out without --eval-data.")
-    ] = None,
-    steps: Annotated[Whole, typer.Option(help="Optimizer steps. [default: 200]")] = None,
-    batch_size: Annotated[Whole, typer.Option(help="Rows per step and device.")] = None,
-    accumulation: Annotated[Whole, typer.Option(help="Micro-batches per optimizer step.")] = None,
-    learning_rate: Annotated[Real, typer.Option(help="Peak rate of AdamW.")] = None,
-    max_length: Annotated[Whole, typer.Option(help="Longest row in tokens.")] = None,
-    seed: Annotated[Whole, typer.Option(help="Seed of data order, A and policy.")] = None,
-    dtype: Annotated[
-        Text, typer.Option(help="auto, float32, bfloat16 or float16, of the base model.")
-    ] = None,
-    r_init: Annotated[Whole, typer.Option(help="Rank of every expert at the start.")] = None,
-    r_target: Annotated[Whole, typer.Option(help="Mean rank at the end (the budget).")] = None,
-    r_max: Annotated[Whole, typer.Option(help="Largest rank of one expert.")] = None,
-    alpha: Annotated[Real, typer.Option(help="Scaling is alpha / r_target.")] = None,
-    gamma: Annotated[Real, typer.Option(help="Exponent of the rank penalty.")] = None,
-    warmup_steps: Annotated[
-        Whole, typer.Option(help="Steps before growth. [default: 10 % of steps]")
-    ] = None,
-    growth_interval: Annotated[
-        Whole, typer.Option(help="Steps between events. [default: for 8 events]")
-    ] = None,
-    growth_end: Annotated[
-        Whole, typer.Option(help="Last step of growth. [default: 60 % of steps]")
-    ] = None,
-    max_growth: Annotated[Whole, typer.Option(help="Most rank per expert and event.")] = None,
-    policy: Annotated[
-        Text,
-        typer.Option(help="greedy, rescored, proportional, random, uniform or prune."),
-    ] = None,
-    scope: Annotated[Text, typer.Option(help="layer or global.")] = None,
-    router: Annotated[Text, typer.Option(help="frozen, after_warmup or trainable.")] = None,
-    layout: Annotated[Text, typer.Option(help="pooled or masked.")] = None,
-    dropout: Annotated[Real, typer.Option(help="LoRA dropout.")] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
-    ] = False,
-    save_every: Annotated[
-        Whole, typer.Option(help="Steps between checkpoints. [default: a quarter]")
-    ] = None,
-    compare: Annotated[
-        Optional[COMPARE],  # noqa: UP045
-        typer.Option(help="Train static LoRA at the same budget too."),
-    ] = None,
-    resume: Annotated[
-        Folder, typer.Option(help="Go on with the run in this folder; its options are used.")
-    ] = None,
+    model: given.Model = None,
+    data: given.Data = None,
+    output: given.Output = None,
+    resume: given.Resume = None,
+    compare: given.Compare = None,
+    eval_data: given.EvalData = None,
+    eval_fraction: given.EvalFraction = None,
+    steps: given.Steps = None,
+    batch_size: given.BatchSize = None,
+    accumulation: given.Accumulation = None,
+    learning_rate: given.LearningRate = None,
+    max_length: given.MaxLength = None,
+    seed: given.Seed = None,
+    dtype: given.Dtype = None,
+    r_init: given.RInit = None,
+    r_target: given.RTarget = None,
+    r_max: given.RMax = None,
+    alpha: given.Alpha = None,
+    gamma: given.Gamma = None,
+    warmup_steps: given.WarmupSteps = None,
+    growth_interval: given.GrowthInterval = None,
+    growth_end: given.GrowthEnd = None,
+    max_growth: given.MaxGrowth = None,
+    policy: given.Policy = None,
+    scope: given.Scope = None,
+    router: given.Router = None,
+    layout: given.SlotLayout = None,
+    dropout: given.Dropout = None,
+    gradient_checkpointing: given.GradientCheckpointing = False,
+    save_every: given.SaveEvery = None,
 ) -> None:
     """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("output", "compare", "resume"):
-        given.pop(name, None)
-    _finetune(given, output, compare, resume)
+    options = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
+    chosen = {name: value for name, value in options.items() if value not in (None, False)}
+    if resume is None:
+        _start(chosen, output, compare)
+    else:
+        _go_on(resume, {**chosen, **({"output": output} if output else {})})
 
 
-def _finetune(
-    given: dict[str, Any], output: Path | None, compare: str | None, resume: Path | None
-) -> None:
+def _start(chosen: dict[str, Any], output: Path | None, compare: str | None) -> None:
     from rich.console import Console
 
     from drlora_torch.errors import RunError
@@ -106,20 +72,27 @@ def _finetune(
     from drlora_torch.finetune.job import run
     from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 
-    console = Console()
-    if resume is not None:
-        given.pop("gradient_checkpointing")
-        if given or output is not None or compare is not None:
-            raise RunError("--resume takes every option from the run; give no other")
-        options, compare = folder.read_options(resume)
-        run(options, resume, console, compare=compare, resume=True)
-        return
-    if "model" not in given:
-        given = {**embedded_defaults(), **given}
-    elif "data" not in given:
+    if "model" in chosen and "data" not in chosen:
         raise RunError("a MODEL needs DATA: drlora finetune MODEL DATA --output DIR")
-    options = FinetuneOptions.model_validate(given)
-    run(options, output or folder.default_folder(), console, compare=compare)
+    if "model" not in chosen:
+        chosen = {**embedded_defaults(), **chosen}
+    options = FinetuneOptions.model_validate(chosen)
+    run(options, output or folder.default_folder(), Console(), compare=compare)
+
+
+def _go_on(resume: Path, chosen: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from drlora_torch.errors import RunError
+    from drlora_torch.finetune import folder
+    from drlora_torch.finetune.job import run
+
+    if chosen:
+        raise RunError(
+            f"--resume takes every option from the run; leave out {', '.join(sorted(chosen))}"
+        )
+    options, compare = folder.read_options(resume)
+    run(options, resume, Console(), compare=compare, resume=True)
 
 
 def inspect(

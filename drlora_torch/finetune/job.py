@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from drlora_core import AllocatorEngine
+from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
 from drlora_torch.finetune import data, folder, model, result
 from drlora_torch.finetune.options import FinetuneOptions
@@ -79,16 +80,15 @@ def _train(
     """Train one method; the model leaves as it came."""
     from drlora_torch.finetune.training import build_trainer
 
-    engine = AllocatorEngine(options.allocator_config())
     adapter = attach(
         loaded,
-        engine,
+        AllocatorEngine(options.allocator_config()),
         alpha=options.alpha,
         router=options.router,
         layout=options.layout,
         dropout=options.dropout,
     )
-    progress = RichProgress(result.label(options.policy), console)
+    progress = RichProgress(result.method_name(options.policy), console)
     try:
         checkpoints = output / folder.CHECKPOINTS
         trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [progress])
@@ -104,7 +104,6 @@ def _train(
         adapter.save_pretrained(output / folder.ADAPTER)
         folder.write_metrics(output / folder.METRICS, trainer.state.log_history)
         tokens = [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
-        ranks = adapter.ranks()
         return RunResult(
             method=options.policy,
             loss_before=before,
@@ -112,15 +111,23 @@ def _train(
             tokens_per_second=max(tokens, default=0.0) / seconds,
             seconds=seconds,
             peak_memory_mb=result.peak_memory_mb(),
-            budget=sum(engine.budget(name) for name in engine.layer_names),
-            total_rank=int(sum(layer.sum() for layer in ranks.values())),
-            skipped_steps=adapter.skipped_steps,
-            ranks={name: layer.tolist() for name, layer in ranks.items()},
             files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS)],
+            **_allocation(adapter),
         )
     finally:
         progress.close()
         adapter.detach()
+
+
+def _allocation(adapter: Adapter) -> dict[str, Any]:
+    """The fields of a result that tell of ranks."""
+    ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
+    return {
+        "budget": sum(adapter.engine.budget(name) for name in ranks),
+        "total_rank": sum(map(sum, ranks.values())),
+        "skipped_steps": adapter.skipped_steps,
+        "ranks": ranks,
+    }
 
 
 @contextlib.contextmanager

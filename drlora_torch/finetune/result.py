@@ -62,7 +62,7 @@ def _summary(results: list[RunResult]) -> Table:
     table = Table(title="Fine-tuning", show_lines=False)
     table.add_column("")
     for result in results:
-        table.add_column(label(result.method), justify="right")
+        table.add_column(method_name(result.method), justify="right")
     rows = {
         "held-out loss before": [f"{r.loss_before:.4f}" for r in results],
         "held-out loss after": [f"{r.loss_after:.4f}" for r in results],
@@ -78,7 +78,7 @@ def _summary(results: list[RunResult]) -> Table:
 
 def _ranks(result: RunResult) -> Table:
     names = _distinct_parts(list(result.ranks))
-    table = Table(title=f"Ranks per layer, {label(result.method)}")
+    table = Table(title=f"Ranks per layer, {method_name(result.method)}")
     for column, justify in (
         ("layer", "left"),
         ("min", "right"),
@@ -103,7 +103,7 @@ def _ranks(result: RunResult) -> Table:
     return table
 
 
-def label(policy: str) -> str:
+def method_name(policy: str) -> str:
     """Name a method as tables show it."""
     return METHODS.get(policy, f"DR-LoRA, {policy}")
 

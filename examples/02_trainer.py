@@ -1,0 +1,68 @@
+"""Dynamic ranks under Transformers' Trainer: attach, then train as always.
+
+The callback is optional: it logs the ranks and writes the adapter into each checkpoint.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import drlora_torch
+from drlora_core import AllocatorConfig, AllocatorEngine
+from drlora_torch.embedded import MODEL_DIR, TRAIN_FILE
+from drlora_torch.integrations.trainer import DRLoRACallback
+
+STEPS = 20
+
+
+def load_rows(tokenizer: AutoTokenizer) -> Dataset:
+    """The shipped task as token rows of one length."""
+    rows = Dataset.from_json(str(TRAIN_FILE)).select(range(320))
+
+    def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
+        encoded = tokenizer(
+            row["prompt"] + row["completion"], padding="max_length", max_length=48, truncation=True
+        )
+        pairs = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+        return {**encoded, "labels": [token if real else -100 for token, real in pairs]}
+
+    return rows.map(tokenize, remove_columns=rows.column_names)
+
+
+def main() -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    rows = load_rows(AutoTokenizer.from_pretrained(MODEL_DIR))
+    config = AllocatorConfig(
+        r_init=2,
+        r_target=4,
+        r_max=12,
+        warmup_steps=4,
+        growth_interval=2,
+        growth_end=12,
+        max_growth=4,
+    )
+    adapter = drlora_torch.attach(model, AllocatorEngine(config))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=16,
+            learning_rate=5e-3,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+        )
+        callback = DRLoRACallback(adapter)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        adapter.save_pretrained(Path(folder) / "adapter")
+    for name, ranks in adapter.ranks().items():
+        print(name, ranks.tolist())
+
+
+if __name__ == "__main__":
+    main()
