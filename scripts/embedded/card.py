@@ -99,10 +99,8 @@ def ablation_table(proof: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def card(training: dict[str, Any], proof: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return the whole card."""
-    versions = ", ".join(f"{name} {v}" for name, v in training["versions"].items())
-    count = proof["ablation"]["count"]
+def about(training: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return the card's description of the model and of its data."""
     return f"""# The embedded default model
 
 A mixture-of-experts language model of {training["parameters"]:,} parameters (Transformers'
@@ -125,8 +123,14 @@ Paragraphs that repeat, within a kind or across kinds, were kept once. The held-
 of whole files (sections of files for the reference's topics and for YAML). Every training row is
 of one kind, and a batch holds equally many rows of each. SHA-256 of the corpus:
 `{training["corpus_sha256"]}`.
-Another installation has other versions of these files, and so gives another model of the same sort.
+Another installation has other packages or versions, so it gives another model of the same sort.
+"""
 
+
+def process(training: dict[str, Any]) -> str:
+    """Return the card's account of the training and its losses."""
+    versions = ", ".join(f"{name} {v}" for name, v in training["versions"].items())
+    return f"""
 ## Training
 
     python scripts/embedded/pretrain.py --seed {training["seed"]} --steps {training["steps"]}
@@ -151,7 +155,13 @@ each token by its frequency in the training text of the same kind (held-out
 `json` is mostly a table of PyTorch's messages, whose like is not in the training part):
 
 {loss_table(training)}
+"""
 
+
+def specialisation(proof: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return the card's proof that the experts specialise."""
+    count = proof["ablation"]["count"]
+    return f"""
 ## Do the experts specialise?
 
 All figures are of held-out text, {extent(proof["rows_per_kind"].values())} rows of each kind; \
@@ -188,7 +198,9 @@ def main(
     """Write README.md from training.json, specialisation.json and config.json."""
     names = ("training", "specialisation", "config")
     figures = [json.loads((model / f"{name}.json").read_text()) for name in names]
-    (model / "README.md").write_text(card(*figures))
+    training, proof, config = figures
+    text = about(training, config) + process(training) + specialisation(proof, config)
+    (model / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

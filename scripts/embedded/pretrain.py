@@ -21,20 +21,9 @@ import transformers
 import typer
 from corpus import Kind, collect, digest
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
-
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-CONTEXT = 256
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message['role'] | capitalize }}: "
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
+from vocabulary import CONTEXT, encode, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,45 +49,6 @@ class Plan:
             return self.learning_rate * (0.02 + 0.98 * progress / self.warmup)
         done = min(1.0, (progress - self.warmup) / (1 - self.warmup))
         return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * done))))
-
-
-def train_tokenizer(kinds: list[Kind], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the training text; digits stay single, as arithmetic likes."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # An equal share of each kind, lest the vocabulary go to the kind with the most text.
-    share = min(sum(len(d.text) for d in kind.train) for kind in kinds)
-    core.train_from_iterator(("\n".join(d.text for d in k.train)[:share] for k in kinds), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=2 * CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """Join documents, each between its beginning and its end token, to one stream."""
-    ids: list[int] = []
-    for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]
-    return torch.tensor(ids, dtype=torch.long)
 
 
 def held_out_rows(stream: torch.Tensor, rows: int) -> torch.Tensor:
@@ -166,7 +116,8 @@ def imbalance(routing: torch.Tensor, chosen: int) -> torch.Tensor:
 
 def optimizer_for(model: OlmoeForCausalLM, plan: Plan) -> torch.optim.AdamW:
     """Return AdamW that decays matrices, but neither norms nor the (tied) embedding."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if parameter.dim() < 2 or "embed" in name else decayed).append(parameter)
     groups = [
@@ -233,6 +184,27 @@ def _step(
     return float(loss.detach())
 
 
+def results(
+    model: OlmoeForCausalLM,
+    kinds: list[Kind],
+    streams: dict[str, torch.Tensor],
+    rows: dict[str, torch.Tensor],
+) -> dict[str, object]:
+    """Return the figures of the finished model, with its weights as they were written."""
+    return {
+        "parameters": model.num_parameters(),
+        "corpus_sha256": digest(kinds),
+        "kinds": {k.name: k.sizes() | {"train_tokens": len(streams[k.name])} for k in kinds},
+        "unigram": {k: unigram(streams[k], rows[k], model.config.vocab_size) for k in streams},
+        "held_out": losses(model, rows),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path(
         "drlora_torch/embedded/model"
@@ -265,7 +237,6 @@ def main(
     curve, taken, seconds = train(model, streams, rows, plan, seed)
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    model.float()  # From here on: the figures of the weights as they were written.
     figures = {
         "seed": seed,
         "steps": taken,
@@ -274,19 +245,10 @@ def main(
         "rows_per_kind": rows_per_kind,
         "learning_rate": learning_rate,
         "aux": aux,
-        "parameters": model.num_parameters(),
-        "corpus_sha256": digest(kinds),
-        "kinds": {k.name: k.sizes() | {"train_tokens": len(streams[k.name])} for k in kinds},
-        "unigram": {k: unigram(streams[k], rows[k], len(tokenizer)) for k in streams},
-        "held_out": losses(model, rows),
-        "curve": curve,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
         "machine": f"{platform.machine()}, {threads} CPU threads",
+        "curve": curve,
     }
+    figures |= results(model.float(), kinds, streams, rows)
     (output / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 

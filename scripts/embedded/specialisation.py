@@ -19,8 +19,9 @@ import torch
 import typer
 from corpus import collect, digest
 from numpy.typing import NDArray
-from pretrain import encode, held_out_rows, losses
+from pretrain import held_out_rows, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
+from vocabulary import encode
 
 Floats = NDArray[np.float64]
 
