@@ -116,3 +116,69 @@ def checkpoint_activations(model: Any, *, reentrant: bool) -> None:
     """Switch gradient checkpointing on, by the name of today or the one before."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+
+
+class Spy:
+    """Keeps what the engine is given: ``samples`` has {layer name: (phi, s, tokens)} per step."""
+
+    def __init__(self, adapter: drlora_torch.Adapter) -> None:
+        self.adapter = adapter
+        self.samples: list[dict[str, tuple[np.ndarray, np.ndarray, int]]] = []
+        self._open: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
+        self._observe, self._step = adapter.engine.observe, adapter.engine.step
+        vars(adapter.engine).update(observe=self.observe, step=self.step)
+
+    def observe(self, name: str, *, routing: Any, importance: Any, tokens: Any) -> None:
+        self._open[name] = (routing, importance, tokens)
+        self._observe(name, routing=routing, importance=importance, tokens=tokens)
+
+    def step(self) -> Any:
+        self.samples.append(self._open)
+        self._open = {}
+        return self._step()
+
+
+class RouterLog:
+    """Routing decisions as the routers themselves gave them, by layer: [(index, weights)]."""
+
+    def __init__(self, adapter: drlora_torch.Adapter) -> None:
+        self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in adapter.layers}
+        for name, layer in adapter.layers.items():
+            assert layer.router is not None
+            layer.router.register_forward_hook(
+                lambda _module, _args, output, name=name: self.calls[name].append(
+                    (output[2].detach().clone(), output[1].detach().clone())
+                )
+            )
+
+    def phi(self, name: str, masks: list[Tensor | None]) -> np.ndarray:
+        """Recompute phi by loops over the last ``len(masks)`` calls; masks are [batch, length]."""
+        sums, counted = np.zeros(models.EXPERTS), 0
+        for (index, weights), mask in zip(self.calls[name][-len(masks) :], masks, strict=True):
+            keep = None if mask is None else mask.reshape(-1).tolist()
+            for token in range(index.shape[0]):
+                if keep is not None and not keep[token]:
+                    continue
+                counted += 1
+                for expert, weight in zip(
+                    index[token].tolist(), weights[token].tolist(), strict=True
+                ):
+                    sums[expert] += weight
+        return sums / counted
+
+
+@torch.no_grad()
+def importance(adapter: drlora_torch.Adapter, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """s_j of every expert and rank dimension by loops over the gradients that are there now."""
+    result = {}
+    for name, layer in adapter.layers.items():
+        table = layer.lora.table
+        matrix = np.zeros((table.num_experts, table.r_max))
+        for expert in range(table.num_experts):
+            for dimension, slot in enumerate(owned(layer.lora, expert)):
+                for _, slots in layer.lora.items():
+                    for parameter in (slots.lora_A, slots.lora_B):
+                        row, gradient = parameter[slot].double(), parameter.grad[slot].double()
+                        matrix[expert, dimension] += float((row * gradient / scale).abs().mean())
+        result[name] = matrix
+    return result

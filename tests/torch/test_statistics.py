@@ -1,0 +1,263 @@
+"""Statistics against a plain recomputation, and everything that must not count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.torch import helpers, models
+from tests.torch.helpers import RouterLog, Spy
+
+# float32 weights and gradients, read in float64: the rounding of one float32 sum
+ROUNDING = {"rtol": 3e-6, "atol": 1e-12}
+
+
+def setup(family: str = "olmoe", **options: Any) -> tuple[Any, Any, Any, Spy]:
+    model = models.build(family)
+    adapter = helpers.attach(model, **options)
+    helpers.uneven(adapter)
+    return model, adapter, helpers.adamw(adapter), Spy(adapter)
+
+
+@pytest.mark.parametrize("layout", ["pooled", "masked"])
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_routing_and_importance(family: str, layout: str) -> None:
+    model, adapter, optimizer, spy = setup(family, layout=layout, config={"growth_end": 200})
+    log = RouterLog(adapter)
+    for seed in range(2):
+        model(**helpers.batch(seed)).loss.backward()
+        expected = helpers.importance(adapter)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name in adapter.layers:
+            phi, s, tokens = spy.samples[seed][name]
+            np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
+            np.testing.assert_allclose(s, expected[name], **ROUNDING)
+            assert tokens == 3 * 7
+            assert phi.max() > 0
+            assert s.max() > 0
+    assert adapter.engine.step_count == 2
+
+
+def test_an_expert_that_no_token_visits_has_zero_routing() -> None:
+    model, adapter, optimizer, spy = setup()
+    log = RouterLog(adapter)
+    model(input_ids=models.tokens(1, 2), labels=models.tokens(1, 2)).loss.backward()
+    optimizer.step()
+    for name, (phi, s, tokens) in spy.samples[0].items():
+        visited = {int(e) for index, _ in log.calls[name] for e in index.reshape(-1)}
+        idle = [e for e in range(models.EXPERTS) if e not in visited]
+        assert len(idle) >= 4
+        assert phi[idle].tolist() == [0.0] * len(idle)
+        assert not s[idle].any()
+        assert phi[sorted(visited)].min() > 0
+        assert tokens == 2
+
+
+def padded(side: str) -> dict[str, Tensor]:
+    ids = models.tokens(3, 7)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 2, 5)):
+        if pad:
+            mask[row, slice(0, pad) if side == "left" else slice(7 - pad, 7)] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_padding_does_not_count(family: str, side: str) -> None:
+    model, adapter, optimizer, spy = setup(family)
+    log = RouterLog(adapter)
+    batch = padded(side)
+    model(**batch).loss.backward()
+    optimizer.step()
+    for name, (phi, _, tokens) in spy.samples[0].items():
+        assert tokens == 21 - 7
+        np.testing.assert_allclose(phi, log.phi(name, [batch["attention_mask"]]), rtol=1e-12)
+
+
+def test_mask_given_by_position_counts_too() -> None:
+    model, _, optimizer, spy = setup()
+    batch = padded("left")
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    logits.square().mean().backward()
+    optimizer.step()
+    assert {tokens for _, _, tokens in spy.samples[0].values()} == {14}
+
+
+def test_accumulation_weighs_by_tokens() -> None:
+    """One sample per optimizer step; micro-batches of other sizes weigh by their tokens."""
+    model, adapter, optimizer, spy = setup()
+    log = RouterLog(adapter)
+    masks: list[Tensor | None] = []
+    for seed, (rows, length) in enumerate([(3, 7), (1, 4), (2, 9)]):
+        batch = helpers.batch(seed, rows, length)
+        (model(**batch).loss / 3).backward()
+        masks.append(None)
+    batch = padded("right")
+    model(**batch).loss.backward()
+    masks.append(batch["attention_mask"])
+    expected = helpers.importance(adapter)
+    optimizer.step()
+    assert len(spy.samples) == 1
+    for name, (phi, s, tokens) in spy.samples[0].items():
+        assert tokens == 21 + 4 + 18 + 14
+        np.testing.assert_allclose(phi, log.phi(name, masks), rtol=1e-12)
+        np.testing.assert_allclose(s, expected[name], **ROUNDING)
+
+
+@pytest.mark.parametrize("auto_step", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_once(reentrant: bool, auto_step: bool) -> None:
+    samples = []
+    for checkpointing in (False, True):
+        model, adapter, optimizer, spy = setup(auto_step=auto_step)
+        if checkpointing:
+            helpers.checkpoint_activations(model, reentrant=reentrant)
+        calls = RouterLog(adapter).calls
+        for seed in range(2):
+            model(**helpers.batch(seed), use_cache=False).loss.backward()
+        optimizer.step()
+        if not auto_step:
+            adapter.step()
+        samples.append(spy.samples[0])
+        recomputed = {len(each) for each in calls.values()}
+        assert recomputed == ({4} if checkpointing else {2})
+    plain, checkpointed = samples
+    for name, (phi, s, tokens) in plain.items():
+        assert np.array_equal(phi, checkpointed[name][0])
+        assert np.array_equal(s, checkpointed[name][1])
+        assert tokens == checkpointed[name][2] == 42
+
+
+def test_what_must_not_count() -> None:
+    """Evaluation, no_grad, generation, pauses and the base model between two training forwards."""
+    model, adapter, optimizer, spy = setup()
+    log = RouterLog(adapter)
+    ids = models.tokens(2, 5)
+    model(**helpers.batch()).loss.backward()
+    first = {name: list(calls) for name, calls in log.calls.items()}
+    model.eval()
+    model(ids)
+    with torch.no_grad():
+        model(ids)
+        model.train()(ids)
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.eval().generate(ids, max_new_tokens=3, do_sample=False)
+    model.train()
+    with torch.inference_mode():
+        model(ids)
+    with adapter.paused():
+        model(ids)
+    with adapter.disabled():
+        model(ids)
+    assert all(len(calls) > 8 for calls in log.calls.values())
+    optimizer.step()
+    for name, (phi, _, tokens) in spy.samples[0].items():
+        log.calls[name] = first[name]
+        assert tokens == 21
+        np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
+
+
+def test_paused_steps_do_not_count() -> None:
+    model, adapter, optimizer, spy = setup()
+    with adapter.paused():
+        helpers.step(model, optimizer)
+    assert adapter.engine.step_count == 0
+    helpers.step(model, optimizer, 1)
+    assert adapter.engine.step_count == 1
+    assert [tokens for _, _, tokens in spy.samples[0].values()] == [21, 21]
+
+
+def test_a_failed_forward_leaves_the_watch_in_order() -> None:
+    model, adapter, optimizer, spy = setup()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.eval()(models.tokens())
+    handle.remove()
+    model.train()
+    helpers.step(model, optimizer)
+    assert [tokens for _, _, tokens in spy.samples[0].values()] == [21, 21]
+    assert adapter.watch.current(training=True).counts
+
+
+def test_dropped_gradients_drop_their_tokens() -> None:
+    """A backward whose gradients are thrown away leaves no trace in the next step's phi."""
+    model, adapter, optimizer, spy = setup()
+    log = RouterLog(adapter)
+    model(**helpers.batch(0)).loss.backward()
+    optimizer.zero_grad()
+    model(**helpers.batch(1)).loss.backward()
+    optimizer.step()
+    for name, (phi, _, tokens) in spy.samples[0].items():
+        assert tokens == 21
+        np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
+
+
+def test_steps_by_hand_decide_as_automatic_ones() -> None:
+    """Also with zero_grad before step, and with a scaled loss."""
+    runs = []
+    for how in ("auto", "hand", "zero first", "scaled"):
+        model = models.build()
+        adapter = helpers.attach(model, auto_step=how == "auto")
+        optimizer = helpers.adamw(adapter)
+        spy = Spy(adapter)
+        scale = 1024.0 if how == "scaled" else 1.0
+        for seed in range(7):
+            (model(**helpers.batch(seed)).loss * scale).backward()
+            for parameter in adapter.parameters():
+                parameter.grad /= scale
+            optimizer.step()
+            if how == "zero first":
+                optimizer.zero_grad()
+            if how != "auto":
+                adapter.step(grad_scale=scale)
+            optimizer.zero_grad()
+        assert adapter.engine.step_count == 7
+        runs.append((spy.samples, helpers.rank_history(adapter)))
+    samples, ranks = runs[0]
+    for other_samples, other_ranks in runs[1:]:
+        assert other_ranks == ranks
+        for mine, theirs in zip(samples, other_samples, strict=True):
+            for name, (phi, s, tokens) in mine.items():
+                assert np.array_equal(phi, theirs[name][0])
+                np.testing.assert_allclose(theirs[name][1], s, rtol=1e-14)
+                assert tokens == theirs[name][2]
+
+
+def test_averages_of_the_engine_are_those_of_the_samples() -> None:
+    """End to end: f and g equal the contract's formulas on the recomputed samples."""
+    model = models.build()
+    adapter = helpers.attach(model, config={"growth_end": 200, "warmup_steps": 100})
+    optimizer = helpers.adamw(adapter)
+    log = RouterLog(adapter)
+    expected: list[dict[str, Any]] = []
+    for seed in range(3):
+        model(**helpers.batch(seed)).loss.backward()
+        expected.append(helpers.importance(adapter))
+        optimizer.step()
+        optimizer.zero_grad()
+    decay = 0.9 ** np.array([2, 1, 0])[:, None]
+    for name in adapter.layers:
+        phi = np.stack([log.phi(name, [None] * (3 - t))[:] for t in range(3)])
+        phi = np.stack([3 * phi[0] - 2 * phi[1], 2 * phi[1] - phi[2], phi[2]])  # undo the means
+        s = np.stack([step[name][:, :2].mean(axis=1) for step in expected])
+        f = (0.1 * decay * phi).sum(0) / (1 - 0.9**3)
+        g = (0.1 * decay * s).sum(0) / (1 - 0.9**3)
+        np.testing.assert_allclose(adapter.engine.routing_frequency(name), f, rtol=1e-10)
+        np.testing.assert_allclose(adapter.engine.rank_importance(name), g, **ROUNDING)
+        saliency = f * g / 3.0
+        np.testing.assert_allclose(adapter.engine.saliency(name), saliency, rtol=1e-5)
