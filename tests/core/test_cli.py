@@ -1,0 +1,327 @@
+"""The console script: what it prints, and one sentence for every error of the user's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drlora_core import DRLoRAError
+from drlora_core.recording import Recording
+from tests.core import recorded
+
+typer = pytest.importorskip("typer")
+pytest.importorskip("zarr")
+
+from drlora_core.cli import app as application  # noqa: E402
+from drlora_core.cli import common, main  # noqa: E402
+
+OLMOE = {
+    "model_type": "olmoe",
+    "num_experts": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+}
+
+
+class Result:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def drlora(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs the console script."""
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        code = ended.value.code
+        captured = capsys.readouterr()
+        assert isinstance(code, int) or code is None
+        return Result(code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(OLMOE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "first"
+    path.mkdir()
+    recorded.record(path / "recording.zarr")
+    return path
+
+
+def test_help_names_the_commands(drlora: Any) -> None:
+    result = drlora("--help")
+    assert result.code == 0
+    for name in ("plan", "replay", "report"):
+        assert name in result.out
+    for name in ("plan", "replay", "report"):
+        assert drlora(name, "--help").code == 0
+    assert "cannot know how they would" in " ".join(drlora("replay", "--help").out.split())
+
+
+def test_plan(drlora: Any, model: Path) -> None:
+    result = drlora("plan", model, "--set", "growth_end=4200", "-s", "r_max=64")
+    assert result.code == 0
+    assert "16 MoE layers of 16, 64 experts each, 1,024 in all" in result.out
+    assert "is met at step 4200" in result.out
+    assert "8 events in the middle are left out" in result.out
+    values = drlora("plan", model, "--json", "--dtype", "bfloat16").json
+    assert values["storages"][0]["weights"] == 2 * 16 * 64 * 16 * 7168
+    assert [event["quota"] for event in values["timetable"]["64"]] == [51, 51, 51, 51, 52] * 2
+    never = drlora("plan", model, "--set", "quota=1")
+    assert "is never met with this quota" in never.out
+    assert "is met from the start" in drlora("plan", model, "--set", "policy=uniform").out
+
+
+def test_plan_with_an_allocator_file(drlora: Any, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "allocator.json"
+    file.write_text(recorded.config().model_dump_json())
+    values = drlora("plan", model, "--allocator", file, "--set", "gamma=2", "--json").json
+    assert values["config"] == recorded.config(gamma=2.0).model_dump(mode="json")
+
+
+def test_replay_of_a_run_repeats_it(drlora: Any, run_dir: Path) -> None:
+    result = drlora("replay", run_dir)
+    assert result.code == 0
+    assert "decisions identical to the recorded run: yes" in result.out
+    assert "cannot know how they would have changed" in result.out
+    values = drlora("replay", run_dir / "recording.zarr", "--json").json
+    assert values["identical_to_recorded"] is True
+    assert [event["step"] for event in values["events"]] == [8, 12, 16]
+    assert sum(values["final_ranks"]["first"]) == 24
+
+
+def test_replay_compares_policies_and_recordings(drlora: Any, run_dir: Path) -> None:
+    everything = drlora("replay", run_dir, "--policies", "all", "--against", run_dir, "--json").json
+    assert [row["policy"] for row in everything["policies"]] == [
+        "greedy",
+        "rescored",
+        "proportional",
+        "uniform",
+        "random",
+    ]
+    assert everything["against"]["summary"]["overlap"] == 1.0
+    shown = drlora("replay", run_dir, "--policies", "greedy,random", "--against", run_dir)
+    assert "Policies on these statistics" in shown.out
+    assert "total_variation" in shown.out
+    other = drlora("replay", run_dir, "--set", "gamma=0", "--json").json
+    assert other["own_configuration"] is False
+    assert other["identical_to_recorded"] is None
+
+
+def test_replay_of_a_prune_run_under_all_policies(drlora: Any, tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run", policy="prune", r_init=8)
+    values = drlora("replay", tmp_path / "run", "--policies", "all", "--json").json
+    assert values["identical_to_recorded"] is True
+    assert {row["policy"]: row["mean rank"] for row in values["policies"]}["prune"] == 4.0
+    assert len(values["policies"]) == 6
+
+
+def test_replay_of_a_trace(drlora: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sums = rng.random((40, 9, 8)).astype(np.float32)
+    np.savez(tmp_path / "trace.npz", weight_sum=sums, tokens=np.full(40, 10))
+    result = drlora("replay", tmp_path / "trace.npz", "--importance", "sampled")
+    assert result.code == 0
+    assert "1 more layers; --json has all" in result.out
+    values = drlora("replay", tmp_path / "trace.npz", "--json").json
+    assert len(values["events"]) == 10
+    assert values["diagnosis"]["findings"]
+
+
+def test_a_changed_record_is_told(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
+    recording = Recording.open(run_dir / "recording.zarr")
+    routing = recording.routing.copy()
+    routing[2, 0] = 1e6
+    vars(recording)["routing"] = routing
+    recording.save(tmp_path / "changed")
+    result = drlora("replay", tmp_path / "changed")
+    assert "decisions identical to the recorded run: no" in result.out
+    assert "first difference (recorded, replayed): step 8, layer 'first'" in result.out
+
+
+def test_report(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    result = drlora("report", run_dir, "--output", tmp_path / "page.html")
+    assert result.code == 0
+    assert "wrote " in result.out
+    page = (tmp_path / "page.html").read_text()
+    assert "repeats the run&#x27;s decisions exactly" in page
+    assert "<h2>Diagnostics</h2>" in page
+    assert 'src="http' not in page
+    assert drlora("report", run_dir).code == 0
+    assert (run_dir / "report.html").exists()
+    values = drlora("report", run_dir, "--json").json
+    assert len(values["events"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "{tmp}/none.json"], "No such file or directory: "),
+        (["plan", "{model}", "--set", "r_target=99"], "r_target 99 > r_max 32"),
+        (["plan", "{model}", "--set", "r_init=0"], "r_init: Input should be greater"),
+        (["plan", "{model}", "--set", "r_tarrget=9"], "did you mean 'r_target'?"),
+        (["plan", "{model}", "--set", "gamma"], "write NAME=VALUE"),
+        (["plan", "{model}", "--dtype", "int8"], "--dtype int8: accepted: float32"),
+        (["plan", "{model}", "--num-experts", "-1"], "num_experts is -1"),
+        (["plan", "{model}", "--allocator", "{model}"], "model_type: Extra inputs"),
+        (["replay", "{tmp}"], "holds no recording"),
+        (["replay", "{tmp}/x"], "there is no recording at"),
+        (["replay", "{run}", "--policies", "greedi"], "did you mean 'greedy'?"),
+        (["replay", "{run}", "--set", "policy=prune", "-s", "r_init=8"], "every rank dimension"),
+        (["replay", "{trace}", "--importance", "two"], "accepted: 'ones' or 'sampled'"),
+        (["replay", "{trace}", "--set", "policy=prune", "-s", "r_init=32"], "rank dimension"),
+        (["report", "{trace}"], "has no configuration; look at it with: drlora replay"),
+    ],
+)
+def test_an_error_is_one_sentence_and_exit_code_2(
+    drlora: Any, arguments: list[str], message: str, model: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "t.npz", weight_sum=np.ones((20, 2, 8)), tokens=np.ones(20, dtype=int))
+    places = {"tmp": tmp_path, "model": model, "run": run_dir, "trace": tmp_path / "t.npz"}
+    result = drlora(*(argument.format(**places) for argument in arguments))
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert result.out == ""
+
+
+def test_several_recordings_in_a_directory_are_refused(drlora: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        recorded.record(tmp_path / name, steps=2)
+    result = drlora("replay", tmp_path)
+    assert result.code == 2
+    assert "several recordings (a, b)" in result.err
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, register: Any) -> None:
+    """Let one entry point exist, that loads to (or raises) this."""
+
+    class Entry:
+        name, value = "torch", "other.cli:register"
+
+        def load(self) -> Any:
+            if isinstance(register, Exception):
+                raise register
+            return register
+
+    monkeypatch.setattr(application.importlib.metadata, "entry_points", lambda group: [Entry()])
+
+
+def other_commands(app: Any) -> None:
+    """Add commands of another package."""
+
+    @app.command()
+    def fails(kind: str) -> None:
+        raise {"user": DRLoRAError("too\nbad"), "ours": RuntimeError("a bug")}[kind]
+
+
+def test_registered_commands_have_the_same_errors(
+    drlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, other_commands)
+    user = drlora("fails", "user")
+    assert (user.code, user.err) == (2, "drlora: too bad\n")
+    ours = drlora("fails", "ours")
+    assert ours.code == 1
+    assert ours.err.startswith("drlora: internal error: RuntimeError: a bug")
+    assert ours.err.count("\n") == 1
+    monkeypatch.setenv("DRLORA_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["fails", "ours"])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "missing library torch"),
+        (AttributeError("no register"), "AttributeError: no register"),
+    ],
+)
+def test_commands_that_cannot_be_loaded_are_named(
+    drlora: Any, monkeypatch: pytest.MonkeyPatch, model: Path, error: Exception, reason: str
+) -> None:
+    pretend(monkeypatch, error)
+    assert drlora("plan", model).code == 0
+    assert reason in " ".join(drlora("--help").out.split())
+    unknown = drlora("finetune")
+    assert unknown.code == 2
+    assert reason in unknown.err
+    assert "No such command" in unknown.err
+
+
+def test_the_torch_commands_are_an_entry_point_of_ours() -> None:
+    entries = application.importlib.metadata.entry_points(group=application.ENTRY_POINTS)
+    assert EntryPoint("torch", "drlora_torch.cli:register", application.ENTRY_POINTS) in entries
+
+
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name.split(".")[0])
+sys.meta_path.insert(0, Refuse())
+from drlora_core.cli import main
+main({arguments!r})
+"""
+
+
+def without(blocked: set[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    code = WITHOUT.format(blocked=blocked, arguments=[str(argument) for argument in arguments])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path: Path) -> None:
+    no_torch = without({"torch", "transformers"}, "plan", model)
+    assert no_torch.returncode == 0, no_torch.stderr
+    for blocked, arguments, extra in [
+        ({"typer"}, ["plan", model], "cli"),
+        ({"zarr"}, ["replay", run_dir], "record"),
+        ({"plotly"}, ["report", run_dir, "-o", tmp_path / "x.html"], "report"),
+    ]:
+        result = without(blocked, *arguments)
+        assert result.returncode == 2
+        assert f'pip install "drlora[{extra}]"' in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_importing_the_core_needs_no_extra() -> None:
+    code = (
+        "import sys, drlora_core; "
+        "heavy = {'zarr', 'typer', 'rich', 'plotly', 'torch', 'drlora_torch'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_small_helpers() -> None:
+    assert common.shown(None) == "-"
+    assert common.shown(float("nan")) == "-"
+    assert common.shown(True) == "yes"
+    assert common.binary(1536) == "1.50 KiB"
+    assert common.binary(5 * 2**50) == "5120.00 TiB"

@@ -1,0 +1,187 @@
+"""Plans from configurations of real families, worked out by hand where it matters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drlora_core import AllocatorConfig, LayoutError
+from drlora_core.plan import make_plan, planned_events, read_model_config
+from drlora_core.plan.timetable import step_of_budget
+
+OLMOE = {
+    "model_type": "olmoe",
+    "num_experts": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+}
+KIMI = {
+    "model_type": "kimi_k2",
+    "n_routed_experts": 384,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+}
+QWEN = {
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+}
+
+
+def write(tmp_path: Path, values: Any) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "layers", "experts"),
+    [
+        (OLMOE, list(range(16)), 64),
+        (KIMI, list(range(1, 61)), 384),
+        (QWEN, [1, 5], 128),
+        (KIMI | {"num_hidden_layers": 7, "moe_layer_freq": 2}, [2, 4, 6], 384),
+        (KIMI | {"num_hidden_layers": 3, "moe_layer_freq": [0, 0, 1]}, [2], 384),
+        (QWEN | {"mlp_layer_types": ["dense", "sparse"] * 3}, [1, 3, 5], 128),
+        (OLMOE | {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}, [1, 3], 64),
+        (OLMOE | {"num_hidden_layers": 4, "moe_layers": [0, 3]}, [0, 3], 64),
+        (
+            OLMOE | {"num_hidden_layers": 5, "expert_layer_period": 2, "expert_layer_offset": 1},
+            [1, 3],
+            64,
+        ),
+        (
+            OLMOE
+            | {"num_hidden_layers": 6, "moe_layer_start_index": 1, "moe_layer_end_index": 4}
+            | {"moe_layer_interval": 2},
+            [1, 3],
+            64,
+        ),
+        (OLMOE | {"num_hidden_layers": 4, "hybrid_override_pattern": "ME*E"}, [1, 3], 64),
+        ({"model_type": "vl", "text_config": OLMOE}, list(range(16)), 64),
+        (
+            {"model_type": "dbrx", "d_model": 2048, "n_layers": 4}
+            | {"ffn_config": {"moe_num_experts": 16, "ffn_hidden_size": 1024}},
+            [0, 1, 2, 3],
+            16,
+        ),
+    ],
+)
+def test_moe_layers_are_found(
+    tmp_path: Path, values: dict[str, Any], layers: list[int], experts: int
+) -> None:
+    shape = read_model_config(write(tmp_path, values))
+    assert list(shape.experts) == layers
+    assert set(shape.experts.values()) == {experts}
+    assert shape.model_type == values["model_type"]
+    assert shape == read_model_config(tmp_path)
+
+
+def test_experts_may_differ_by_layer(tmp_path: Path) -> None:
+    shape = read_model_config(
+        write(tmp_path, OLMOE | {"num_hidden_layers": 3, "num_experts": [1, 8, 16]})
+    )
+    assert shape.experts == {1: 8, 2: 16}
+    plan = make_plan(shape, AllocatorConfig())
+    assert set(plan.timetable) == {8, 16}
+
+
+def test_parameters_and_bytes_of_olmoe(tmp_path: Path) -> None:
+    plan = make_plan(read_model_config(write(tmp_path, OLMOE)), AllocatorConfig(), "bfloat16")
+    slot = (2048 + 2 * 1024) + (1024 + 2048)
+    assert plan.slot_parameters == slot
+    assert plan.shape.expert_parameters() == 16 * 64 * 3 * 2048 * 1024
+    ways = {way.name: way for way in plan.storages}
+    uniform, pooled = ways["uniform LoRA at r_target"], ways["drlora, layout pooled"]
+    assert uniform.parameters == 16 * 64 * 16 * slot
+    assert pooled.parameters == uniform.parameters
+    assert ways["drlora, layout masked"].parameters == 2 * uniform.parameters
+    assert ways["PEFT target_parameters at r_max"].parameters == 16 * 64 * 32 * slot
+    assert ways["active at the start"].parameters == 16 * 64 * 8 * slot
+    assert uniform.weights == 2 * uniform.parameters
+    assert uniform.adam == 2 * uniform.gradients
+    assert uniform.total == 8 * uniform.parameters
+    assert plan.peft_transient == 2 * 64 * 3 * 2048 * 1024
+    assert json.loads(json.dumps(plan.to_dict()))["model"]["moe_layers"] == 16
+
+
+def test_pooled_storage_follows_scope_and_policy(tmp_path: Path) -> None:
+    shape = read_model_config(write(tmp_path, OLMOE))
+    pooled = {
+        name: make_plan(shape, AllocatorConfig(**changes)).storages[0].rank
+        for name, changes in {
+            "global": {"scope": "global", "layer_ceiling": 20},
+            "prune": {"policy": "prune", "r_init": 24},
+        }.items()
+    }
+    assert pooled == {"global": 20, "prune": 24}
+
+
+@pytest.mark.parametrize(
+    ("changes", "totals", "met"),
+    [
+        ({}, [9, 12], 10),
+        ({"quota": 4}, [10, 12], 10),
+        ({"quota": 2}, [8, 10], None),
+        ({"policy": "uniform"}, [12, 12], 0),
+        ({"policy": "prune", "r_init": 8}, [13, 12], 10),
+        ({"r_init": 4}, [12, 12], 0),
+    ],
+)
+def test_the_timetable(changes: dict[str, Any], totals: list[int], met: int | None) -> None:
+    settings = {"r_init": 2, "r_target": 4, "r_max": 8, "warmup_steps": 0}
+    settings |= {"growth_interval": 5, "growth_end": 10}
+    config = AllocatorConfig(**(settings | changes))
+    events = planned_events(config, 3)
+    assert [event.total for event in events] == totals
+    assert [event.step for event in events] == [5, 10]
+    assert step_of_budget(config, 3) == met
+
+
+def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:
+    shape = read_model_config(
+        write(tmp_path, {"model_type": "own", "num_hidden_layers": 9}),
+        num_experts=4,
+        moe_layers=3,
+        hidden_size=8,
+        intermediate_size=6,
+        gated=False,
+    )
+    assert shape.experts == {0: 4, 1: 4, 2: 4}
+    assert shape.projections() == {"up_proj": (8, 6), "down_proj": (6, 8)}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "JSON list, not a model"),
+        ({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}, "names no experts"),
+        (OLMOE | {"num_experts": 1}, "has no MoE layer"),
+        (OLMOE | {"num_experts": "many"}, "num_experts is 'many'"),
+        (OLMOE | {"num_experts": [8, 8]}, "lists 2 layers, there are 16"),
+        (OLMOE | {"hidden_size": -1}, "hidden_size is -1"),
+        (OLMOE | {"hidden_size": True}, "hidden_size is True"),
+        ({"num_experts": 8, "num_hidden_layers": 2, "hidden_size": 4}, "give the expert width"),
+        ({"num_experts": 8, "hidden_size": 4}, "give the layers"),
+        (OLMOE | {"mlp_layer_types": ["sparse"]}, "does not fit the 16 layers"),
+        (OLMOE | {"moe_layers": [99]}, "does not fit the 16 layers"),
+        (KIMI | {"moe_layer_freq": [1]}, "lists only 1 layers"),
+        (QWEN | {"decoder_sparse_step": -2}, "decoder_sparse_step is -2"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, values: Any, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        read_model_config(write(tmp_path, values))

@@ -1,0 +1,69 @@
+"""The HTML report and its figures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from drlora_core import plots
+from drlora_core.recording import Recording
+from drlora_core.replay import replay
+from drlora_core.report import event_rows, render
+from tests.core import recorded
+
+pytest.importorskip("plotly")
+pytest.importorskip("zarr")
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    path = tmp_path_factory.mktemp("report") / "run"
+    recorded.record(path)
+    return Recording.open(path)
+
+
+def test_figures_show_the_ranks(recording: Recording) -> None:
+    result = replay(recording)
+    cells = np.asarray(plots.rank_map(result).data[0].z)
+    np.testing.assert_array_equal(cells[0], result.final_ranks["first"])
+    np.testing.assert_array_equal(cells[1, :4], result.final_ranks["second"])
+    assert np.isnan(cells[1, 4:]).all()
+    lines = {line.name: list(line.y) for line in plots.total_rank(result).data}
+    assert lines["mean"][0] == 2.0
+    assert lines["mean"][-1] == 4.0
+    experts = plots.trajectories(result, "second").data
+    assert [line.y[-1] for line in experts] == result.final_ranks["second"].tolist()
+    bars = plots.rank_histogram(result).data[0]
+    assert sum(bars.y) == 10
+
+
+def test_event_rows_add_up(recording: Recording) -> None:
+    rows = event_rows(replay(recording))
+    assert sum(row["units placed"] for row in rows) == 20
+    assert rows[-1]["mean rank"] == 4.0
+
+
+def test_a_page_of_a_replay_under_other_settings_and_with_odd_names() -> None:
+    routing = {"<script>": np.random.default_rng(0).random((20, 4))}
+    recording = Recording.from_arrays(routing)
+    page = render(recording, recorded.config(use_importance=False), title="a & b")
+    assert "<script>'" not in page
+    assert "a &amp; b" in page
+    assert "Experts by final rank" in page
+    assert "cannot know how they would have changed" in page
+
+
+def test_a_page_says_what_differs_and_what_was_torn(recording: Recording) -> None:
+    routing = recording.routing.copy()
+    routing[2, 0] = 1e6
+    fields = {name: getattr(recording, name) for name in vars(recording)}
+    changed = Recording(**(fields | {"routing": routing, "notes": ("torn tail",)}))
+    page = render(changed)
+    assert "The replay differs from the run: step 8" in page
+    assert "<p class=note>torn tail</p>" in page
+
+
+def test_a_run_without_events_has_a_page() -> None:
+    recording = Recording.from_arrays({"a": np.ones((4, 3))})
+    page = render(recording, recorded.config(use_importance=False))
+    assert "<p>None.</p>" in page
