@@ -143,7 +143,7 @@ class Adapter:
     def detach(self) -> nn.Module:
         """Take everything out again; the model is as it was before ``attach``, bit for bit."""
         self._check_attached()
-        self._restore_routers()
+        self._swap_routers(self._enabled)
         self.take_out()
         return self.model
 
@@ -158,6 +158,7 @@ class Adapter:
         for layer in self.layers.values():
             for projection, _ in layer.lora.items():
                 add_delta(layer.experts, projection, layer.lora)
+        self._swap_routers(not self._enabled)
         self.take_out()
         return self.model
 
@@ -244,7 +245,7 @@ class Adapter:
         event = self.engine.step()
         if event is not None:
             self._carry_out(event)
-        self.free_routers_after_warmup()
+        self.free_routers()
         return event
 
     def _take_routing(self) -> dict[str, np.ndarray]:
@@ -290,14 +291,19 @@ class Adapter:
 
     # -- routers -------------------------------------------------------------------------------
 
-    def free_routers_after_warmup(self) -> None:
-        """Let the routers learn once the warmup is over (``router="after_warmup"``)."""
-        if (
-            self.options.router is RouterMode.AFTER_WARMUP
-            and self.engine.step_count >= self.engine.config.warmup_steps
-        ):
+    def free_routers(self) -> None:
+        """Let the routers learn if the mode says so by now (``after_warmup``: once it is over)."""
+        warm = self.engine.step_count >= self.engine.config.warmup_steps
+        if warm or self.options.router is RouterMode.TRAINABLE:
             for parameter in self.router_parameters().values():
                 parameter.requires_grad_(True)
+
+    def trained_routers(self) -> dict[str, Tensor]:
+        """Router values of the adapted model by name, inside :meth:`disabled` too."""
+        return {
+            name: parameter.detach() if self._enabled else self.router_base[name]
+            for name, parameter in self.router_parameters().items()
+        }
 
     @torch.no_grad()
     def _swap_routers(self, wanted: bool) -> None:
@@ -308,11 +314,6 @@ class Adapter:
             trained = parameter.detach().clone()
             parameter.copy_(self.router_base[name])
             self.router_base[name] = trained
-
-    @torch.no_grad()
-    def _restore_routers(self) -> None:
-        for name, parameter in self.router_parameters().items():
-            parameter.copy_(self.router_base[name])
 
     # -- life ----------------------------------------------------------------------------------
 

@@ -99,9 +99,9 @@ def attach(
             "rslora": rslora,
         }
     )
+    records = adaptable(model, options.layers)
     if any(interface.is_attached(module) for module in model.modules()):
         raise AttachError("the model has an adapter already; call its detach() or merge() first")
-    records = adaptable(model, options.layers)
     _check_targets(records, options.targets)
     _check_routers(records, options)
     _check_engine(engine, records)
@@ -128,11 +128,9 @@ def _build(
         undo.append(_keep_out_of_checkpoints(model))
         undo.append(_let_checkpointing_reach_lora(model))
         _start_observing(adapter)
-        if options.router is RouterMode.TRAINABLE:
-            for parameter in adapter.router_parameters().values():
-                parameter.requires_grad_(True)
         for name, parameter in adapter.router_parameters().items():
             adapter.router_base[name] = parameter.detach().clone()
+        adapter.free_routers()
     except BaseException:
         adapter.take_out()
         raise

@@ -41,8 +41,8 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         for field, value in list(fields.items()):
             if isinstance(value, np.ndarray):
                 tensors[f"{name}/engine/{field}"] = torch.from_numpy(fields.pop(field))
-    for name, parameter in adapter.router_parameters().items():
-        tensors[f"router/{name}"] = parameter.detach()
+    for name, values in adapter.trained_routers().items():
+        tensors[f"router/{name}"] = values
     description = {
         "version": VERSION,
         "options": adapter.options.model_dump(mode="json"),
@@ -236,4 +236,4 @@ def _fill(adapter: Adapter, saved: _Saved) -> None:
         layer.lora.refresh()
     for name, parameter in adapter.router_parameters().items():
         parameter.copy_(tensors[f"router/{name}"])
-    adapter.free_routers_after_warmup()
+    adapter.free_routers()

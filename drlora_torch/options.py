@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -29,18 +30,21 @@ FLOATING = {
 }
 
 
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class AdapterOptions(BaseModel):
     """How the LoRA of the experts is built; see :func:`drlora_torch.attach` for each option."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     alpha: float = Field(gt=0.0)
-    targets: tuple[str, ...] | None = None
+    targets: Names | None = None
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     router: RouterMode = RouterMode.FROZEN
     layout: Layout = Layout.POOLED
     dtype: str | None = None
-    layers: tuple[str, ...] | None = None
+    layers: Names | None = None
     auto_step: bool = True
     newborn: Newborn = Newborn.CORRECTED
     rslora: bool = False

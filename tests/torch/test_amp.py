@@ -64,8 +64,7 @@ def test_gradients_are_read_unscaled(fused: bool) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_skipped_step_updates_nothing(fused: bool) -> None:
     """Neither importance nor routing of the skipped step reaches a later sample."""
-    with warnings.catch_warnings():
-        adapter, spy, _ = run(scaler(), fused=fused, poison=2)
+    adapter, spy, _ = run(scaler(), fused=fused, poison=2)
     assert adapter.engine.step_count == 6
     assert adapter.skipped_steps == 0
     assert [len(sample) for sample in spy.samples] == [2] * 6
@@ -132,7 +131,8 @@ def test_nan_in_every_step_moves_no_rank_by_its_values() -> None:
     model = models.build()
     adapter = helpers.attach(model, config={"max_growth": 1})
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.0)
-    with pytest.warns(RuntimeWarning, match="not finite") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for seed in range(6):
             model(**helpers.batch(seed)).loss.backward()
             for parameter in adapter.parameters():
@@ -142,7 +142,7 @@ def test_nan_in_every_step_moves_no_rank_by_its_values() -> None:
                 for parameter in adapter.parameters():
                     parameter.nan_to_num_(0.0)
             optimizer.zero_grad()
-    assert len(caught) == 1
+    assert ["not finite" in str(warning.message) for warning in caught] == [True]
     assert adapter.skipped_steps == 6
     assert set(map(tuple, helpers.rank_history(adapter).values())) == {(4,) * models.EXPERTS}
 
