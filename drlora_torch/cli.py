@@ -57,7 +57,7 @@ def finetune(
 ) -> None:
     """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped."""
     options = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
-    chosen = {name: value for name, value in options.items() if value not in (None, False)}
+    chosen = {n: value for n, value in options.items() if value is not None and value is not False}
     if resume is None:
         _start(chosen, output, compare)
     else:

@@ -15,7 +15,7 @@ from drlora_torch.errors import RunError
 from drlora_torch.finetune.options import FinetuneOptions
 
 OPTIONS, RESULT, METRICS = "options.json", "result.json", "metrics.jsonl"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+ADAPTER, CHECKPOINTS, RECORDING = "adapter", "checkpoints", "recording"
 
 
 def default_folder() -> Path:

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from drlora_core import AllocatorEngine
+from drlora_core.recording import RecordingWriter
 from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
 from drlora_torch.finetune import data, folder, model, result
@@ -21,6 +22,10 @@ from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.progress import RichProgress, silence
 from drlora_torch.finetune.result import RunResult
 from drlora_torch.models.discovery import adaptable
+
+# Errors of `datasets` reach us as exceptions, and are said once, by us.
+LOUD = {"trl": logging.ERROR, "accelerate": logging.ERROR, "datasets": logging.CRITICAL}
+FILES = (folder.ADAPTER, folder.METRICS, folder.RECORDING)
 
 
 def run(
@@ -88,10 +93,13 @@ def _train(
         layout=options.layout,
         dropout=options.dropout,
     )
+    recorder = RecordingWriter(output / folder.RECORDING, adapter.engine, policy=options.policy)
+    adapter.engine.record_to(recorder)
     progress = RichProgress(result.method_name(options.policy), console)
     try:
         checkpoints = output / folder.CHECKPOINTS
         trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [progress])
+        trainer.recorder = recorder
         silence(trainer)
         with console.status("held-out loss before"):
             before = float(trainer.evaluate()["eval_loss"])
@@ -111,11 +119,12 @@ def _train(
             tokens_per_second=max(tokens, default=0.0) / seconds,
             seconds=seconds,
             peak_memory_mb=result.peak_memory_mb(),
-            files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS)],
+            files=[str(output / name) for name in FILES],
             **_allocation(adapter),
         )
     finally:
         progress.close()
+        adapter.engine.record_to(None)
         adapter.detach()
 
 
@@ -139,17 +148,16 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = {name: logging.getLogger(name).level for name in LOUD}
+    for name, level in LOUD.items():
+        logging.getLogger(name).setLevel(level)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
             datasets.enable_progress_bars()
             transformers_logging.enable_progress_bar()

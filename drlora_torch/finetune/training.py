@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from drlora_core.recording import RecordingWriter
 from drlora_torch.adapter import Adapter
 from drlora_torch.checkpoint import restore
 from drlora_torch.errors import CheckpointError
@@ -20,10 +21,12 @@ class AdapterTrainer(SFTTrainer):
     """SFTTrainer that writes and reads adapter checkpoints in place of whole models."""
 
     adapter: Adapter
+    recorder: RecordingWriter
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone; the base model has not changed."""
         if self.args.should_save:
+            self.recorder.flush()  # a resumed run continues the recording from here
             self.adapter.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,180 @@
+"""The main job: what it trains, writes, resumes, and leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import drlora_torch
+from drlora_core import AllocatorConfig
+from drlora_core.recording import Recording
+from drlora_core.replay import replay
+from drlora_torch.finetune import job
+from drlora_torch.finetune.model import load_model
+from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.progress import RichProgress
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
+)
+
+
+def options_for(model: Path, data: Path, **changes: Any) -> FinetuneOptions:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "data": str(data),
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 2e-2,
+        "r_init": 1,
+        "r_target": 2,
+        "r_max": 6,
+        "save_every": 4,
+    }
+    return FinetuneOptions(**{**values, **changes})
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(quiet=True)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_it_learns_and_meets_the_budget_with_unequal_ranks(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    output = tmp_path / "run"
+    (result,) = job.run(options_for(moe_folder, sums), output, console)
+    assert result.loss_after < result.loss_before
+    assert result.total_rank == result.budget == 2 * 8 * 2
+    assert len({rank for ranks in result.ranks.values() for rank in ranks}) > 1
+    assert all(sum(ranks) == 16 for ranks in result.ranks.values())
+    saved = json.loads((output / "result.json").read_text())
+    assert saved == [result.model_dump()]
+
+
+def test_the_saved_adapter_gives_the_loss_that_was_reported(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    output = tmp_path / "run"
+    (result,) = job.run(options_for(moe_folder, sums), output, console)
+    adapter = drlora_torch.load(load_model(str(moe_folder)), output / "adapter")
+    assert {name: ranks.tolist() for name, ranks in adapter.ranks().items()} == result.ranks
+    assert adapter.engine.step_count == 12
+
+
+def test_the_recording_replays_to_the_same_decisions(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    output = tmp_path / "run"
+    (result,) = job.run(options_for(moe_folder, sums), output, console)
+    replayed = replay(Recording.open(output / "recording"))
+    assert {name: ranks.tolist() for name, ranks in replayed.final_ranks.items()} == result.ranks
+
+
+def test_compare_trains_static_lora_at_the_same_budget_from_the_same_base(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    ours, uniform = job.run(
+        options_for(moe_folder, sums), tmp_path / "run", console, compare="uniform"
+    )
+    assert uniform.method == "uniform"
+    assert uniform.budget == ours.budget == uniform.total_rank
+    assert {rank for ranks in uniform.ranks.values() for rank in ranks} == {2}
+    assert uniform.loss_before == ours.loss_before  # the first run left no trace in the model
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = options_for(moe_folder, sums)
+    (whole,) = job.run(options, tmp_path / "whole", console)
+
+    class Killed(BaseException):
+        pass
+
+    def die(self: RichProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RichProgress, "on_step_end", die, raising=False)
+        with pytest.raises(Killed):
+            job.run(options, tmp_path / "stopped", console)
+    assert not (tmp_path / "stopped" / "adapter").exists()
+    (resumed,) = job.run(options, tmp_path / "stopped", console, resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert resumed.ranks == whole.ranks
+    assert resumed.loss_after == whole.loss_after
+    recorded = Recording.open(tmp_path / "stopped" / "recording")
+    assert recorded.steps == 12
+
+
+def test_a_failing_write_leaves_the_last_checkpoint(
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    real = torch.save
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        if "checkpoint-8" in str(args[1]):
+            raise RuntimeError("PytorchStreamWriter failed writing file: no space left")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    output = tmp_path / "run"
+    with pytest.raises(drlora_torch.CheckpointError, match="no space left"):
+        job.run(options_for(moe_folder, sums), output, console)
+    monkeypatch.undo()
+    (result,) = job.run(options_for(moe_folder, sums), output, console, resume=True)
+    assert result.total_rank == result.budget
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"steps": 200}, AllocatorConfig(warmup_steps=20, growth_interval=13, growth_end=111)),
+        ({"steps": 4}, AllocatorConfig(warmup_steps=0, growth_interval=1, growth_end=2)),
+        (
+            {"steps": 1, "growth_end": 1},
+            AllocatorConfig(warmup_steps=0, growth_interval=1, growth_end=1),
+        ),
+    ],
+)
+def test_the_default_window_ends_before_the_training_does(
+    changes: dict[str, Any], window: AllocatorConfig
+) -> None:
+    options = FinetuneOptions(model="m", data="d.jsonl", **changes)
+    config = options.allocator_config()
+    assert config.growth_steps == window.growth_steps
+    assert config.growth_steps[-1] <= options.steps
+    # an expert that wins every event gets to r_max, and the last event makes it possible
+    assert config.max_growth is not None
+    assert config.r_init + config.num_events * config.max_growth >= config.r_max
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_model(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    output = tmp_path / "run"
+    job.run(options_for(moe_folder, sums, steps=4), output, console)
+    names = {path.name for path in (output / "checkpoints").rglob("*") if path.is_file()}
+    assert "drlora_adapter.safetensors" in names
+    assert "model.safetensors" not in names
