@@ -22,7 +22,7 @@ EXPERTS = (
     "num_routed_experts",
     "moe_num_primary_experts",
 )
-HIDDEN = ("hidden_size", "d_model", "n_embd")
+HIDDEN = ("moe_hidden_size", "moe_latent_size", "hidden_size", "d_model", "n_embd")
 INTERMEDIATE = (
     "moe_intermediate_size",
     "expert_ffn_hidden_size",
@@ -33,6 +33,8 @@ INTERMEDIATE = (
     "d_ff",
 )
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+LISTS = ("mlp_layer_types", "moe_layers", "layers_block_type", "hybrid_override_pattern")
+SPARSE = ("sparse", "moe", "hash_moe", "E")
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 UNGATED = ("nemotron_h", "switch_transformers", "nllb-moe")
 
@@ -107,7 +109,10 @@ def read_model_config(
     config = _innermost(values)
     ffn = config.get("ffn_config")
     flat = config | (ffn if isinstance(ffn, dict) else {})
-    total = _size(path, flat, LAYERS, "layers", moe_layers)
+    kinds = flat.get("layers_block_type")
+    if isinstance(kinds, list) and not any(flat.get(name) for name in LAYERS):
+        flat["num_hidden_layers"] = len(kinds)
+    total = _size(path, flat, LAYERS, "layers", None if any(map(flat.get, LAYERS)) else moe_layers)
     experts = _experts_by_layer(path, flat, total, num_experts, moe_layers)
     if not experts:
         raise LayoutError(
@@ -175,6 +180,8 @@ def _experts_by_layer(
     counts = value if isinstance(value, list) else [value] * total
     if len(counts) != total:
         raise LayoutError(f"{path}: {name} lists {len(counts)} layers, there are {total}")
+    if moe_layers is not None and moe_layers > total:
+        raise LayoutError(f"{moe_layers} MoE layers are given, but {path} has {total} layers")
     indices = range(moe_layers) if moe_layers is not None else sparse_layers(path, config, total)
     found = {index: _positive(path, str(name), counts[index]) for index in indices}
     return {index: count for index, count in found.items() if count > 1}
@@ -182,7 +189,7 @@ def _experts_by_layer(
 
 def sparse_layers(path: Path, config: Mapping[str, Any], total: int) -> list[int]:
     """Indices of the MoE layers, by the rules that families use; all layers where none applies."""
-    for name in ("mlp_layer_types", "moe_layers", "hybrid_override_pattern"):
+    for name in LISTS:
         if config.get(name):
             return _listed(path, name, config[name], total)
     sparse = [True] * total
@@ -198,7 +205,7 @@ def _listed(path: Path, name: str, value: Any, total: int) -> list[int]:
         if len(found) == len(value):
             return found
     elif isinstance(value, (list, str)) and len(value) == total:
-        return [index for index, kind in enumerate(value) if kind in ("sparse", "moe", "E")]
+        return [index for index, kind in enumerate(value) if kind in SPARSE]
     raise LayoutError(f"{path}: {name} does not fit the {total} layers; use --moe-layers")
 
 

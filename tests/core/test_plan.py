@@ -72,6 +72,12 @@ def write(tmp_path: Path, values: Any) -> Path:
         (OLMOE | {"num_hidden_layers": 4, "hybrid_override_pattern": "ME*E"}, [1, 3], 64),
         ({"model_type": "vl", "text_config": OLMOE}, list(range(16)), 64),
         (
+            {"model_type": "nemotron_h", "n_routed_experts": 8, "hidden_size": 16}
+            | {"moe_intermediate_size": 4, "layers_block_type": ["mlp", "moe", "moe"]},
+            [1, 2],
+            8,
+        ),
+        (
             {"model_type": "dbrx", "d_model": 2048, "n_layers": 4}
             | {"ffn_config": {"moe_num_experts": 16, "ffn_hidden_size": 1024}},
             [0, 1, 2, 3],
@@ -185,3 +191,8 @@ def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_refused(tmp_path: Path, values: Any, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         read_model_config(write(tmp_path, values))
+
+
+def test_more_moe_layers_than_layers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"20 MoE layers are given, but .* has 16 layers"):
+        read_model_config(write(tmp_path, OLMOE), moe_layers=20)
