@@ -292,11 +292,10 @@ class Adapter:
     # -- routers -------------------------------------------------------------------------------
 
     def free_routers(self) -> None:
-        """Let the routers learn if the mode says so by now (``after_warmup``: once it is over)."""
+        """Let the routers learn as the mode says (``after_warmup``: once the warmup is over)."""
         warm = self.engine.step_count >= self.engine.config.warmup_steps
-        if warm or self.options.router is RouterMode.TRAINABLE:
-            for parameter in self.router_parameters().values():
-                parameter.requires_grad_(True)
+        for parameter in self.router_parameters().values():
+            parameter.requires_grad_(warm or self.options.router is RouterMode.TRAINABLE)
 
     def trained_routers(self) -> dict[str, Tensor]:
         """Router values of the adapted model by name, inside :meth:`disabled` too."""

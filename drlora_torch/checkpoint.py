@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from drlora_core import AllocatorConfig, AllocatorEngine, DRLoRAError
+from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
 from drlora_torch import files
 from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
 from drlora_torch.errors import CheckpointError
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.discovery import discover
-from drlora_torch.options import AdapterOptions
-from drlora_torch.slots import FREE
+from drlora_torch.options import AdapterOptions, RouterMode
+from drlora_torch.slots import FREE, Layout
 
 VERSION = 1
 
@@ -94,7 +93,10 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         adapter.layers
     ):
         raise CheckpointError(f"{path} was saved by an adapter with other options or layers")
-    adapter.engine.load_state_dict(saved.state)
+    try:
+        adapter.engine.load_state_dict(saved.state)
+    except LayoutError as error:
+        raise CheckpointError(f"{path} does not fit the adapter's engine: {error}") from error
     _fill(adapter, saved)
 
 
@@ -116,14 +118,14 @@ def _read(path: Path, model: nn.Module) -> _Saved:
         layers, options, state = _parts(description, tensors)
         config = AllocatorConfig.model_validate(state["config"])
         _check_model(model, layers)
-        _check_tensors(tensors, layers, options, config)
+        _check_tensors(tensors, _wanted(model, layers, options, config))
         trial = AllocatorEngine(config)
         trial.load_state_dict(state)
-        _check_owners(tensors, trial)
+        _check_slots(tensors, layers, options, trial)
         return _Saved(layers, options, config, state, tensors, int(description["skipped_steps"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
-    except (DRLoRAError, ValidationError) as error:
+    except ValueError as error:  # DRLoRAError and ValidationError among them
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
@@ -180,37 +182,55 @@ def _check_model(model: nn.Module, layers: Mapping[str, Any]) -> None:
             )
 
 
-def _check_tensors(
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, Any],
-    options: AdapterOptions,
-    config: AllocatorConfig,
-) -> None:
-    """Every tensor that must be there, with its shape; no other; nothing non-finite."""
-    wanted: dict[str, tuple[int, ...]] = {}
+Wanted = Mapping[str, tuple[tuple[int, ...], bool]]
+"""Shape of every tensor that must be in a file, and whether it holds floating-point numbers."""
+
+
+def _wanted(
+    model: nn.Module, layers: Mapping[str, Any], options: AdapterOptions, config: AllocatorConfig
+) -> Wanted:
+    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}
+    routers = {record.name: record.router for record in discover(model)}
+    per_expert = config.r_max if options.layout is Layout.MASKED else config.mean_rank_ceiling
     for name, layer in layers.items():
-        masked = options.layout.value == "masked"
-        slots = layer["num_experts"] * (config.r_max if masked else config.mean_rank_ceiling)
-        wanted |= {f"{name}/{field}": (slots,) for field in ("owner", "position", "ages")}
+        slots = layer["num_experts"] * per_expert
+        wanted |= {f"{name}/{field}": ((slots,), False) for field in ("owner", "position", "ages")}
         for projection, (inputs, outputs) in layer["projections"].items():
             if options.targets is None or projection in options.targets:
-                wanted[f"{name}/{projection}/lora_A"] = (slots, inputs)
-                wanted[f"{name}/{projection}/lora_B"] = (slots, outputs)
-    own = {k: t for k, t in tensors.items() if "/engine/" not in k and not k.startswith("router/")}
+                wanted[f"{name}/{projection}/lora_A"] = (slots, inputs), True
+                wanted[f"{name}/{projection}/lora_B"] = (slots, outputs), True
+        router = routers[name]
+        if options.router is not RouterMode.FROZEN and router is not None:
+            for parameter, value in model.get_submodule(router).named_parameters():
+                wanted[f"router/{router}.{parameter}"] = tuple(value.shape), True
+    return wanted
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
+    """Every tensor that must be there, with its shape and kind; no other; nothing non-finite."""
+    own = {key: tensor for key, tensor in tensors.items() if "/engine/" not in key}
     differing = sorted(wanted.keys() ^ own.keys())
     if differing:
         verb = "lacks" if differing[0] in wanted else "has an unknown"
         raise CheckpointError(f"the adapter {verb} tensor {differing[0]!r}")
-    for key, shape in wanted.items():
+    for key, (shape, floating) in wanted.items():
         if tuple(own[key].shape) != shape:
             raise CheckpointError(f"{key} has shape {tuple(own[key].shape)}, not {shape}")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not (own[key].is_floating_point() if floating else own[key].dtype == torch.int64):
+            raise CheckpointError(f"{key} has a wrong dtype, {own[key].dtype}")
+        if floating and not bool(torch.isfinite(own[key]).all()):
             raise CheckpointError(f"{key} holds values that are not finite")
 
 
-def _check_owners(tensors: Mapping[str, Tensor], engine: AllocatorEngine) -> None:
+def _check_slots(
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Any],
+    options: AdapterOptions,
+    engine: AllocatorEngine,
+) -> None:
     """The slot tables must hold exactly the ranks of the engine, each dimension once."""
+    if set(engine.layer_names) != set(layers):
+        raise CheckpointError("the saved engine is of other layers than the adapter")
     for name in engine.layer_names:
         owner, position = tensors[f"{name}/owner"].numpy(), tensors[f"{name}/position"].numpy()
         ranks = engine.ranks(name)
@@ -219,6 +239,18 @@ def _check_owners(tensors: Mapping[str, Tensor], engine: AllocatorEngine) -> Non
         wanted = {(e, j) for e, rank in enumerate(ranks.tolist()) for j in range(rank)}
         if owned != wanted or int(held.sum()) != len(wanted):
             raise CheckpointError(f"layer {name!r}: the slot table does not hold the saved ranks")
+        reserved = np.flatnonzero(held) // engine.config.r_max
+        if options.layout is Layout.MASKED and (owner[held] != reserved).any():
+            raise CheckpointError(f"layer {name!r}: a slot belongs to another expert's range")
+        ages = tensors[f"{name}/ages"].numpy()
+        if ages.min() < -1 or (ages[~held] != -1).any():
+            raise CheckpointError(f"layer {name!r}: ages of slots are impossible")
+        free = torch.from_numpy(~held)
+        for projection in layers[name]["projections"]:
+            for part in ("lora_A", "lora_B"):
+                tensor = tensors.get(f"{name}/{projection}/{part}")
+                if tensor is not None and tensor[free].any():
+                    raise CheckpointError(f"{name}/{projection}: a slot nobody owns is not 0")
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, A
         CheckpointError: the disk is full or may not be written; what was there is untouched.
     """
     target = path / FILE_NAME
-    temporary: str | None = None
+    temporary = path / f".drlora-{uuid.uuid4().hex}.part"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".drlora-", suffix=".part", dir=path)
-        os.close(handle)
         save_file(dict(tensors), temporary, metadata={KEY: json.dumps(description)})
         _sync(temporary)
         os.replace(temporary, target)
@@ -45,9 +43,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, A
             f"could not write {target}: {error}; what was there before is untouched"
         ) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return target
 
 
@@ -67,7 +64,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise CheckpointError(f"{source} is a safetensors file, but not a drlora adapter")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         description = json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{source} is damaged or truncated: {error}") from error
@@ -76,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, description
 
 
-def _sync(path: str | Path) -> None:
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
