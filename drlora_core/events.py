@@ -14,6 +14,7 @@ from drlora_core.ema import FloatArray, IntArray
 from drlora_core.layer import LayerState
 from drlora_core.policies import AllocationRequest, Policy, run_policy
 from drlora_core.pools import Pool, allocate, layer_means
+from drlora_core.saliency import saliency
 
 Layers = Mapping[str, LayerState]
 
@@ -60,6 +61,10 @@ def decide(
     Returns:
         The event, the layers' states after it, and what each pool carries to the next event.
     """
+    signals = {name: layer.signals(state, config) for name, state in layers.items()}
+    scores = {
+        name: saliency(*signals[name], state.ranks, config.gamma) for name, state in layers.items()
+    }
     after: dict[str, LayerState] = {}
     cut: dict[str, NDArray[np.bool_]] = {}
     left_over = []
@@ -71,8 +76,11 @@ def decide(
             cut |= cut_here
             left_over.append(0)
         else:
-            seed = (config.seed, step, number)
-            grown, left = _grow(config, policy, members, pool, carried, index, step, seed)
+            ranks = np.concatenate([state.ranks for state in members.values()])
+            available = quota_of(config, pool, index) + carried
+            quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
+            request = _request(config, pool, ranks, quota, signals, scores, step, number)
+            grown, left = _grow(config, policy, members, pool, request, index)
             after |= grown
             left_over.append(left)
     event = GrowthEvent(
@@ -80,7 +88,7 @@ def decide(
         index=index,
         deltas={name: after[name].ranks - state.ranks for name, state in layers.items()},
         ranks={name: after[name].ranks.copy() for name in layers},
-        saliency={name: layer.layer_saliency(state, config) for name, state in layers.items()},
+        saliency=scores,
         unplaced=sum(left_over),
         cut=cut,
     )
@@ -92,17 +100,12 @@ def _grow(
     policy: Policy,
     members: Layers,
     pool: Pool,
-    carried: int,
+    request: AllocationRequest,
     index: int,
-    step: int,
-    seed: tuple[int, ...],
 ) -> tuple[dict[str, LayerState], int]:
-    ranks = np.concatenate([state.ranks for state in members.values()])
-    available = quota_of(config, pool, index) + carried
-    quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
-    request = _request(config, members, pool, ranks, quota, step, seed)
+    """Spread a pool's quota; return the layers after it, and what is left over."""
     if config.scope == "global":
-        floors, capacities = _bounds(config, pool, ranks, index)
+        floors, capacities = _bounds(config, pool, request.ranks, index)
         growth = allocate(policy, request, pool, floors, capacities)
     else:
         growth = run_policy(policy, request, pool.describe())
@@ -110,7 +113,7 @@ def _grow(
         name: layer.grown(state, growth[part])
         for (name, state), part in zip(members.items(), pool.slices(), strict=True)
     }
-    return after, quota - int(growth.sum())
+    return after, request.quota - int(growth.sum())
 
 
 def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
@@ -125,29 +128,28 @@ def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
 
 def _request(
     config: AllocatorConfig,
-    members: Layers,
     pool: Pool,
     ranks: IntArray,
     quota: int,
+    signals: Mapping[str, tuple[FloatArray, FloatArray]],
+    scores: Mapping[str, FloatArray],
     step: int,
-    seed: tuple[int, ...],
+    number: int,
 ) -> AllocationRequest:
-    signals = [layer.signals(state, config) for state in members.values()]
     scale = np.ones(pool.num_experts)
     if config.scope == "global":
-        scores = [layer.layer_saliency(state, config) for state in members.values()]
-        scale = layer_means(np.concatenate(scores), pool)
+        scale = layer_means(np.concatenate([scores[name] for name in pool.names]), pool)
     room = config.r_max - ranks
     return AllocationRequest(
         step=step,
         quota=quota,
         ranks=ranks,
         limits=room if config.max_growth is None else np.minimum(room, config.max_growth),
-        routing=np.concatenate([routing for routing, _ in signals]),
-        importance=np.concatenate([importance for _, importance in signals]),
+        routing=np.concatenate([signals[name][0] for name in pool.names]),
+        importance=np.concatenate([signals[name][1] for name in pool.names]),
         gamma=config.gamma,
         scale=scale,
-        seed=seed,
+        seed=(config.seed, step, number),
     )
 
 

@@ -79,10 +79,12 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    order = np.lexsort((request.ranks, -scores))  # lexsort is stable, so the index breaks ties
+    open_ = np.flatnonzero(request.limits)  # the others get nothing, wherever they stand
+    # lexsort is stable, so the index breaks ties
+    order = open_[np.lexsort((request.ranks[open_], -scores[open_]))]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
-    growth = np.empty_like(request.ranks)
+    growth = np.zeros_like(request.ranks)
     growth[order] = np.clip(request.quota - served_before, 0, limits)
     return growth
 
@@ -109,10 +111,14 @@ def rescored(request: AllocationRequest) -> IntArray:
     depth = int(min(units, request.limits.max(initial=0)))
     offered = np.arange(depth)[:, None]
     ranks = request.ranks + offered
-    experts = np.broadcast_to(np.arange(request.ranks.size), ranks.shape)
     scores = np.where(offered < request.limits, request.saliency_at(ranks), -np.inf)
-    order = np.lexsort((experts.ravel(), ranks.ravel(), -scores.ravel()))[:units]
-    return np.bincount(experts.ravel()[order], minlength=request.ranks.size).astype(np.int64)
+    if units == 0:
+        return np.zeros_like(request.ranks)
+    last = np.partition(scores, scores.size - units, axis=None)[scores.size - units]
+    growth: IntArray = (scores > last).sum(axis=0, dtype=np.int64)
+    rows, experts = np.nonzero(scores == last)  # all above are served, of these as many as fit
+    order = np.lexsort((experts, ranks[rows, experts]))[: units - int(growth.sum())]
+    return growth + np.bincount(experts[order], minlength=growth.size)
 
 
 def proportional(request: AllocationRequest) -> IntArray:

@@ -6,6 +6,7 @@ Shapes: N experts of the pool, all its layers one after the other.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Pool:
 
     def slices(self) -> list[slice]:
         """Return the range of each layer's experts, in the order of ``names``."""
-        ends = np.cumsum(self.sizes).tolist()
+        ends = itertools.accumulate(self.sizes)
         return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
     def describe(self) -> str:
