@@ -25,4 +25,6 @@ def corrected(average: FloatArray, count: int | IntArray, decay: float) -> Float
         [1.0000000000000002, 0.0]
     """
     weight = 1.0 - decay ** np.asarray(count, dtype=np.float64)
+    if weight.ndim == 0:
+        return average / weight if weight > 0.0 else np.zeros_like(average)
     return np.where(weight > 0.0, average / np.where(weight > 0.0, weight, 1.0), 0.0)

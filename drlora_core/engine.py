@@ -171,9 +171,7 @@ class AllocatorEngine:
             )
         if self._recorder is not None:
             self._recorder.step(self._step + 1, ranks_before, event)
-        self._layers = {
-            name: dataclasses.replace(state, observed=False) for name, state in layers.items()
-        }
+        self._layers = {name: layer.awaiting(state) for name, state in layers.items()}
         self._carry = carry
         self._step += 1
         return event

@@ -60,44 +60,60 @@ def observe(
     Raises:
         StatisticError: missing, wrongly shaped, negative or non-finite samples.
     """
-    changes: dict[str, object] = {"observed": True}
+    frequency, frequency_count = state.routing, state.routing_count
     if routing is not None:
         phi = _checked("routing", _numbers("routing", routing), [(state.num_experts,)])
-        changes["routing"] = ema.update(state.routing, phi, config.routing_decay)
-        changes["routing_count"] = state.routing_count + 1
+        frequency = ema.update(frequency, phi, config.routing_decay)
+        frequency_count += 1
     elif config.use_routing:
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
+    average, count, dimensions = state.importance, state.importance_count, state.dimensions
     if importance is not None:
-        changes |= _importance_changes(state, config, importance)
-    elif config.use_importance or state.dimensions is not None:
+        mean, sample = _importance_sample(state, config, importance)
+        average = ema.update(average, mean, config.importance_decay)
+        count = count + 1
+        if dimensions is not None:
+            dimensions = ema.update(dimensions, sample, config.importance_decay)
+    elif config.use_importance or dimensions is not None:
         raise StatisticError("importance is missing; it may be None only with use_importance=False")
-    return dataclasses.replace(state, **changes)  # type: ignore[arg-type]
+    # Not dataclasses.replace: this runs for every layer at every step, and it takes longer.
+    return LayerState(
+        state.ranks, frequency, frequency_count, average, count, dimensions, observed=True
+    )
 
 
-def _importance_changes(
+def awaiting(state: LayerState) -> LayerState:
+    """Return the same state at the beginning of a step."""
+    return LayerState(
+        state.ranks,
+        state.routing,
+        state.routing_count,
+        state.importance,
+        state.importance_count,
+        state.dimensions,
+        observed=False,
+    )
+
+
+def _importance_sample(
     state: LayerState, config: AllocatorConfig, importance: ArrayLike
-) -> dict[str, object]:
-    changes: dict[str, object] = {}
+) -> tuple[FloatArray, FloatArray]:
+    """Return the mean over each expert's dimensions, [N], and the checked sample."""
     per_dimension = (state.num_experts, config.r_max)
     sample = _numbers("importance", importance)
     if sample.shape == per_dimension:
         active = active_dimensions(state.ranks, config.r_max)
         sample = _checked("importance", np.where(active, sample, 0.0), [per_dimension])
-        if state.dimensions is not None:
-            changes["dimensions"] = ema.update(state.dimensions, sample, config.importance_decay)
         with np.errstate(over="ignore"):
             mean = mean_over_active(sample, state.ranks)
-        _checked("mean importance", mean, [mean.shape])
-    elif state.dimensions is not None:
+        return _checked("mean importance", mean, [mean.shape]), sample
+    if state.dimensions is not None:
         raise StatisticError(
             f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
             f"dimension, shape {per_dimension} = (num_experts, r_max)"
         )
-    else:
-        mean = _checked("importance", sample, [(state.num_experts,), per_dimension])
-    changes["importance"] = ema.update(state.importance, mean, config.importance_decay)
-    changes["importance_count"] = state.importance_count + 1
-    return changes
+    sample = _checked("importance", sample, [(state.num_experts,), per_dimension])
+    return sample, sample
 
 
 def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
