@@ -3,7 +3,9 @@
 Start with :class:`AllocatorConfig` and :class:`AllocatorEngine`.
 """
 
+from drlora_core.comparison import compare
 from drlora_core.config import AllocatorConfig
+from drlora_core.diagnostics import diagnose
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import (
     DRLoRAError,
@@ -15,6 +17,9 @@ from drlora_core.errors import (
 )
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import AllocationRequest, Policy
+from drlora_core.recording import Recording
+from drlora_core.replay import replay
+from drlora_core.sweep import sweep
 
 __all__ = [
     "AllocationRequest",
@@ -25,7 +30,12 @@ __all__ = [
     "LayoutError",
     "Policy",
     "PolicyError",
+    "Recording",
     "StatisticError",
     "StepOrderError",
     "UnknownLayerError",
+    "compare",
+    "diagnose",
+    "replay",
+    "sweep",
 ]

@@ -9,7 +9,7 @@ import typer
 
 from drlora_core.cli import common
 from drlora_core.errors import DRLoRAError
-from drlora_core.plan import Plan, make_plan, read_model_config
+from drlora_core.plan import ModelShape, Plan, make_plan, read_model_config
 from drlora_core.plan.sizes import BYTES, DType
 
 SHOWN_EVENTS = 12
@@ -60,7 +60,13 @@ def plan(
 
 
 def _show(made: Plan) -> None:
-    shape, config = made.shape, made.config
+    _show_model(made.shape, made.slot_parameters)
+    _show_memory(made)
+    for size in made.timetable:
+        _show_timetable(made, size)
+
+
+def _show_model(shape: ModelShape, slot: int) -> None:
     experts = sorted(set(shape.experts.values()))
     common.say(
         f"{shape.model_type}: {len(shape.experts)} MoE layers of {shape.num_layers}, "
@@ -68,7 +74,10 @@ def _show(made: Plan) -> None:
         f"{shape.expert_parameters():,} parameters in them"
     )
     sizes = ", ".join(f"{name} {i} -> {o}" for name, (i, o) in shape.projections().items())
-    common.say(f"adapted: {sizes}; {made.slot_parameters:,} LoRA parameters per rank and expert")
+    common.say(f"adapted: {sizes}; {slot:,} LoRA parameters per rank and expert")
+
+
+def _show_memory(made: Plan) -> None:
     rows = [
         {
             "LoRA": way.name,
@@ -87,34 +96,28 @@ def _show(made: Plan) -> None:
         f"PEFT builds on top {common.binary(made.peft_transient)} per layer at every forward: the "
         f"update of every expert. Base model and activations are not counted.",
     )
-    for size, events in made.timetable.items():
-        per_layer = [
-            {
-                "event": event.index,
-                "step": event.step,
-                "quota per layer": event.quota,
-                "layer total": event.total,
-                "mean rank": event.mean,
-            }
-            for event in events
-        ]
-        left_out = len(per_layer) - SHOWN_EVENTS
-        if left_out > 0:
-            half = SHOWN_EVENTS // 2
-            per_layer = per_layer[:half] + per_layer[-half:]
-        note = (
-            f"{left_out} events in the middle are left out; --json has all"
-            if left_out > 0
-            else None
-        )
-        common.table(
-            f"Growth of a layer of {size} experts (policy {config.policy})", per_layer, note
-        )
-        met = made.budget_met[size]
-        goal = f"the budget of {size * config.r_target:,} per layer (mean rank {config.r_target})"
-        if met == 0:
-            common.say(f"{goal} is met from the start")
-        elif met is None:
-            common.say(f"{goal} is never met with this quota")
-        else:
-            common.say(f"{goal} is met at step {met}")
+
+
+def _show_timetable(made: Plan, size: int) -> None:
+    """Show the events of a layer of ``size`` experts."""
+    rows = [
+        {
+            "event": event.index,
+            "step": event.step,
+            "quota per layer": event.quota,
+            "layer total": event.total,
+            "mean rank": event.mean,
+        }
+        for event in made.timetable[size]
+    ]
+    note = None
+    if (left_out := len(rows) - SHOWN_EVENTS) > 0:
+        rows = rows[: SHOWN_EVENTS // 2] + rows[-SHOWN_EVENTS // 2 :]
+        note = f"{left_out} events in the middle are left out; --json has all"
+    common.table(f"Growth of a layer of {size} experts (policy {made.config.policy})", rows, note)
+    target, met = made.config.r_target, made.budget_met[size]
+    goal = f"the budget of {size * target:,} per layer (mean rank {target})"
+    if met is None:
+        common.say(f"{goal} is never met with this quota")
+    else:
+        common.say(f"{goal} is met {f'at step {met}' if met else 'from the start'}")
