@@ -187,7 +187,7 @@ def test_dropout_is_off_in_eval() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, dropout: float) -> None:
+def test_checkpointing_gives_the_same_gradients(reentrant: bool, dropout: float) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = models.build()

@@ -1,0 +1,239 @@
+"""The tests can fail: each guard is taken away in turn, and the test that is for it must notice.
+
+Without the change every one of these checks passes; they are run as ordinary tests elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import drlora_torch.adapter
+import drlora_torch.following
+import drlora_torch.optimizer
+from drlora_torch import attaching, checkpoint, kernels
+from drlora_torch.adapter import Adapter
+from drlora_torch.importance import slot_importance
+from drlora_torch.initialization import RowGenerator
+from drlora_torch.kernels import Dispatch
+from drlora_torch.layers import ExpertLoRA, SlotLoRA
+from drlora_torch.routing import Forward, ForwardWatch
+from drlora_torch.slots import SlotTable
+from tests.torch import (
+    test_amp,
+    test_checkpoint,
+    test_growth,
+    test_life,
+    test_optimizer,
+    test_parity_experts,
+    test_parity_models,
+    test_routers,
+    test_statistics,
+)
+
+Break = Callable[[pytest.MonkeyPatch], None]
+Check = Callable[[Path], None]
+
+
+def replace(owner: Any, name: str, value: Any) -> Break:
+    return lambda monkeypatch: monkeypatch.setattr(owner, name, value)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Do nothing, in place of a guard."""
+
+
+# -- guards that forget something ----------------------------------------------------------------
+
+
+def weights_in_the_order_of_the_pairs(self: Dispatch, rows: Tensor, weights: Tensor) -> Tensor:
+    weighted = rows * weights.reshape(-1, 1)
+    unsorted = weighted.new_empty(weighted.shape).index_copy(0, self.order, weighted)
+    return unsorted.view(*weights.shape, rows.shape[1]).sum(dim=1)
+
+
+def sentinels_go_to_the_last_expert(top_k_index: Tensor, num_experts: int) -> Dispatch:
+    return sort(top_k_index.clamp(max=num_experts - 1), num_experts)
+
+
+sort = Dispatch.sort
+
+
+def slots_in_the_order_of_storage(self: SlotTable) -> np.ndarray:
+    return np.flatnonzero(self.owner != -1)
+
+
+def rows_from_the_global_generator(self: RowGenerator, expert: int, dimension: int) -> np.ndarray:
+    return torch.rand(self._width).numpy()
+
+
+def read_without_scale(self: Any, adapter: Adapter, optimizer: Any) -> None:
+    self._slots = {name: slot_importance(layer.lora) for name, layer in adapter.layers.items()}
+
+
+def observe_zeros(self: Adapter) -> None:
+    self.skipped_steps += 1
+    for name, layer in self.layers.items():
+        size = layer.lora.table.num_experts
+        self.engine.observe(name, routing=np.zeros(size), importance=np.zeros(size))
+
+
+def fill_without_ages(adapter: Adapter, saved: Any) -> None:
+    fill(adapter, saved)
+    for ages in adapter.newborn.ages.values():
+        ages[:] = -1
+
+
+fill = checkpoint._fill
+
+
+def clear_only_A(self: SlotLoRA, slots: np.ndarray) -> None:
+    with torch.no_grad():
+        self.lora_A[torch.from_numpy(slots)] = 0.0
+
+
+def born_with_B(self: SlotLoRA, born: Any) -> None:
+    give_birth(self, born)
+    with torch.no_grad():
+        self.lora_B[torch.from_numpy(born.slots)] = 0.01
+
+
+give_birth = SlotLoRA.give_birth
+
+
+def checkpointing_trains() -> None:
+    try:
+        test_parity_models.test_checkpointing_gives_the_same_gradients(True, 0.0)
+    except RuntimeError as error:
+        assert "does not require grad" not in str(error)
+        raise
+
+
+GUARDS: dict[str, tuple[Break, Check]] = {
+    "recomputation counts": (
+        replace(torch._C, "_current_graph_task_id", lambda: -1),
+        lambda _: test_statistics.test_gradient_checkpointing_counts_once(True, True),
+    ),
+    "recomputation counts, not reentrant": (
+        replace(torch._C, "_current_graph_task_id", lambda: -1),
+        lambda _: test_statistics.test_gradient_checkpointing_counts_once(False, True),
+    ),
+    "padding counts": (
+        replace(drlora_torch.adapter, "token_mask", nothing),
+        lambda _: test_statistics.test_padding_does_not_count("olmoe", "left"),
+    ),
+    "evaluation counts": (
+        replace(ForwardWatch, "current", lambda *_, **__: Forward(True, None)),
+        lambda _: test_statistics.test_what_must_not_count(),
+    ),
+    "dropped gradients count": (
+        replace(Adapter, "_gradients_dropped", lambda _: False),
+        lambda _: test_statistics.test_dropped_gradients_drop_their_tokens(),
+    ),
+    "skipped steps count": (
+        replace(Adapter, "_gradients_dropped", lambda _: False),
+        lambda _: test_amp.test_a_skipped_step_updates_nothing(False),
+    ),
+    "fused steps are read scaled": (
+        replace(drlora_torch.following.OptimizerFollower, "_read", read_without_scale),
+        lambda _: test_amp.test_gradients_are_read_unscaled(True),
+    ),
+    "skipped fused steps count": (
+        replace(drlora_torch.following.OptimizerFollower, "_read", read_without_scale),
+        lambda _: test_amp.test_a_skipped_step_updates_nothing(True),
+    ),
+    "non-finite statistics enter the averages": (
+        replace(Adapter, "_skip_step", observe_zeros),
+        lambda _: test_amp.test_statistics_that_are_not_finite(float("nan")),
+    ),
+    "optimizer state of changed slots is kept": (
+        replace(drlora_torch.optimizer, "clear_state", nothing),
+        lambda _: test_optimizer.test_state_of_changed_slots_is_zeroed("adam"),
+    ),
+    "old momentum moves free slots": (
+        replace(drlora_torch.optimizer, "clear_state", nothing),
+        lambda _: test_optimizer.test_free_slots_stay_zero_after_pruning("sgd momentum"),
+    ),
+    "newborn rows are not corrected": (
+        replace(drlora_torch.optimizer.NewbornCorrection, "after_step", nothing),
+        lambda _: test_optimizer.test_newborn_rows_move_as_if_their_count_had_just_begun(
+            test_optimizer._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+        ),
+    ),
+    "newborn rows do not age": (
+        replace(drlora_torch.optimizer.NewbornCorrection, "age", nothing),
+        lambda _: test_optimizer.test_newborn_rows_move_as_if_their_count_had_just_begun(
+            test_optimizer._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+        ),
+    ),
+    "routing weights of other pairs": (
+        replace(Dispatch, "combine", weights_in_the_order_of_the_pairs),
+        lambda _: test_parity_experts.test_every_routing("random", "pooled"),
+    ),
+    "sentinels go to the last expert": (
+        replace(kernels.Dispatch, "sort", staticmethod(sentinels_go_to_the_last_expert)),
+        lambda _: test_parity_experts.test_every_routing("sentinels", "pooled"),
+    ),
+    "slots of other experts": (
+        replace(SlotTable, "active", slots_in_the_order_of_storage),
+        lambda _: test_parity_experts.test_every_routing("random", "pooled"),
+    ),
+    "rows come from the global generator": (
+        replace(RowGenerator, "draw", rows_from_the_global_generator),
+        lambda _: test_growth.test_random_streams_are_untouched("pooled"),
+    ),
+    "newborn dimensions have a B": (
+        replace(SlotLoRA, "give_birth", born_with_B),
+        lambda _: test_growth.test_event_leaves_the_function_as_it_was("pooled"),
+    ),
+    "freed slots keep their B": (
+        replace(SlotLoRA, "clear", clear_only_A),
+        lambda _: test_growth.test_free_slots_are_exactly_zero("pooled", test_optimizer.PRUNE),
+    ),
+    "dropout in the base path": (
+        replace(ExpertLoRA, "drop", lambda *_: None),
+        lambda _: (
+            test_parity_models.test_dropout_drops_and_rescales_inputs_of_the_low_rank_part_only()
+        ),
+    ),
+    "detach leaves parameters frozen": (
+        replace(attaching, "_freeze", lambda model: model.requires_grad_(False) and nothing),
+        lambda _: test_life.test_detach_restores_the_model("olmoe", "pooled"),
+    ),
+    "checkpoints of the base hold the LoRA": (
+        replace(attaching, "_keep_out_of_checkpoints", lambda _: nothing),
+        test_life.test_base_checkpoint_is_written_while_attached,
+    ),
+    "reentrant checkpointing trains nothing": (
+        replace(attaching, "_let_checkpointing_reach_lora", lambda _: nothing),
+        lambda _: checkpointing_trains(),
+    ),
+    "routers stay frozen": (
+        replace(Adapter, "free_routers", nothing),
+        lambda _: test_routers.test_routers_change_only_when_they_should("olmoe", "after_warmup"),
+    ),
+    "ages are lost on resume": (
+        replace(checkpoint, "_fill", fill_without_ages),
+        lambda path: test_checkpoint.test_resume_at_any_step(path, 5, "pooled", {}),
+    ),
+}
+
+
+NOTICED = (AssertionError, pytest.fail.Exception)
+
+
+@pytest.mark.filterwarnings("ignore")  # a broken guard may well warn on its way
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_missing_guard_is_noticed(
+    guard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    take_away, check = GUARDS[guard]
+    take_away(monkeypatch)
+    with pytest.raises(NOTICED):
+        check(tmp_path)
