@@ -322,6 +322,12 @@ class Adapter:
             self.undo.pop()()
         self.layers = {}
 
+    def __reduce__(self) -> str:
+        raise AttachError(
+            "a model with an adapter can be neither copied nor pickled: both models would count "
+            "in one engine; use save_pretrained and load, or detach() first"
+        )
+
     def _check_attached(self) -> None:
         if not self.layers:
             raise AttachError("this adapter was detached or merged; attach a new one")

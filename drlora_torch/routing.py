@@ -26,6 +26,7 @@ class Forward:
 
     counts: bool
     mask: Tensor | None
+    module: nn.Module | None = None
 
 
 class ForwardWatch:
@@ -73,12 +74,14 @@ class ForwardWatch:
                 if self._stack
                 else module.training and torch.is_grad_enabled()
             )
-            self._stack.append(Forward(counts, mask))
+            self._stack.append(Forward(counts, mask, module))
 
         return enter
 
     def _leaving(self, module: nn.Module, args: object, output: object) -> None:
-        self._stack.pop()
+        # Called even if a hook before ours failed, so that we never entered.
+        if self._stack and self._stack[-1].module is module:
+            self._stack.pop()
 
 
 def _mask_takers(model: nn.Module, inside: list[str]) -> list[nn.Module]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drlora_torch.routing import token_mask
 from tests.torch import helpers, models
 from tests.torch.helpers import RouterLog, Spy
 
@@ -178,13 +179,17 @@ def test_paused_steps_do_not_count() -> None:
     assert [tokens for _, _, tokens in spy.samples[0].values()] == [21, 21]
 
 
-def test_a_failed_forward_leaves_the_watch_in_order() -> None:
-    model, adapter, optimizer, spy = setup()
+@pytest.mark.parametrize("where", ["", "model", "model.layers.1"])
+def test_a_failed_forward_leaves_the_watch_in_order(where: str) -> None:
+    """Whatever fails, hooks of the user before ours included."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    model = models.build()
+    handle = model.get_submodule(where).register_forward_pre_hook(fail)
+    adapter = helpers.attach(model)
+    optimizer, spy = helpers.adamw(adapter), Spy(adapter)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.eval()(models.tokens())
     handle.remove()
@@ -261,3 +266,15 @@ def test_averages_of_the_engine_are_those_of_the_samples() -> None:
         np.testing.assert_allclose(adapter.engine.rank_importance(name), g, **ROUNDING)
         saliency = f * g / 3.0
         np.testing.assert_allclose(adapter.engine.saliency(name), saliency, rtol=1e-5)
+
+
+def test_tokens_of_a_mask() -> None:
+    """The last columns belong to the tokens; a mask of other tokens is none."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    assert token_mask(mask, 6).tolist() == [False, True, True, True, True, False]
+    assert token_mask(mask, 2).tolist() == [True, False]  # with a cache of two columns
+    assert token_mask(mask, 0).tolist() == []
+    assert token_mask(mask, 5) is None
+    assert token_mask(mask, 8) is None
+    assert token_mask(None, 6) is None
+    assert token_mask(mask[:0], 6) is None
