@@ -54,7 +54,9 @@ def replay_command(
     """Replay recorded statistics and show the decisions.
 
     Without --set or --allocator the recording's own configuration is used and must repeat the
-    run's decisions exactly. A recording without one gets ten events spread over its steps.
+    run's decisions exactly. A recording without one gets ten events spread over its steps. With
+    --against, the other recording is replayed likewise: by its own configuration, changed by the
+    same settings.
     """
     opened = common.open_recording(recording, importance)  # type: ignore[arg-type]
     config = _config(opened, allocator, settings or [])
@@ -65,7 +67,7 @@ def replay_command(
     other = None
     if against is not None:
         second = common.open_recording(against, importance)  # type: ignore[arg-type]
-        other = replay(second, config if allocator or settings else _fitted(second, config))
+        other = replay(second, _config(second, allocator, settings or []))
     if as_json:
         common.emit(_data(opened, result, own, difference, others, other))
     else:
@@ -73,13 +75,13 @@ def replay_command(
 
 
 def _config(opened: Recording, allocator: Path | None, settings: list[str]) -> AllocatorConfig:
-    base: dict[str, Any] = _window(opened.steps)
+    base: dict[str, Any] = ten_events(opened.steps)
     if opened.config is not None:
         base = opened.config.model_dump()
     return common.allocator(base, allocator, settings)
 
 
-def _window(steps: int) -> dict[str, int]:
+def ten_events(steps: int) -> dict[str, int]:
     """Ten events over the steps, after a tenth of them."""
     interval = max(1, (steps - steps // 10) // 10)
     return {
@@ -87,13 +89,6 @@ def _window(steps: int) -> dict[str, int]:
         "growth_interval": interval,
         "growth_end": steps,
     }
-
-
-def _fitted(second: Recording, config: AllocatorConfig) -> AllocatorConfig:
-    """Return the first recording's configuration, its window fitted to a trace's steps."""
-    if second.config is not None:
-        return second.config
-    return AllocatorConfig(**(config.model_dump() | _window(second.steps)))
 
 
 def _variant(config: AllocatorConfig, policy: str) -> AllocatorConfig:
