@@ -135,8 +135,10 @@ class NewbornCorrection:
             # An optimizer made after the birth has made fewer steps than the row has lived.
             ratio = adam_ratio(np.minimum(kept.counts, t), t, kept.group["betas"])
             factor = torch.from_numpy(ratio).to(kept.values).unsqueeze(-1)
-            moved = kept.parameter[kept.rows]
-            kept.parameter[kept.rows] = torch.lerp(kept.values, moved, factor)
+            start = kept.values
+            if kept.group.get("decoupled_weight_decay"):  # AdamW shrinks the row, then moves it
+                start = start * (1.0 - float(kept.group["lr"]) * kept.group["weight_decay"])
+            kept.parameter[kept.rows] = torch.lerp(start, kept.parameter[kept.rows], factor)
             self._horizon = max(self._horizon or 0.0, _settled_after(kept.group["betas"]))
         self._snapshots = []
 

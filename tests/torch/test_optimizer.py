@@ -139,7 +139,7 @@ def follow_newborns(make: Callable[..., Optimizer], steps: int, **options: Any) 
 
 
 def _adam(cls: type[Adam], **options: Any) -> Callable[..., Optimizer]:
-    return lambda p: cls(p, lr=1e-2, eps=1e-30, **options)
+    return lambda p: cls(p, **{"lr": 1e-2, "eps": 1e-30, **options})
 
 
 @pytest.mark.parametrize("layout", ["pooled", "masked"])
@@ -150,8 +150,11 @@ def _adam(cls: type[Adam], **options: Any) -> Callable[..., Optimizer]:
         _adam(AdamW, weight_decay=0.0, fused=True),
         _adam(Adam, foreach=True, betas=(0.8, 0.95)),
         _adam(Adam, betas=(0.0, 0.9)),
+        _adam(AdamW, weight_decay=2.0),
+        _adam(Adam, weight_decay=2.0),
+        _adam(AdamW, amsgrad=True, lr=torch.tensor(1e-2, dtype=torch.float64)),
     ],
-    ids=["adamw", "fused", "foreach", "no momentum"],
+    ids=["adamw", "fused", "foreach", "no momentum", "decay", "l2", "amsgrad"],
 )
 def test_newborn_rows_move_as_if_their_count_had_just_begun(
     make: Callable[..., Optimizer], layout: str
