@@ -159,10 +159,10 @@ def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArr
 
 def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:
     """f and g as the saliency uses them: 1 where the configuration switches one off."""
-    ones = np.ones(state.num_experts)
+    size = state.num_experts
     return (
-        routing_frequency(state, config) if config.use_routing else ones,
-        rank_importance(state, config) if config.use_importance else ones,
+        routing_frequency(state, config) if config.use_routing else np.ones(size),
+        rank_importance(state, config) if config.use_importance else np.ones(size),
     )
 
 
@@ -175,9 +175,12 @@ def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
 def grown(state: LayerState, growth: IntArray) -> LayerState:
     """Add growth [N] to the ranks; g and its count restart for the experts that grew, f stays."""
     unchanged = growth == 0
-    return dataclasses.replace(
-        state,
-        ranks=state.ranks + growth,
-        importance=np.where(unchanged, state.importance, 0.0),
-        importance_count=np.where(unchanged, state.importance_count, 0),
+    return LayerState(
+        state.ranks + growth,
+        state.routing,
+        state.routing_count,
+        np.where(unchanged, state.importance, 0.0),
+        np.where(unchanged, state.importance_count, 0),
+        state.dimensions,
+        state.observed,
     )

@@ -80,13 +80,21 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         [1, 2, 2]
     """
     open_ = np.flatnonzero(request.limits)  # the others get nothing, wherever they stand
-    # lexsort is stable, so the index breaks ties
-    order = open_[np.lexsort((request.ranks[open_], -scores[open_]))]
+    order = open_[_descending(scores[open_], request.ranks[open_])]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
     growth = np.zeros_like(request.ranks)
     growth[order] = np.clip(request.quota - served_before, 0, limits)
     return growth
+
+
+def _descending(scores: FloatArray, ranks: IntArray) -> IntArray:
+    """Order by score descending, then rank ascending, then index."""
+    order = np.argsort(-scores)  # the fast sort leaves ties in any order
+    ordered = scores[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
+    return order
 
 
 def greedy(request: AllocationRequest) -> IntArray:
