@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -229,15 +229,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch, register: Any) -> None:
                 raise register
             return register
 
-    monkeypatch.setattr(application.importlib.metadata, "entry_points", lambda group: [Entry()])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Entry()])
 
 
 def other_commands(app: Any) -> None:
     """Add commands of another package."""
 
-    @app.command()
     def fails(kind: str) -> None:
         raise {"user": DRLoRAError("too\nbad"), "ours": RuntimeError("a bug")}[kind]
+
+    app.command()(fails)
 
 
 def test_registered_commands_have_the_same_errors(
@@ -275,8 +276,13 @@ def test_commands_that_cannot_be_loaded_are_named(
 
 
 def test_the_torch_commands_are_an_entry_point_of_ours() -> None:
-    entries = application.importlib.metadata.entry_points(group=application.ENTRY_POINTS)
-    assert EntryPoint("torch", "drlora_torch.cli:register", application.ENTRY_POINTS) in entries
+    entries = importlib.metadata.entry_points(group=application.ENTRY_POINTS)
+    assert (
+        importlib.metadata.EntryPoint(
+            "torch", "drlora_torch.cli:register", application.ENTRY_POINTS
+        )
+        in entries
+    )
 
 
 WITHOUT = """

@@ -125,12 +125,13 @@ def test_parameters_and_bytes_of_olmoe(tmp_path: Path) -> None:
 
 def test_pooled_storage_follows_scope_and_policy(tmp_path: Path) -> None:
     shape = read_model_config(write(tmp_path, OLMOE))
+    cases: dict[str, dict[str, Any]] = {
+        "global": {"scope": "global", "layer_ceiling": 20},
+        "prune": {"policy": "prune", "r_init": 24},
+    }
     pooled = {
         name: make_plan(shape, AllocatorConfig(**changes)).storages[0].rank
-        for name, changes in {
-            "global": {"scope": "global", "layer_ceiling": 20},
-            "prune": {"policy": "prune", "r_init": 24},
-        }.items()
+        for name, changes in cases.items()
     }
     assert pooled == {"global": 20, "prune": 24}
 

@@ -70,8 +70,8 @@ def test_a_skipped_layer_is_recorded_as_skipped(tmp_path: Path) -> None:
 
 
 def test_saving_an_opened_recording_gives_the_same_again(tmp_path: Path) -> None:
-    for policy, changes in (("greedy", {}), ("prune", {"r_init": 8})):
-        recorded.record(tmp_path / policy, policy=policy, **changes)
+    for policy, start in (("greedy", 2), ("prune", 8)):
+        recorded.record(tmp_path / policy, policy=policy, r_init=start)
         recording = Recording.open(tmp_path / policy)
         recording.save(tmp_path / f"{policy}-copy")
         same(recording, Recording.open(tmp_path / f"{policy}-copy"))
@@ -118,7 +118,7 @@ def test_saving_the_engine_state_flushes_the_recording(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["greedy", "prune"])
 @pytest.mark.parametrize("stop", [3, 8, 13])
 def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, policy: str) -> None:
-    changes = {"policy": policy, "r_init": 8 if policy == "prune" else 2}
+    changes: dict[str, Any] = {"policy": policy, "r_init": 8 if policy == "prune" else 2}
     recorded.record(tmp_path / "reference", **changes)
     engine = recorded.build(recorded.config(**changes))
     engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))

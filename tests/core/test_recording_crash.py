@@ -47,6 +47,8 @@ def is_prefix(part: Recording, full: Recording) -> bool:
     steps = part.steps
     np.testing.assert_array_equal(part.routing, full.routing[:steps])
     np.testing.assert_array_equal(part.importance, full.importance[:steps])
+    assert part.ranks is not None
+    assert full.ranks is not None
     np.testing.assert_array_equal(part.ranks, full.ranks[:steps])
     events = tuple(event for event in full.events if event.step <= steps)
     assert first_difference(part.events, events) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ ARRAYS = {"experts": np.array([[0.9, 0.1]] * 20)}
         {"quota": 3},
     ],
 )
-def test_a_live_run_is_repeated_exactly(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_a_live_run_is_repeated_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
     pytest.importorskip("zarr")
     engine, events = recorded.record(tmp_path / "run", **changes)
     again = replay(Recording.open(tmp_path / "run"))
