@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import gc
+import os
 import platform
 import re
 import statistics
@@ -248,7 +249,7 @@ def hardware() -> str:
     if cpuinfo.exists():
         found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
         name = found[1] if found else name
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{name}, {os.cpu_count()} cores".lower()).strip("-")
 
 
 def measure() -> list[Measurement]:
