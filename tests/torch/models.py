@@ -149,6 +149,20 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def muse_spark_experts(dtype: torch.dtype) -> nn.Module:
+    """Experts whose output passes a norm before the routing weight, of a width of their own."""
+    from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+
+    config = MuseSparkTextConfig(
+        **{**SIZES, "moe_hidden_size": 16, "moe_intermediate_size": INNER},
+        num_local_experts=EXPERTS,
+    )
+    experts = MuseSparkExperts(config)
+    redraw(experts)
+    return experts.to(dtype)
+
+
 def tokens(rows: int = 3, length: int = 7, seed: int = 0) -> Tensor:
     """Draw token ids, int64 [rows, length], none of them the padding token."""
     generator = torch.Generator().manual_seed(seed)
@@ -160,10 +174,14 @@ class HandRouted(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float32, family: str = "olmoe") -> None:
         super().__init__()
-        self.experts = next(
-            module
-            for module in build(family, dtype).modules()
-            if type(module).__name__.endswith("Experts")
+        self.experts = (
+            muse_spark_experts(dtype)
+            if family == "muse_spark"
+            else next(
+                module
+                for module in build(family, dtype).modules()
+                if type(module).__name__.endswith("Experts")
+            )
         )
 
     def forward(

@@ -97,4 +97,4 @@ def one_expert(module: Any, expert: int, row: Tensor) -> Tensor:
             row = row + getattr(module, f"{name}_bias")[expert]
         if name == first:
             row = module._apply_gate(row[None])[0] if module.has_gate else module.act_fn(row)
-    return row
+    return module.post_expert_norm(row) if module.has_post_expert_norm else row
