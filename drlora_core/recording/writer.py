@@ -82,6 +82,7 @@ class RecordingWriter:
         self._wanted_rows = chunk_steps
         self._file: RecordingFile | None = None
         self._samples: dict[str, Sample] = {}
+        self._process = os.getpid()
         atexit.register(self.close)
 
     def sample(
@@ -120,7 +121,7 @@ class RecordingWriter:
     def close(self) -> None:
         """Flush, and mark the recording as complete; further steps open it again."""
         atexit.unregister(self.close)
-        if self._file is not None:
+        if self._file is not None and os.getpid() == self._process:  # not in a forked child
             self._file.close()
             self._file = None
 

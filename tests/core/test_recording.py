@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from drlora_core import LayoutError, StatisticError, UnknownLayerError
-from drlora_core.recording import Recording, RecordingWriter, from_routing_trace, load_trace
+from drlora_core.recording import Recording, RecordingWriter, chunks, from_routing_trace, load_trace
 from drlora_core.replay import first_difference
 from tests.core import recorded
 
@@ -167,6 +167,52 @@ def test_a_path_that_is_taken_or_too_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="another configuration"):
         recorded.drive(other, 1)
     assert Recording.open(tmp_path / "run").steps == 20
+
+
+def test_a_step_that_the_disk_refused_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded.record(tmp_path / "reference")
+    engine = recorded.build(recorded.config())
+    engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))
+    recorded.drive(engine, 7)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    for function in ("write", "set_length"):
+        with monkeypatch.context() as patch:
+            patch.setattr(chunks, function, full)
+            with pytest.raises(OSError, match="no space left"):
+                recorded.drive(engine, 1) if function == "write" else engine.step()
+        assert engine.step_count == 7
+        assert Recording.open(tmp_path / "run").steps == 4
+    engine.step()
+    recorded.drive(engine, 12)
+    engine.record_to(None)
+    same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
+
+
+def test_a_forked_child_does_not_write(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    writer = RecordingWriter(tmp_path / "run", engine)
+    engine.record_to(writer)
+    recorded.drive(engine, 3)
+    writer._process += 1  # as in a child
+    writer.close()
+    assert Recording.open(tmp_path / "run").steps == 0
+    writer._process -= 1
+    engine.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 3
+
+
+def test_dimensions_of_arrays_are_saved(tmp_path: Path) -> None:
+    importance = np.random.default_rng(0).random((4, 2, 6))
+    importance[2:, 1, 3] = np.nan  # cut
+    recording = Recording.from_arrays(None, dimensions={"a": importance})
+    recording.save(tmp_path / "run")
+    same(recording, Recording.open(tmp_path / "run"))
+    assert Recording.open(tmp_path / "run").layer("a").presence.tolist() == [9] * 4
 
 
 def test_from_arrays_views_by_layer_and_read_only(tmp_path: Path) -> None:
