@@ -1,182 +1,177 @@
-"""Expert products with LoRA: rows sorted by expert, the low-rank part ragged over active ranks.
+"""Expert products with LoRA: one loop over experts, the low-rank part ragged over active ranks.
+
+The base product, the low-rank part, the gather of tokens before the first projection and the
+weighted sum over experts after the last one happen expert by expert, on rows that are still in
+cache. Kept for backward: the inputs, x A^T, and no copy of any weight.
 
 Shape letters: T tokens, K experts per token, S = T * K (token, expert) pairs, N experts,
-I input and O output features, R active rank dimensions of all experts together.
-Ends: ``ends[e]`` is where expert e's rows (or rank dimensions) stop and those of e + 1 begin.
+I input and O output features, P rank slots, n rows and r rank of one expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dispatch:
-    """The (token, expert) pairs of one forward, sorted by expert.
-
-    Pairs whose index is not an expert (the sentinel ``num_experts`` of expert parallelism) come
-    last and belong to nobody: ``ends[-1]`` is where they begin.
-    """
-
-    order: Tensor  # int64 [S], pair at each sorted row
-    tokens: Tensor  # int64 [S], token at each sorted row
-    experts: Tensor  # int64 [S], expert at each sorted row, clamped to N - 1 for sentinels
-    ends: list[int]  # [N]
-
-    @classmethod
-    def sort(cls, top_k_index: Tensor, num_experts: int) -> Dispatch:
-        """Sort the pairs of ``top_k_index`` (int64 [T, K]); stable, so results are repeatable."""
-        pairs = top_k_index.reshape(-1)
-        experts, order = torch.sort(pairs, stable=True)
-        counts = torch.bincount(experts.clamp(max=num_experts), minlength=num_experts + 1)
-        ends = counts[:num_experts].cumsum(0).tolist()
-        clamped = experts.clamp(max=num_experts - 1)
-        return cls(order, order // top_k_index.shape[-1], clamped, ends)
-
-    def gather(self, hidden_states: Tensor) -> Tensor:
-        """Rows of the tokens in sorted order, [T, I] -> [S, I]."""
-        return hidden_states[self.tokens]
-
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sum the rows of each token times its routing weights, [S, O], [T, K] -> [T, O]."""
-        num_tokens, top_k = weights.shape
-        valid = self.ends[-1] if self.ends else 0
-        weighted = rows * weights.reshape(-1)[self.order].unsqueeze(-1)
-        if valid < rows.shape[0]:  # sentinel rows must reach neither the output nor the router
-            dead = torch.arange(rows.shape[0], device=rows.device) >= valid
-            weighted = weighted.masked_fill(dead.unsqueeze(-1), 0.0)
-        unsorted = weighted.new_empty(weighted.shape).index_copy(0, self.order, weighted)
-        return unsorted.view(num_tokens, top_k, rows.shape[1]).sum(dim=1)
+from drlora_torch.dispatch import Dispatch
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LoRAFactors:
-    """Active rows of a projection's LoRA, ordered by expert, then rank dimension."""
+    """The LoRA of one projection: its storage, and which slots each expert owns."""
 
-    lora_A: Tensor  # [R, I]
-    lora_B: Tensor  # [R, O]
-    ends: list[int]  # [N]
+    lora_A: Tensor  # [P, I]
+    lora_B: Tensor  # [P, O]
+    slots: list[slice | Tensor | None]
+    """By expert, in the order of its rank dimensions; a slice where they lie side by side."""
     scaling: float
+    dropout: float
+    """Probability of dropping an input of the low-rank part; 0 outside training."""
 
 
 def expert_linear(
-    rows: Tensor,
+    inputs: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora: LoRAFactors | None,
     dispatch: Dispatch,
     *,
     transposed: bool,
-    lora_rows: Tensor | None = None,
+    gather: bool = False,
+    routing_weights: Tensor | None = None,
 ) -> Tensor:
     """y_e = x_e W_e^T + bias_e + s (x_e A_e^T) B_e for the rows of every expert e.
 
     Args:
-        rows: sorted inputs, [S, I].
+        inputs: sorted rows, [S, I]; with ``gather`` the tokens themselves, [T, I].
         weight: frozen weights, [N, O, I], or [N, I, O] if ``transposed``.
         bias: [N, O] or None.
         lora: the low-rank update, or None for the base product alone.
         dispatch: which rows belong to which expert.
         transposed: the axes of ``weight``, as the model declares them.
-        lora_rows: what the low-rank part reads instead of ``rows`` (dropout), [S, I].
+        gather: take each pair's row from its token.
+        routing_weights: [T, K]; given, each token's rows are summed with these weights.
 
     Returns:
-        [S, O], 0 in sentinel rows (before the bias), in the dtype of ``rows``.
+        Sorted rows [S, O] in the dtype of ``inputs``, sentinel rows 0; with ``routing_weights``
+        [T, O] in the dtype that inputs and weights promote to.
     """
     matrices = weight if transposed else weight.transpose(1, 2)  # [N, I, O]
     if lora is None:
-        lora = LoRAFactors(
-            rows.new_empty(0, matrices.shape[1]),
-            rows.new_empty(0, matrices.shape[2]),
-            [0] * len(dispatch.ends),
-            0.0,
-        )
+        empty = inputs.new_empty(0, 0)
+        lora = LoRAFactors(empty, empty, [None] * matrices.shape[0], 0.0, 0.0)
     output: Tensor = _ExpertLinear.apply(  # type: ignore[no-untyped-call]
-        rows,
-        lora_rows,
-        matrices,
-        lora.lora_A,
-        lora.lora_B,
-        dispatch.ends,
-        lora.ends,
-        lora.scaling,
+        inputs, lora.lora_A, lora.lora_B, routing_weights, matrices, bias, lora, dispatch, gather
     )
-    return output if bias is None else output + bias[dispatch.experts].to(output.dtype)
+    return output
 
 
 class _ExpertLinear(torch.autograd.Function):
-    """Base and low-rank product of all experts; keeps the inputs and x A^T, copies no weight."""
+    """All experts of one projection; differentiable in inputs, A, B and routing weights."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
-        lora_rows: Tensor | None,
-        matrices: Tensor,
+        inputs: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        row_ends: list[int],
-        rank_ends: list[int],
-        scaling: float,
+        routing_weights: Tensor | None,
+        matrices: Tensor,
+        bias: Tensor | None,
+        lora: LoRAFactors,
+        dispatch: Dispatch,
+        gather: bool,
     ) -> Tensor:
-        output = rows.new_empty(rows.shape[0], matrices.shape[2])
-        output[row_ends[-1] :] = 0
-        projected = []
-        read = rows if lora_rows is None else lora_rows
-        with torch.autocast(rows.device.type, enabled=False):
-            for e, at, dims in _segments(row_ends, rank_ends):
-                out = output[at]
-                torch.mm(rows[at], matrices[e].to(rows.dtype), out=out)
-                if dims.start < dims.stop:
-                    low = read[at] @ lora_A[dims].T
-                    out.addmm_(low, lora_B[dims], alpha=scaling)
-                    projected.append(low.reshape(-1))
-        low_flat = torch.cat(projected) if projected else rows.new_empty(0)
-        ctx.save_for_backward(read, matrices, lora_A, lora_B, low_flat)
-        ctx.ends, ctx.scaling = (row_ends, rank_ends), scaling
-        ctx.has_own_input = lora_rows is not None
-        return output
+        weights = None
+        dtype = inputs.dtype
+        if routing_weights is not None:
+            weights = routing_weights.reshape(-1)[dispatch.order].unsqueeze(-1)  # [S, 1]
+            dtype = torch.result_type(inputs, weights)
+        output = dispatch.empty(inputs, matrices.shape[2], dtype)
+        lows: list[Tensor | None] = []
+        keeps: list[Tensor | None] = []
+        with torch.autocast(inputs.device.type, enabled=False):
+            for e, at in dispatch:
+                x = inputs[dispatch.tokens[at]] if gather else inputs[at]
+                y = output[at] if weights is None else x.new_empty(x.shape[0], output.shape[1])
+                torch.mm(x, matrices[e].to(x.dtype), out=y)
+                if bias is not None:
+                    y += bias[e]
+                low = keep = None
+                if (slots := lora.slots[e]) is not None:
+                    keep = _draw_kept(x, lora.dropout)
+                    low = _kept(x, keep) @ lora_A[slots].to(x.dtype).T
+                    y.addmm_(low, lora_B[slots].to(x.dtype), alpha=lora.scaling)
+                lows.append(low)
+                keeps.append(keep)
+                if weights is not None:
+                    output.index_copy_(0, dispatch.order[at], y * weights[at])
+        ctx.save_for_backward(inputs, lora_A, lora_B, weights, matrices, bias, *lows, *keeps)
+        ctx.lora, ctx.dispatch, ctx.gather = lora, dispatch, gather
+        return output if weights is None else dispatch.sum_of_pairs(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, matrices, lora_A, lora_B, low_flat = ctx.saved_tensors
-        grad_rows = torch.zeros_like(read) if ctx.needs_input_grad[0] else None
-        grad_lora_rows = torch.zeros_like(read) if ctx.needs_input_grad[1] else None
-        # Without dropout the low-rank part reads the rows themselves.
-        low_target = grad_lora_rows if ctx.has_own_input else grad_rows
-        grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-        start = 0
+        inputs, lora_A, lora_B, weights, matrices, bias, *kept = ctx.saved_tensors
+        lora, dispatch, gather = ctx.lora, ctx.dispatch, ctx.gather
+        needs_inputs, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        d_inputs = dispatch.empty(inputs, inputs.shape[1]) if needs_inputs else None
+        d_weights = weights.new_zeros(dispatch.num_pairs) if needs_weights else None
+        d_A, d_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+        lows, keeps = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         with torch.autocast(grad.device.type, enabled=False):
-            for e, at, dims in _segments(*ctx.ends):
-                g = grad[at]
-                if grad_rows is not None:
-                    torch.mm(g, matrices[e].to(g.dtype).T, out=grad_rows[at])
-                if dims.start == dims.stop:
-                    continue
-                size = (at.stop - at.start) * (dims.stop - dims.start)
-                low = low_flat[start : start + size].view(at.stop - at.start, -1)
-                start += size
-                grad_low = ctx.scaling * (g @ lora_B[dims].T)
-                torch.mm(grad_low.T, read[at], out=grad_A[dims])
-                torch.mm(ctx.scaling * low.T, g, out=grad_B[dims])
-                if low_target is not None:
-                    low_target[at].addmm_(grad_low, lora_A[dims])
-        return grad_rows, grad_lora_rows, None, grad_A, grad_B, None, None, None
+            for (e, at), low, keep in zip(dispatch, lows, keeps, strict=True):
+                pairs, slots = dispatch.order[at], lora.slots[e]
+                x = inputs[dispatch.tokens[at]] if gather else inputs[at]
+                # g and what follows from it lack the routing weight until it is multiplied in
+                g = grad[at] if weights is None else grad[dispatch.tokens[at]].to(x.dtype)
+                d_low = None
+                if slots is not None:
+                    d_low = (g @ lora_B[slots].to(g.dtype).T).mul_(lora.scaling)
+                if needs_inputs or needs_weights:
+                    d_x = g @ matrices[e].to(g.dtype).T
+                    if d_low is not None:
+                        _add_low_rank(d_x, d_low, lora_A[slots].to(g.dtype), keep)
+                    if d_weights is not None:  # y.g = x.d_x + bias.g, so y itself is not needed
+                        d_w = (d_x.to(weights.dtype) * x).sum(dim=1)
+                        d_weights[pairs] = d_w if bias is None else d_w + g @ bias[e].to(g.dtype)
+                    if d_inputs is not None:
+                        d_inputs[pairs if gather else at] = _weighted(d_x, weights, at)
+                if d_low is not None:
+                    d_low, low_s = _weighted(d_low, weights, at), low * lora.scaling
+                    d_A[slots] = (d_low.T @ _kept(x, keep)).to(d_A.dtype)
+                    d_B[slots] = (_weighted(low_s, weights, at).T @ g).to(d_B.dtype)
+        if d_inputs is not None and gather:
+            d_inputs = dispatch.sum_of_pairs(d_inputs)
+        if d_weights is not None:
+            d_weights = d_weights.view(-1, dispatch.top_k)
+        return d_inputs, d_A, d_B, d_weights, None, None, None, None, None
 
 
-def _segments(row_ends: list[int], rank_ends: list[int]) -> list[tuple[int, slice, slice]]:
-    """(expert, its rows, its rank dimensions) for every expert that has rows."""
-    rows = itertools.pairwise([0, *row_ends])
-    dims = itertools.pairwise([0, *rank_ends])
-    return [
-        (expert, slice(*at), slice(*dim))
-        for expert, (at, dim) in enumerate(zip(rows, dims, strict=True))
-        if at[0] < at[1]
-    ]
+def _weighted(rows: Tensor, weights: Tensor | None, at: slice) -> Tensor:
+    """Rows of an expert times their routing weights, in the dtype of the rows."""
+    return rows if weights is None else (rows * weights[at]).to(rows.dtype)
+
+
+def _draw_kept(x: Tensor, dropout: float) -> Tensor | None:
+    """Dropout's factors: 0, or 1 / (1 - p) where an input is kept; None without dropout."""
+    if dropout == 0.0:
+        return None
+    return torch.empty_like(x).bernoulli_(1.0 - dropout).div_(1.0 - dropout)
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep
+
+
+def _add_low_rank(d_x: Tensor, d_low: Tensor, lora_A: Tensor, keep: Tensor | None) -> None:
+    """Add the gradient that comes through x A^T to that of x."""
+    if keep is None:
+        d_x.addmm_(d_low, lora_A)
+    else:
+        d_x += (d_low @ lora_A) * keep

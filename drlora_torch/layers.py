@@ -84,7 +84,7 @@ class ExpertLoRA(nn.Module):
         self.name = name
         self.table = table
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = dropout
         self.projections = nn.ModuleDict(
             {
                 projection: SlotLoRA(
@@ -121,27 +121,22 @@ class ExpertLoRA(nn.Module):
 
     def refresh(self) -> None:
         """Follow a change of the slot table."""
-        self._active = torch.from_numpy(self.table.active())
-        self._ends: list[int] = np.cumsum(self.table.ranks()).tolist()
+        ends = np.cumsum(self.table.ranks())[:-1]
+        self._slots = [_as_slice(slots) for slots in np.split(self.table.active(), ends)]
 
-    def factors(self, projection: str, dtype: torch.dtype) -> LoRAFactors | None:
-        """Active rows of a projection in the compute dtype; None where it is not a target."""
+    def factors(self, projection: str) -> LoRAFactors | None:
+        """What a forward needs of a projection; None where it is not a target."""
         if projection not in self.projections:
             return None
-        slots = self.projections[projection]
-        assert isinstance(slots, SlotLoRA)
-        if self._active.device != slots.lora_A.device:
-            self._active = self._active.to(slots.lora_A.device)
+        storage = self.projections[projection]
+        assert isinstance(storage, SlotLoRA)
         return LoRAFactors(
-            slots.lora_A.index_select(0, self._active).to(dtype),
-            slots.lora_B.index_select(0, self._active).to(dtype),
-            self._ends,
+            storage.lora_A,
+            storage.lora_B,
+            self._slots,
             self.scaling,
+            self.dropout if self.training else 0.0,
         )
-
-    def drop(self, rows: Tensor) -> Tensor | None:
-        """Input of the low-rank part under dropout; None where it reads the rows themselves."""
-        return self.dropout(rows) if self.dropout is not None and self.training else None
 
     @torch.no_grad()
     def delta_weight(self, projection: str, expert: int) -> Tensor:
@@ -150,3 +145,13 @@ class ExpertLoRA(nn.Module):
         assert isinstance(slots, SlotLoRA)
         owned = torch.from_numpy(np.flatnonzero(self.table.owner == expert))
         return self.scaling * (slots.lora_B[owned].T @ slots.lora_A[owned])
+
+
+def _as_slice(slots: np.ndarray) -> slice | Tensor | None:
+    """The slots of an expert as a slice where they lie side by side: a view costs no copy."""
+    if not slots.size:
+        return None
+    first, last = int(slots[0]), int(slots[-1])
+    if (np.diff(slots) == 1).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(slots)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from drlora_torch.kernels import Dispatch, expert_linear
+from drlora_torch.dispatch import Dispatch
+from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 
 IMPLEMENTATION = "drlora"
@@ -146,24 +147,29 @@ def experts_forward(
     first, second = projection_names(module)
     dtype = _compute_dtype(getattr(module, first))
     dispatch = Dispatch.sort(top_k_index, lora.table.num_experts)
-    rows = _project(module, lora, first, dispatch.gather(hidden_states.to(dtype)), dispatch)
+    hidden = hidden_states.to(dtype)
+    rows = _project(module, lora, first, hidden, dispatch, gather=True)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    rows = _project(module, lora, second, rows.to(dtype), dispatch)
+    rows = rows.to(dtype)
     if module.has_post_expert_norm:
-        rows = module.post_expert_norm(rows)
-    return dispatch.combine(rows, top_k_weights).to(hidden_states.dtype)
+        rows = module.post_expert_norm(_project(module, lora, second, rows, dispatch))
+        output = dispatch.combine(rows, top_k_weights)
+    else:
+        output = _project(module, lora, second, rows, dispatch, routing_weights=top_k_weights)
+    return output.to(hidden_states.dtype)
 
 
-def _project(module: Any, lora: ExpertLoRA, name: str, rows: Tensor, dispatch: Dispatch) -> Tensor:
-    factors = lora.factors(name, rows.dtype)
+def _project(
+    module: Any, lora: ExpertLoRA, name: str, inputs: Tensor, dispatch: Dispatch, **options: Any
+) -> Tensor:
     return expert_linear(
-        rows,
+        inputs,
         getattr(module, name),
         getattr(module, f"{name}_bias") if module.has_bias else None,
-        factors,
+        lora.factors(name),
         dispatch,
         transposed=module.is_transposed,
-        lora_rows=None if factors is None else lora.drop(rows),
+        **options,
     )
 
 
