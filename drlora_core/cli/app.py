@@ -82,14 +82,17 @@ def _register_others(app: typer.Typer) -> list[str]:
     """Let other distributions add commands; return why some could not."""
     missing = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        before = len(app.registered_commands)
+        theirs = typer.Typer()
         try:
-            entry.load()(app)
+            entry.load()(theirs)
+            typer.main.get_command(theirs)  # reads their signatures, which may fail too
         except Exception as error:  # whatever is wrong there, our commands work
-            del app.registered_commands[before:]
             hint = f' (pip install "drlora[{entry.name}]")' if entry.name == "torch" else ""
             reason = f"the commands of {entry.value.split(':')[0]}, because of {_reason(error)}"
             missing.append(reason + hint)
+        else:
+            app.registered_commands += theirs.registered_commands
+            app.registered_groups += theirs.registered_groups
     return missing
 
 

@@ -275,6 +275,23 @@ def test_commands_that_cannot_be_loaded_are_named(
     assert "No such command" in unknown.err
 
 
+def unreadable(app: Any) -> None:
+    """Add a command whose signature typer cannot read."""
+
+    def strange(value: type[int] | complex) -> None:
+        raise AssertionError(value)
+
+    app.command()(strange)
+
+
+def test_commands_with_unreadable_signatures_do_not_break_ours(
+    drlora: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    pretend(monkeypatch, unreadable)
+    assert drlora("plan", model).code == 0
+    assert "Not available here: the commands of other.cli" in drlora("--help").out
+
+
 def test_the_torch_commands_are_an_entry_point_of_ours() -> None:
     entries = importlib.metadata.entry_points(group=application.ENTRY_POINTS)
     assert (
