@@ -4,17 +4,13 @@
     python -m benchmarks.expert_step --shape small --rounds 9
 
 All methods run in turn within each round, so that a ratio compares neighbours in time. Memory is
-the peak of the process above its size after loading, each method in a process of its own.
+counted, not timed: the most bytes of tensors that a step allocates and holds at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Annotated
@@ -28,7 +24,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 import drlora_torch
-from benchmarks import report
+from benchmarks import memory, report
 from drlora_core import AllocatorConfig, AllocatorEngine
 
 RANK = 16
@@ -124,7 +120,8 @@ def peft(shape: Shape, dtype: torch.dtype) -> Step:
     model = nn.ModuleDict({"mlp": block})
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=32, target_parameters=targets), model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> None:
         forward_backward(model["mlp"], hidden)
@@ -159,54 +156,50 @@ def times(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, list[float
     return taken
 
 
-def peak_mb(shape: Shape, dtype: torch.dtype, method: str) -> float:
-    """Peak MiB of three steps above the loaded block, in this process."""
-    step = METHODS[method](shape, dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
+def peaks(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
+    """MiB that the third step of every method allocates at its peak."""
+    found = {}
+    for name, build in METHODS.items():
+        step = build(shape, dtype)
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def memory(shape: str, dtype: str) -> dict[str, float]:
-    """Peak of every method, each in a fresh process."""
-    peaks = {}
-    for name in METHODS:
-        command = [sys.executable, "-m", "benchmarks.expert_step", "--shape", shape]
-        command += ["--dtype", dtype, "--peak-of", name]
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[name] = float(json.loads(ended.stdout))
-    return peaks
+        step()
+        found[name] = memory.peak_bytes(step) / 2**20
+    return found
 
 
 def main(
     shape: Annotated[str, typer.Option(help="olmoe, qwen3 or small.")] = "olmoe",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 7,
-    peak_of: Annotated[str, typer.Option(help="Print the peak memory of one method.")] = "",
 ) -> None:
     """Measure and write the table."""
     chosen, kind = SHAPES[shape], getattr(torch, dtype)
-    if peak_of:
-        typer.echo(json.dumps(peak_mb(chosen, kind, peak_of)))
-        return
-    taken, peaks = times(chosen, kind, rounds), memory(shape, dtype)
-    base = [min(pair) for pair in zip(*list(taken.values())[:2], strict=True)]
-    frozen_peak = min(list(peaks.values())[:2])
+    taken, peak = times(chosen, kind, rounds), peaks(chosen, kind)
+    first, second, *_ = taken.values()
+    frozen_seconds = [min(pair) for pair in zip(first, second, strict=True)]
+    frozen_peak = min(list(peak.values())[:2])
     rows = [
         [
             name,
             f"{statistics.median(seconds):.3f}",
-            f"{statistics.median(s / b for s, b in zip(seconds, base, strict=True)):.2f}",
-            f"{statistics.median(s / p for s, p in zip(seconds, taken['PEFT LoRA'], strict=True)):.2f}",
-            f"{peaks[name]:,.0f}",
-            f"{peaks[name] - frozen_peak:,.0f}",
+            f"{median_ratio(seconds, frozen_seconds):.2f}",
+            f"{median_ratio(seconds, taken['PEFT LoRA']):.2f}",
+            f"{peak[name]:,.0f}",
+            f"{peak[name] - frozen_peak:+,.0f}",
         ]
         for name, seconds in taken.items()
     ]
     columns = ["method", "s / step", "/ frozen", "/ PEFT", "peak MiB", "above frozen"]
-    title = f"expert_step_{shape}_{dtype}"
-    report.write(title, f"{chosen}, {dtype}, rank {RANK}, {rounds} rounds", columns, rows)
+    about = (
+        f"{chosen}, {dtype}, rank {RANK}; medians of {rounds} interleaved rounds; frozen: the "
+        "faster of the two, forward and backward to the inputs; the others: with AdamW (fused)."
+    )
+    report.write(f"expert_step_{shape}_{dtype}", about, columns, rows)
+
+
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(s / o for s, o in zip(seconds, others, strict=True))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
+from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, Policy
 from drlora_torch import files
 from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
@@ -59,19 +59,23 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
     return files.write(Path(path), whole, description)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
+def load(
+    model: nn.Module, path: str | os.PathLike[str], *, policy: Policy | None = None
+) -> Adapter:
     """Attach a saved adapter to its base model, ready to be used or trained further.
 
     Args:
         model: the base model, without an adapter.
         path: the directory (or file) that ``adapter.save_pretrained`` wrote.
+        policy: the callable that the run was made with, if it was: code is not saved, so without
+            it the allocation goes on with ``config.policy``.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
             left unchanged.
     """
     saved = _read(Path(path), model)
-    engine = AllocatorEngine(saved.config)
+    engine = AllocatorEngine(saved.config, policy=policy)
     engine.load_state_dict(saved.state)
     arguments = {**saved.options.model_dump(mode="json"), "layers": list(saved.layers)}
     adapter = attach(model, engine, **arguments)

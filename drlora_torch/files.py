@@ -34,7 +34,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, A
     temporary = path / f".drlora-{uuid.uuid4().hex}.part"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's umask; safetensors would make it private
         save_file(dict(tensors), temporary, metadata={KEY: json.dumps(description)})
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, target)
         _sync(path)

@@ -101,14 +101,12 @@ def _train(
         trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [progress])
         trainer.recorder = recorder
         silence(trainer)
-        with console.status("held-out loss before"):
-            before = float(trainer.evaluate()["eval_loss"])
+        before = _held_out_loss(trainer, console)
         started = time.perf_counter()
         last = folder.last_checkpoint(output)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - started
-        with console.status("held-out loss after"):
-            after = float(trainer.evaluate()["eval_loss"])
+        after = _held_out_loss(trainer, console)
         adapter.save_pretrained(output / folder.ADAPTER)
         folder.write_metrics(output / folder.METRICS, trainer.state.log_history)
         tokens = [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
@@ -126,6 +124,11 @@ def _train(
         progress.close()
         adapter.engine.record_to(None)
         adapter.detach()
+
+
+def _held_out_loss(trainer: Any, console: Console) -> float:
+    with console.status("held-out loss"):
+        return float(trainer.evaluate()["eval_loss"])
 
 
 def _allocation(adapter: Adapter) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Count the bytes of tensors that a piece of code allocates and holds at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Ledger(TorchDispatchMode):
+    """Sees every operator's results, in backward too, and when their storage is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        before = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and _storage_id(leaf) not in before | self._known:
+                self._enter(leaf.untyped_storage())
+        return result
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._leave, key, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+
+def _storage_id(leaf: object) -> int | None:
+    return leaf.untyped_storage()._cdata if isinstance(leaf, torch.Tensor) else None
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Most bytes held at once of what ``step`` allocates; what was there before is not counted.
+
+    Example:
+        >>> peak_bytes(lambda: torch.zeros(256, dtype=torch.float32) + 1)
+        2048
+    """
+    with _Ledger() as ledger:
+        step()
+    return ledger.peak
