@@ -12,6 +12,7 @@ from torch import nn
 from drlora_core import AllocatorEngine
 from drlora_core.errors import LayoutError, UnknownLayerError, near_misses
 from drlora_torch.adapter import AdaptedLayer, Adapter
+from drlora_torch.distributed import is_first_process
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.following import OptimizerFollower
 from drlora_torch.importance import AccumulatedImportance
@@ -105,7 +106,7 @@ def attach(
     _check_targets(records, options.targets)
     _check_routers(records, options)
     _check_engine(engine, records)
-    if record is not None:
+    if record is not None and is_first_process():
         engine.record_to(record)
     for layer in records:
         if layer.name not in engine.layer_names:

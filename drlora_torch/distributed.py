@@ -15,6 +15,14 @@ def several_processes() -> bool:
     return bool(distributed.get_world_size() > 1)
 
 
+def is_first_process() -> bool:
+    """True in the process that writes for all."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
+
+
 def sum_over_processes(values: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
     """Sum an array over all processes; the array itself where there is only one.
 

@@ -29,22 +29,12 @@ def codecs(dtype: type) -> list[Any]:
 
 def _encoded(chunk: NDArray[Any]) -> bytes:
     """Encode a whole chunk: little-endian bytes, shuffled and compressed, then a checksum."""
+    import google_crc32c
     from numcodecs import Blosc  # type: ignore[import-untyped, unused-ignore]
 
     plain = np.ascontiguousarray(chunk, dtype=chunk.dtype.newbyteorder("<"))
     packed = bytes(Blosc(shuffle=Blosc.SHUFFLE, **_COMPRESSION).encode(plain))
-    return packed + struct.pack("<I", _crc32c(packed))
-
-
-def _crc32c(content: bytes) -> int:
-    """CRC32C by the library that zarr brings: google-crc32c, or crc32c with its first releases."""
-    try:
-        import google_crc32c
-    except ModuleNotFoundError:
-        import crc32c  # type: ignore[import-not-found, unused-ignore]
-
-        return int(crc32c.crc32c(content))
-    return int(google_crc32c.value(content))
+    return packed + struct.pack("<I", google_crc32c.value(packed))
 
 
 def write(array: Path, index: int, chunk: NDArray[Any]) -> None:
