@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,6 +28,8 @@ class OptimizerFollower:
     never reaches the hooks, or comes with ``found_inf`` (fused optimizers).
     """
 
+    _all: ClassVar[list[OptimizerFollower]] = []
+
     def __init__(self, adapter: Adapter) -> None:
         # Global hooks must not keep a model alive; the model itself keeps its adapter.
         self._adapter = weakref.ref(adapter)
@@ -37,12 +39,24 @@ class OptimizerFollower:
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
-        weakref.finalize(adapter, self.remove)
+        self._remove_orphans()
+        self._all.append(self)
 
     def remove(self) -> None:
         """Stop following."""
         for handle in self._handles:
             handle.remove()
+        self._all.remove(self)
+
+    def _remove_orphans(self) -> None:
+        """Take out the hooks of adapters that were dropped without ``detach``.
+
+        Not when the garbage collector finds them: that may be in the middle of an optimizer's
+        step, where torch is going through its hooks.
+        """
+        for follower in list(self._all):
+            if follower._adapter() is None:
+                follower.remove()
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -366,6 +366,7 @@ def live_hooks() -> int:
 @pytest.mark.parametrize("auto_step", [True, False])
 def test_garbage_collected_model_leaves_no_hook(auto_step: bool) -> None:
     gc.collect()
+    helpers.attach(models.build()).detach()
     before = live_hooks()
     model = models.build()
     adapter = helpers.attach(model, auto_step=auto_step)
@@ -376,11 +377,33 @@ def test_garbage_collected_model_leaves_no_hook(auto_step: bool) -> None:
     del model, adapter, optimizer
     gc.collect()
     assert gone() is None
+    helpers.attach(models.build()).detach()  # the next adapter sweeps
     assert live_hooks() == before
 
 
+def test_a_model_may_be_collected_in_the_middle_of_an_optimizer_step() -> None:
+    """torch goes through its global hooks then, and they must not change under it."""
+    dropped = [helpers.attach(models.build())]
+    gone = weakref.ref(dropped[0].model)
+
+    def collect(*_: Any) -> None:
+        dropped.clear()
+        gc.collect()
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    other = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(2)
+    handle = torch_optimizer.register_optimizer_step_pre_hook(collect)
+    try:
+        other.step()
+    finally:
+        handle.remove()
+    assert gone() is None
+    assert parameter.tolist() == pytest.approx([0.9, 0.9])
+
+
 def test_detach_leaves_no_hook() -> None:
-    gc.collect()
+    helpers.attach(models.build()).detach()
     before = live_hooks()
     model = models.build()
     helpers.attach(model).detach()
