@@ -383,17 +383,18 @@ def test_garbage_collected_model_leaves_no_hook(auto_step: bool) -> None:
 
 def test_a_model_may_be_collected_in_the_middle_of_an_optimizer_step() -> None:
     """torch goes through its global hooks then, and they must not change under it."""
-    dropped = [helpers.attach(models.build())]
-    gone = weakref.ref(dropped[0].model)
+    dropped: list[Any] = []
 
     def collect(*_: Any) -> None:
         dropped.clear()
         gc.collect()
 
+    handle = torch_optimizer.register_optimizer_step_pre_hook(collect)
+    dropped.append(helpers.attach(models.build()))  # its hooks come after `collect`
+    gone = weakref.ref(dropped[0].model)
     parameter = torch.nn.Parameter(torch.ones(2))
     other = torch.optim.SGD([parameter], lr=0.1)
     parameter.grad = torch.ones(2)
-    handle = torch_optimizer.register_optimizer_step_pre_hook(collect)
     try:
         other.step()
     finally:
