@@ -51,7 +51,8 @@ class Adapter:
         options: the options of ``attach``.
         layers: the adapted layers by name.
         events: growth events so far, oldest first.
-        skipped_steps: optimizer steps whose statistics were not finite and counted for nothing.
+        skipped_steps: optimizer steps whose statistics were not finite, or in which no token was
+            counted; they count for nothing.
     """
 
     def __init__(self, model: nn.Module, engine: AllocatorEngine, options: AdapterOptions) -> None:
@@ -227,20 +228,7 @@ class Adapter:
 
     def _close_step(self, slots: Mapping[str, Tensor | None]) -> GrowthEvent | None:
         """Give the engine the statistics of one optimizer step and carry out its decision."""
-        totals = self._take_routing()
-        samples = {
-            name: (
-                totals[name][:-1] / max(totals[name][-1], 1.0),
-                importance.by_dimension(layer.lora, slots[name]),
-            )
-            for name, layer in self.layers.items()
-        }
-        if all(np.isfinite(part).all() for sample in samples.values() for part in sample):
-            for name, (phi, s) in samples.items():
-                tokens = int(totals[name][-1])
-                self.engine.observe(name, routing=phi, importance=s, tokens=tokens)
-        else:
-            self._skip_step()
+        self._observe(self._take_routing(), slots)
         self.newborn.age()
         event = self.engine.step()
         if event is not None:
@@ -257,17 +245,40 @@ class Adapter:
         parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
         return dict(zip(self.layers, parts, strict=True))
 
-    def _skip_step(self) -> None:
+    def _observe(
+        self, totals: Mapping[str, np.ndarray], slots: Mapping[str, Tensor | None]
+    ) -> None:
+        """Hand the step's samples to the engine; a layer that saw no token has none."""
+        samples = {
+            name: (
+                totals[name][:-1] / totals[name][-1],
+                importance.by_dimension(layer.lora, slots[name]),
+            )
+            for name, layer in self.layers.items()
+            if totals[name][-1] != 0
+        }
+        if not samples:
+            self._skip_step("no token was counted (is the model in evaluation mode?)")
+        elif not all(np.isfinite(part).all() for sample in samples.values() for part in sample):
+            self._skip_step("routing or importance is not finite")
+            samples = {}
+        for name in self.layers:
+            if name in samples:
+                phi, s = samples[name]
+                tokens = int(totals[name][-1])
+                self.engine.observe(name, routing=phi, importance=s, tokens=tokens)
+            else:
+                self.engine.skip(name)
+
+    def _skip_step(self, reason: str) -> None:
         if not self.skipped_steps:
             warnings.warn(
-                f"step {self.engine.step_count + 1}: routing or importance is not finite; the "
-                "step counts for nothing in the allocation (adapter.skipped_steps counts them)",
+                f"step {self.engine.step_count + 1}: {reason}; the step counts for nothing in the "
+                "allocation (adapter.skipped_steps counts them)",
                 RuntimeWarning,
                 stacklevel=2,
             )
         self.skipped_steps += 1
-        for name in self.layers:
-            self.engine.skip(name)
 
     def _carry_out(self, event: GrowthEvent) -> None:
         for name, layer in self.layers.items():

@@ -278,3 +278,18 @@ def test_tokens_of_a_mask() -> None:
     assert token_mask(mask, 8) is None
     assert token_mask(None, 6) is None
     assert token_mask(mask[:0], 6) is None
+
+
+def test_training_in_evaluation_mode_is_noticed() -> None:
+    model = models.build()
+    adapter = helpers.attach(model)
+    optimizer = helpers.adamw(adapter)
+    model.eval()
+    with pytest.warns(RuntimeWarning, match="no token was counted"):
+        model(**helpers.batch()).loss.backward()
+        optimizer.step()
+    assert adapter.skipped_steps == 1
+    assert adapter.engine.step_count == 1
+    for name in adapter.layers:
+        assert not adapter.engine.routing_frequency(name).any()
+        assert adapter.engine.state_dict()["layers"][name]["routing_count"] == 0
