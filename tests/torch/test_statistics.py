@@ -285,8 +285,8 @@ def test_training_in_evaluation_mode_is_noticed() -> None:
     adapter = helpers.attach(model)
     optimizer = helpers.adamw(adapter)
     model.eval()
+    model(**helpers.batch()).loss.backward()
     with pytest.warns(RuntimeWarning, match="no token was counted"):
-        model(**helpers.batch()).loss.backward()
         optimizer.step()
     assert adapter.skipped_steps == 1
     assert adapter.engine.step_count == 1
