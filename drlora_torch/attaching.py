@@ -17,7 +17,8 @@ from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.following import OptimizerFollower
 from drlora_torch.importance import AccumulatedImportance
 from drlora_torch.layers import ExpertLoRA
-from drlora_torch.models import interface
+from drlora_torch.models.convention import CHILD, is_attached
+from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.discovery import adaptable
 from drlora_torch.models.records import MoELayer
 from drlora_torch.optimizer import NewbornCorrection
@@ -40,6 +41,7 @@ def attach(
     auto_step: bool = True,
     newborn: Literal["corrected", "plain"] = "corrected",
     rslora: bool = False,
+    kernel: Literal["auto", "ragged", "grouped"] = "auto",
     record: str | None = None,
 ) -> Adapter:
     """Freeze a model, add LoRA with dynamic ranks to its experts, and start observing.
@@ -63,6 +65,8 @@ def attach(
         newborn: ``corrected``: rows born late move under Adam as if their step count had just
             begun; ``plain``: the optimizer is left alone.
         rslora: scale by alpha / sqrt(r_target) instead.
+        kernel: ``ragged`` loops over experts and takes all dtypes; ``grouped`` uses torch's
+            ``grouped_mm``; ``auto`` takes ``grouped`` on GPUs. Results are equal to rounding.
         record: directory for a recording of all statistics, see ``engine.record_to``.
 
     Returns:
@@ -98,10 +102,11 @@ def attach(
             "auto_step": auto_step,
             "newborn": newborn,
             "rslora": rslora,
+            "kernel": kernel,
         }
     )
     records = adaptable(model, options.layers)
-    if any(interface.is_attached(module) for module in model.modules()):
+    if any(is_attached(module) for module in model.modules()):
         raise AttachError("the model has an adapter already; call its detach() or merge() first")
     _check_targets(records, options.targets)
     _check_routers(records, options)
@@ -152,8 +157,12 @@ def _adapt(model: nn.Module, record: MoELayer, adapter: Adapter) -> AdaptedLayer
         options.scaling(config),
         options.dropout,
         config.seed,
+        options.kernel,
     )
-    weight = next(p for p in experts.parameters(recurse=False))
+    convention = convention_of(experts)
+    assert convention is not None
+    weight = convention.first_weight(experts)
+    assert weight is not None
     lora.to(device=weight.device, dtype=options.lora_dtype(weight.dtype))
     lora.train(experts.training)
     return AdaptedLayer(
@@ -161,7 +170,7 @@ def _adapt(model: nn.Module, record: MoELayer, adapter: Adapter) -> AdaptedLayer
         experts=experts,
         lora=lora,
         router=None if record.router is None else model.get_submodule(record.router),
-        remove=interface.install(experts, lora, adapter),
+        remove=convention.install(experts, lora, adapter),
     )
 
 
@@ -215,7 +224,7 @@ def _keep_out_of_checkpoints(model: nn.Module) -> Callable[[], None]:
             ours = {
                 name
                 for name, _ in module.named_parameters()
-                if f".{interface.CHILD}.projections." in f".{name}"
+                if f".{CHILD}.projections." in f".{name}"
             }
             setattr(module, attribute, set(getattr(module, attribute) or ()) | ours)
 

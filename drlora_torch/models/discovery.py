@@ -10,7 +10,8 @@ from torch import nn
 
 from drlora_core.errors import UnknownLayerError, near_misses
 from drlora_torch.errors import ModelError
-from drlora_torch.models import interface
+from drlora_torch.models.convention import Convention
+from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.records import MoELayer
 
 
@@ -34,9 +35,9 @@ def discover(model: nn.Module) -> list[MoELayer]:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return [
-        _record(model, name, module)
+        _record(model, name, module, convention)
         for name, module in model.named_modules()
-        if interface.follows_interface(module)
+        if (convention := convention_of(module)) is not None
     ]
 
 
@@ -70,27 +71,30 @@ def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> list[M
     return chosen
 
 
-def _record(model: nn.Module, name: str, module: Any) -> MoELayer:
-    obstacle = interface.obstacle(module)
-    weight = getattr(module, interface.projection_names(module)[0], None)
+def _record(model: nn.Module, name: str, module: Any, convention: Convention) -> MoELayer:
+    obstacle = convention.obstacle(module)
+    weight = convention.first_weight(module)
     return MoELayer(
         name=name,
         experts_class=type(module).__name__,
-        num_experts=0 if weight is None else int(weight.shape[0]),
-        projections={} if obstacle else interface.projection_shapes(module),
-        router=_router_name(model, name),
+        num_experts=convention.num_experts(module),
+        projections={} if obstacle else convention.projection_shapes(module),
+        router=_router_name(model, name, convention.router_child(module)),
         dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
         obstacle=obstacle,
+        convention=convention.NAME,
     )
 
 
-def _router_name(model: nn.Module, experts: str) -> str | None:
-    """The router beside the experts: of the class that the model declares to record logits of."""
-    parent, _, _ = experts.rpartition(".")
+def _router_name(model: nn.Module, layer: str, child: str | None) -> str | None:
+    """The router in the layer, or the one beside it: of the class that the model declares."""
+    if child is not None:
+        return f"{layer}.{child}" if layer else child
+    parent, _, _ = layer.rpartition(".")
     classes = _declared_router_classes(model)
-    for child, module in model.get_submodule(parent).named_children():
+    for name, module in model.get_submodule(parent).named_children():
         if type(module) in classes:
-            return f"{parent}.{child}" if parent else child
+            return f"{parent}.{name}" if parent else name
     return None
 
 

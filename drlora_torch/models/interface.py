@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +23,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from drlora_torch.dispatch import Dispatch
 from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.models.convention import ATTACHMENT, CHILD, Observer, weights_obstacle
 
+NAME = "interface"
 IMPLEMENTATION = "drlora"
-CHILD = "drlora"  # name of the ExpertLoRA in the experts module
-ATTACHMENT = "_drlora_attachment"
-
-
-class Observer(Protocol):
-    """Told of every routing decision that an adapted experts module gets."""
-
-    def routed(self, name: str, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """Take the routing of one forward, [T, K] each."""
-        ...
-
-    @property
-    def enabled(self) -> bool:
-        """False while the base model is wanted."""
-        ...
-
-
-def is_attached(module: nn.Module) -> bool:
-    """True for an experts module that carries a LoRA."""
-    return ATTACHMENT in vars(module)
-
-
-@torch.no_grad()
-def add_delta(module: Any, projection: str, lora: ExpertLoRA) -> None:
-    """Write W + s B A into the weights of one projection, expert by expert."""
-    weight = getattr(module, projection)
-    for expert in range(lora.table.num_experts):
-        delta = lora.delta_weight(projection, expert).to(weight.device)
-        target = weight.data[expert]
-        target.copy_(target.to(delta.dtype) + (delta.T if module.is_transposed else delta))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +38,7 @@ class Attachment:
     base_config: Any
 
 
-def follows_interface(module: nn.Module) -> bool:
+def matches(module: nn.Module) -> bool:
     """True for classes decorated with ``use_experts_implementation``."""
     declared = vars(module)
     return "is_transposed" in declared and "has_gate" in declared and "config" in declared
@@ -90,18 +62,41 @@ def projection_shapes(module: Any) -> dict[str, ProjectionShape]:
     return shapes
 
 
+def num_experts(module: Any) -> int:
+    """N, as the first projection says."""
+    weight = first_weight(module)
+    return 0 if weight is None else int(weight.shape[0])
+
+
+def first_weight(module: Any) -> Tensor | None:
+    """Return the weight that is applied first."""
+    return getattr(module, projection_names(module)[0], None)
+
+
+def router_child(module: Any) -> str | None:
+    """None: the interface gives routing to the experts, the router is elsewhere."""
+    return None
+
+
+def expert_weight(module: Any, projection: str, expert: int) -> Tensor:
+    """The weight of one expert, a view [O, I]."""
+    weight: Tensor = getattr(module, projection)[expert]
+    return weight.T if module.is_transposed else weight
+
+
+def add_delta(module: Any, projection: str, lora: ExpertLoRA) -> None:
+    """See ``conventions.add_delta``, which serves every convention."""
+    from drlora_torch.models import conventions
+
+    conventions.add_delta(module, projection, lora)
+
+
 def obstacle(module: Any) -> str | None:
     """Say why a module with the interface cannot be adapted, None if it can."""
-    weights = [getattr(module, name, None) for name in projection_names(module)]
-    for name, weight in zip(projection_names(module), weights, strict=True):
-        if not isinstance(weight, Tensor) or weight.dim() != 3:
-            return f"its {name} is not a 3-D tensor"
-        if weight.is_meta:
-            return f"its {name} is on the meta device; load the weights first"
-        if not weight.is_floating_point() or weight.element_size() == 1:
-            kind = str(weight.dtype).removeprefix("torch.")
-            return f"its {name} is quantised ({kind}); load the model in a floating-point dtype"
-    first, second = (weight.shape[0] for weight in weights if weight is not None)
+    weights = [(name, getattr(module, name, None)) for name in projection_names(module)]
+    if (hindrance := weights_obstacle(weights, dims=3)) is not None:
+        return hindrance
+    first, second = (weight.shape[0] for _, weight in weights if weight is not None)
     if first != second:
         return f"its projections have {first} and {second} experts"
     return None

@@ -26,3 +26,5 @@ class MoELayer:
     """Data type of the expert weights, such as ``float32``."""
     obstacle: str | None = None
     """Why the layer cannot be adapted; None where it can."""
+    convention: str = "interface"
+    """How the layer stores and calls its experts, which says what adapts it."""
