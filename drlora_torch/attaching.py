@@ -16,6 +16,7 @@ from drlora_torch.distributed import is_first_process
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.following import OptimizerFollower
 from drlora_torch.importance import AccumulatedImportance
+from drlora_torch.kernels import Kernel, grouped
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.convention import CHILD, is_attached
 from drlora_torch.models.conventions import convention_of
@@ -110,6 +111,7 @@ def attach(
         raise AttachError("the model has an adapter already; call its detach() or merge() first")
     _check_targets(records, options.targets)
     _check_routers(records, options)
+    _check_kernel(model, records, options)
     _check_engine(engine, records)
     if record is not None and is_first_process():
         engine.record_to(record)
@@ -279,6 +281,22 @@ def _check_routers(records: list[MoELayer], options: AdapterOptions) -> None:
             f"router={options.router.value!r} needs the routers, but none was found for "
             f"{missing[0]!r}; use router='frozen'"
         )
+
+
+def _check_kernel(model: nn.Module, records: list[MoELayer], options: AdapterOptions) -> None:
+    if options.kernel is not Kernel.GROUPED:
+        return
+    for record in records:
+        experts = model.get_submodule(record.name)
+        for projection in record.projections:
+            weight = getattr(experts, projection, None)
+            if not isinstance(weight, torch.Tensor) or not grouped.supports(weight):
+                found = "none" if weight is None else f"{record.dtype}{list(weight.shape)}"
+                raise AttachError(
+                    f"kernel='grouped' cannot multiply {record.name}.{projection}, {found}: it "
+                    "takes float32, bfloat16 and float16 with rows of a multiple of 16 bytes; use "
+                    "kernel='ragged'"
+                )
 
 
 def _check_engine(engine: AllocatorEngine, records: list[MoELayer]) -> None:

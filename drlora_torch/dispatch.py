@@ -7,6 +7,7 @@ F features.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -14,17 +15,18 @@ import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dispatch:
     """The pairs of one forward, sorted by expert.
 
     Pairs whose index is not an expert (the sentinel ``num_experts`` of expert parallelism) come
-    last and belong to nobody: ``ends[-1]`` is where they begin.
+    last and belong to nobody.
     """
 
     order: Tensor  # int64 [S], pair at each sorted row
     tokens: Tensor  # int64 [S], token at each sorted row
-    ends: list[int]  # [N], where expert e's rows stop and those of e + 1 begin
+    experts: Tensor  # int64 [S], expert at each sorted row; N - 1 for sentinels
+    offsets: Tensor  # int32 [N], where expert e's rows stop and those of e + 1 begin
     top_k: int
 
     @classmethod
@@ -32,10 +34,20 @@ class Dispatch:
         """Sort the pairs of ``top_k_index`` (int64 [T, K]); stable, so results are repeatable."""
         pairs = top_k_index.reshape(-1)
         experts, order = torch.sort(pairs, stable=True)
-        counts = torch.bincount(experts.clamp(max=num_experts), minlength=num_experts + 1)
-        ends = counts[:num_experts].cumsum(0).tolist()
+        wanted = torch.arange(num_experts, device=pairs.device, dtype=experts.dtype)
+        offsets = torch.searchsorted(experts, wanted, right=True, out_int32=True)
         top_k = top_k_index.shape[-1]
-        return cls(order, order // top_k, ends, top_k)
+        return cls(order, order // top_k, experts.clamp(max=num_experts - 1), offsets, top_k)
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The offsets as numbers; waits for the device once."""
+        return self.offsets.tolist()
+
+    @functools.cached_property
+    def live(self) -> Tensor:
+        """Rows that belong to an expert, bool [S]."""
+        return torch.arange(self.num_pairs, device=self.order.device) < self.offsets[-1]
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
         """Each expert that has rows, and which."""
@@ -62,9 +74,7 @@ class Dispatch:
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Sum each token's sorted rows times their routing weights, [S, F], [T, K] -> [T, F]."""
         weighted = rows * weights.reshape(-1)[self.order].unsqueeze(-1)
-        if self.num_pairs and self.ends[-1] < self.num_pairs:
-            # sentinel rows must reach neither the output nor the router
-            dead = torch.arange(self.num_pairs, device=rows.device) >= self.ends[-1]
-            weighted = weighted.masked_fill(dead.unsqueeze(-1), 0.0)
+        # sentinel rows must reach neither the output nor the router
+        weighted = weighted.masked_fill(~self.live.unsqueeze(-1), 0.0)
         by_pair = weighted.new_empty(weighted.shape).index_copy(0, self.order, weighted)
         return self.sum_of_pairs(by_pair)

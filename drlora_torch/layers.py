@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora_torch.initialization import RowGenerator
-from drlora_torch.kernels import LoRAFactors
+from drlora_torch.kernels import Kernel, LoRAFactors
 from drlora_torch.slots import Born, SlotTable
 
 
@@ -69,6 +69,7 @@ class ExpertLoRA(nn.Module):
         scaling: s, the factor of B A; the same for every expert and constant over training.
         dropout: probability of dropping an input of the low-rank part, in [0, 1).
         seed: seed of the rows of A.
+        kernel: which code multiplies the experts.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class ExpertLoRA(nn.Module):
         scaling: float,
         dropout: float,
         seed: int,
+        kernel: Kernel = Kernel.AUTO,
     ) -> None:
         super().__init__()
         self.name = name
+        self.kernel = kernel
         self.table = table
         self.scaling = scaling
         self.dropout = dropout
@@ -122,7 +125,9 @@ class ExpertLoRA(nn.Module):
     def refresh(self) -> None:
         """Follow a change of the slot table."""
         ends = np.cumsum(self.table.ranks())[:-1]
-        self._slots = [_as_slice(slots) for slots in np.split(self.table.active(), ends)]
+        owned = np.split(self.table.active(), ends)
+        self._slots = [_as_slice(slots) for slots in owned]
+        self._padded = _padded(owned)
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""
@@ -134,8 +139,10 @@ class ExpertLoRA(nn.Module):
             storage.lora_A,
             storage.lora_B,
             self._slots,
+            self._padded,
             self.scaling,
             self.dropout if self.training else 0.0,
+            self.kernel,
         )
 
     @torch.no_grad()
@@ -145,6 +152,15 @@ class ExpertLoRA(nn.Module):
         assert isinstance(slots, SlotLoRA)
         owned = torch.from_numpy(np.flatnonzero(self.table.owner == expert))
         return self.scaling * (slots.lora_B[owned].T @ slots.lora_A[owned])
+
+
+def _padded(owned: list[np.ndarray]) -> Tensor:
+    """Slots of each expert in a row, int64 [N, R], filled up with -1 to a multiple of 8."""
+    width = -(-max(slots.size for slots in owned) // 8) * 8
+    matrix = np.full((len(owned), max(width, 8)), -1, dtype=np.int64)
+    for row, slots in zip(matrix, owned, strict=True):
+        row[: slots.size] = slots
+    return torch.from_numpy(matrix)
 
 
 def _as_slice(slots: np.ndarray) -> slice | Tensor | None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from drlora_core import AllocatorConfig
 from drlora_core.errors import near_misses
+from drlora_torch.kernels import Kernel
 from drlora_torch.optimizer import Newborn
 from drlora_torch.slots import Layout
 
@@ -48,6 +49,7 @@ class AdapterOptions(BaseModel):
     auto_step: bool = True
     newborn: Newborn = Newborn.CORRECTED
     rslora: bool = False
+    kernel: Kernel = Kernel.AUTO
 
     @field_validator("targets", "layers", mode="before")
     @classmethod

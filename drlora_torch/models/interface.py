@@ -119,6 +119,8 @@ def install(module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], N
     return remove
 
 
+# It counts tokens and loops over experts: a compiled model leaves its graph here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:

@@ -94,9 +94,9 @@ fill = checkpoint._fill
 
 
 def build_without_dropout(
-    self: ExpertLoRA, name: str, shapes: Any, table: Any, scaling: float, dropout: float, seed: int
+    self: ExpertLoRA, name: str, shapes: Any, table: Any, scaling: float, dropout: float, *rest: Any
 ) -> None:
-    build(self, name, shapes, table, scaling, 0.0, seed)
+    build(self, name, shapes, table, scaling, 0.0, *rest)
 
 
 build = ExpertLoRA.__init__

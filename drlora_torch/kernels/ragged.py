@@ -1,4 +1,4 @@
-"""Expert products with LoRA: one loop over experts, the low-rank part ragged over active ranks.
+"""The kernel for CPUs: one loop over experts, the low-rank part ragged over active ranks.
 
 The base product, the low-rank part, the gather of tokens before the first projection and the
 weighted sum over experts after the last one happen expert by expert, on rows that are still in
@@ -10,7 +10,6 @@ I input and O output features, P rank slots, n rows and r rank of one expert.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -18,52 +17,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drlora_torch.dispatch import Dispatch
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class LoRAFactors:
-    """The LoRA of one projection: its storage, and which slots each expert owns."""
-
-    lora_A: Tensor  # [P, I]
-    lora_B: Tensor  # [P, O]
-    slots: list[slice | Tensor | None]
-    """By expert, in the order of its rank dimensions; a slice where they lie side by side."""
-    scaling: float
-    dropout: float
-    """Probability of dropping an input of the low-rank part; 0 outside training."""
+from drlora_torch.kernels.factors import Kernel, LoRAFactors
 
 
 def expert_linear(
     inputs: Tensor,
-    weight: Tensor,
+    matrices: Tensor,
     bias: Tensor | None,
     lora: LoRAFactors | None,
     dispatch: Dispatch,
-    *,
-    transposed: bool,
-    gather: bool = False,
-    routing_weights: Tensor | None = None,
+    gather: bool,
+    routing_weights: Tensor | None,
 ) -> Tensor:
-    """y_e = x_e W_e^T + bias_e + s (x_e A_e^T) B_e for the rows of every expert e.
-
-    Args:
-        inputs: sorted rows, [S, I]; with ``gather`` the tokens themselves, [T, I].
-        weight: frozen weights, [N, O, I], or [N, I, O] if ``transposed``.
-        bias: [N, O] or None.
-        lora: the low-rank update, or None for the base product alone.
-        dispatch: which rows belong to which expert.
-        transposed: the axes of ``weight``, as the model declares them.
-        gather: take each pair's row from its token.
-        routing_weights: [T, K]; given, each token's rows are summed with these weights.
-
-    Returns:
-        Sorted rows [S, O] in the dtype of ``inputs``, sentinel rows 0; with ``routing_weights``
-        [T, O] in the dtype that inputs and weights promote to.
-    """
-    matrices = weight if transposed else weight.transpose(1, 2)  # [N, I, O]
+    """See :func:`drlora_torch.kernels.expert_linear`; ``matrices`` are [N, I, O]."""
     if lora is None:
         empty = inputs.new_empty(0, 0)
-        lora = LoRAFactors(empty, empty, [None] * matrices.shape[0], 0.0, 0.0)
+        slots: list[slice | Tensor | None] = [None] * matrices.shape[0]
+        lora = LoRAFactors(empty, empty, slots, empty, 0.0, 0.0, Kernel.RAGGED)
     output: Tensor = _ExpertLinear.apply(  # type: ignore[no-untyped-call]
         inputs, lora.lora_A, lora.lora_B, routing_weights, matrices, bias, lora, dispatch, gather
     )
@@ -139,7 +109,8 @@ class _ExpertLinear(torch.autograd.Function):
                         _add_low_rank(d_x, d_low, lora_A[slots].to(g.dtype), keep)
                     if d_weights is not None:  # y.g = x.d_x + bias.g, so y itself is not needed
                         d_w = (d_x.to(weights.dtype) * x).sum(dim=1)
-                        d_weights[pairs] = d_w if bias is None else d_w + g @ bias[e].to(g.dtype)
+                        d_w = d_w if bias is None else d_w + g @ bias[e].to(g.dtype)
+                        d_weights[pairs] = d_w.to(weights.dtype)
                     if d_inputs is not None:
                         d_inputs[pairs if gather else at] = _weighted(d_x, weights, at)
                 if d_low is not None:

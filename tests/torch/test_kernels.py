@@ -1,0 +1,141 @@
+"""The two kernels compute the same, values and gradients, on every class of shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import drlora_torch
+from drlora_torch.dispatch import Dispatch
+from drlora_torch.errors import AttachError
+from drlora_torch.kernels import Kernel, LoRAFactors, expert_linear
+from drlora_torch.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.slots import Layout, SlotTable
+from tests.torch import helpers, models
+
+N, I, O = 5, 16, 24  # noqa: E741 - the letters of the legends
+ROUTINGS = {
+    "some": [[0, 3], [3, 1], [4, 0], [1, 3], [0, 4]],
+    "one expert for all": [[2, 2], [2, 2], [2, 2]],
+    "one token": [[4, 1]],
+    "no token": torch.zeros(0, 2, dtype=torch.int64).tolist(),
+    "sentinels": [[5, 0], [5, 5], [1, 5]],
+    "nothing but sentinels": [[5, 5]],
+}
+
+
+def make_lora(kernel: str, ranks: list[int]) -> ExpertLoRA:
+    table = SlotTable(N * 4, N, 9, Layout.POOLED)
+    table.grow(torch.tensor(ranks).numpy())
+    lora = ExpertLoRA("e", {"up": ProjectionShape(I, O)}, table, 0.5, 0.0, 0, Kernel(kernel))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in lora.parameters():
+        parameter.data.normal_(0.0, 0.3, generator=generator)
+    return lora
+
+
+def run(
+    kernel: str, routing: Any, ranks: list[int], dtype: torch.dtype, **case: bool
+) -> list[Tensor]:
+    """Output and all gradients of one call."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.tensor(routing, dtype=torch.int64).reshape(-1, 2)
+    dispatch = Dispatch.sort(index, N)
+    rows = len(index) if case["gather"] else index.numel()
+    inputs = torch.randn(rows, I, generator=generator).to(dtype).requires_grad_(True)
+    shape = (N, I, O) if case["transposed"] else (N, O, I)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    bias = torch.randn(N, O, generator=generator).to(dtype) if case["bias"] else None
+    weights = torch.rand(index.shape, generator=generator).requires_grad_(True)
+    lora = make_lora(kernel, ranks)
+    factors = lora.factors("up")
+    assert isinstance(factors, LoRAFactors)
+    output = expert_linear(
+        inputs,
+        weight,
+        bias,
+        factors,
+        dispatch,
+        transposed=case["transposed"],
+        gather=case["gather"],
+        routing_weights=weights if case["combine"] else None,
+    )
+    seed = torch.randn(output.shape, generator=generator).to(output.dtype)
+    if not case["combine"]:  # a sentinel's row holds at most a bias, and nobody reads it
+        seed = seed * dispatch.live.unsqueeze(-1)
+        output = output * dispatch.live.unsqueeze(-1)
+    wanted = [inputs, *lora.parameters(), *([weights] if case["combine"] else [])]
+    return [output.detach(), *torch.autograd.grad(output, wanted, seed)]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("gather", "combine"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_agree(
+    routing: str, transposed: bool, gather: bool, combine: bool, bias: bool
+) -> None:
+    case = {"transposed": transposed, "gather": gather, "combine": combine, "bias": bias}
+    for ranks in ([3, 1, 4, 1, 5], [4, 4, 4, 4, 4]):
+        ours = run("ragged", ROUTINGS[routing], ranks, torch.float32, **case)
+        theirs = run("grouped", ROUTINGS[routing], ranks, torch.float32, **case)
+        for left, right in zip(ours, theirs, strict=True):
+            assert left.dtype == right.dtype
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_agree_in_half_precision() -> None:
+    case = {"transposed": False, "gather": True, "combine": False, "bias": False}
+    ours = run("ragged", ROUTINGS["some"], [3, 1, 4, 1, 5], torch.bfloat16, **case)
+    theirs = run("grouped", ROUTINGS["some"], [3, 1, 4, 1, 5], torch.bfloat16, **case)
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=2e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "gpt_oss"])
+def test_training_is_the_same_under_both_kernels(family: str) -> None:
+    losses, ranks = {}, {}
+    for kernel in ("ragged", "grouped"):
+        model = models.build(family)
+        adapter = helpers.attach(model, kernel=kernel)
+        optimizer = helpers.adamw(adapter)
+        losses[kernel] = [helpers.step(model, optimizer, seed) for seed in range(6)]
+        ranks[kernel] = helpers.rank_history(adapter)
+    assert losses["grouped"] == pytest.approx(losses["ragged"], rel=1e-4)
+    assert ranks["grouped"] == ranks["ragged"]
+
+
+def test_grouped_is_refused_where_torch_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.build("olmoe", dtype=torch.float64)
+    with pytest.raises(AttachError, match=r"kernel='grouped'.*float64.*kernel='ragged'"):
+        helpers.attach(model, kernel="grouped")
+    assert not any("drlora" in name for name, _ in model.named_parameters())
+
+
+def test_compiled_training_is_the_same(recwarn: pytest.WarningsRecorder) -> None:
+    """``torch.compile`` of the whole model; each experts module is one graph break."""
+    losses, ranks = {}, {}
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = models.build("olmoe")
+        adapter = helpers.attach(model)
+        optimizer = helpers.adamw(adapter)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        losses[compiled] = [helpers.step(forward, optimizer, seed) for seed in range(6)]
+        ranks[compiled] = helpers.rank_history(adapter)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+    assert ranks[True] == ranks[False]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own
+def test_only_the_experts_break_the_graph() -> None:
+    torch.compiler.reset()
+    model = models.build("olmoe")
+    drlora_torch.attach(model, helpers.engine())
+    explained = torch._dynamo.explain(model)(**helpers.batch())
+    assert explained.break_reasons
+    for broken in explained.break_reasons:
+        assert "experts_forward" in broken.reason
