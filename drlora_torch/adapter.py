@@ -27,6 +27,7 @@ from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.routing import ForwardWatch, RoutingCounter, token_mask
 
 if TYPE_CHECKING:
+    from drlora_torch.export.peft_directory import ExportReport
     from drlora_torch.models.records import MoELayer
 
 
@@ -176,6 +177,52 @@ class Adapter:
 
         self._check_attached()
         save(self, path)
+
+    def export_peft(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rank: int | None = None,
+        per_expert: bool = False,
+    ) -> ExportReport:
+        """Write a standard PEFT LoRA directory, which ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            path: the directory.
+            rank: compress every expert to this rank, by its singular values; default: keep all,
+                padding each expert with zeros to the largest rank of its layer.
+            per_expert: one LoRA per expert and projection (``experts.0.gate_proj.lora_A.weight``),
+                as engines with unfused experts read them; default: PEFT's stacked layout.
+
+        Returns:
+            The ranks written, and the relative error of every expert.
+
+        Raises:
+            CheckpointError: nothing could be written, or the experts do not follow the experts
+                interface of Transformers 5.
+        """
+        from drlora_torch.export.peft_directory import export
+
+        self._check_attached()
+        return export(self, path, rank, per_expert)
+
+    def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
+        """Start from a PEFT adapter of the experts, stacked or per expert.
+
+        Where its rank is above ``r_init``, the best approximation of that rank is taken.
+
+        Returns:
+            Relative Frobenius error of B A by layer, projection and expert; 0 where nothing was
+            lost.
+
+        Raises:
+            CheckpointError: the directory is damaged or does not fit; nothing was changed.
+            AttachError: the adapter has made a step already.
+        """
+        from drlora_torch.export.importing import start_from
+
+        self._check_attached()
+        return start_from(self, path)
 
     # -- what the forwards tell ----------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Commands that need torch: ``drlora finetune`` and ``drlora inspect``.
+"""Commands that need torch: ``drlora finetune``, ``drlora inspect`` and ``drlora export``.
 
 Registered with the core's command line through the entry point group ``drlora.commands``. Heavy
 libraries are imported when a command runs, so that ``drlora --help`` stays fast.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line of the core."""
     app.command()(finetune)
     app.command()(inspect)
+    app.command()(export)
 
 
 def finetune(
@@ -128,3 +129,26 @@ def inspect(
             layer.obstacle or "yes",
         )
     Console().print(table)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it at run time, on Python 3.10 too
+        typer.Option(help="Where to write (default: peft in the folder of the run)."),
+    ] = None,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Compress every expert to this rank."),
+    ] = None,
+    per_expert: Annotated[
+        bool, typer.Option("--per-expert", help="One LoRA per expert and projection.")
+    ] = False,
+) -> None:
+    """Write the adapter of a run as a PEFT directory, for PEFT and what reads its format."""
+    from drlora_torch.export.run import export_run
+
+    report = export_run(run, output, rank=rank, per_expert=per_expert)
+    typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
+    if rank is not None:
+        typer.echo(f"largest relative error of an expert: {report.largest_error:.2e}")

@@ -1,0 +1,95 @@
+"""``drlora export`` and the example that exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import drlora_torch
+from drlora_core.cli import main
+from drlora_torch.embedded import MODEL_DIR
+from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from tests.torch import helpers
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "05_export_to_peft.py"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a finished run leaves behind."""
+    run = tmp_path_factory.mktemp("run")
+    options = FinetuneOptions.model_validate(embedded_defaults())
+    (run / "options.json").write_text(json.dumps({"options": options.model_dump(mode="json")}))
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    adapter = drlora_torch.attach(model, helpers.engine())
+    helpers.uneven(adapter)
+    engine = adapter.engine.state_dict()
+    for name, layer in adapter.layers.items():
+        engine["layers"][name]["ranks"] = layer.lora.table.ranks()
+    adapter.engine.load_state_dict(engine)
+    adapter.save_pretrained(run / "adapter")
+    return run
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", *arguments])
+    return int(stopped.value.code or 0)
+
+
+def test_a_run_is_exported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(str(finished)) == 0
+    assert (finished / "peft" / "adapter_config.json").is_file()
+    assert call(str(finished), "--output", str(tmp_path / "x"), "--rank", "2") == 0
+    assert re.search(r"rank 2\nlargest relative error of an expert: \d", capsys.readouterr().out)
+    assert call(str(finished), "--output", str(tmp_path / "y"), "--per-expert") == 0
+    targets = json.loads((tmp_path / "y" / "adapter_config.json").read_text())["target_modules"]
+    assert "gate_proj" in targets
+
+
+def test_bad_runs_are_one_sentence(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "options.json").write_text("{")
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "options.json").write_bytes((finished / "options.json").read_bytes())
+    for arguments, match in (
+        ([str(finished), "--output", str(tmp_path / "taken")], "exists; give another"),
+        ([str(tmp_path / "empty")], "not the folder of a run"),
+        ([str(tmp_path / "broken")], "cannot be read"),
+        ([str(tmp_path / "young")], "has saved no adapter yet"),
+    ):
+        assert call(*arguments) != 0
+        said = capsys.readouterr().err.strip()
+        assert match in said
+        assert "\n" not in said
+
+
+def test_the_example_runs() -> None:
+    pytest.importorskip("peft")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "common rank by layer" in done.stdout
+    difference = re.search(r"difference of a logit: (\S+)", done.stdout)
+    assert difference is not None
+    assert float(difference[1]) < 1e-4

@@ -1,0 +1,332 @@
+"""PEFT loads what we export, in a process that never imports drlora, with our logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import drlora_torch
+from drlora_torch.export import per_expert
+from tests.torch import helpers, models
+
+FAMILIES = ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"]
+
+LAST_DOWN = "base_model.model.model.layers.1.mlp.experts.lora_A.default.weight"
+
+PEFT_ALONE = """
+    import sys
+
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    base, exported, ids, output = sys.argv[1:]
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(base, experts_implementation="eager")
+    model = PeftModel.from_pretrained(model, exported).eval()
+    missing = [n for n, p in model.named_parameters() if "lora_B" in n and not p.any()]
+    assert not missing, missing
+    with torch.no_grad():
+        save_file({"logits": model(input_ids=load_file(ids)["ids"]).logits}, output)
+    assert not [name for name in sys.modules if name.startswith("drlora")]
+"""
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=models.tokens()).logits
+
+
+def uneven(family: str = "olmoe", seed: int = 0, **options: Any) -> drlora_torch.Adapter:
+    """An adapter whose experts and layers differ in rank, with a trained-looking B."""
+    adapter = helpers.attach(models.build(family), **options)
+    layers = [layer.lora for layer in adapter.layers.values()]
+    helpers.grow(layers[0], [3, 0, 0, 1, 0, 0, 5, 0])
+    helpers.grow(layers[1], [0, 0, 2, 0, 1, 0, 0, 0])
+    helpers.fill(adapter, seed)
+    return adapter
+
+
+def in_peft(adapter: drlora_torch.Adapter, folder: Path) -> torch.Tensor:
+    """Logits that a process with PEFT and without drlora computes from an export."""
+    base = folder / "base"
+    with adapter.disabled():
+        adapter.model.save_pretrained(base)
+    save_file({"ids": models.tokens()}, folder / "ids")
+    (folder / "alone.py").write_text(textwrap.dedent(PEFT_ALONE))
+    arguments = [base, folder / "peft", folder / "ids", folder / "logits"]
+    done = subprocess.run(
+        [sys.executable, str(folder / "alone.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "logits")["logits"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_gives_our_logits(tmp_path: Path, family: str) -> None:
+    adapter = uneven(family, alpha=3.0)
+    report = adapter.export_peft(tmp_path / "peft")
+    assert list(report.ranks.values()) == [7, 4]
+    assert report.largest_error == 0.0
+    ours = logits(adapter.model)
+    with adapter.disabled():
+        assert (logits(adapter.model) - ours).abs().max() > 0.1
+    torch.testing.assert_close(in_peft(adapter, tmp_path), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        ("frozen", {"layout": "masked", "rslora": True}),
+        ("frozen", {"targets": ["down_proj"]}),
+        ("trainable", {}),
+    ],
+    ids=["masked", "one target", "router"],
+)
+def test_options_survive(tmp_path: Path, router: Any, options: Any) -> None:
+    adapter = uneven(router=router, **options)
+    for parameter in adapter.router_parameters().values():
+        parameter.data.mul_(-1.0)
+    adapter.export_peft(tmp_path / "peft")
+    ours = logits(adapter.model)
+    torch.testing.assert_close(in_peft(adapter, tmp_path), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_after_training_with_growth(tmp_path: Path) -> None:
+    model = models.build()
+    adapter = helpers.attach(model)
+    optimizer = helpers.adamw(adapter)
+    for seed in range(7):
+        helpers.step(model, optimizer, seed)
+    assert len(adapter.events) == 2
+    adapter.export_peft(tmp_path / "peft")
+    ours = logits(model)
+    torch.testing.assert_close(in_peft(adapter, tmp_path), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_the_directory_is_standard(tmp_path: Path) -> None:
+    adapter = uneven()
+    adapter.export_peft(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    second = "model.layers.1.mlp.experts"
+    assert config["r"] == 7
+    assert config["lora_alpha"] / config["r"] == 2.0
+    assert config["rank_pattern"] == {f"{second}.gate_up_proj": 4, f"{second}.down_proj": 4}
+    assert config["alpha_pattern"] == {f"{second}.gate_up_proj": 8, f"{second}.down_proj": 8}
+    assert config["task_type"] == "CAUSAL_LM"
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
+    assert held[key].shape == (models.EXPERTS * 4, models.HIDDEN)
+
+
+# -- compression -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 6, 9])
+def test_compression_is_the_best_and_its_error_is_told(
+    tmp_path: Path, rank: int, per: bool
+) -> None:
+    adapter = uneven()
+    report = adapter.export_peft(tmp_path / "a", rank=rank, per_expert=per)
+    assert set(report.ranks.values()) == {rank}
+    loaded = helpers.attach(models.build(), config={"r_init": 9, "r_target": 9, "r_max": 9})
+    loaded.import_peft(tmp_path / "a")
+    for name, projection, lora, _ in helpers.projections(adapter):
+        for expert in range(models.EXPERTS):
+            exact = lora.delta_weight(projection, expert).double()
+            have = loaded.layers[name].lora.delta_weight(projection, expert).double()
+            tail = torch.linalg.svdvals(exact)[rank:].norm() / exact.norm()
+            error = float((have - exact).norm() / exact.norm())
+            told = report.errors[name][projection][expert]
+            assert error == pytest.approx(float(tail), abs=2e-6)
+            assert told == pytest.approx(float(tail), abs=2e-6)
+            assert (told == 0.0) == (int(lora.table.ranks()[expert]) <= rank)
+
+
+def test_peft_loads_a_compressed_export(tmp_path: Path) -> None:
+    adapter = uneven("gpt_oss")
+    report = adapter.export_peft(tmp_path / "peft", rank=3)
+    assert report.largest_error > 0.01
+    other = helpers.attach(
+        models.build("gpt_oss"), config={"r_init": 3, "r_target": 3, "r_max": 3}, alpha=6.0
+    )
+    assert (
+        max(e.max() for of in other.import_peft(tmp_path / "peft").values() for e in of.values())
+        == 0
+    )
+    torch.testing.assert_close(
+        in_peft(adapter, tmp_path), logits(other.model), rtol=1e-4, atol=1e-4
+    )
+
+
+# -- one LoRA per expert and projection --------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
+def test_per_expert_round_trip(tmp_path: Path, family: str) -> None:
+    adapter = uneven(family, alpha=3.0)
+    report = adapter.export_peft(tmp_path, per_expert=True)
+    assert set(report.ranks.values()) == {7}  # engines take one rank for all
+    deltas = per_expert.read(tmp_path)
+    assert set(deltas) == set(adapter.layers)
+    for name, layer in adapter.layers.items():
+        for expert in range(models.EXPERTS):
+            down = layer.lora.delta_weight("down_proj", expert)
+            torch.testing.assert_close(deltas[name][expert, "down_proj"], down)
+            if family == "nemotron_h":
+                up = layer.lora.delta_weight("up_proj", expert)
+                torch.testing.assert_close(deltas[name][expert, "up_proj"], up)
+                continue
+            both = layer.lora.delta_weight("gate_up_proj", expert)
+            gate, up = (both[0::2], both[1::2]) if family == "gpt_oss" else both.chunk(2)
+            torch.testing.assert_close(deltas[name][expert, "gate_proj"], gate)
+            torch.testing.assert_close(deltas[name][expert, "up_proj"], up)
+
+
+def test_per_expert_tensors_are_what_engines_expect(tmp_path: Path) -> None:
+    uneven().export_peft(tmp_path, per_expert=True)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.mlp.experts.3."
+    assert held[f"{stem}gate_proj.lora_A.weight"].shape == (7, models.HIDDEN)
+    assert held[f"{stem}gate_proj.lora_B.weight"].shape == (models.INNER, 7)
+    assert held[f"{stem}down_proj.lora_A.weight"].shape == (7, models.INNER)
+    assert len(held) == 2 * models.EXPERTS * 3 * 2
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert config["rank_pattern"] == {}
+
+
+# -- import ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("per", [False, True])
+def test_import_gives_the_same_function(tmp_path: Path, family: str, per: bool) -> None:
+    adapter = uneven(family, router="trainable")
+    adapter.export_peft(tmp_path, per_expert=per)
+    config = {"r_init": 7, "r_target": 8, "r_max": 9}
+    other = helpers.attach(
+        models.build(family), config=config, alpha=5.0, layout="masked", router="trainable"
+    )
+    errors = other.import_peft(tmp_path)
+    assert max(e.max() for of in errors.values() for e in of.values()) == 0.0
+    ours = logits(adapter.model)
+    torch.testing.assert_close(logits(other.model), ours, rtol=1e-4, atol=1e-4)
+    for _, _, lora, slots in helpers.projections(other):
+        rows = slots.lora_A[torch.from_numpy(lora.table.active())]
+        assert (rows != 0).any(dim=1).all()  # dimensions that were empty can still learn
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_import_from_peft_itself(tmp_path: Path) -> None:
+    """What PEFT trained and saved, attention left out, gives the same logits here."""
+    peft = pytest.importorskip("peft")
+    model = models.build()
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=[],
+        init_lora_weights=False,
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={"layers.1.mlp.experts.down_proj": 3},
+    )
+    # PEFT 0.21 says so of every pattern for a parameter, and honours it all the same.
+    with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match"):
+        wrapped = peft.get_peft_model(model, config)
+    shapes = {name: list(p.shape) for name, p in wrapped.named_parameters() if "lora_A" in name}
+    assert shapes[LAST_DOWN] == [models.EXPERTS * 3, models.INNER]
+    wrapped.save_pretrained(tmp_path)
+    theirs = logits(wrapped)
+    other = helpers.attach(models.build(), config={"r_init": 3})
+    other.import_peft(tmp_path)
+    torch.testing.assert_close(logits(other.model), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    uneven().export_peft(tmp_path)
+    return tmp_path
+
+
+def change(path: Path, **fields: Any) -> None:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_imports_that_are_refused(exported: Path) -> None:
+    def refused(match: str, family: str = "olmoe", **options: Any) -> None:
+        adapter = helpers.attach(models.build(family), **options)
+        before = [p.clone() for p in adapter.parameters()]
+        with pytest.raises(drlora_torch.CheckpointError, match=match):
+            adapter.import_peft(exported)
+        assert all(map(torch.equal, before, adapter.parameters()))
+
+    refused("also adapts .*experts", targets=["down_proj"])
+    refused("also adapts .*layers.1", layers=["model.layers.0.*"])
+    refused("LoRA of the adapted experts|also adapts", "nemotron_h")
+    held = load_file(exported / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    for value, match in (
+        (held[key][:-1], "8 experts"),
+        (held[key] * np.nan, "not finite"),
+        (held[key][:, :-1], "features"),
+        (held[key][:8], "rank"),
+    ):
+        save_file({**held, key: value.contiguous()}, exported / "adapter_model.safetensors")
+        refused(match)
+    save_file({k: v for k, v in held.items() if k != key}, exported / "adapter_model.safetensors")
+    refused("no LoRA of 8 experts")
+    save_file(held, exported / "adapter_model.safetensors")
+    for fields, match in (
+        ({"r": 0, "rank_pattern": {}}, "no readable r"),
+        ({"use_dora": True}, "plain LoRA"),
+        ({"rank_pattern": {"(": 1}}, "no readable r"),
+    ):
+        before = (exported / "adapter_config.json").read_text()
+        change(exported, **fields)
+        refused(match)
+        (exported / "adapter_config.json").write_text(before)
+    (exported / "adapter_model.safetensors").write_bytes(b"\x00" * 20)
+    refused("damaged")
+    (exported / "adapter_model.safetensors").unlink()
+    refused("has no adapter_model")
+
+
+def test_import_is_a_starting_point(exported: Path) -> None:
+    model = models.build()
+    adapter = helpers.attach(model)
+    helpers.step(model, helpers.adamw(adapter))
+    with pytest.raises(drlora_torch.AttachError, match="starting point"):
+        adapter.import_peft(exported)
+
+
+def test_bad_ranks_and_full_disks(tmp_path: Path) -> None:
+    adapter = uneven()
+    for rank in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="rank must be"):
+            adapter.export_peft(tmp_path, rank=rank)  # type: ignore[arg-type]
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(drlora_torch.CheckpointError, match="could not write"):
+        adapter.export_peft(tmp_path / "taken")
+    adapter.detach()
+    with pytest.raises(drlora_torch.AttachError, match="detached"):
+        adapter.export_peft(tmp_path)
