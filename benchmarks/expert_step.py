@@ -13,7 +13,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -87,20 +87,25 @@ def frozen(implementation: str) -> Callable[[Shape, torch.dtype], Step]:
     return build
 
 
-def drlora(r_max: int, growing: bool) -> Callable[[Shape, torch.dtype], Step]:
-    """Forward, backward, statistics and AdamW; growing: an event every fourth step."""
+def drlora(
+    r_max: int, growing: bool, rank: int = RANK, **options: Any
+) -> Callable[[Shape, torch.dtype], Step]:
+    """Forward, backward, statistics and AdamW; growing: an event every fourth step.
+
+    ``options`` go to ``attach``.
+    """
 
     def build(shape: Shape, dtype: torch.dtype) -> Step:
         config = AllocatorConfig(
-            r_init=RANK - 2 if growing else RANK,
-            r_target=RANK,
+            r_init=rank - 2 if growing else rank,
+            r_target=rank,
             r_max=r_max,
             warmup_steps=2,
             growth_interval=4,
             growth_end=1000,
         )
         block, hidden = make_block(shape, dtype, "grouped_mm"), make_input(shape, dtype)
-        adapter = drlora_torch.attach(block.train(), AllocatorEngine(config))
+        adapter = drlora_torch.attach(block.train(), AllocatorEngine(config), **options)
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
 
         def step() -> None:
@@ -136,6 +141,7 @@ METHODS: dict[str, Callable[[Shape, torch.dtype], Step]] = {
     "frozen, eager": frozen("eager"),
     "drlora, growing": drlora(r_max=2 * RANK, growing=True),
     "drlora, static": drlora(r_max=2 * RANK, growing=False),
+    "drlora, growing, r_max = r_target": drlora(r_max=RANK, growing=True),
     "drlora, growing, r_max = 4 r_target": drlora(r_max=4 * RANK, growing=True),
     "PEFT LoRA": peft,
 }

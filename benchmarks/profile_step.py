@@ -1,0 +1,36 @@
+"""Where the time of a step goes, by torch's profiler.
+
+python -m benchmarks.profile_step --method "drlora, static" --shape small
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import profile
+
+from benchmarks.expert_step import METHODS, SHAPES
+
+
+def main(
+    method: Annotated[str, typer.Option(help=f"One of: {'; '.join(METHODS)}.")] = "drlora, static",
+    shape: Annotated[str, typer.Option(help="olmoe, qwen3 or small.")] = "small",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    steps: Annotated[int, typer.Option(help="Steps to profile.")] = 3,
+    rows: Annotated[int, typer.Option(help="Operators to list.")] = 20,
+) -> None:
+    """Print the operators that take most time of their own."""
+    step = METHODS[method](SHAPES[shape], getattr(torch, dtype))
+    step()
+    step()
+    with profile() as profiler:
+        for _ in range(steps):
+            step()
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows)
+    typer.echo(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
