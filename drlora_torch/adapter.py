@@ -24,7 +24,7 @@ from drlora_torch.distributed import sum_over_processes
 from drlora_torch.errors import AttachError
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.options import AdapterOptions, RouterMode
-from drlora_torch.routing import ForwardWatch, RoutingCounter, token_mask
+from drlora_torch.routing import ForwardWatch, RoutingCounter
 
 if TYPE_CHECKING:
     from drlora_torch.export.peft_directory import ExportReport
@@ -243,7 +243,7 @@ class Adapter:
             return
         if self._backward_seen and name == next(iter(self.layers)) and self._gradients_dropped():
             self._forget()
-        mask = token_mask(forward.mask, top_k_index.shape[0])
+        mask = forward.token_mask(top_k_index.shape[0])
         self.counters[name].add(top_k_index, top_k_weights, mask)
 
     def backward_seen(self, parameter: Tensor) -> None:

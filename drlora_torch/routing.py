@@ -27,6 +27,27 @@ class Forward:
     counts: bool
     mask: Tensor | None
     module: nn.Module | None = None
+    length: int | None = None
+    """Tokens in each row of the input, where the forward was given any."""
+    kinds: Tensor | None = None
+    """What each token is (text or image), where the model tells its layers, [batch, length]."""
+
+    def token_mask(self, num_tokens: int) -> Tensor | None:
+        """Which of the tokens that a layer receives count, bool [T]; None for all.
+
+        A layer that receives another number of tokens than the model was given (one of several
+        sets of experts, another tower) gets the mask of the tokens of its kind, if that can be
+        told.
+        """
+        if self.mask is None or self.length is None:
+            return token_mask(self.mask, num_tokens)
+        if num_tokens == self.mask.shape[0] * self.length:
+            return token_mask(self.mask, num_tokens)
+        if self.kinds is None or self.kinds.shape != self.mask.shape:
+            return None
+        text = self.kinds == 0
+        chosen = [kind for kind in (text, ~text) if int(kind.sum()) == num_tokens]
+        return self.mask[chosen[0]] != 0 if len(chosen) == 1 else None
 
 
 class ForwardWatch:
@@ -74,7 +95,7 @@ class ForwardWatch:
                 if self._stack
                 else module.training and torch.is_grad_enabled()
             )
-            self._stack.append(Forward(counts, mask, module))
+            self._stack.append(Forward(counts, mask, module, *_tokens_given(kwargs)))
 
         return enter
 
@@ -92,6 +113,18 @@ def _mask_takers(model: nn.Module, inside: list[str]) -> list[nn.Module]:
         if name and around and {"input_ids", "attention_mask"} <= _parameters(module):
             chosen.append(module)
     return chosen
+
+
+def _tokens_given(kwargs: dict[str, Any]) -> tuple[int | None, Tensor | None]:
+    """The length of the rows of a forward's input, and the kinds of its tokens."""
+    tokens = [kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    lengths = [value.shape[1] for value in tokens if isinstance(value, Tensor) and value.dim() > 1]
+    kinds = [
+        value
+        for name, value in kwargs.items()
+        if name.endswith("token_type_ids") and isinstance(value, Tensor) and value.dim() == 2
+    ]
+    return (lengths[0] if lengths else None, kinds[0] if kinds else None)
 
 
 def _parameters(module: nn.Module) -> set[str]:

@@ -1,0 +1,213 @@
+"""The rows: every model class of Transformers that is decorated with its experts interface."""
+
+from __future__ import annotations
+
+from tests.torch.conformance.families import HYBRID, Family
+
+FAMILIES: dict[str, Family] = {
+    "afmoe": Family(model="AfmoeForCausalLM"),
+    "aria": Family(model="AriaTextForCausalLM", fast="transposed, halves", flags="G-TC--"),
+    "axk1": Family(model="AXK1ForCausalLM"),
+    "axk2": Family(model="AXK2ForCausalLM"),
+    "bailing_hybrid": Family(model="BailingHybridForCausalLM", sizes={"layer_types": HYBRID}),
+    "beam": Family(model="BeamForCausalLM", flags="G--C-A"),
+    "cohere2_moe": Family(model="Cohere2MoeForCausalLM"),
+    "deepseek_ocr2": Family(model="DeepseekOcr2TextModel"),
+    "deepseek_v2": Family(model="DeepseekV2ForCausalLM"),
+    "deepseek_v3": Family(model="DeepseekV3ForCausalLM", fast="sigmoid router in groups"),
+    "deepseek_v32": Family(model="DeepseekV32ForCausalLM"),
+    "deepseek_v4": Family(
+        model="DeepseekV4ForCausalLM",
+        fast="hash router, repeated experts, hyper-connections",
+        sizes={"mlp_layer_types": ["hash_moe", "moe"], "o_groups": 2, "o_lora_rank": 8},
+        flags="G--C-A",
+    ),
+    "diffusion_gemma": Family(model="DiffusionGemmaEncoderTextModel", checkpoints=False),
+    "dots1": Family(model="Dots1ForCausalLM"),
+    "dots3_note": Family(model="Dots3NoteForCausalLM"),
+    "dots3_note_vision": Family(
+        model="Dots3NoteVisionModel",
+        fast="a vision tower",
+        module="dots3_note",
+        inputs="patches",
+        sizes={
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 40,
+            "router_scaling_factor": 1.0,
+            "patch_size": 4,
+        },
+    ),
+    "ernie4_5_moe": Family(model="Ernie4_5_MoeForCausalLM"),
+    "ernie4_5_vl_moe": Family(
+        model="Ernie4_5_VLMoeTextModel",
+        fast="two sets of experts a layer",
+        sizes={
+            "moe_intermediate_size": [24, 20],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            },
+        },
+        layers=4,
+    ),
+    "exaone_moe": Family(model="ExaoneMoeForCausalLM"),
+    "flex_olmo": Family(model="FlexOlmoForCausalLM"),
+    "flint": Family(model="FlintForCausalLM", sizes={"mlp_only_layers": []}),
+    "gemma4": Family(
+        model="Gemma4ForCausalLM",
+        fast="router and experts on the decoder layer",
+        sizes={
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 64,
+            "global_head_dim": 8,
+        },
+    ),
+    "glm4_moe": Family(model="Glm4MoeForCausalLM"),
+    "glm4_moe_lite": Family(model="Glm4MoeLiteForCausalLM"),
+    "glm4v_moe": Family(
+        model="Glm4vMoeTextModel",
+        sizes={
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 0],
+            }
+        },
+    ),
+    "glm5_next": Family(
+        model="Glm5NextTextModel",
+        sizes={
+            "index_topk": 4,
+            "index_kpool": 4,
+            "qk_rope_head_dim": 0,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+        },
+        flags="G--C-A",
+    ),
+    "glm_moe_dsa": Family(model="GlmMoeDsaForCausalLM"),
+    "gpt_oss": Family(
+        model="GptOssForCausalLM", fast="transposed, interleaved, biases, own gate", flags="GBT--A"
+    ),
+    "granitemoe": Family(model="GraniteMoeForCausalLM"),
+    "granitemoe_swa": Family(model="GraniteMoeSWAForCausalLM"),
+    "granitemoehybrid": Family(
+        model="GraniteMoeHybridForCausalLM",
+        sizes={
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+            "shared_intermediate_size": 28,
+        },
+    ),
+    "granitemoeshared": Family(model="GraniteMoeSharedForCausalLM"),
+    "hunyuan_v1_moe": Family(model="HunYuanMoEV1ForCausalLM"),
+    "hy_v3": Family(model="HYV3ForCausalLM"),
+    "hy_v4": Family(model="HYV4ForCausalLM", flags="G--C-A"),
+    "inkling": Family(model="InklingForCausalLM"),
+    "inkling2": Family(
+        model="Inkling2ForCausalLM",
+        fast="softcapped gate, router kept in float32",
+        flags="G--C-A",
+    ),
+    "jamba": Family(
+        model="JambaForCausalLM",
+        sizes={
+            "expert_layer_period": 1,
+            "expert_layer_offset": 0,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "kimi_linear": Family(
+        model="KimiLinearForCausalLM",
+        sizes={"layer_types": HYBRID, "linear_head_dim": 8, "linear_num_heads": 4},
+    ),
+    "kolibri1": Family(model="Kolibri1ForCausalLM"),
+    "laguna": Family(model="LagunaForCausalLM"),
+    "lfm2_moe": Family(
+        model="Lfm2MoeForCausalLM",
+        fast="activation that is no module, convolution layers",
+        sizes={"layer_types": ["conv", "full_attention"]},
+    ),
+    "mellum": Family(model="MellumForCausalLM"),
+    "mimo_v2_flash": Family(model="MiMoV2FlashForCausalLM"),
+    "minimax": Family(model="MiniMaxForCausalLM"),
+    "minimax_m2": Family(model="MiniMaxM2ForCausalLM"),
+    "minimax_m3_vl": Family(model="MiniMaxM3VLForCausalLM", flags="G--C-A"),
+    "mistral4": Family(model="Mistral4ForCausalLM"),
+    "mistral_large4": Family(model="MistralLarge4TextModel"),
+    "mixtral": Family(model="MixtralForCausalLM"),
+    "muse_spark": Family(
+        model="MuseSparkTextModel",
+        fast="norm on the experts' output",
+        sizes={"moe_hidden_size": 16},
+        flags="G--CN-",
+    ),
+    "nemotron_h": Family(
+        model="NemotronHForCausalLM",
+        sizes={
+            "layers_block_type": ["moe", "full_attention", "moe"],
+            "num_hidden_layers": 3,
+            "moe_shared_expert_intermediate_size": 28,
+        },
+        flags="---C--",
+    ),
+    "nemotron_h_latent": Family(
+        model="NemotronHForCausalLM",
+        fast="no gate, experts narrower than the model",
+        module="nemotron_h",
+        sizes={
+            "layers_block_type": ["moe", "full_attention", "moe"],
+            "num_hidden_layers": 3,
+            "moe_shared_expert_intermediate_size": 28,
+            "moe_latent_size": 16,
+        },
+        flags="---C--",
+    ),
+    "olmoe": Family(model="OlmoeForCausalLM", fast="the norm, unnormalised weights"),
+    "openai_privacy_filter": Family(
+        model="OpenAIPrivacyFilterForTokenClassification",
+        fast="transposed and biased halves, own eager loop, bidirectional",
+        flags="GBTC-A",
+    ),
+    "phimoe": Family(model="PhimoeForCausalLM", fast="sparsemixer"),
+    "qwen2_moe": Family(model="Qwen2MoeForCausalLM"),
+    "qwen3_5_moe": Family(model="Qwen3_5MoeForCausalLM", sizes={"layer_types": HYBRID}),
+    "qwen3_moe": Family(model="Qwen3MoeForCausalLM"),
+    "qwen3_next": Family(model="Qwen3NextForCausalLM", sizes={"layer_types": HYBRID}),
+    "qwen3_omni_moe": Family(model="Qwen3OmniMoeThinkerTextModel"),
+    "qwen3_omni_moe_talker": Family(
+        model="Qwen3OmniMoeTalkerModel",
+        fast="inputs that are embeddings",
+        module="qwen3_omni_moe",
+        inputs="embeds",
+        sizes={"shared_expert_intermediate_size": 28},
+    ),
+    "qwen3_vl_moe": Family(model="Qwen3VLMoeTextModel"),
+    "qwen4_exp": Family(
+        model="Qwen4ExpForCausalLM",
+        sizes={
+            "layer_types": HYBRID,
+            "hc_lowrank": 8,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 4,
+            "indexer_compress_ratio": 2,
+        },
+    ),
+    "solar_open": Family(model="SolarOpenForCausalLM"),
+    "unlimited_ocr": Family(model="UnlimitedOcrTextModel"),
+    "zaya": Family(
+        model="ZayaForCausalLM",
+        fast="top-1, a skip expert, a router with state",
+        sizes={"num_experts_per_tok": 1, "router_hidden_size": 16},
+        top_k=1,
+    ),
+}

@@ -1,0 +1,235 @@
+"""One suite that every class of the table passes.
+
+The rows in ``table.py`` that say what they add run always; the whole table with ``-m slow``.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.integrations.moe import _default_apply_gate
+
+import drlora_torch
+from drlora_torch.routing import Forward
+from tests.torch import helpers, reference
+from tests.torch.conformance import tiny
+from tests.torch.conformance.table import FAMILIES
+from tests.torch.test_life import Picture
+
+table = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if family.fast else [pytest.mark.slow])
+        for name, family in FAMILIES.items()
+    ],
+)
+
+
+ROUNDING = 1e-11
+"""Relative error of outputs and gradients in float64."""
+
+
+def distance(have: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    have, want = have.detach().double(), want.detach().double()
+    return float((have - want).norm() / want.norm().clamp(min=1e-30))
+
+
+@table
+def test_step_zero_is_the_base_model(name: str) -> None:
+    model = tiny.build(name, exact=True)
+    with torch.no_grad(), tiny.Float64Throughout():
+        want = tiny.output(model, tiny.inputs(name))
+        adapter = helpers.attach(model)
+        have = tiny.output(model, tiny.inputs(name))
+    assert len(adapter.layers) == FAMILIES[name].layers
+    assert distance(have, want) < ROUNDING
+
+
+@table
+def test_outputs_and_gradients_are_those_of_dense_weights(name: str) -> None:
+    """Also of every other parameter: routers, embeddings and what lies between."""
+    model = tiny.build(name, exact=True)
+    base = copy.deepcopy(model)
+    adapter = helpers.attach(model, alpha=3.0)
+    helpers.uneven(adapter, scale=0.5)
+    assert len(set(helpers.rank_history(adapter)[next(iter(adapter.layers))])) > 2
+    dense = reference.dense_copy(base, adapter)
+    outputs = []
+    with tiny.wherever_it_learns(model, adapter) as others, tiny.Float64Throughout():
+        for one in (model, dense):
+            for parameter in others:
+                one.get_parameter(parameter).requires_grad_(True)
+            outputs.append(tiny.output(one, tiny.inputs(name)))
+            tiny.loss(outputs[-1]).backward()
+    with torch.no_grad(), adapter.disabled(), tiny.Float64Throughout():
+        assert distance(tiny.output(model, tiny.inputs(name)), outputs[0]) > 1e-3
+    assert distance(*outputs) < ROUNDING
+    expected = reference.chain_rule(dense, adapter)
+    for layer, projection, _, slots in helpers.projections(adapter):
+        for have, want in zip(
+            (slots.lora_A.grad, slots.lora_B.grad), expected[layer, projection], strict=True
+        ):
+            assert bool(want.any())
+            assert distance(have, want) < ROUNDING, (layer, projection)
+    for parameter in others:
+        have, want = model.get_parameter(parameter).grad, dense.get_parameter(parameter).grad
+        assert (have is None) == (want is None), parameter
+        if have is not None:
+            assert distance(have, want) < ROUNDING or have.norm() < 1e-12, parameter
+
+
+@table
+@pytest.mark.parametrize("checkpointing", ["no", "reentrant", "not reentrant"])
+def test_statistics_are_those_of_the_routing_that_experts_receive(
+    name: str, checkpointing: str
+) -> None:
+    """Padding does not count, evaluation does not, and checkpointed layers count once."""
+    model = tiny.build(name)
+    adapter = helpers.attach(model)
+    helpers.fill(adapter)
+    optimizer, spy, received = helpers.adamw(adapter), helpers.Spy(adapter), tiny.Received(adapter)
+    if checkpointing != "no" and not FAMILIES[name].checkpoints:
+        with pytest.raises(ValueError, match="not compatible with gradient checkpointing"):
+            helpers.checkpoint_activations(model, reentrant=True)
+        return
+    if checkpointing != "no":
+        helpers.checkpoint_activations(model, reentrant=checkpointing == "reentrant")
+    tiny.output(model.eval(), tiny.inputs(name, seed=1))
+    arguments = tiny.inputs(name, padded=True)
+    tiny.loss(tiny.output(model.train(), arguments)).backward()
+    importance = helpers.importance(adapter)
+    optimizer.step()
+    (samples,) = spy.samples
+    for layer, (phi, s, tokens) in samples.items():
+        keep = tiny.kept_tokens(name, layer, arguments)
+        np.testing.assert_allclose(phi, received.phi(layer, keep), rtol=1e-6, atol=1e-9)
+        assert tokens == sum(keep)
+        assert phi.any()
+        np.testing.assert_allclose(s, importance[layer], rtol=1e-5, atol=1e-9)
+    assert samples.keys() == adapter.layers.keys()
+    calls = {len(per_layer) for per_layer in received.calls.values()}
+    assert calls == ({2} if checkpointing == "no" else {3})
+
+
+@table
+def test_growth_leaves_the_function(name: str) -> None:
+    model = tiny.build(name)
+    adapter = helpers.attach(model)
+    helpers.fill(adapter)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.0)
+    with torch.no_grad():
+        before = tiny.output(model.eval(), tiny.inputs(name))
+    model.train()
+    ranks = helpers.rank_history(adapter)
+    for seed in range(4):
+        tiny.step(model, name, optimizer, seed)
+    (event,) = adapter.events
+    assert event.step == 4
+    assert helpers.rank_history(adapter) != ranks
+    with torch.no_grad():
+        after = tiny.output(model.eval(), tiny.inputs(name))
+    assert distance(after, before) < 1e-6
+
+
+@table
+def test_detach_restores_every_bit(name: str) -> None:
+    model = tiny.build(name)
+    picture = Picture(model)
+    with torch.no_grad():
+        before = tiny.output(model, tiny.inputs(name))
+    adapter = helpers.attach(model, dropout=0.1)
+    optimizer = helpers.adamw(adapter)
+    torch.manual_seed(0)
+    losses = [tiny.step(model, name, optimizer) for _ in range(5)]
+    assert losses[-1] != losses[0]
+    adapter.detach()
+    picture.assert_unchanged(model)
+    with torch.no_grad():
+        assert torch.equal(tiny.output(model, tiny.inputs(name)), before)
+
+
+@table
+def test_saved_adapters_come_back(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    base = copy.deepcopy(model)
+    adapter = helpers.attach(model)
+    optimizer = helpers.adamw(adapter)
+    for seed in range(5):
+        tiny.step(model, name, optimizer, seed)
+    adapter.save_pretrained(tmp_path)
+    loaded = drlora_torch.load(base, tmp_path)
+    assert helpers.rank_history(loaded) == helpers.rank_history(adapter)
+    with torch.no_grad():
+        want = tiny.output(model.eval(), tiny.inputs(name))
+        assert torch.equal(tiny.output(base.eval(), tiny.inputs(name)), want)
+
+
+def test_the_table_is_complete() -> None:
+    """Every modeling file of Transformers that uses the interface has a row, and no other."""
+    folder = Path(transformers.__file__).parent / "models"
+    users = {
+        path.parent.name
+        for path in folder.glob("*/modeling_*.py")
+        if "@use_experts_implementation" in path.read_text(encoding="utf-8")
+    }
+    assert {family.module or name for name, family in FAMILIES.items()} == users
+    assert len(FAMILIES) == 67
+
+
+@table
+def test_declared_flags(name: str) -> None:
+    """Check the rows themselves: the flags that the docs show are those of the class."""
+    model = tiny.build(name)
+    for record in drlora_torch.discover(model):
+        experts: Any = model.get_submodule(record.name)
+        own_gate = type(experts)._apply_gate is not _default_apply_gate
+        flags = (
+            experts.has_gate,
+            experts.has_bias,
+            experts.is_transposed,
+            experts.is_concatenated,
+            experts.has_post_expert_norm,
+            experts.has_gate and own_gate,
+        )
+        assert (
+            "".join(letter if flag else "-" for letter, flag in zip("GBTCNA", flags, strict=True))
+            == FAMILIES[name].flags
+        )
+        assert record.obstacle is None
+        assert record.num_experts == 8
+
+
+def test_routing_weights_of_another_dtype_than_the_experts() -> None:
+    """Routers that compute in float32 whatever the model's dtype, and learn."""
+    model = tiny.build("gpt_oss").double()
+    model.set_experts_implementation("eager")
+    helpers.uneven(helpers.attach(model))
+    experts = model.model.layers[0].mlp.experts
+    weights = torch.rand(5, 2, requires_grad=True)
+    rows, index = torch.randn(5, 32, dtype=torch.float64), torch.arange(10).view(5, 2) % 8
+    experts(rows, index, weights).sum().backward()
+    same = weights.detach().double().requires_grad_(True)
+    experts(rows, index, same).sum().backward()
+    assert weights.grad.dtype == torch.float32
+    torch.testing.assert_close(weights.grad.double(), same.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_masks_of_layers_that_receive_some_of_the_tokens() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    kinds = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]])
+    forward = Forward(counts=True, mask=mask, length=4, kinds=kinds)
+    assert forward.token_mask(8).tolist() == [True] * 6 + [False] * 2
+    assert forward.token_mask(6).tolist() == [True] * 4 + [False] * 2
+    assert forward.token_mask(2).tolist() == [True, True]
+    assert forward.token_mask(4) is None  # another tower
+    assert Forward(counts=True, mask=mask, length=4).token_mask(6) is None
+    halves = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]])  # cannot be told apart
+    assert Forward(counts=True, mask=mask, length=4, kinds=halves).token_mask(4) is None
