@@ -19,6 +19,14 @@ from drlora_core.cli import plan, replay, report
 from drlora_core.errors import DRLoRAError
 
 ENTRY_POINTS = "drlora.commands"
+# Libraries that a command may find missing, and the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "transformers", "safetensors", "accelerate", "datasets", "trl"), "finetune"
+    ),
+    **dict.fromkeys(("zarr", "numcodecs", "google_crc32c"), "record"),
+    "plotly": "report",
+}
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)
 
 
@@ -31,6 +39,15 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
+        except ModuleNotFoundError as error:
+            if (extra := EXTRAS.get(error.name or "")) is None:
+                raise
+            typer.echo(
+                f"drlora: {ctx.invoked_subcommand} needs {error.name}, which is not installed: "
+                f'pip install -c constraints.txt "drlora[{extra}]"',
+                err=True,
+            )
+            raise typer.Exit(2) from None
         except USER_ERRORS as error:
             if os.environ.get("DRLORA_DEBUG"):
                 raise
