@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from drlora_torch.attaching import attach
     from drlora_torch.checkpoint import load
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
+    from drlora_torch.models.declaration import register_moe
     from drlora_torch.models.discovery import discover
     from drlora_torch.models.records import MoELayer
 
@@ -25,6 +26,7 @@ _HOMES = {
     "attach": "drlora_torch.attaching",
     "discover": "drlora_torch.models.discovery",
     "load": "drlora_torch.checkpoint",
+    "register_moe": "drlora_torch.models.declaration",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "attach",
     "discover",
     "load",
+    "register_moe",
 ]
 
 

@@ -242,18 +242,34 @@ def _keep_out_of_checkpoints(model: nn.Module) -> Callable[[], None]:
 
 def _let_checkpointing_reach_lora(model: nn.Module) -> Callable[[], None]:
     """Reentrant checkpointing gives no gradient to layers whose inputs need none; make them."""
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embeddings = get_embeddings() if get_embeddings is not None else None
-    if embeddings is None:
-        return lambda: None
 
     def require_grad(module: nn.Module, args: object, output: torch.Tensor) -> None:
         if torch.is_grad_enabled() and _checkpoints_activations(model):
             output.requires_grad_(True)
 
-    handle = embeddings.register_forward_hook(require_grad)
-    remove: Callable[[], None] = handle.remove
+    handles = [
+        embeddings.register_forward_hook(require_grad) for embeddings in _input_embeddings(model)
+    ]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
     return remove
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The token embeddings of a model and of its parts: an encoder and a decoder may differ."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        get_embeddings = getattr(module, "get_input_embeddings", None)
+        try:
+            embeddings = None if get_embeddings is None else get_embeddings()
+        except NotImplementedError:
+            continue
+        if isinstance(embeddings, nn.Embedding) or (module is model and embeddings is not None):
+            found[id(embeddings)] = embeddings
+    return list(found.values())
 
 
 def _checkpoints_activations(model: nn.Module) -> bool:

@@ -8,10 +8,24 @@ import torch
 from torch import nn
 
 from drlora_torch.layers import ExpertLoRA
-from drlora_torch.models import interface
+from drlora_torch.models import interface, known_blocks  # noqa: F401  (it declares them)
 from drlora_torch.models.convention import Convention
+from drlora_torch.models.declaration import PerExpertLinears
+from drlora_torch.models.identity_experts import IdentityExperts
+from drlora_torch.models.single_projections import SingleProjections
+from drlora_torch.models.stacked import Stacked
+from drlora_torch.models.undecorated import Undecorated
+from drlora_torch.models.weighted_inputs import WeightedInputs
 
-CONVENTIONS: tuple[Convention, ...] = (interface,)
+CONVENTIONS: tuple[Convention, ...] = (
+    PerExpertLinears(),  # what a user declares goes first
+    interface,
+    Undecorated(),
+    IdentityExperts(),
+    Stacked(),
+    WeightedInputs(),
+    SingleProjections(),
+)
 
 
 def convention_of(module: nn.Module) -> Convention | None:

@@ -34,11 +34,13 @@ def discover(model: nn.Module) -> list[MoELayer]:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return [
-        _record(model, name, module, convention)
-        for name, module in model.named_modules()
-        if (convention := convention_of(module)) is not None
-    ]
+    found: list[MoELayer] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{layer.name}.") for layer in found if layer.name):
+            continue  # a part of a layer is no layer of its own
+        if (convention := convention_of(module)) is not None:
+            found.append(_record(model, name, module, convention))
+    return found
 
 
 def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> list[MoELayer]:
