@@ -157,11 +157,12 @@ class RoutingCounter:
         if mask is not None:
             weights = weights.masked_fill(~mask.unsqueeze(-1), 0.0)  # padding may hold NaN
             tokens = mask.sum()
-        sums = torch.bincount(
-            top_k_index.clamp(max=self._num_experts).reshape(-1),
-            weights=weights.reshape(-1),
-            minlength=self._num_experts + 1,
-        )[: self._num_experts]
+        # index_add_ neither waits for the device, as bincount does, nor breaks deterministic mode
+        sums = weights.new_zeros(self._num_experts + 1)
+        sums.index_add_(
+            0, top_k_index.clamp(max=self._num_experts).reshape(-1), weights.reshape(-1)
+        )
+        sums = sums[: self._num_experts]
         self._sums = sums if self._sums is None else self._sums + sums
         self._tokens = self._tokens + tokens
 
