@@ -1,0 +1,219 @@
+"""Transformers' Trainer: statistics of a plain loop, exact resume, logs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import drlora_torch
+from drlora_torch.integrations.trainer import DRLoRACallback, last_checkpoint, rank_entropy
+from tests.ecosystem import trainers
+from tests.torch import helpers
+
+FILE = "drlora_adapter.safetensors"
+
+
+def same_statistics(have: helpers.Spy, want: helpers.Spy, exact: bool = False) -> None:
+    assert len(have.samples) == len(want.samples)
+    for ours, theirs in zip(have.samples, want.samples, strict=True):
+        assert set(ours) == set(theirs)
+        for name, (phi, s, tokens) in ours.items():
+            assert tokens == theirs[name][2]
+            tolerance = 0.0 if exact else 1e-4
+            np.testing.assert_allclose(phi, theirs[name][0], rtol=tolerance)
+            np.testing.assert_allclose(s, theirs[name][1], rtol=tolerance, atol=tolerance**2)
+    assert helpers.rank_history(have.adapter) == helpers.rank_history(want.adapter)
+    assert have.adapter.events
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "clipping": {"max_grad_norm": 0.05},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1},
+    "everything": {
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.05,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_are_those_of_a_plain_loop(tmp_path: Path, case: str) -> None:
+    changes = {"train_sampling_strategy": "sequential", **CASES[case]}
+    trainer, adapter = trainers.build(tmp_path, **changes)
+    spy = helpers.Spy(adapter)
+    trainer.train()
+    _, plain = trainers.plain_loop(
+        accumulation=changes.get("gradient_accumulation_steps", 1),
+        clip=changes.get("max_grad_norm", 0.0),
+    )
+    same_statistics(spy, plain)
+    assert adapter.skipped_steps == 0
+
+
+# -- resume ------------------------------------------------------------------------------------
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "fused": {"optim": "adamw_torch_fused"},
+    "adafactor": {"optim": "adafactor"},
+    "sgd": {"optim": "sgd"},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+    "dropout and routers": {"attach": {"dropout": 0.2, "router": "after_warmup"}},
+    "prune": {"attach": {"config": {"policy": "prune", "r_init": 6}}},
+    "masked": {"attach": {"layout": "masked"}, "lr_scheduler_type": "cosine"},
+}
+
+
+def training_log(trainer: Any) -> list[dict[str, Any]]:
+    kept = {"loss", "step", "grad_norm", "total_rank", "max_rank", "rank_entropy", "skipped_steps"}
+    return [
+        {k: v for k, v in row.items() if k in kept}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_trainers_own_resume_is_exact(tmp_path: Path, case: str) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 5, **RESUMED[case]}
+    straight, whole = trainers.build(tmp_path / "straight", **saving)
+    straight.train()
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{trainers.STEPS}")
+    resumed, adapter = trainers.build(tmp_path / "resumed", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert training_log(resumed) == training_log(straight)
+    assert helpers.rank_history(adapter) == helpers.rank_history(whole)
+    pairs = zip(adapter.parameters(), whole.parameters(), strict=True)
+    assert all(helpers.equal(a.detach(), b.detach()) for a, b in pairs)
+    held = [(tmp_path / name / FILE).read_bytes() for name in ("straight", "resumed")]
+    assert held[0] == held[1]
+
+
+def test_another_folder_must_be_named(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    straight, whole = trainers.build(tmp_path / "old", **saving)
+    straight.train()
+    checkpoint = tmp_path / "old" / "checkpoint-5"
+    lost, _ = trainers.build(tmp_path / "new", **saving)
+    with pytest.raises(drlora_torch.CheckpointError, match="resume_from="):
+        lost.train(resume_from_checkpoint=str(checkpoint))
+    resumed, adapter = trainers.build(tmp_path / "new", **saving)
+    resumed.pop_callback(DRLoRACallback)
+    resumed.add_callback(DRLoRACallback(adapter, resume_from=checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert training_log(resumed) == training_log(straight)
+    assert helpers.rank_history(adapter) == helpers.rank_history(whole)
+
+
+def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    for name, rate in (("old", 1e-2), ("new", 2e-2)):
+        trainers.build(tmp_path / name, **saving, learning_rate=rate)[0].train()
+    confused, _ = trainers.build(tmp_path / "new", **saving)
+    with pytest.raises(drlora_torch.CheckpointError, match="another checkpoint than"):
+        confused.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-5"))
+
+
+def test_last_checkpoint_passes_over_one_that_was_cut_off(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    trainer, _ = trainers.build(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-8" / FILE).unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text("{")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-strange").mkdir()
+    resumed, _ = trainers.build(tmp_path)
+    with pytest.raises(drlora_torch.CheckpointError, match="holds no adapter"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_best_checkpoint_comes_back(tmp_path: Path) -> None:
+    trainer, _ = trainers.build(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    assert (tmp_path / FILE).read_bytes() == (best / FILE).read_bytes()
+    loss = trainer.evaluate()["eval_loss"]
+    assert loss == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+# -- logs --------------------------------------------------------------------------------------
+
+
+class Reporter(TrainerCallback):
+    """Stands where TensorBoard's and wandb's callbacks stand: before the user's."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.seen.append({**logs, "step": state.global_step})
+
+
+def test_ranks_are_logged_to_everyone(tmp_path: Path) -> None:
+    trainer, adapter = trainers.build(
+        tmp_path, logging_steps=5, eval_strategy="steps", eval_steps=4
+    )
+    reporter = Reporter()
+    trainer.callback_handler.callbacks.insert(0, reporter)
+    trainer.train()
+    for rows in (reporter.seen, trainer.state.log_history):
+        trained = {row["step"]: row for row in rows if "loss" in row}
+        assert sorted(trained) == [4, 5, 6]  # growth after steps 4 and 6, and every 5
+        assert trained[5]["total_rank"] == trained[4]["total_rank"] < trained[6]["total_rank"]
+        assert trained[6]["total_rank"] == 2 * 8 * 4
+        assert 0.0 < trained[6]["rank_entropy"] < 1.0
+        assert trained[6]["skipped_steps"] == 0
+        for name, ranks in adapter.ranks().items():
+            assert trained[6][f"top_expert/{name}"] == int(ranks.argmax())
+            assert trained[6][f"top_rank/{name}"] == int(ranks.max())
+            assert f"top_expert/{name}" not in trained[5]
+        assert all("total_rank" not in row for row in rows if "eval_loss" in row)
+    assert not (tmp_path / FILE).exists()  # nothing is saved where the user wants nothing saved
+
+
+def test_log_history_stays_json(tmp_path: Path) -> None:
+    trainer, _ = trainers.build(tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["log_history"][-1]["total_rank"] > 0
+
+
+def test_entropy() -> None:
+    assert rank_entropy(np.array([4, 4, 4, 4])) == pytest.approx(1.0)
+    assert rank_entropy(np.array([8, 0])) == 0.0
+    assert rank_entropy(np.array([0, 0])) == 1.0
+    assert rank_entropy(np.array([3])) == 1.0
+    share = torch.tensor([0.75, 0.25])
+    want = float(-(share * share.log()).sum() / torch.tensor(2.0).log())
+    assert rank_entropy(np.array([6, 2])) == pytest.approx(want)
