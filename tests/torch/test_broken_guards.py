@@ -133,7 +133,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: test_statistics.test_gradient_checkpointing_counts_once(False, True),
     ),
     "padding counts": (
-        replace(drlora_torch.adapter, "token_mask", nothing),
+        replace(Forward, "token_mask", nothing),
         lambda _: test_statistics.test_padding_does_not_count("olmoe", "left"),
     ),
     "evaluation counts": (
