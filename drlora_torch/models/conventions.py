@@ -12,6 +12,7 @@ from drlora_torch.models import interface, known_blocks  # noqa: F401  (it decla
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.declaration import PerExpertLinears
 from drlora_torch.models.identity_experts import IdentityExperts
+from drlora_torch.models.refused import Refused
 from drlora_torch.models.single_projections import SingleProjections
 from drlora_torch.models.stacked import Stacked
 from drlora_torch.models.undecorated import Undecorated
@@ -25,6 +26,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     Stacked(),
     WeightedInputs(),
     SingleProjections(),
+    Refused(),
 )
 
 

@@ -13,6 +13,7 @@ from drlora_torch.errors import ModelError
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.records import MoELayer
+from drlora_torch.models.refused import UNDECLARED, Refused, is_undeclared
 
 
 def discover(model: nn.Module) -> list[MoELayer]:
@@ -40,6 +41,8 @@ def discover(model: nn.Module) -> list[MoELayer]:
             continue  # a part of a layer is no layer of its own
         if (convention := convention_of(module)) is not None:
             found.append(_record(model, name, module, convention))
+        elif is_undeclared(name, module):
+            found.append(_undeclared(model, name, module))
     return found
 
 
@@ -85,6 +88,21 @@ def _record(model: nn.Module, name: str, module: Any, convention: Convention) ->
         dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
         obstacle=obstacle,
         convention=convention.NAME,
+    )
+
+
+def _undeclared(model: nn.Module, name: str, module: Any) -> MoELayer:
+    block = type(model.get_submodule(name.rpartition(".")[0]))
+    weight = next(iter(module.parameters()), None)
+    return MoELayer(
+        name=name,
+        experts_class=type(module).__name__,
+        num_experts=len(module),
+        projections={},
+        router=None,
+        dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
+        obstacle=UNDECLARED.format(block=f"{block.__module__}.{block.__qualname__}"),
+        convention=Refused.NAME,
     )
 
 

@@ -1,0 +1,124 @@
+"""What cannot be adapted is listed with a reason, and attaching to it is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import drlora_torch
+from tests.torch import helpers, models
+from tests.torch.conventions.families import FAMILIES, build
+from tests.torch.models import EXPERTS, HIDDEN, INNER, SIZES
+
+
+def _doge() -> nn.Module:
+    config = transformers.DogeConfig(
+        **SIZES, intermediate_size=INNER, is_moe=True, num_experts=16, keep_window_size=8
+    )
+    return transformers.DogeForCausalLM(config)
+
+
+def _vitpose() -> nn.Module:
+    config = transformers.VitPoseBackboneConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=(32, 16),
+        patch_size=(8, 8),
+        num_experts=EXPERTS,
+        part_features=8,
+    )
+    return transformers.VitPoseBackbone(config)
+
+
+def _with_experts(experts: nn.Module) -> nn.Module:
+    """A small model one of whose experts modules a quantiser has replaced."""
+    model = models.build("gpt_oss")
+    model.model.layers[1].mlp.experts = experts
+    return model
+
+
+def _mxfp4() -> nn.Module:
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    return _with_experts(Mxfp4GptOssExperts(models.build("gpt_oss").config))
+
+
+def _fp8() -> nn.Module:
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    config = models.build("qwen3_moe").config
+    return _with_experts(FP8Experts(config, block_size=(8, 8)))
+
+
+REFUSED = [
+    (_doge, "DogeCDMoE", 16, "one row of an embedding"),
+    (_vitpose, "VitPoseNaiveMoe", EXPERTS, "no router and no routing weight"),
+    (_mxfp4, "Mxfp4GptOssExperts", EXPERTS, r"quantised \(mxfp4\).*Mxfp4Config"),
+    (_fp8, "FP8Experts", EXPERTS, r"quantised \(fp8\).*FineGrainedFP8Config"),
+]
+
+
+@pytest.mark.parametrize(("make", "experts_class", "experts", "reason"), REFUSED)
+def test_refused_classes(make: Any, experts_class: str, experts: int, reason: str) -> None:
+    model = make()
+    found = [layer for layer in drlora_torch.discover(model) if layer.obstacle]
+    assert found
+    for layer in found:
+        assert layer.experts_class == experts_class
+        assert layer.num_experts == experts
+        assert layer.convention == "none"
+        assert layer.projections == {}
+        assert layer.dtype != "unknown"
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(drlora_torch.ModelError, match=f"{found[0].name}.*{reason}"):
+        helpers.attach(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_weights_that_are_not_loaded(family: str) -> None:
+    model = build(family).to("meta")
+    for layer in drlora_torch.discover(model):
+        assert layer.obstacle is not None
+        assert "on the meta device; load the weights first" in layer.obstacle
+    with pytest.raises(drlora_torch.ModelError, match="without offloading"):
+        helpers.attach(model)
+
+
+FUSED = sorted(f for f, row in FAMILIES.items() if row.convention != "per-expert Linears")
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_quantised_weights(family: str) -> None:
+    model = build(family)
+    layer = drlora_torch.discover(model)[-1]
+    projection = list(layer.projections)[-1]
+    parameter, _ = FAMILIES[family].locate(model.get_submodule(layer.name), projection, 0)
+    parameter.requires_grad_(False)
+    parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    with pytest.raises(
+        drlora_torch.ModelError, match=rf"{layer.name}.*{projection} is quantised \(float8_e4m3fn\)"
+    ):
+        helpers.attach(model)
+
+
+def test_routed_attention_is_left_alone() -> None:
+    model = build("jetmoe")
+    adapter = helpers.attach(model)
+    assert list(adapter.ranks()) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    attention = model.model.layers[0].self_attention.experts
+    assert "forward" not in vars(attention.input_linear)
+    assert "drlora" not in dict(attention.named_children())
+
+
+def test_experts_called_without_their_router() -> None:
+    model = build("llama4")
+    helpers.attach(model)
+    block = model.model.layers[0].feed_forward
+    with pytest.raises(drlora_torch.ModelError, match="called without their router"):
+        block.experts(torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64))
