@@ -23,6 +23,7 @@ from drlora_torch import importance, optimizer
 from drlora_torch.distributed import sum_over_processes
 from drlora_torch.errors import AttachError
 from drlora_torch.layers import ExpertLoRA
+from drlora_torch.merging import Mergeable
 from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.routing import ForwardWatch, RoutingCounter
 
@@ -43,7 +44,7 @@ class AdaptedLayer:
     """Takes the LoRA out of the experts module again."""
 
 
-class Adapter:
+class Adapter(Mergeable):
     """Made by :func:`drlora_torch.attach` or :func:`drlora_torch.load`; not by hand.
 
     Attributes:
@@ -79,7 +80,7 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything to give to an optimizer: A and B of all layers, and routers that may learn."""
-        self._check_attached()
+        self.check_attached()
         lora = [p for layer in self.layers.values() for p in layer.lora.parameters()]
         return lora + list(self.router_parameters().values())
 
@@ -96,7 +97,8 @@ class Adapter:
 
     def ranks(self) -> dict[str, np.ndarray]:
         """Active rank of every expert, int64 [N] by layer name."""
-        return {name: layer.lora.table.ranks() for name, layer in self.layers.items()}
+        layers = self.merged.layers if self.merged else self.layers
+        return {name: layer.lora.table.ranks() for name, layer in layers.items()}
 
     def step(self, grad_scale: float = 1.0) -> GrowthEvent | None:
         """Close an optimizer step by hand; only with ``auto_step=False``.
@@ -112,7 +114,7 @@ class Adapter:
         Raises:
             AttachError: with ``auto_step=True``, or after ``detach``.
         """
-        self._check_attached()
+        self.check_attached()
         if self.accumulated is None:
             raise AttachError(
                 "adapter.step() is called for you after every optimizer.step(); use "
@@ -123,19 +125,19 @@ class Adapter:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model, routers included; nothing is counted."""
-        self._check_attached()
+        self.check_attached()
         before, self._enabled = self._enabled, False
-        self._swap_routers(before)
+        self.swap_routers(before)
         try:
             yield
         finally:
-            self._swap_routers(before)
+            self.swap_routers(before)
             self._enabled = before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, no statistics are taken and optimizer steps do not count."""
-        self._check_attached()
+        self.check_attached()
         before, self._paused = self._paused, True
         try:
             yield
@@ -144,23 +146,8 @@ class Adapter:
 
     def detach(self) -> nn.Module:
         """Take everything out again; the model is as it was before ``attach``, bit for bit."""
-        self._check_attached()
-        self._swap_routers(self._enabled)
-        self.take_out()
-        return self.model
-
-    def merge(self) -> nn.Module:
-        """Write W + s B A into the expert weights and take the adapter out; routers stay trained.
-
-        The sum is rounded to the dtype of the base weights.
-        """
-        from drlora_torch.models.interface import add_delta
-
-        self._check_attached()
-        for layer in self.layers.values():
-            for projection, _ in layer.lora.items():
-                add_delta(layer.experts, projection, layer.lora)
-        self._swap_routers(not self._enabled)
+        self.check_attached()
+        self.swap_routers(self._enabled)
         self.take_out()
         return self.model
 
@@ -175,7 +162,7 @@ class Adapter:
         """
         from drlora_torch.checkpoint import save
 
-        self._check_attached()
+        self.check_attached()
         save(self, path)
 
     def export_peft(
@@ -203,7 +190,7 @@ class Adapter:
         """
         from drlora_torch.export.peft_directory import export
 
-        self._check_attached()
+        self.check_attached()
         return export(self, path, rank, per_expert)
 
     def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -221,7 +208,7 @@ class Adapter:
         """
         from drlora_torch.export.importing import start_from
 
-        self._check_attached()
+        self.check_attached()
         return start_from(self, path)
 
     # -- what the forwards tell ----------------------------------------------------------------
@@ -363,7 +350,7 @@ class Adapter:
         }
 
     @torch.no_grad()
-    def _swap_routers(self, wanted: bool) -> None:
+    def swap_routers(self, wanted: bool) -> None:
         """Exchange trained and original router values (nothing if already disabled)."""
         if not wanted:
             return
@@ -386,6 +373,8 @@ class Adapter:
             "in one engine; use save_pretrained and load, or detach() first"
         )
 
-    def _check_attached(self) -> None:
+    def check_attached(self) -> None:
+        """Refuse what only an adapter that is in its model can do."""
+        self.check_not_merged()
         if not self.layers:
             raise AttachError("this adapter was detached or merged; attach a new one")

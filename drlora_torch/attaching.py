@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -124,25 +126,53 @@ def attach(
 def _build(
     model: nn.Module, engine: AllocatorEngine, options: AdapterOptions, records: list[MoELayer]
 ) -> Adapter:
-    """Change the model; every change is pushed with its undo, so a failure leaves no trace."""
     adapter = Adapter(model, engine, options)
+    _install(adapter, {r.name: functools.partial(_adapt, model, r, adapter) for r in records})
+    for name, parameter in adapter.router_parameters().items():
+        adapter.router_base[name] = parameter.detach().clone()
+    return adapter
+
+
+def put_back(adapter: Adapter, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Put layers that a merge took out into the model again.
+
+    Raises:
+        AttachError: another adapter is in the model by now.
+    """
+    if any(is_attached(module) for module in adapter.model.modules()):
+        raise AttachError("another adapter was attached to the model; call its detach() first")
+    newborn = adapter.newborn
+    _install(adapter, {n: functools.partial(_adapt_again, adapter, o) for n, o in layers.items()})
+    adapter.newborn = newborn
+
+
+def _install(adapter: Adapter, makers: Mapping[str, Callable[[], AdaptedLayer]]) -> None:
+    """Change the model; every change is pushed with its undo, so a failure leaves no trace."""
     undo = adapter.undo
     try:
-        undo.append(_freeze(model))
-        for record in records:
-            adapter.layers[record.name] = _adapt(model, record, adapter)
-            undo.append(adapter.layers[record.name].remove)
-            adapter.counters[record.name] = RoutingCounter(record.num_experts)
-        undo.append(_keep_out_of_checkpoints(model))
-        undo.append(_let_checkpointing_reach_lora(model))
+        undo.append(_freeze(adapter.model))
+        for name, make in makers.items():
+            layer = adapter.layers[name] = make()
+            undo.append(layer.remove)
+            adapter.counters[name] = RoutingCounter(layer.record.num_experts)
+        undo.append(_keep_out_of_checkpoints(adapter.model))
+        undo.append(_let_checkpointing_reach_lora(adapter.model))
         _start_observing(adapter)
-        for name, parameter in adapter.router_parameters().items():
-            adapter.router_base[name] = parameter.detach().clone()
         adapter.free_routers()
     except BaseException:
         adapter.take_out()
         raise
-    return adapter
+
+
+def _adapt_again(adapter: Adapter, layer: AdaptedLayer) -> AdaptedLayer:
+    convention = convention_of(layer.experts)
+    assert convention is not None
+    weight = convention.first_weight(layer.experts)
+    assert weight is not None
+    layer.lora.to(device=weight.device)
+    layer.lora.train(layer.experts.training)
+    remove = convention.install(layer.experts, layer.lora, adapter)
+    return dataclasses.replace(layer, remove=remove)
 
 
 def _adapt(model: nn.Module, record: MoELayer, adapter: Adapter) -> AdaptedLayer:
