@@ -107,15 +107,22 @@ def _undeclared(model: nn.Module, name: str, module: Any) -> MoELayer:
 
 
 def _router_name(model: nn.Module, layer: str, child: str | None) -> str | None:
-    """The router in the layer, or the one beside it: of the class that the model declares."""
+    """The router in the layer, or the one beside it.
+
+    It is of the class that the model declares to record logits of, else of the only class there
+    that is called a router.
+    """
     if child is not None:
         return f"{layer}.{child}" if layer else child
     parent, _, _ = layer.rpartition(".")
     classes = _declared_router_classes(model)
-    for name, module in model.get_submodule(parent).named_children():
-        if type(module) in classes:
-            return f"{parent}.{name}" if parent else name
-    return None
+    beside = list(model.get_submodule(parent).named_children())
+    declared = [name for name, module in beside if type(module) in classes]
+    called = [name for name, module in beside if type(module).__name__.endswith("Router")]
+    if not declared and len(called) != 1:
+        return None
+    name = (declared or called)[0]
+    return f"{parent}.{name}" if parent else name
 
 
 def _declared_router_classes(model: nn.Module) -> set[type]:

@@ -60,6 +60,9 @@ def run_instead(
     own = module.forward
     inherited = "forward" not in vars(module)
 
+    # It counts tokens and loops over experts: a compiled model leaves its graph here.
+    adapted = torch.compiler.disable(adapted)  # type: ignore[no-untyped-call]
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (adapted if observer.enabled else own)(*args, **kwargs)
 
