@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +21,13 @@ from drlora_core import AllocatorEngine, GrowthEvent
 from drlora_torch import importance, optimizer
 from drlora_torch.distributed import sum_over_processes
 from drlora_torch.errors import AttachError
+from drlora_torch.hub import AdapterFiles
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.merging import Mergeable
 from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.routing import ForwardWatch, RoutingCounter
 
 if TYPE_CHECKING:
-    from drlora_torch.export.peft_directory import ExportReport
     from drlora_torch.models.records import MoELayer
 
 
@@ -44,7 +43,7 @@ class AdaptedLayer:
     """Takes the LoRA out of the experts module again."""
 
 
-class Adapter(Mergeable):
+class Adapter(Mergeable, AdapterFiles):
     """Made by :func:`drlora_torch.attach` or :func:`drlora_torch.load`; not by hand.
 
     Attributes:
@@ -151,65 +150,11 @@ class Adapter(Mergeable):
         self.take_out()
         return self.model
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapter and the engine's state to a directory, atomically.
-
-        Load it with :func:`drlora_torch.load`. A file that is already there is replaced only when
-        the new one is complete.
-
-        Raises:
-            CheckpointError: nothing could be written (no space, no permission).
-        """
-        from drlora_torch.checkpoint import save
-
-        self.check_attached()
-        save(self, path)
-
-    def export_peft(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        rank: int | None = None,
-        per_expert: bool = False,
-    ) -> ExportReport:
-        """Write a standard PEFT LoRA directory, which ``PeftModel.from_pretrained`` loads.
-
-        Args:
-            path: the directory.
-            rank: compress every expert to this rank, by its singular values; default: keep all,
-                padding each expert with zeros to the largest rank of its layer.
-            per_expert: one LoRA per expert and projection (``experts.0.gate_proj.lora_A.weight``),
-                as engines with unfused experts read them; default: PEFT's stacked layout.
-
-        Returns:
-            The ranks written, and the relative error of every expert.
-
-        Raises:
-            CheckpointError: nothing could be written, or the experts do not follow the experts
-                interface of Transformers 5.
-        """
-        from drlora_torch.export.peft_directory import export
-
-        self.check_attached()
-        return export(self, path, rank, per_expert)
-
-    def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
-        """Start from a PEFT adapter of the experts, stacked or per expert.
-
-        Where its rank is above ``r_init``, the best approximation of that rank is taken.
-
-        Returns:
-            Relative Frobenius error of B A by layer, projection and expert; 0 where nothing was
-            lost.
-
-        Raises:
-            CheckpointError: the directory is damaged or does not fit; nothing was changed.
-            AttachError: the adapter has made a step already.
-        """
-        from drlora_torch.export.importing import start_from
-
-        self.check_attached()
-        return start_from(self, path)
+    def use_only(self) -> None:
+        """Count nothing and need no gradient from now on: ``load(..., trainable=False)``."""
+        self._paused = True
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
 
     # -- what the forwards tell ----------------------------------------------------------------
 

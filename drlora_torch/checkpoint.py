@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, Policy
-from drlora_torch import files
+from drlora_torch import files, fingerprint
 from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
 from drlora_torch.errors import CheckpointError
+from drlora_torch.hub import find
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.discovery import discover
 from drlora_torch.options import AdapterOptions, RouterMode
@@ -47,6 +48,9 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         "options": adapter.options.model_dump(mode="json"),
         "engine": state,
         "skipped_steps": adapter.skipped_steps,
+        "base": fingerprint.of_model(
+            adapter.model, [layer.record for layer in adapter.layers.values()]
+        ),
         "layers": {
             name: {
                 "num_experts": layer.record.num_experts,
@@ -60,30 +64,42 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike[str], *, policy: Policy | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    policy: Policy | None = None,
+    trainable: bool = True,
+    check_base: bool = True,
+    revision: str | None = None,
 ) -> Adapter:
     """Attach a saved adapter to its base model, ready to be used or trained further.
 
     Args:
         model: the base model, without an adapter.
-        path: the directory (or file) that ``adapter.save_pretrained`` wrote.
+        path: the directory (or file) that ``adapter.save_pretrained`` wrote, or the id of a
+            repository on the Hugging Face hub that holds it.
         policy: the callable that the run was made with, if it was: code is not saved, so without
             it the allocation goes on with ``config.policy``.
+        trainable: False to use it only: nothing is counted and nothing requires a gradient.
+        check_base: False to load onto a model whose expert weights are not those of the training.
+        revision: branch, tag or commit, for a repository.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
             left unchanged.
     """
-    saved = _read(Path(path), model)
+    saved = _read(find(path, revision), model, check_base)
     engine = AllocatorEngine(saved.config, policy=policy)
     engine.load_state_dict(saved.state)
     arguments = {**saved.options.model_dump(mode="json"), "layers": list(saved.layers)}
     adapter = attach(model, engine, **arguments)
     _fill(adapter, saved)
+    if not trainable:
+        adapter.use_only()
     return adapter
 
 
-def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+def restore(adapter: Adapter, path: str | os.PathLike[str], *, check_base: bool = True) -> None:
     """Bring an attached adapter to a saved state, in place: parameters keep their identity.
 
     This is how a trainer resumes whose optimizer already holds ``adapter.parameters()``.
@@ -91,7 +107,7 @@ def restore(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: as :func:`load`, or the adapter was made with other options.
     """
-    saved = _read(Path(path), adapter.model)
+    saved = _read(Path(path), adapter.model, check_base)
     own = adapter.options.model_dump(exclude={"layers"})
     if saved.options.model_dump(exclude={"layers"}) != own or set(saved.layers) != set(
         adapter.layers
@@ -116,12 +132,12 @@ class _Saved:
     skipped_steps: int
 
 
-def _read(path: Path, model: nn.Module) -> _Saved:
+def _read(path: Path, model: nn.Module, check_base: bool) -> _Saved:
     tensors, description = files.read(path)
     try:
         layers, options, state = _parts(description, tensors)
         config = AllocatorConfig.model_validate(state["config"])
-        _check_model(model, layers)
+        _check_model(model, layers, description.get("base") if check_base else None)
         _check_tensors(tensors, _wanted(model, layers, options, config))
         trial = AllocatorEngine(config)
         trial.load_state_dict(state)
@@ -165,7 +181,7 @@ def _parts(
     return dict(description["layers"]), AdapterOptions(**description["options"]), state
 
 
-def _check_model(model: nn.Module, layers: Mapping[str, Any]) -> None:
+def _check_model(model: nn.Module, layers: Mapping[str, Any], base: object) -> None:
     found = {record.name: record for record in discover(model)}
     for name, saved in layers.items():
         if name not in found:
@@ -184,6 +200,7 @@ def _check_model(model: nn.Module, layers: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"layer {name!r} has projections {own}, the adapter is for {saved['projections']}"
             )
+    fingerprint.check(model, found, base, "load(..., check_base=False) loads it all the same")
 
 
 Wanted = Mapping[str, tuple[tuple[int, ...], bool]]
