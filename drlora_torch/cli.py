@@ -98,37 +98,20 @@ def _go_on(resume: Path, chosen: dict[str, Any]) -> None:
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Hugging Face id or local folder of a model.")],
+    rank: Annotated[int, typer.Option(min=1, help="Mean rank whose LoRA size is shown.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the mixture-of-experts layers of a model and whether they can be adapted."""
-    import dataclasses
-
+    """List the mixture-of-experts layers of a model, what adapts them, and the size of the LoRA."""
     from rich.console import Console
-    from rich.table import Table
 
+    from drlora_torch import inspection
     from drlora_torch.finetune.model import load_model
-    from drlora_torch.models.discovery import discover
 
-    layers = discover(load_model(model))
+    loaded = load_model(model)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=2))
-        return
-    table = Table(title=model)
-    for column in ("layer", "experts", "projections (in x out)", "router", "dtype", "adaptable"):
-        table.add_column(column)
-    for layer in layers:
-        table.add_row(
-            layer.name,
-            f"{layer.num_experts} {layer.experts_class}",
-            ", ".join(
-                f"{name} {shape.in_features} x {shape.out_features}"
-                for name, shape in layer.projections.items()
-            ),
-            layer.router or "-",
-            layer.dtype,
-            layer.obstacle or "yes",
-        )
-    Console().print(table)
+        typer.echo(json.dumps(inspection.inspect(loaded, rank), indent=2))
+    else:
+        inspection.show(model, loaded, rank, Console())
 
 
 def export(

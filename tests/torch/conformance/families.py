@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from typing import Any
 
 SIZES: dict[str, Any] = {
@@ -68,6 +69,11 @@ class Family:
         module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
         model: Any = getattr(module, self.model)
         return model, model.config_class
+
+    def is_known(self, name: str) -> bool:
+        """True if the installed Transformers has the family."""
+        folder = f"transformers.models.{self.module or name}"
+        return importlib.util.find_spec(folder) is not None
 
     def config(self, name: str, **changes: Any) -> Any:
         """Return the tiny config."""

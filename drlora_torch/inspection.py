@@ -1,0 +1,96 @@
+"""What ``drlora inspect`` shows of a model: its MoE layers and what their LoRA would take."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from drlora_torch.models.discovery import discover
+from drlora_torch.models.records import MoELayer
+
+COLUMNS = ("layers", "experts", "router", "adapted as", "LoRA")
+
+
+def lora_parameters(layer: MoELayer, rank: int) -> int:
+    """Parameters of the LoRA of a layer at a mean rank r: N r (in + out), over the projections.
+
+    Example:
+        >>> from drlora_torch.layers import ProjectionShape
+        >>> shapes = {"up": ProjectionShape(4, 6), "down": ProjectionShape(6, 4)}
+        >>> layer = MoELayer("experts", "Experts", 8, shapes, None, "float32")
+        >>> lora_parameters(layer, rank=2)
+        320
+    """
+    per_dimension = sum(s.in_features + s.out_features for s in layer.projections.values())
+    return layer.num_experts * rank * per_dimension
+
+
+def inspect(model: nn.Module, rank: int) -> list[dict[str, Any]]:
+    """Return the records of :func:`drlora_torch.discover` with the size of their LoRA."""
+    return [
+        {**dataclasses.asdict(layer), "lora_parameters": lora_parameters(layer, rank)}
+        for layer in discover(model)
+    ]
+
+
+def show(title: str, model: nn.Module, rank: int, console: Console) -> None:
+    """Print the layers as a table, layers of one kind in one row, and what they come to."""
+    layers = discover(model)
+    if not layers:
+        console.print(f"{title} has no mixture-of-experts layers that drlora knows")
+        return
+    table = Table(title=title, box=box.SIMPLE)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for alike in _kinds(layers):
+        table.add_row(*_row(alike, rank))
+    console.print(table)
+    console.print(_summary(layers, model, rank))
+    for reason in dict.fromkeys(layer.obstacle for layer in layers if layer.obstacle):
+        console.print(f"not adaptable: {reason}", markup=False)
+
+
+def _kinds(layers: Sequence[MoELayer]) -> list[list[MoELayer]]:
+    """Group layers that differ in the numbers of their names alone."""
+    kinds: dict[str, list[MoELayer]] = {}
+    for layer in layers:
+        router = _pattern(layer.router or "")
+        kind = dataclasses.replace(layer, name=_pattern(layer.name), router=router)
+        kinds.setdefault(repr(kind), []).append(layer)
+    return list(kinds.values())
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _row(alike: Sequence[MoELayer], rank: int) -> tuple[str, ...]:
+    layer = alike[0]
+    projections = [
+        f"{name} {shape.in_features} -> {shape.out_features}"
+        for name, shape in layer.projections.items()
+    ]
+    return (
+        f"{len(alike)} x {_pattern(layer.name) or '(the model)'}",
+        "\n".join([f"{layer.num_experts} {layer.experts_class}", *projections]),
+        (layer.router or "-").rpartition(".")[2],
+        f"{'not adaptable' if layer.obstacle else layer.convention}\n{layer.dtype}",
+        "-" if layer.obstacle else f"{sum(lora_parameters(one, rank) for one in alike):,}",
+    )
+
+
+def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:
+    can = [layer for layer in layers if layer.obstacle is None]
+    total = sum(lora_parameters(layer, rank) for layer in can)
+    of_model = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{len(can)} of {len(layers)} layers can be adapted; LoRA at a mean rank of {rank}: "
+        f"{total:,} parameters, {100 * total / max(of_model, 1):.2f} % of the model's {of_model:,}"
+    )
