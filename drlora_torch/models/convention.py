@@ -58,6 +58,10 @@ class Convention(Protocol):
         """Name of the router inside the layer; None if it stands beside it."""
         ...
 
+    def only_on_request(self, module: Any) -> bool:
+        """Tell whether a layer is adapted only if the option ``layers`` names it."""
+        ...
+
     def obstacle(self, module: Any) -> str | None:
         """Say why a layer cannot be adapted, None if it can."""
         ...

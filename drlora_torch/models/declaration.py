@@ -166,6 +166,10 @@ class PerExpertLinears:
         """As declared."""
         return self._of(module).router
 
+    def only_on_request(self, module: Any) -> bool:
+        """Never."""
+        return False
+
     def obstacle(self, module: Any) -> str | None:
         """Something is not as declared, or not loaded."""
         declaration = self._of(module)

@@ -47,7 +47,9 @@ def discover(model: nn.Module) -> list[MoELayer]:
 
 
 def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> list[MoELayer]:
-    """The layers to adapt: all, or those whose name matches one of the patterns (``fnmatch``).
+    """The layers to adapt: those whose name matches one of the patterns (``fnmatch``).
+
+    Without patterns all but those that are adapted on request only.
 
     Raises:
         ModelError: there is no MoE layer, or a chosen one has an obstacle.
@@ -68,7 +70,8 @@ def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> list[M
     chosen = [
         layer
         for layer in found
-        if patterns is None or any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)
+        if (patterns is None and not layer.only_on_request)
+        or any(fnmatch.fnmatchcase(layer.name, p) for p in patterns or ())
     ]
     for layer in chosen:
         if layer.obstacle is not None:
@@ -88,6 +91,7 @@ def _record(model: nn.Module, name: str, module: Any, convention: Convention) ->
         dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
         obstacle=obstacle,
         convention=convention.NAME,
+        only_on_request=convention.only_on_request(module),
     )
 
 

@@ -56,9 +56,14 @@ def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Callab
 def run_instead(
     module: nn.Module, adapted: Callable[..., Tensor], observer: Observer
 ) -> Callable[[], None]:
-    """Run ``adapted`` in place of the forward of a module; return what gives its own back."""
-    own = module.forward
-    inherited = "forward" not in vars(module)
+    """Run ``adapted`` in place of the forward of a module; return what gives its own back.
+
+    Accelerate, which moves inputs to the device of a module, keeps a module's own forward under
+    another name: that one is replaced then, so that inputs are still moved.
+    """
+    place = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    own = getattr(module, place)
+    inherited = place not in vars(module)
 
     # It counts tokens and loops over experts: a compiled model leaves its graph here.
     adapted = torch.compiler.disable(adapted)  # type: ignore[no-untyped-call]
@@ -66,13 +71,13 @@ def run_instead(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (adapted if observer.enabled else own)(*args, **kwargs)
 
-    vars(module)["forward"] = forward
+    vars(module)[place] = forward
 
     def remove() -> None:
         if inherited:
-            del vars(module)["forward"]
+            del vars(module)[place]
         else:
-            vars(module)["forward"] = own
+            vars(module)[place] = own
 
     return remove
 
@@ -132,6 +137,10 @@ class FusedConvention(abc.ABC):
     def router_child(self, module: Any) -> str | None:
         """None: the router stands beside the layer."""
         return None
+
+    def only_on_request(self, module: Any) -> bool:
+        """Never."""
+        return False
 
     def obstacle(self, module: Any) -> str | None:
         """Missing, quantised or unloaded weights."""

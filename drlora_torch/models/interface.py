@@ -78,6 +78,11 @@ def router_child(module: Any) -> str | None:
     return None
 
 
+def only_on_request(module: Any) -> bool:
+    """Never."""
+    return False
+
+
 def expert_weight(module: Any, projection: str, expert: int) -> Tensor:
     """The weight of one expert, a view [O, I]."""
     weight: Tensor = getattr(module, projection)[expert]

@@ -28,3 +28,5 @@ class MoELayer:
     """Why the layer cannot be adapted; None where it can."""
     convention: str = "interface"
     """How the layer stores and calls its experts, which says what adapts it."""
+    only_on_request: bool = False
+    """True for what ``attach`` adapts only if ``layers`` names it, such as routed attention."""

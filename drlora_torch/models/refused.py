@@ -71,6 +71,10 @@ class Refused:
         """None."""
         return None
 
+    def only_on_request(self, module: Any) -> bool:
+        """Never."""
+        return False
+
     def obstacle(self, module: Any) -> str | None:
         """The reason."""
         return next(reason for name, reason in REASONS.items() if is_of_class(module, (name,)))

@@ -1,8 +1,8 @@
 """Blocks with one module per projection of all experts, called with rows sorted by expert.
 
 ``input_linear(rows, counts)`` and ``output_linear(rows, counts)``, ``weight`` [N, O, I]. The layer
-is the block of the MLP, which holds the router too. The same modules serve routed attention,
-which is another block and is left alone.
+is the block, which holds the router too: that of the MLP, and on request that of routed attention,
+whose experts project queries and outputs.
 
 Shape letters: T tokens, K experts per token, N experts, S = T * K (token, expert) pairs.
 """
@@ -23,15 +23,21 @@ from drlora_torch.models.fused import (
     all_of,
     compute_dtype,
     give_lora,
+    is_of_class,
     run_instead,
 )
+
+ATTENTION = "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA"
 
 
 class SingleProjections(FusedConvention):
     """JetMoE."""
 
     NAME = "single projections"
-    CLASSES = ("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE",)
+    CLASSES = (
+        "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE",
+        ATTENTION,
+    )
     TRANSPOSED = {"input_linear": False, "output_linear": False}  # noqa: RUF012
 
     def parameter(self, module: Any, projection: str) -> Any:
@@ -41,6 +47,10 @@ class SingleProjections(FusedConvention):
     def router_child(self, module: Any) -> str | None:
         """The block holds its router."""
         return "router"
+
+    def only_on_request(self, module: Any) -> bool:
+        """Attention is left alone unless it is asked for."""
+        return is_of_class(module, (ATTENTION,))
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
         """Give the block its LoRA, its projections a forward, its router a hook."""

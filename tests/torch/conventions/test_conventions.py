@@ -25,9 +25,13 @@ def close(left: Any, right: Any, family: str) -> None:
     torch.testing.assert_close(left, right, rtol=rounding, atol=rounding / 50)
 
 
+def attach(family: str, model: Any, **options: Any) -> Any:
+    return helpers.attach(model, layers=FAMILIES[family].patterns, **options)
+
+
 def attached(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
     model = build(family, dtype)
-    adapter = helpers.attach(model, **options)
+    adapter = attach(family, model, **options)
     helpers.uneven(adapter)
     return model, adapter
 
@@ -54,7 +58,9 @@ def dense_copy(base: nn.Module, adapter: Any, family: str) -> Any:
 def test_discovered(family: str) -> None:
     model, row = build(family), FAMILIES[family]
     picture = Picture(model)
-    found = drlora_torch.discover(model)
+    everything = drlora_torch.discover(model)
+    attention = row.patterns is not None
+    found = [layer for layer in everything if layer.only_on_request == attention]
     picture.assert_unchanged(model)
     assert len(found) == row.layers
     for layer in found:
@@ -65,20 +71,22 @@ def test_discovered(family: str) -> None:
         assert layer.dtype == "float64"
         assert layer.router is not None
         assert isinstance(model.get_submodule(layer.router), nn.Module)
-    helpers.attach(model)
-    assert drlora_torch.discover(model) == found
+    attach(family, model)
+    assert drlora_torch.discover(model) == everything
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_step_0_is_the_base(family: str) -> None:
     model = build(family)
     before = logits(model, family)
-    adapter = helpers.attach(model)
+    adapter = attach(family, model)
     close(logits(model, family), before, family)
     helpers.uneven(adapter)
     assert not torch.allclose(logits(model, family), before, rtol=1e-3)
     with adapter.disabled():
         assert torch.equal(logits(model, family), before)
+    with pytest.raises(drlora_torch.AttachError, match="neither copied nor pickled"):
+        copy.deepcopy(model)
 
 
 @pytest.mark.parametrize("layout", ["pooled", "masked"])
@@ -86,7 +94,7 @@ def test_step_0_is_the_base(family: str) -> None:
 def test_outputs_and_gradients_are_those_of_dense_weights(family: str, layout: str) -> None:
     base = build(family)
     model = copy.deepcopy(base)
-    adapter = helpers.attach(model, layout=layout, router="trainable")
+    adapter = attach(family, model, layout=layout, router="trainable")
     helpers.uneven(adapter)
     dense = dense_copy(base, adapter, family)
     routers = adapter.router_parameters()
@@ -178,7 +186,7 @@ def test_what_does_not_count(family: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", [f for f in ALL if f != "jetmoe"])  # which has no checkpointing
+@pytest.mark.parametrize("family", [f for f in ALL if "jetmoe" not in f])  # which has none
 def test_checkpointing_counts_once(family: str, reentrant: bool) -> None:
     grads, samples = [], []
     for checkpointing in (False, True):
@@ -204,7 +212,7 @@ def test_growth_detach_and_loading(family: str, tmp_path: Path) -> None:
     model = build(family, torch.float32)
     model(**batch(family))  # some routers note the dtype they meet
     base, picture = copy.deepcopy(model), Picture(model)
-    adapter = helpers.attach(model, router="after_warmup", dropout=0.1)
+    adapter = attach(family, model, router="after_warmup", dropout=0.1)
     optimizer = helpers.adamw(adapter)
     losses = []
     for seed in range(6):
@@ -247,7 +255,7 @@ def test_one_target_only(family: str) -> None:
     chosen = list(FAMILIES[family].projections)[-1]
     base = build(family)
     model = copy.deepcopy(base)
-    adapter = helpers.attach(model, targets=[chosen])
+    adapter = attach(family, model, targets=[chosen])
     helpers.uneven(adapter)
     assert {projection for _, projection, *_ in projections(adapter)} == {chosen}
     dense = dense_copy(base, adapter, family)
@@ -267,3 +275,31 @@ def test_low_precision(family: str) -> None:
         loss = model(**batch(family)).loss
     loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("family", [f for f in ALL if f != "step3p7"])
+def test_modules_with_hooks_of_accelerate(family: str) -> None:
+    """Its forwards, which move inputs to a module's device, still run, and survive ``detach``."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build(family)
+    moved: list[nn.Module] = []
+
+    class Moving(hooks.ModelHook):  # type: ignore[misc, name-defined]
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            moved.append(module)
+            return args, kwargs
+
+    for module in list(model.modules()):
+        hooks.add_hook_to_module(module, Moving())
+    before = logits(model, family)
+    own = {module: vars(module)["_old_forward"] for module in model.modules()}
+    adapter = attach(family, model)
+    moved.clear()
+    close(logits(model, family), before, family)
+    ours = {module for module, forward in own.items() if vars(module)["_old_forward"] != forward}
+    assert bool(ours) == (FAMILIES[family].convention != "per-expert Linears")
+    assert ours <= set(moved)
+    helpers.uneven(adapter)
+    assert not torch.allclose(logits(model, family), before, rtol=1e-3)
+    adapter.detach()
+    assert torch.equal(logits(model, family), before)

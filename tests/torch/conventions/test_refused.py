@@ -90,13 +90,13 @@ def test_weights_that_are_not_loaded(family: str) -> None:
         helpers.attach(model)
 
 
-FUSED = sorted(f for f, row in FAMILIES.items() if row.convention != "per-expert Linears")
+FUSED = ["dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7"]
 
 
 @pytest.mark.parametrize("family", FUSED)
 def test_quantised_weights(family: str) -> None:
     model = build(family)
-    layer = drlora_torch.discover(model)[-1]
+    layer = [layer for layer in drlora_torch.discover(model) if not layer.only_on_request][-1]
     projection = list(layer.projections)[-1]
     parameter, _ = FAMILIES[family].locate(model.get_submodule(layer.name), projection, 0)
     parameter.requires_grad_(False)
@@ -114,6 +114,9 @@ def test_routed_attention_is_left_alone() -> None:
     attention = model.model.layers[0].self_attention.experts
     assert "forward" not in vars(attention.input_linear)
     assert "drlora" not in dict(attention.named_children())
+    adapter.detach()
+    asked = helpers.attach(model, layers=["*.self_attention.experts", "*.mlp"])
+    assert len(asked.ranks()) == 4
 
 
 def test_experts_called_without_their_router() -> None:
@@ -122,3 +125,11 @@ def test_experts_called_without_their_router() -> None:
     block = model.model.layers[0].feed_forward
     with pytest.raises(drlora_torch.ModelError, match="called without their router"):
         block.experts(torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64))
+
+
+def test_offloaded_experts() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build("dbrx", torch.float32)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(drlora_torch.ModelError, match=r"experts'.*w1 is on the meta device"):
+        helpers.attach(model)
