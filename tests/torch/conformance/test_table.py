@@ -181,6 +181,30 @@ def test_saved_adapters_come_back(name: str, tmp_path: Path) -> None:
         assert torch.equal(tiny.output(base.eval(), tiny.inputs(name)), want)
 
 
+@table
+def test_bfloat16_models_train(name: str) -> None:
+    """Routing weights come in float32 or bfloat16, by family; the LoRA is in float32."""
+    model = tiny.build(name).to(torch.bfloat16)
+    for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ():
+        for key, parameter in model.named_parameters():
+            if part in key:
+                parameter.data = parameter.data.float()
+    adapter = helpers.attach(model, router="trainable")
+    helpers.fill(adapter)
+    optimizer = helpers.adamw(adapter)
+    tiny.loss(tiny.output(model, tiny.inputs(name))).backward()
+    for *_, slots in helpers.projections(adapter):
+        for parameter in (slots.lora_A, slots.lora_B):
+            assert parameter.grad.dtype == torch.float32
+            assert bool(parameter.grad.isfinite().all())
+            assert bool(parameter.grad.any())
+    routers = [parameter.grad for parameter in adapter.router_parameters().values()]
+    assert any(gradient is not None and bool(gradient.any()) for gradient in routers)
+    optimizer.step()
+    assert adapter.engine.step_count == 1
+    assert adapter.skipped_steps == 0
+
+
 @pytest.mark.skipif(
     not transformers.__version__.startswith(page.TRANSFORMERS),
     reason=f"the table is of Transformers {page.TRANSFORMERS}",
