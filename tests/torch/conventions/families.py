@@ -141,15 +141,6 @@ FAMILIES: dict[str, Family] = {
         locate=_child,
         projections={"input_linear": (HIDDEN, 2 * INNER), "output_linear": (INNER, HIDDEN)},
     ),
-    "jetmoe_attention": Family(
-        make=builders.jetmoe,
-        convention="single projections",
-        patterns=["*.self_attention.experts"],
-        told="router",
-        dense=_gates,
-        locate=_child,
-        projections={"input_linear": (HIDDEN, 16), "output_linear": (16, HIDDEN)},
-    ),
     "switch_transformers": Family(
         make=builders.switch_transformers,
         convention="per-expert Linears",
@@ -169,12 +160,25 @@ FAMILIES: dict[str, Family] = {
         encoder_decoder=True,
     ),
 }
+CASES = {
+    **FAMILIES,
+    "jetmoe_attention": Family(
+        make=builders.jetmoe,
+        convention="single projections",
+        patterns=["*.self_attention.experts"],
+        told="router",
+        dense=_gates,
+        locate=_child,
+        projections={"input_linear": (HIDDEN, 16), "output_linear": (16, HIDDEN)},
+    ),
+}
+"""The families, and what is adapted on request."""
 
 
 def build(family: str, dtype: torch.dtype = torch.float64) -> Any:
     """Build a model with random weights, in training mode; the global RNG is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        model = FAMILIES[family].make()
+        model = CASES[family].make()
     models.redraw(model)
     for module in model.modules():
         if type(module).__name__ in ("SwitchTransformersTop1Router", "NllbMoeTop2Router"):

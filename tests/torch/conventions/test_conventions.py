@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 import drlora_torch
 from tests.torch import helpers, models, reference
-from tests.torch.conventions.families import FAMILIES, batch, build
+from tests.torch.conventions.families import CASES, batch, build
 from tests.torch.helpers import projections
 from tests.torch.test_life import Picture
 
-ALL = sorted(FAMILIES)
+ALL = sorted(CASES)
 
 
 def close(left: Any, right: Any, family: str) -> None:
-    rounding = FAMILIES[family].rounding
+    rounding = CASES[family].rounding
     torch.testing.assert_close(left, right, rtol=rounding, atol=rounding / 50)
 
 
 def attach(family: str, model: Any, **options: Any) -> Any:
-    return helpers.attach(model, layers=FAMILIES[family].patterns, **options)
+    return helpers.attach(model, layers=CASES[family].patterns, **options)
 
 
 def attached(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
@@ -48,7 +48,7 @@ def dense_copy(base: nn.Module, adapter: Any, family: str) -> Any:
     dense.requires_grad_(False)
     for name, projection, lora, _ in projections(adapter):
         for expert in range(models.EXPERTS):
-            parameter, part = FAMILIES[family].locate(dense.get_submodule(name), projection, expert)
+            parameter, part = CASES[family].locate(dense.get_submodule(name), projection, expert)
             part(parameter.data).add_(reference.expert_delta(lora, projection, expert))
             parameter.requires_grad_(True)
     return dense
@@ -56,7 +56,7 @@ def dense_copy(base: nn.Module, adapter: Any, family: str) -> Any:
 
 @pytest.mark.parametrize("family", ALL)
 def test_discovered(family: str) -> None:
-    model, row = build(family), FAMILIES[family]
+    model, row = build(family), CASES[family]
     picture = Picture(model)
     everything = drlora_torch.discover(model)
     attention = row.patterns is not None
@@ -110,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_dense_weights(family: str, layout: s
     seen = 0
     for name, projection, lora, slots in projections(adapter):
         for expert in range(models.EXPERTS):
-            parameter, part = FAMILIES[family].locate(dense.get_submodule(name), projection, expert)
+            parameter, part = CASES[family].locate(dense.get_submodule(name), projection, expert)
             gradient = parameter.grad
             dW = part(torch.zeros_like(parameter) if gradient is None else gradient)
             for slot in helpers.owned(lora, expert):
@@ -127,7 +127,7 @@ class Told:
     """Routing as the model itself tells it: the weights of every token and expert, by layer."""
 
     def __init__(self, model: Any, adapter: Any, family: str) -> None:
-        row = FAMILIES[family]
+        row = CASES[family]
         self.calls: dict[str, list[Tensor]] = {name: [] for name in adapter.layers}
         for name, layer in adapter.layers.items():
             module = layer.experts.get_submodule(row.told) if row.told else layer.experts
@@ -144,7 +144,7 @@ def padded(family: str) -> tuple[dict[str, Tensor], Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 5:] = mask[2, 3:] = 0
     inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask}
-    if FAMILIES[family].encoder_decoder:
+    if CASES[family].encoder_decoder:
         inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     return inputs, mask.reshape(-1).bool()
 
@@ -252,7 +252,7 @@ def test_merged_outputs_are_the_adapted_ones(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_one_target_only(family: str) -> None:
-    chosen = list(FAMILIES[family].projections)[-1]
+    chosen = list(CASES[family].projections)[-1]
     base = build(family)
     model = copy.deepcopy(base)
     adapter = attach(family, model, targets=[chosen])
@@ -297,7 +297,7 @@ def test_modules_with_hooks_of_accelerate(family: str) -> None:
     moved.clear()
     close(logits(model, family), before, family)
     ours = {module for module, forward in own.items() if vars(module)["_old_forward"] != forward}
-    assert bool(ours) == (FAMILIES[family].convention != "per-expert Linears")
+    assert bool(ours) == (CASES[family].convention != "per-expert Linears")
     assert ours <= set(moved)
     helpers.uneven(adapter)
     assert not torch.allclose(logits(model, family), before, rtol=1e-3)
