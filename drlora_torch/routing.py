@@ -89,7 +89,8 @@ class ForwardWatch:
             if place is not None and place < len(args):
                 mask = args[place]
             if not isinstance(mask, Tensor) or mask.dim() != 2:
-                mask = self._stack[-1].mask if self._stack else None
+                inherits = bool(self._stack) and not _is_tower(module)
+                mask = self._stack[-1].mask if inherits else None
             counts = (
                 self._stack[-1].counts
                 if self._stack
@@ -106,13 +107,24 @@ class ForwardWatch:
 
 
 def _mask_takers(model: nn.Module, inside: list[str]) -> list[nn.Module]:
-    """The model, and the modules around the experts that take tokens and a mask of their own."""
+    """The model, and the modules around the experts that take tokens and a mask of their own.
+
+    Also the towers: to the patches of an image the mask of the text says nothing.
+    """
     chosen = [model]
     for name, module in model.named_modules():
         around = any(layer.startswith(f"{name}.") for layer in inside)
-        if name and around and {"input_ids", "attention_mask"} <= _parameters(module):
+        takes_tokens = {"input_ids", "attention_mask"} <= _parameters(module)
+        if name and around and (takes_tokens or _is_tower(module)):
             chosen.append(module)
     return chosen
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """True for a part of a model that takes images or sound, and no tokens."""
+    takes = _parameters(module)
+    senses = {"pixel_values", "pixel_values_videos", "input_features"}
+    return bool(takes & senses) and "input_ids" not in takes
 
 
 def _tokens_given(kwargs: dict[str, Any]) -> tuple[int | None, Tensor | None]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers.integrations.moe import _default_apply_gate
 
 import drlora_torch
-from drlora_torch.routing import Forward
 from tests.torch import helpers, reference
 from tests.torch.conformance import page, tiny
 from tests.torch.conformance.table import FAMILIES
@@ -243,31 +242,3 @@ def test_declared_flags(name: str) -> None:
         assert record.obstacle is None
         assert record.num_experts == 8
         assert record.router is not None
-
-
-def test_routing_weights_of_another_dtype_than_the_experts() -> None:
-    """Routers that compute in float32 whatever the model's dtype, and learn."""
-    model = tiny.build("gpt_oss").double()
-    model.set_experts_implementation("eager")
-    helpers.uneven(helpers.attach(model))
-    experts = model.model.layers[0].mlp.experts
-    weights = torch.rand(5, 2, requires_grad=True)
-    rows, index = torch.randn(5, 32, dtype=torch.float64), torch.arange(10).view(5, 2) % 8
-    experts(rows, index, weights).sum().backward()
-    same = weights.detach().double().requires_grad_(True)
-    experts(rows, index, same).sum().backward()
-    assert weights.grad.dtype == torch.float32
-    torch.testing.assert_close(weights.grad.double(), same.grad, rtol=1e-6, atol=1e-6)
-
-
-def test_masks_of_layers_that_receive_some_of_the_tokens() -> None:
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    kinds = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]])
-    forward = Forward(counts=True, mask=mask, length=4, kinds=kinds)
-    assert forward.token_mask(8).tolist() == [True] * 6 + [False] * 2
-    assert forward.token_mask(6).tolist() == [True] * 4 + [False] * 2
-    assert forward.token_mask(2).tolist() == [True, True]
-    assert forward.token_mask(4) is None  # another tower
-    assert Forward(counts=True, mask=mask, length=4).token_mask(6) is None
-    halves = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]])  # cannot be told apart
-    assert Forward(counts=True, mask=mask, length=4, kinds=halves).token_mask(4) is None
