@@ -81,16 +81,22 @@ def _row(alike: Sequence[MoELayer], rank: int) -> tuple[str, ...]:
         f"{len(alike)} x {_pattern(layer.name) or '(the model)'}",
         "\n".join([f"{layer.num_experts} {layer.experts_class}", *projections]),
         (layer.router or "-").rpartition(".")[2],
-        f"{'not adaptable' if layer.obstacle else layer.convention}\n{layer.dtype}",
+        f"{_adapted_as(layer)}\n{layer.dtype}",
         "-" if layer.obstacle else f"{sum(lora_parameters(one, rank) for one in alike):,}",
     )
 
 
+def _adapted_as(layer: MoELayer) -> str:
+    if layer.obstacle is not None:
+        return "not adaptable"
+    return f"{layer.convention}, if named in layers" if layer.only_on_request else layer.convention
+
+
 def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:
-    can = [layer for layer in layers if layer.obstacle is None]
+    can = [layer for layer in layers if layer.obstacle is None and not layer.only_on_request]
     total = sum(lora_parameters(layer, rank) for layer in can)
     of_model = sum(parameter.numel() for parameter in model.parameters())
     return (
-        f"{len(can)} of {len(layers)} layers can be adapted; LoRA at a mean rank of {rank}: "
+        f"{len(can)} of {len(layers)} layers are adapted; LoRA at a mean rank of {rank}: "
         f"{total:,} parameters, {100 * total / max(of_model, 1):.2f} % of the model's {of_model:,}"
     )

@@ -15,6 +15,7 @@ from drlora_core.cli import main
 from drlora_torch import inspection
 from tests.torch import helpers, models
 from tests.torch.conformance import page, tiny
+from tests.torch.conventions import families as conventions
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,7 +42,7 @@ def test_layers_of_one_kind_share_a_row() -> None:
     for part in ("3 x model.layers.*.mlp.experts", "8 DeepseekV3Experts", "gate", "interface"):
         assert part in row
     assert f"{3 * 8 * 16 * (32 + 48 + 24 + 32):,}" in row
-    assert "3 of 3 layers can be adapted; LoRA at a mean rank of 16" in text
+    assert "3 of 3 layers are adapted; LoRA at a mean rank of 16" in text
     both = shown("ernie", tiny.build("ernie4_5_vl_moe"))
     assert len([line for line in both.splitlines() if "moe.experts" in line]) == 2
 
@@ -53,8 +54,14 @@ def test_what_cannot_be_adapted_is_said_once() -> None:
         experts.down_proj = nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
     text = shown("quantised", model)
     assert text.count("quantised (int8)") == 1
-    assert "0 of 2 layers can be adapted" in text
+    assert "0 of 2 layers are adapted" in text
     assert "no mixture-of-experts layers" in shown("dense", nn.Linear(2, 2))
+
+
+def test_routed_attention_is_counted_only_if_asked_for() -> None:
+    text = shown("jetmoe", conventions.build("jetmoe"))
+    assert "single projections, if named in layers" in text
+    assert "2 of 4 layers are adapted" in text
 
 
 def test_json_has_every_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
