@@ -37,7 +37,7 @@ def discover(model: nn.Module) -> list[MoELayer]:
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found: list[MoELayer] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{layer.name}.") for layer in found if layer.name):
+        if any(not layer.name or name.startswith(f"{layer.name}.") for layer in found):
             continue  # a part of a layer is no layer of its own
         if (convention := convention_of(module)) is not None:
             found.append(_record(model, name, module, convention))

@@ -109,14 +109,16 @@ class BlockHooks:
                 lora_A, lora_B = call.factors[projection][expert]
             if not lora_A.shape[0]:
                 return None
-            return output + self._low_rank(args[0], lora_A, lora_B).to(output.dtype)
+            return self._added(output, args[0], lora_A, lora_B)
 
         return torch.compiler.disable(add)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def _added(self, output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         p = self.lora.dropout if self.lora.training else 0.0
-        x = nn.functional.dropout(x, p).to(lora_A.dtype)
-        return self.lora.scaling * (x @ lora_A.T) @ lora_B
+        low = nn.functional.dropout(x, p).to(lora_A.dtype) @ lora_A.T
+        if output.dim() == 2 and output.dtype == low.dtype == lora_B.dtype:
+            return torch.addmm(output, low, lora_B, alpha=self.lora.scaling)
+        return output + (self.lora.scaling * low @ lora_B).to(output.dtype)
 
     # -- what must hold ------------------------------------------------------------------------
 

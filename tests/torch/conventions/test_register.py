@@ -151,6 +151,13 @@ def test_quantised_linears_are_adapted_but_not_merged() -> None:
         adapter.merge()
 
 
+def test_a_block_on_its_own() -> None:
+    """The layer is the model; what is inside is not found again."""
+    block = Block().double()
+    (layer,) = drlora_torch.discover(block)
+    assert (layer.name, layer.router, layer.num_experts) == ("", "gate", models.EXPERTS)
+
+
 def test_an_undeclared_block_is_refused() -> None:
     declaration._DECLARED.clear()
     model = Model()
