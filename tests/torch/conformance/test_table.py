@@ -155,7 +155,6 @@ def test_detach_restores_every_bit(name: str) -> None:
         before = tiny.output(model, tiny.inputs(name))
     adapter = helpers.attach(model, dropout=0.1)
     optimizer = helpers.adamw(adapter)
-    torch.manual_seed(0)
     losses = [tiny.step(model, name, optimizer) for _ in range(5)]
     assert losses[-1] != losses[0]
     adapter.detach()

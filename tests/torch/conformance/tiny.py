@@ -96,14 +96,18 @@ def inputs(name: str, seed: int = 0, *, padded: bool = False) -> dict[str, Any]:
 
 
 def output(model: Any, arguments: dict[str, Any]) -> Tensor:
-    """Logits, or the last hidden states of a model without a head."""
+    """Logits, or the last hidden states of a model without a head.
+
+    Random numbers are the same at every call: sparsemixer draws experts while training.
+    """
     dtype = next(parameter.dtype for parameter in model.parameters())
-    result = model(
-        **{
-            key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-            for key, value in arguments.items()
-        }
-    )
+    cast = {
+        key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in arguments.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result = model(**cast)
     logits = getattr(result, "logits", None)
     chosen: Tensor = result.last_hidden_state if logits is None else logits
     mask = arguments.get("attention_mask")  # what a model makes of padding is its own affair
