@@ -65,6 +65,8 @@ class Adapter(Mergeable, AdapterFiles):
         self.skipped_steps = 0
         self._enabled = True
         self._paused = False
+        self._use_only = False
+        self._frozen_seen = False
         self._backward_seen = False
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # Filled in by `attach`:
@@ -78,9 +80,15 @@ class Adapter(Mergeable, AdapterFiles):
     # -- what a user calls ---------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything to give to an optimizer: A and B of all layers, and routers that may learn."""
+        """Everything to give to an optimizer: A and B of all layers, and routers that may learn.
+
+        A and B require gradients again if something else froze them (``get_peft_model`` freezes
+        whatever is not PEFT's).
+        """
         self.check_attached()
         lora = [p for layer in self.layers.values() for p in layer.lora.parameters()]
+        for parameter in lora:
+            parameter.requires_grad_(not self._use_only)
         return lora + list(self.router_parameters().values())
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
@@ -152,7 +160,7 @@ class Adapter(Mergeable, AdapterFiles):
 
     def use_only(self) -> None:
         """Count nothing and need no gradient from now on: ``load(..., trainable=False)``."""
-        self._paused = True
+        self._paused = self._use_only = True
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
@@ -173,10 +181,25 @@ class Adapter(Mergeable, AdapterFiles):
         forward = self.watch.current(self.layers[name].experts.training)
         if not forward.counts or self._paused:
             return
+        if not self._frozen_seen:
+            self._warn_if_frozen()
         if self._backward_seen and name == next(iter(self.layers)) and self._gradients_dropped():
             self._forget()
         mask = forward.token_mask(top_k_index.shape[0])
         self.counters[name].add(top_k_index, top_k_weights, mask)
+
+    def _warn_if_frozen(self) -> None:
+        lora = next(iter(self.layers.values())).lora
+        if any(parameter.requires_grad for parameter in lora.parameters()):
+            return
+        self._frozen_seen = True
+        warnings.warn(
+            "the expert LoRA is frozen, so it does not learn: something froze it after attach "
+            "(get_peft_model does); call adapter.parameters() after that and before the optimizer "
+            "is made",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def backward_seen(self, parameter: Tensor) -> None:
         """Note that gradients of this step have begun to arrive."""

@@ -18,6 +18,7 @@ from drlora_torch.distributed import is_first_process
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.following import OptimizerFollower
 from drlora_torch.importance import AccumulatedImportance
+from drlora_torch.integrations.beside_peft import is_adapted, unwrapped
 from drlora_torch.kernels import Kernel, grouped
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.convention import CHILD, is_attached
@@ -53,7 +54,8 @@ def attach(
     steps of the optimizer that holds ``adapter.parameters()``.
 
     Args:
-        model: a Transformers model with mixture-of-experts layers.
+        model: a Transformers model with mixture-of-experts layers, or a PeftModel around one,
+            whose own adapters then stay trainable.
         engine: decides the ranks; gets a layer per experts module, unless it has them already.
         alpha: scaling is alpha / r_target for every expert; default 2 * r_target.
         targets: names of the projections to adapt (``gate_up_proj``, ``down_proj``); default all.
@@ -108,9 +110,9 @@ def attach(
             "kernel": kernel,
         }
     )
+    model = unwrapped(model)
     records = adaptable(model, options.layers)
-    if any(is_attached(module) for module in model.modules()):
-        raise AttachError("the model has an adapter already; call its detach() or merge() first")
+    _check_free(model, records)
     _check_targets(records, options.targets)
     _check_routers(records, options)
     _check_kernel(model, records, options)
@@ -231,6 +233,8 @@ def _start_observing(adapter: Adapter) -> None:
 
 
 def _freeze(model: nn.Module) -> Callable[[], None]:
+    if is_adapted(model):  # PEFT has frozen the base; what it trains goes on
+        return lambda: None
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(False)
@@ -308,6 +312,20 @@ def _checkpoints_activations(model: nn.Module) -> bool:
         if hasattr(type(model), attribute):
             return bool(getattr(model, attribute))
     return False
+
+
+def _check_free(model: nn.Module, records: list[MoELayer]) -> None:
+    if any(is_attached(module) for module in model.modules()):
+        raise AttachError(
+            "the model has an adapter already; call its detach() or merge() first (several "
+            "adapters on one model are not supported)"
+        )
+    for record in records:
+        if record.name.endswith(".base_layer"):
+            raise AttachError(
+                f"PEFT adapts the experts of {record.name.replace('.base_layer', '')!r} itself; "
+                "leave them out of its target_parameters, or merge its adapter first"
+            )
 
 
 def _check_targets(records: list[MoELayer], targets: Sequence[str] | None) -> None:

@@ -23,6 +23,7 @@ from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
 from drlora_torch.errors import CheckpointError
 from drlora_torch.hub import find
+from drlora_torch.integrations.beside_peft import unwrapped
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.discovery import discover
 from drlora_torch.options import AdapterOptions, RouterMode
@@ -88,6 +89,7 @@ def load(
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
             left unchanged.
     """
+    model = unwrapped(model)
     saved = _read(find(path, revision), model, check_base)
     engine = AllocatorEngine(saved.config, policy=policy)
     engine.load_state_dict(saved.state)

@@ -48,6 +48,7 @@ class DRLoRACallback(TrainerCallback):
         self.adapter = adapter
         self.resume_from = None if resume_from is None else Path(resume_from)
         self._events = len(adapter.events)
+        adapter.parameters()  # require gradients again if get_peft_model came after attach
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
