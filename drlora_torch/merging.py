@@ -86,6 +86,8 @@ def write(layers: Mapping[str, AdaptedLayer], *, keep: bool) -> dict[Place, Orig
         they are restored.
     """
     originals: dict[Place, Original] = {}
+    for place in _places(layers):
+        _weight(layers, place)  # weights that cannot be written to are refused before any is
     try:
         for place, weight, delta in _deltas(layers):
             before = weight.to("cpu", copy=True) if keep else None
@@ -228,15 +230,20 @@ class Mergeable:
             )
 
 
-def _deltas(layers: Mapping[str, AdaptedLayer]) -> Iterator[tuple[Place, Tensor, Tensor]]:
-    """Weight (a view) and s B A of every expert with a rank, [O, I] each."""
+def _places(layers: Mapping[str, AdaptedLayer]) -> Iterator[Place]:
+    """Every expert with a rank, projection by projection."""
     for name, layer in layers.items():
         for projection, _ in layer.lora.items():
             for expert in np.flatnonzero(layer.lora.table.ranks()).tolist():
-                place = (name, projection, expert)
-                weight = _weight(layers, place)
-                delta = layer.lora.delta_weight(projection, expert)
-                yield place, weight, delta.to(weight.device)
+                yield name, projection, expert
+
+
+def _deltas(layers: Mapping[str, AdaptedLayer]) -> Iterator[tuple[Place, Tensor, Tensor]]:
+    """Weight (a view) and s B A of each of them, [O, I]."""
+    for place in _places(layers):
+        name, projection, expert = place
+        weight = _weight(layers, place)
+        yield place, weight, layers[name].lora.delta_weight(projection, expert).to(weight.device)
 
 
 def _weight(layers: Mapping[str, AdaptedLayer], place: Place) -> Tensor:

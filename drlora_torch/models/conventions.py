@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 
-from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models import interface, known_blocks  # noqa: F401  (it declares them)
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.declaration import PerExpertLinears
@@ -33,14 +29,3 @@ CONVENTIONS: tuple[Convention, ...] = (
 def convention_of(module: nn.Module) -> Convention | None:
     """Return the convention that a module follows; None if it is no layer of experts."""
     return next((c for c in CONVENTIONS if c.matches(module)), None)
-
-
-@torch.no_grad()
-def add_delta(module: Any, projection: str, lora: ExpertLoRA) -> None:
-    """Write W + s B A into the weights of one projection of an adapted layer, expert by expert."""
-    convention = convention_of(module)
-    assert convention is not None
-    for expert in range(lora.table.num_experts):
-        weight = convention.expert_weight(module, projection, expert).detach()
-        delta = lora.delta_weight(projection, expert).to(weight.device)
-        weight.copy_(weight.to(delta.dtype) + delta)

@@ -89,13 +89,6 @@ def expert_weight(module: Any, projection: str, expert: int) -> Tensor:
     return weight.T if module.is_transposed else weight
 
 
-def add_delta(module: Any, projection: str, lora: ExpertLoRA) -> None:
-    """See ``conventions.add_delta``, which serves every convention."""
-    from drlora_torch.models import conventions
-
-    conventions.add_delta(module, projection, lora)
-
-
 def obstacle(module: Any) -> str | None:
     """Say why a module with the interface cannot be adapted, None if it can."""
     weights = [(name, getattr(module, name, None)) for name in projection_names(module)]
