@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,17 @@ def test_save_pretrained_of_an_adapted_model_writes_the_base(family: str, tmp_pa
     helpers.uneven(adapter)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reloaded(model, tmp_path), family), logits(base, family))
+
+
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_a_dropped_model_is_collected(family: str) -> None:
+    """No hook or forward of ours keeps it alive."""
+    model, adapter = attached(family)
+    optimizer = helpers.adamw(adapter)
+    model.train()
+    model(**batch(family)).loss.backward()
+    optimizer.step()
+    gone = weakref.ref(model)
+    del model, adapter, optimizer
+    gc.collect()
+    assert gone() is None
