@@ -24,6 +24,7 @@ from drlora_torch.dispatch import Dispatch
 from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import ATTACHMENT, CHILD, Observer, weights_obstacle
+from drlora_torch.models.fused import compute_dtype
 
 NAME = "interface"
 IMPLEMENTATION = "drlora"
@@ -140,7 +141,7 @@ def experts_forward(
         return base(module, hidden_states, top_k_index, top_k_weights)
     observer.routed(lora.name, top_k_index, top_k_weights)
     first, second = projection_names(module)
-    dtype = _compute_dtype(getattr(module, first))
+    dtype = compute_dtype(getattr(module, first))
     dispatch = Dispatch.sort(top_k_index, lora.table.num_experts)
     hidden = hidden_states.to(dtype)
     rows = _project(module, lora, first, hidden, dispatch, gather=True)
@@ -166,12 +167,6 @@ def _project(
         transposed=module.is_transposed,
         **options,
     )
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """Return the autocast dtype inside autocast, else that of the base weights."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def base_forward(module: Any, config: Any) -> Callable[..., Tensor]:
