@@ -33,6 +33,7 @@ released checkpoint trains well, nor how it behaves on a GPU.
   B equal those of the same model with W + s B A written into its weights, and so do the gradients
   of every other parameter, routers included: relative error below 1e-11, in float64 (what a model
   computes in float32 on purpose is computed in float64 here too);
+- both kernels agree (float32), and the model trains in bfloat16, routers included;
 - phi equals a plain recomputation from the routing that the experts receive, and the importance one
   from the gradients; padding and evaluation count nothing, checkpointed layers count once
   (reentrant or not);
