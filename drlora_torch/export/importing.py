@@ -35,6 +35,7 @@ def start_from(adapter: Adapter, path: str | os.PathLike[str]) -> Errors:
             f"import_peft is a starting point, but the adapter has made "
             f"{adapter.engine.step_count} steps; attach a new one"
         )
+    peft_directory.check_conventions(adapter)
     held, config = writing.read(Path(path))
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise CheckpointError(f"{path} is not plain LoRA, which is all that can be imported")

@@ -56,12 +56,7 @@ def export(
     """See :meth:`drlora_torch.Adapter.export_peft`."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}")
-    for name, layer in adapter.layers.items():
-        if not interface.matches(layer.experts):
-            raise CheckpointError(
-                f"layer {name!r} keeps its experts in a {type(layer.experts).__name__}; "
-                "export_peft writes experts that follow the experts interface of Transformers 5"
-            )
+    check_conventions(adapter)
     uniform = _uniform(adapter, rank, across_layers=separate)
     report = ExportReport(
         Path(path),
@@ -81,6 +76,21 @@ def export(
     _add_routers(adapter, config, tensors)
     writing.write(report.path, tensors, config)
     return report
+
+
+def check_conventions(adapter: Adapter) -> None:
+    """Refuse layers whose weights PEFT would not find, or would read along other axes.
+
+    Raises:
+        CheckpointError: experts that do not follow the experts interface of Transformers 5.
+    """
+    for name, layer in adapter.layers.items():
+        if not interface.matches(layer.experts):
+            raise CheckpointError(
+                f"layer {name!r} keeps its experts in a {type(layer.experts).__name__}; "
+                "PEFT directories are of experts that follow the experts interface of "
+                "Transformers 5"
+            )
 
 
 def own_name(name: str) -> str:

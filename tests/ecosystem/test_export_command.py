@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from drlora_torch.embedded import MODEL_DIR
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 from tests.torch import helpers
 
+FILE = "drlora_adapter.safetensors"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "05_export_to_peft.py"
 
 
@@ -55,6 +57,17 @@ def test_a_run_is_exported(
     assert call(str(finished), "--output", str(tmp_path / "y"), "--per-expert") == 0
     targets = json.loads((tmp_path / "y" / "adapter_config.json").read_text())["target_modules"]
     assert "gate_proj" in targets
+
+
+def test_an_unfinished_run_gives_its_last_checkpoint(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_bytes((finished / "options.json").read_bytes())
+    for step, complete in ((2, True), (4, True), (6, False)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        shutil.copytree(finished / "adapter", folder)
+        (folder / "trainer_state.json").write_text("{}" if complete else "{")
+    (tmp_path / "checkpoints" / "checkpoint-2" / FILE).unlink()
+    assert call(str(tmp_path)) == 0
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
 
 
 def test_bad_runs_are_one_sentence(

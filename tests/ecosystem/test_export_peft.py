@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import drlora_torch
 from drlora_torch.export import per_expert
 from tests.torch import helpers, models
+from tests.torch.conventions import families
 
 FAMILIES = ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"]
 
@@ -317,6 +318,15 @@ def test_import_is_a_starting_point(exported: Path) -> None:
     helpers.step(model, helpers.adamw(adapter))
     with pytest.raises(drlora_torch.AttachError, match="starting point"):
         adapter.import_peft(exported)
+
+
+@pytest.mark.parametrize("family", ["llama4", "switch_transformers"])
+def test_other_conventions_are_refused(tmp_path: Path, family: str) -> None:
+    adapter = helpers.attach(families.build(family, torch.float32))
+    for method in (adapter.export_peft, adapter.import_peft):
+        with pytest.raises(drlora_torch.CheckpointError, match="follow the experts interface"):
+            method(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_bad_ranks_and_full_disks(tmp_path: Path) -> None:
