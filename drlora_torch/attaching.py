@@ -65,7 +65,8 @@ def attach(
         layout: ``pooled``: memory of uniform LoRA at r_target, any free slot serves any expert;
             ``masked``: r_max slots per expert, as in the paper. Results are the same.
         dtype: of A and B; default that of the base weights, at least float32.
-        layers: name patterns (``fnmatch``) of the experts modules to adapt; default all.
+        layers: name patterns (``fnmatch``) of the layers to adapt, as ``discover`` names them;
+            default all but routed attention.
         auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.
         newborn: ``corrected``: rows born late move under Adam as if their step count had just
             begun; ``plain``: the optimizer is left alone.
