@@ -8,10 +8,10 @@ of its method then trains the other seeds, and the test split is read only for t
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
