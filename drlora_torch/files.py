@@ -1,7 +1,8 @@
 """One file holds a saved adapter: safetensors, with a JSON description in its header.
 
 The file is written beside its final name, flushed to disk and renamed, so at every moment there is
-the old adapter or the new one, whole. Nothing is ever unpickled.
+the old adapter or the new one, whole. Nothing is ever unpickled. Folders that others fill, such as
+Transformers' checkpoints, are written beside their place too (:func:`folder_written_whole`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(description, dict):
         raise CheckpointError(f"{source} has no readable description")
     return tensors, description
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path, replaces: str) -> Iterator[Path]:
+    """Give an empty folder to write to; afterwards its files take their place in ``path``.
+
+    Older files there that match the pattern ``replaces`` go (a checkpoint may have had more
+    shards). If the writing fails, ``path`` is as it was.
+    """
+    part = path.parent / f".drlora-{uuid.uuid4().hex}.part"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        path.mkdir(exist_ok=True)
+        written = sorted(part.iterdir())
+        for older in set(path.glob(replaces)) - {path / file.name for file in written}:
+            older.unlink()
+        for file in written:
+            os.replace(file, path / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

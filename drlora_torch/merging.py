@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from drlora_torch import files
 from drlora_torch.errors import AttachError, CheckpointError, ModelError
 from drlora_torch.following import OptimizerFollower
 from drlora_torch.models.conventions import convention_of
@@ -214,13 +216,15 @@ class Mergeable:
                 f"{type(self.model).__name__} has no save_pretrained; call adapter.merge() and "
                 "save model.state_dict() yourself"
             )
-        with written(self.layers):
-            try:
-                save_model(os.fspath(path))
-            except OSError as error:
-                raise CheckpointError(
-                    f"could not write a merged model to {path}: {error}"
-                ) from error
+        try:
+            whole = files.folder_written_whole(Path(path), "model*.safetensors*")
+            with whole as folder, written(self.layers):
+                save_model(os.fspath(folder))
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write a merged model to {path}: {error}; what was there before is "
+                "untouched"
+            ) from error
 
     def check_not_merged(self) -> None:
         """Refuse what a merged adapter cannot do."""

@@ -270,15 +270,33 @@ def test_a_failure_while_writing_restores_the_weights(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(model, "save_pretrained", fail)
-    with pytest.raises(drlora_torch.CheckpointError, match="could not write a merged model"):
-        adapter.merge_and_save(tmp_path)
+    def fail_half_way(folder: str) -> None:
+        (Path(folder) / "config.json").write_text("{}")
+        fail()
+
+    (tmp_path / "config.json").write_text("an older checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_pretrained", fail_half_way)
+        with pytest.raises(drlora_torch.CheckpointError, match="could not write a merged model"):
+            adapter.merge_and_save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "an older checkpoint"
     lora = adapter.layers["model.layers.1.mlp.experts"].lora
     monkeypatch.setattr(lora, "delta_weight", fail)
     with pytest.raises(OSError, match="no space"):
         adapter.merge()
     assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
     assert adapter.parameters()
+
+
+def test_a_merged_checkpoint_replaces_an_older_one_of_several_files(tmp_path: Path) -> None:
+    model, adapter = adapted("olmoe")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    (tmp_path / "notes.txt").write_text("mine")
+    adapter.merge_and_save(tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_models_that_are_none_of_transformers() -> None:
