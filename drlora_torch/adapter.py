@@ -67,8 +67,8 @@ class Adapter(Mergeable, AdapterFiles):
         self._paused = False
         self._use_only = False
         self._frozen_seen = False
-        self._backward_seen = False
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.gradients_seen = False  # of the step that is being gathered
         # Filled in by `attach`:
         self.undo: list[Callable[[], None]] = []
         self.counters: dict[str, RoutingCounter] = {}
@@ -183,8 +183,8 @@ class Adapter(Mergeable, AdapterFiles):
             return
         if not self._frozen_seen:
             self._warn_if_frozen()
-        if self._backward_seen and name == next(iter(self.layers)) and self._gradients_dropped():
-            self._forget()
+        if name == next(iter(self.layers)) and self.gradients_dropped():
+            self.forget()
         mask = forward.token_mask(top_k_index.shape[0])
         self.counters[name].add(top_k_index, top_k_weights, mask)
 
@@ -203,18 +203,21 @@ class Adapter(Mergeable, AdapterFiles):
 
     def backward_seen(self, parameter: Tensor) -> None:
         """Note that gradients of this step have begun to arrive."""
-        self._backward_seen = True
+        self.gradients_seen = True
 
-    def _gradients_dropped(self) -> bool:
+    def gradients_dropped(self) -> bool:
         """True if the gradients of the last backward were cleared without an optimizer step."""
+        if not self.gradients_seen:
+            return False
         lora = next(iter(self.layers.values())).lora
         grads = [p.grad for p in lora.parameters() if p.grad is not None]
         return not any(bool(grad.any()) for grad in grads)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget what the step has gathered so far."""
         for counter in self.counters.values():
             counter.reset()
-        self._backward_seen = False
+        self.gradients_seen = False
 
     # -- what the optimizer's step brings ------------------------------------------------------
 
@@ -225,8 +228,8 @@ class Adapter(Mergeable, AdapterFiles):
             self.newborn.after_step(user)
         if self._paused:
             self.newborn.age()
-        elif self.accumulated is None:
-            self._close_step(slots)
+        if self.accumulated is None:
+            self.forget() if self._paused else self._close_step(slots)
 
     def _close_step(self, slots: Mapping[str, Tensor | None]) -> GrowthEvent | None:
         """Give the engine the statistics of one optimizer step and carry out its decision."""
@@ -241,7 +244,7 @@ class Adapter(Mergeable, AdapterFiles):
     def _take_routing(self) -> dict[str, np.ndarray]:
         """Routing totals of the step over all processes, [N + 1] by layer; counting restarts."""
         local = [self.counters[name].totals() for name in self.layers]
-        self._forget()
+        self.forget()
         device = next(iter(self.layers.values())).lora.device
         summed = sum_over_processes(np.concatenate(local), device)
         parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])

@@ -2,7 +2,10 @@
 
 Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B`` [P, O] (row s of
 both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P];
-the engine's arrays as ``{layer}/engine/{field}``; learning routers as ``router/{parameter}``.
+the engine's arrays as ``{layer}/engine/{field}``; learning routers as ``router/{parameter}``; what
+an unfinished step has gathered as ``pending/...``, see :mod:`drlora_torch.pending`.
+
+Format versions: 1 had no pending tensors and is otherwise the same.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, Policy
-from drlora_torch import files, fingerprint
+from drlora_torch import files, fingerprint, pending
 from drlora_torch.adapter import Adapter
 from drlora_torch.attaching import attach
 from drlora_torch.errors import CheckpointError
@@ -27,9 +30,11 @@ from drlora_torch.integrations.beside_peft import unwrapped
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.discovery import discover
 from drlora_torch.options import AdapterOptions, RouterMode
+from drlora_torch.pending import Wanted
 from drlora_torch.slots import FREE, Layout
 
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
@@ -44,6 +49,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
                 tensors[f"{name}/engine/{field}"] = torch.from_numpy(fields.pop(field))
     for name, values in adapter.trained_routers().items():
         tensors[f"router/{name}"] = values
+    tensors |= pending.of(adapter)
     description = {
         "version": VERSION,
         "options": adapter.options.model_dump(mode="json"),
@@ -96,7 +102,9 @@ def load(
     arguments = {**saved.options.model_dump(mode="json"), "layers": list(saved.layers)}
     adapter = attach(model, engine, **arguments)
     _fill(adapter, saved)
-    if not trainable:
+    if trainable:
+        pending.fill(adapter, saved.tensors)
+    else:
         adapter.use_only()
     return adapter
 
@@ -120,6 +128,7 @@ def restore(adapter: Adapter, path: str | os.PathLike[str], *, check_base: bool 
     except LayoutError as error:
         raise CheckpointError(f"{path} does not fit the adapter's engine: {error}") from error
     _fill(adapter, saved)
+    pending.fill(adapter, saved.tensors)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +149,9 @@ def _read(path: Path, model: nn.Module, check_base: bool) -> _Saved:
         layers, options, state = _parts(description, tensors)
         config = AllocatorConfig.model_validate(state["config"])
         _check_model(model, layers, description.get("base") if check_base else None)
-        _check_tensors(tensors, _wanted(model, layers, options, config))
+        wanted = _wanted(model, layers, options, config)
+        _check_tensors(tensors, wanted, pending.allowed(wanted, layers, options.auto_step))
+        pending.check_counts(tensors)
         trial = AllocatorEngine(config)
         trial.load_state_dict(state)
         _check_slots(tensors, layers, options, trial)
@@ -159,20 +170,18 @@ def _layer_tensors(lora: ExpertLoRA, ages: np.ndarray) -> dict[str, Tensor]:
         f"{lora.name}/position": torch.from_numpy(lora.table.position),
         f"{lora.name}/ages": torch.from_numpy(ages),
     }
-    for projection, slots in lora.items():
-        tensors[f"{lora.name}/{projection}/lora_A"] = slots.lora_A
-        tensors[f"{lora.name}/{projection}/lora_B"] = slots.lora_B
-    return tensors
+    return {**tensors, **lora.tensors()}
 
 
 def _parts(
     description: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], AdapterOptions, dict[str, Any]]:
     """Take the description apart; the engine's arrays come back from the tensors."""
-    if description["version"] != VERSION:
+    version = description["version"]
+    if type(version) is not int or version not in READ:
         raise CheckpointError(
-            f"the adapter has format version {description['version']!r}; this drlora reads "
-            f"{VERSION}"
+            f"the adapter has format version {version!r}; this drlora reads {READ[0]} and {READ[1]}"
+            " (what a newer drlora has written needs a newer drlora)"
         )
     state = dict(description["engine"])
     state["layers"] = {name: dict(fields) for name, fields in state["layers"].items()}
@@ -205,10 +214,6 @@ def _check_model(model: nn.Module, layers: Mapping[str, Any], base: object) -> N
     fingerprint.check(model, found, base, "load(..., check_base=False) loads it all the same")
 
 
-Wanted = Mapping[str, tuple[tuple[int, ...], bool]]
-"""Shape of every tensor that must be in a file, and whether it holds floating-point numbers."""
-
-
 def _wanted(
     model: nn.Module, layers: Mapping[str, Any], options: AdapterOptions, config: AllocatorConfig
 ) -> Wanted:
@@ -229,19 +234,23 @@ def _wanted(
     return wanted
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], wanted: Wanted) -> None:
-    """Every tensor that must be there, with its shape and kind; no other; nothing non-finite."""
+def _check_tensors(tensors: Mapping[str, Tensor], wanted: Wanted, optional: Wanted) -> None:
+    """Every tensor that must be there, with its shape and kind; no other; nothing non-finite.
+
+    What is pending may be there too and hold any value: after an overflow the step must be skipped.
+    """
     own = {key: tensor for key, tensor in tensors.items() if "/engine/" not in key}
-    differing = sorted(wanted.keys() ^ own.keys())
+    present = {key: optional[key] for key in own.keys() & optional.keys()}
+    differing = sorted((wanted.keys() | present.keys()) ^ own.keys())
     if differing:
         verb = "lacks" if differing[0] in wanted else "has an unknown"
         raise CheckpointError(f"the adapter {verb} tensor {differing[0]!r}")
-    for key, (shape, floating) in wanted.items():
+    for key, (shape, floating) in {**wanted, **present}.items():
         if tuple(own[key].shape) != shape:
             raise CheckpointError(f"{key} has shape {tuple(own[key].shape)}, not {shape}")
         if not (own[key].is_floating_point() if floating else own[key].dtype == torch.int64):
             raise CheckpointError(f"{key} has a wrong dtype, {own[key].dtype}")
-        if floating and not bool(torch.isfinite(own[key]).all()):
+        if floating and key in wanted and not bool(torch.isfinite(own[key]).all()):
             raise CheckpointError(f"{key} holds values that are not finite")
 
 
@@ -285,9 +294,8 @@ def _fill(adapter: Adapter, saved: _Saved) -> None:
         table.owner = tensors[f"{name}/owner"].numpy().copy()
         table.position = tensors[f"{name}/position"].numpy().copy()
         adapter.newborn.ages[name] = tensors[f"{name}/ages"].numpy().copy()
-        for projection, slots in layer.lora.items():
-            slots.lora_A.copy_(tensors[f"{name}/{projection}/lora_A"])
-            slots.lora_B.copy_(tensors[f"{name}/{projection}/lora_B"])
+        for key, parameter in layer.lora.tensors().items():
+            parameter.copy_(tensors[key])
         layer.lora.refresh()
     for name, parameter in adapter.router_parameters().items():
         parameter.copy_(tensors[f"router/{name}"])

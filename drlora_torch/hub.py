@@ -33,7 +33,8 @@ class AdapterFiles:
         """Write the adapter and the engine's state to a directory, atomically.
 
         Load it with :func:`drlora_torch.load`. A file that is already there is replaced only when
-        the new one is complete.
+        the new one is complete. Between micro-batches of an accumulation, what the step has
+        gathered is saved too.
 
         Args:
             path: the directory.

@@ -58,46 +58,45 @@ class AccumulatedImportance:
     """
 
     def __init__(self, loras: Iterable[ExpertLoRA]) -> None:
-        self._parts: dict[str, dict[int, Tensor]] = {}
+        self.parts: dict[str, Tensor] = {}  # importance of the slots [P] by parameter
+        self._keys: dict[str, list[str]] = {}
         self._late: list[Callable[[], None]] = []
         self._handles: list[RemovableHandle] = []
         for lora in loras:
-            parts = self._parts.setdefault(lora.name, {})
-            for _, projection in lora.items():
-                for parameter in (projection.lora_A, projection.lora_B):
-                    hook = partial(self._arrived, parts)
-                    handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                        hook
-                    )
-                    self._handles.append(handle)
+            self._keys[lora.name] = list(lora.tensors())
+            for key, parameter in lora.tensors().items():
+                handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(self._arrived, key)
+                )
+                self._handles.append(handle)
 
-    def _arrived(self, parts: dict[int, Tensor], parameter: Tensor) -> None:
+    def _arrived(self, key: str, parameter: Tensor) -> None:
         if not several_processes():
-            self._read(parts, parameter)
+            self._read(key, parameter)
             return
         if not self._late:
             # Callbacks run in order at the end of the backward pass; one that is queued by a
             # callback comes after that of DistributedDataParallel, which averages.
             queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(lambda: queue(self._read_late))
-        self._late.append(partial(self._read, parts, parameter))
+        self._late.append(partial(self._read, key, parameter))
 
     def _read_late(self) -> None:
         for read in self._late:
             read()
         self._late.clear()
 
-    @staticmethod
-    def _read(parts: dict[int, Tensor], parameter: Tensor) -> None:
+    def _read(self, key: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        parts[id(parameter)] = mean_sensitivity(parameter, parameter.grad).double()
+        self.parts[key] = mean_sensitivity(parameter, parameter.grad).double()
 
     def take(self, grad_scale: float) -> dict[str, Tensor | None]:
         """Importance of every layer's slots since the last call, for the unscaled gradients."""
         taken: dict[str, Tensor | None] = {}
-        for name, parts in self._parts.items():
-            taken[name] = torch.stack(list(parts.values())).sum(0) / grad_scale if parts else None
-            parts.clear()
+        for name, keys in self._keys.items():
+            parts = [self.parts[key] for key in keys if key in self.parts]
+            taken[name] = torch.stack(parts).sum(0) / grad_scale if parts else None
+        self.parts.clear()
         return taken
 
     def remove(self) -> None:

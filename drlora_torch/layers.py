@@ -110,6 +110,14 @@ class ExpertLoRA(nn.Module):
         """Projections by name."""
         return list(self.projections.items())  # type: ignore[arg-type]
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """A and B of all projections, as files name them: ``{layer}/{projection}/lora_A``."""
+        return {
+            f"{self.name}/{projection}/{part}": parameter
+            for projection, slots in self.items()
+            for part, parameter in (("lora_A", slots.lora_A), ("lora_B", slots.lora_B))
+        }
+
     def birth(self, born: Born) -> None:
         """Initialise slots that the table has just given to experts."""
         for _, projection in self.items():

@@ -155,6 +155,10 @@ class RoutingCounter:
         """Forget what was counted."""
         self._sums, self._tokens = None, 0
 
+    def resume(self, totals: Tensor) -> None:
+        """Go on from what :meth:`totals` gave, float64 [N + 1]."""
+        self._sums, self._tokens = totals[:-1], totals[-1]
+
     @torch.no_grad()
     def add(self, top_k_index: Tensor, top_k_weights: Tensor, mask: Tensor | None) -> None:
         """Count tokens; indices >= N are sentinels and weigh nothing.

@@ -26,7 +26,7 @@ import drlora_torch
 from drlora_torch import files
 from tests.torch import helpers, models
 
-STEPS, MICRO_BATCHES = 12, 2
+BATCHES, MICRO_BATCHES = 16, 2
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 def newest(folder: Path) -> Path | None:
     """A checkpoint has its name only once it is complete."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+    found = sorted(folder.glob("batch-*"), key=lambda path: int(path.name[6:]))
     return found[-1] if found else None
 
 
@@ -56,7 +56,7 @@ def save(
     torch.save(state, temporary / "training.pt")
     (temporary / "losses.json").write_text(json.dumps(losses))
     say("renaming")
-    os.replace(temporary, folder / f"step-{len(losses)}")
+    os.replace(temporary, folder / f"batch-{len(losses)}")
 
 
 def train(folder: Path, optimizer_name: str, say: Say) -> None:
@@ -75,17 +75,15 @@ def train(folder: Path, optimizer_name: str, say: Say) -> None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["generator"])
         losses = json.loads((checkpoint / "losses.json").read_text())
-    for step in range(len(losses), STEPS):
-        total = 0.0
-        for micro in range(MICRO_BATCHES):
-            say("micro-batch")
-            loss = model(**helpers.batch(step * MICRO_BATCHES + micro)).loss / MICRO_BATCHES
-            loss.backward()
-            total += loss.item()
-        say("stepping")
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+    for number in range(len(losses), BATCHES):
+        say("micro-batch")
+        loss = model(**helpers.batch(number)).loss / MICRO_BATCHES
+        loss.backward()
+        losses.append(loss.item())
+        if (number + 1) % MICRO_BATCHES == 0:
+            say("stepping")
+            optimizer.step()
+            optimizer.zero_grad()
         save(folder, adapter, optimizer, losses, say)
 
 
@@ -145,6 +143,7 @@ def main(folder: Path, optimizer_name: str, kills: int, seed: int) -> dict[str, 
     killed.mkdir()
     run(straight, optimizer_name, None, 0.0)
     places: list[str] = []
+    unfinished = 0  # times that the run went on in the middle of an accumulation
     while len(places) < kills:
         # Few words, so that the run survives as many kills as are wanted; sometimes none is over.
         place = run(killed, optimizer_name, rng.randint(1, 9), rng.choice([0, 0, 1, 2, 4]) / 1e3)
@@ -152,7 +151,10 @@ def main(folder: Path, optimizer_name: str, kills: int, seed: int) -> dict[str, 
             shutil.rmtree(killed / newest(killed).name)  # type: ignore[union-attr]
             continue
         places.append(place)
-        if (last := newest(killed)) is not None and int(last.name[5:]) == STEPS:
+        if (last := newest(killed)) is None:
+            continue
+        unfinished += int(last.name[6:]) % MICRO_BATCHES != 0
+        if int(last.name[6:]) == BATCHES:
             for path in killed.iterdir():  # all done: begin again, to be killed more often
                 shutil.rmtree(path)
     run(killed, optimizer_name, None, 0.0)
@@ -160,6 +162,7 @@ def main(folder: Path, optimizer_name: str, kills: int, seed: int) -> dict[str, 
     return {
         "same": want == have,
         "places": places,
+        "unfinished": unfinished,
         "losses": want["losses"],
         "ranks": want["ranks"],
     }

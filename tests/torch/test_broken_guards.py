@@ -141,11 +141,11 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: test_statistics.test_what_must_not_count(),
     ),
     "dropped gradients count": (
-        replace(Adapter, "_gradients_dropped", lambda _: False),
+        replace(Adapter, "gradients_dropped", lambda _: False),
         lambda _: test_statistics.test_dropped_gradients_drop_their_tokens(),
     ),
     "skipped steps count": (
-        replace(Adapter, "_gradients_dropped", lambda _: False),
+        replace(Adapter, "gradients_dropped", lambda _: False),
         lambda _: test_amp.test_a_skipped_step_updates_nothing(False),
     ),
     "fused steps are read scaled": (

@@ -292,7 +292,14 @@ def test_damaged_tensors(saved: Path, change: Callable[..., None], match: str) -
 
 
 DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
-    (_set("version", to=2), "format version 2; this drlora reads 1"),
+    (
+        _set("version", to=3),
+        "format version 3; this drlora reads 1 and 2 .*newer",
+    ),
+    *(
+        (_set("version", to=garbage), "has format version .*; this drlora reads")
+        for garbage in (0, -1, 1.0, True, "2", None, [1], {})
+    ),
     (_drop("version"), "not a complete adapter"),
     (_drop("engine"), "not a complete adapter"),
     (_drop("skipped_steps"), "not a complete adapter"),
