@@ -40,7 +40,7 @@ def check(results: dict[str, Any], kills: int) -> None:
 
 
 def test_a_few_kills(tmp_path: Path) -> None:
-    check(killed(tmp_path, 5, 0, *killing.OPTIMIZERS), 5)
+    check(killed(tmp_path, 3, 0, *killing.OPTIMIZERS), 3)
 
 
 @pytest.mark.slow
