@@ -20,9 +20,10 @@ import torch
 import transformers
 import typer
 from corpus import Kind, collect, digest
+from families import Family, make_model
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel
 from vocabulary import CONTEXT, encode, train_tokenizer
 
 
@@ -58,34 +59,8 @@ def held_out_rows(stream: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.stack([stream[s : s + CONTEXT] for s in starts])
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, aux: float) -> OlmoeForCausalLM:
-    """Return a freshly initialised model; at this width the usual 0.02 starts too near zero."""
-    config = OlmoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        num_experts=16,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=2 * CONTEXT,
-        tie_word_embeddings=True,
-        initializer_range=0.06,
-        router_aux_loss_coef=aux,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(seed)
-    model = OlmoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")
-    return model
-
-
 @torch.no_grad()
-def losses(model: OlmoeForCausalLM, rows: dict[str, torch.Tensor]) -> dict[str, float]:
+def losses(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return the mean loss per token of each kind, without the balancing loss."""
     model.eval()
     found = {
@@ -114,7 +89,7 @@ def imbalance(routing: torch.Tensor, chosen: int) -> torch.Tensor:
     return per_layer.mean()
 
 
-def optimizer_for(model: OlmoeForCausalLM, plan: Plan) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel, plan: Plan) -> torch.optim.AdamW:
     """Return AdamW that decays matrices, but neither norms nor the (tied) embedding."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -128,7 +103,7 @@ def optimizer_for(model: OlmoeForCausalLM, plan: Plan) -> torch.optim.AdamW:
 
 
 def train(
-    model: OlmoeForCausalLM,
+    model: PreTrainedModel,
     streams: dict[str, torch.Tensor],
     rows: dict[str, torch.Tensor],
     plan: Plan,
@@ -170,7 +145,7 @@ def _batch(streams: dict[str, torch.Tensor], rows: int, generator: torch.Generat
 
 
 def _step(
-    model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor, plan: Plan
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: torch.Tensor, plan: Plan
 ) -> float:
     """Take one optimizer step; return the loss without the balancing loss."""
     output = model.model(input_ids=batch, output_router_logits=True)
@@ -185,7 +160,7 @@ def _step(
 
 
 def results(
-    model: OlmoeForCausalLM,
+    model: PreTrainedModel,
     kinds: list[Kind],
     streams: dict[str, torch.Tensor],
     rows: dict[str, torch.Tensor],
@@ -220,6 +195,10 @@ def main(
     aux: Annotated[float, typer.Option(help="Weight of the balancing loss.")] = 0.02,
     vocabulary: Annotated[int, typer.Option(min=300, help="Size of the vocabulary.")] = 1536,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    family: Annotated[Family, typer.Option(help="Architecture of the model.")] = Family.olmoe,
+    tokenizer_from: Annotated[
+        Path | None, typer.Option(help="Take this model's tokenizer instead of training one.")
+    ] = None,
 ) -> None:
     """Pretrain the embedded model on text of this Python installation; about 15 minutes.
 
@@ -228,16 +207,21 @@ def main(
     torch.set_num_threads(threads)
     plan = Plan(steps, minutes, rows_per_kind, learning_rate, aux)
     kinds = collect(seed)
-    tokenizer = train_tokenizer(kinds, vocabulary)
+    if tokenizer_from is None:
+        tokenizer = train_tokenizer(kinds, vocabulary)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
     streams = {k.name: encode(tokenizer, [d.text for d in k.train]) for k in kinds}
     rows = {
         k.name: held_out_rows(encode(tokenizer, [d.text for d in k.held_out]), 32) for k in kinds
     }
-    model = make_model(tokenizer, seed, aux)
+    model = make_model(tokenizer, seed, aux, family)
     curve, taken, seconds = train(model, streams, rows, plan, seed)
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     figures = {
+        "family": family.value,
+        "tokenizer_from": None if tokenizer_from is None else tokenizer_from.as_posix(),
         "seed": seed,
         "steps": taken,
         "seconds": round(seconds, 1),

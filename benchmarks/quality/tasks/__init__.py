@@ -1,0 +1,67 @@
+"""What the methods are compared on: generated tasks that differ in what they ask of experts.
+
+Knowledge (``codes``), skills (``strings``, ``notation``), a new domain (``language``), two at once
+(``mixture``), and any .jsonl file. ``cipher`` and ``calendar`` are for confirmation only: nothing
+was developed or tuned on them. ``python -m benchmarks.quality.tasks`` shows them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from benchmarks.quality.tasks.files import read_task
+from benchmarks.quality.tasks.language import language
+from benchmarks.quality.tasks.skills import calendar, cipher, notation, strings
+from benchmarks.quality.tasks.task import Row, Task
+
+__all__ = ["DEVELOPMENT", "HELD_OUT", "Row", "Task", "load_task"]
+
+
+def codes() -> Task:
+    """The embedded default task: invented code books that spell digits; mostly knowledge."""
+    from drlora_torch.embedded import TEST_FILE, TRAIN_FILE
+
+    return replace(read_task(f"{TRAIN_FILE},{TEST_FILE}"), name="codes")
+
+
+def mixture() -> Task:
+    """Half ``codes``, half ``strings``, in turns."""
+    first, second = codes().splits, strings().splits
+    halves = {
+        split: tuple(
+            row
+            for pair in zip(first[split], second[split], strict=False)
+            for row in pair  # the longer one's rest is left out
+        )
+        for split in first
+    }
+    return Task("mixture", **halves)
+
+
+DEVELOPMENT: dict[str, Callable[[], Task]] = {
+    "codes": codes,
+    "strings": strings,
+    "notation": notation,
+    "language": language,
+    "mixture": mixture,
+}
+HELD_OUT: dict[str, Callable[[], Task]] = {"cipher": cipher, "calendar": calendar}
+
+
+def load_task(name_or_path: str) -> Task:
+    """Return a task by name, or read it from ``rows.jsonl`` or ``train.jsonl,test.jsonl``.
+
+    Equal arguments give equal rows in the same order; no global random state is used.
+
+    Raises:
+        ValueError: no such task, or the file's rows cannot be used.
+    """
+    makers = DEVELOPMENT | HELD_OUT
+    if name_or_path in makers:
+        return makers[name_or_path]()
+    if name_or_path.endswith(".jsonl"):
+        return read_task(name_or_path)
+    raise ValueError(
+        f"there is no task {name_or_path!r}; accepted: {', '.join(makers)}, or a .jsonl file"
+    )
