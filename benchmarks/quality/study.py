@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomllib
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from drlora_core.errors import DRLoRAError, near_misses
+
+PROFILES = Path(__file__).parent / "profiles"
+PER_METHOD = {"betas", "warmup", "growth_end", "events", "max_growth"}
+
+
+class StudyError(DRLoRAError):
+    """A study, or a file of one, that cannot be used."""
 
 
 class Frozen(BaseModel):
@@ -34,19 +43,35 @@ class Method(Frozen):
     """Options of ``drlora_torch.attach`` that differ from the defaults."""
     policy: str | None = None
     """Name of a policy of ``policies.py`` that drlora does not have built in."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of Training that differ from the study's, of those in ``PER_METHOD``: what may differ
+    while steps, data and budget stay the same."""
     upper_bound: bool = False
-    """True for a method that is given more rank than the budget (r_max everywhere)."""
+    """True for a method that is given more rank than the budget: r_max everywhere."""
+
+    @field_validator("training")
+    @classmethod
+    def _may_differ(cls, training: dict[str, Any]) -> dict[str, Any]:
+        for name in training.keys() - PER_METHOD:
+            raise ValueError(
+                f"{name!r} must be the same for all methods of a study; one method may change "
+                f"{', '.join(sorted(PER_METHOD))}"
+            )
+        return training
 
 
 class Training(Frozen):
     """What all methods of a study have in common."""
 
     steps: int = Field(ge=1)
+    """Optimizer steps."""
     batch_size: int = Field(ge=1)
+    """Rows per forward pass."""
     accumulation: int = Field(default=1, ge=1)
+    """Passes per optimizer step."""
     max_tokens: int = Field(default=256, ge=8)
     """Rows are cut to this many tokens."""
-    schedule: str = "linear"
+    schedule: Literal["constant", "linear"] = "linear"
     """Of the learning rate: ``constant``, or ``linear`` to 0 after 5 % of warmup."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
@@ -59,9 +84,18 @@ class Training(Frozen):
     warmup: float = 0.1
     """Share of the steps before growth may begin."""
     growth_end: float = 0.6
-    events: int = 8
+    """Share of the steps at which growth has ended."""
+    events: int = Field(default=8, ge=1)
+    """Growth events, evenly between the two."""
     max_growth: int | None = None
-    dtype: str = "float32"
+    """Most rank per expert and event; None: who wins every event reaches r_max at the last."""
+    evaluations: int = Field(default=4, ge=1)
+    """Points of the curve of validation loss, the last at the end."""
+    evaluation_rows: int = Field(default=256, ge=1)
+    """Validation and test splits are cut to their first rows."""
+    evaluation_batch: int = Field(default=64, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base model; LoRA has at least float32."""
     device: str = "cpu"
 
 
@@ -132,11 +166,62 @@ class Study(Frozen):
     @field_validator("methods", mode="before")
     @classmethod
     def _named(cls, methods: Any) -> Any:
-        from benchmarks.quality.methods import METHODS
+        return [named(method) if isinstance(method, str) else method for method in methods]
 
-        return [METHODS[m] if isinstance(m, str) and m in METHODS else m for m in methods]
+    @field_validator("methods")
+    @classmethod
+    def _differ(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        names = [method.name for method in methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two methods are named {name!r}")
+        return methods
+
+
+def named(name: str) -> Method:
+    """A method of the table.
+
+    Raises:
+        StudyError: there is none of that name.
+    """
+    from benchmarks.quality.methods import METHODS
+
+    if name not in METHODS:
+        raise StudyError(f"no method {name!r}; {near_misses(name, METHODS)}")
+    return METHODS[name]
+
+
+def find(profile: str) -> Path:
+    """The file of a profile: of its name in ``profiles/``, or a path.
+
+    Raises:
+        StudyError: there is neither.
+    """
+    known = {path.stem: path for path in sorted(PROFILES.glob("*.toml"))}
+    if profile in known:
+        return known[profile]
+    if Path(profile).is_file():
+        return Path(profile)
+    raise StudyError(f"no profile {profile!r}, and no such file; {near_misses(profile, known)}")
 
 
 def load(path: Path) -> Study:
-    """Read a study from its file."""
-    return Study.model_validate(tomllib.loads(path.read_text()))
+    """Read a study from its file.
+
+    Raises:
+        StudyError: it is no TOML, or not a study.
+    """
+    try:
+        return Study.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path}: {error}") from None
+    except ValidationError as error:
+        raise StudyError(f"{path}: {sentence(error)}") from None
+
+
+def sentence(error: ValidationError) -> str:
+    """What is wrong, one clause per mistake."""
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
+        for each in error.errors()
+    )

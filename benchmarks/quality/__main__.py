@@ -1,0 +1,150 @@
+"""``python -m benchmarks.quality``: run a study, and report on its results."""
+
+# typer reads these annotations at run time, where Python 3.10 wants Optional.
+# ruff: noqa: UP045
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from typer import Argument, Option
+
+from benchmarks.quality import study as studies
+
+RESULTS = Path(__file__).parent / "results"
+
+Profile = Annotated[
+    str,
+    Argument(
+        help=f"One of {', '.join(sorted(p.stem for p in studies.PROFILES.glob('*.toml')))}, "
+        "or the path of a study file."
+    ),
+]
+Models = Annotated[
+    Optional[list[str]],
+    Option("--model", help="Hugging Face id or folder in place of the profile's; may be repeated."),
+]
+Tasks = Annotated[
+    Optional[list[str]],
+    Option("--task", help="Task or .jsonl file in place of the profile's; may be repeated."),
+]
+Methods = Annotated[
+    Optional[list[str]],
+    Option("--method", help="Only this method, of the profile or the table; may be repeated."),
+]
+Seeds = Annotated[Optional[str], Option(help="Seeds of the report, such as 0,1,2.")]
+Device = Annotated[Optional[str], Option(help="cpu, cuda, cuda:1 ...")]
+Workers = Annotated[
+    Optional[int],
+    Option(min=1, help="Processes (default: one per core, on other devices 1)."),
+]
+Output = Annotated[
+    Optional[Path],
+    Option(help="Results file (default: benchmarks/quality/results/PROFILE.jsonl)."),
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Check, say how many runs there are, do none.")]
+
+app = typer.Typer(
+    help="Does it work? The claims of DR-LoRA, measured: methods x tasks x seeds x learning rates.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None: ...
+
+
+@app.command()
+def run(
+    profile: Profile,
+    model: Models = None,
+    task: Tasks = None,
+    method: Methods = None,
+    seeds: Seeds = None,
+    device: Device = None,
+    workers: Workers = None,
+    output: Output = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Do the runs of a study that are not done yet; it may be stopped and started again."""
+    # A kill is as good as Ctrl-C: worker processes end, finished runs are on the disk.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        study = _chosen(studies.load(studies.find(profile)), model, task, method, seeds, device)
+        output = output or RESULTS / f"{study.name}.jsonl"
+        failures = _carry_out(study, output, workers, dry_run)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished runs are kept, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    if failures:
+        many = "1 run" if failures == 1 else f"{failures} runs"
+        typer.echo(f"{many} failed, see above; the same command does them again", err=True)
+        raise typer.Exit(1)
+
+
+def _carry_out(study: studies.Study, output: Path, workers: int | None, dry_run: bool) -> int:
+    """Do the runs; return how many failed."""
+    from benchmarks.quality.expansion import size
+    from benchmarks.quality.runner import check, conduct
+
+    console = Console()
+    console.print(f"{study.name}: {study.description}", markup=False, highlight=False)
+    console.print(f"{size(study)} runs, to {output}", markup=False, soft_wrap=True)
+    if dry_run:
+        check(study)
+        return 0
+    on_cpu = study.training.device == "cpu"
+    return len(conduct(study, output, workers or ((os.cpu_count() or 1) if on_cpu else 1), console))
+
+
+def _chosen(
+    study: studies.Study,
+    model: list[str] | None,
+    task: list[str] | None,
+    method: list[str] | None,
+    seeds: str | None,
+    device: str | None,
+) -> studies.Study:
+    """The study with what the command line says otherwise."""
+    changes: dict[str, Any] = {}
+    if model:
+        changes["models"] = tuple(model)
+    if task:
+        changes["tasks"] = tuple(task)
+    if method:
+        own = {each.name: each for each in study.methods}
+        changes["methods"] = tuple(own.get(name) or studies.named(name) for name in method)
+    if seeds:
+        changes["seeds"] = _numbers(seeds)
+    if device:
+        changes["training"] = study.training.model_copy(update={"device": device})
+    return study.model_copy(update=changes)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise studies.StudyError(
+            f"--seeds takes whole numbers with commas, such as 0,1,2, got {text!r}"
+        ) from None
+
+
+if importlib.util.find_spec("benchmarks.quality.report") is not None:
+    from benchmarks.quality.report import report
+
+    app.command()(report)
+
+if __name__ == "__main__":
+    app()

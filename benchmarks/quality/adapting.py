@@ -1,0 +1,194 @@
+"""Put a method's trainable parameters into a model, and take them out again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import drlora_torch
+from benchmarks.quality.policies import POLICIES
+from benchmarks.quality.study import Method, StudyError
+from drlora_core import AllocatorConfig, AllocatorEngine
+from drlora_core.errors import near_misses
+
+Arrays = Mapping[str, np.ndarray]
+Profile = Callable[[], Arrays]
+"""Measures phi [N] by layer on the training rows; called by the methods that need it."""
+
+
+class RefusedError(Exception):
+    """A library cannot adapt this model at all; the text is its own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adapted:
+    """A model that is ready to train."""
+
+    model: nn.Module
+    parameters: Sequence[nn.Parameter]
+    ranks: Callable[[], Arrays]
+    """Ranks now, [N] by layer."""
+    trained: Callable[[], int]
+    """Parameters that are trained now."""
+    engine: AllocatorEngine | None = None
+
+
+@contextlib.contextmanager
+def adapted(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Inside, the model is adapted by the method; afterwards it is as it was, bit for bit.
+
+    Args:
+        method: what to do.
+        model: with mixture-of-experts layers.
+        config: of the allocation.
+        alpha: scaling is alpha / r_target.
+        profile: measures routing before training.
+
+    Raises:
+        RefusedError: the method's library does not adapt such models.
+        StudyError: no such kind of method or policy.
+    """
+    if method.kind not in KINDS:
+        raise StudyError(f"no kind of method {method.kind!r}; {near_misses(method.kind, KINDS)}")
+    with KINDS[method.kind](method, model, config, alpha, profile) as ready:
+        yield ready
+
+
+def policy_of(method: Method) -> Any:
+    """A policy of ours, or None where drlora has it built in.
+
+    Raises:
+        StudyError: there is none of that name.
+    """
+    if method.policy is not None and method.policy not in POLICIES:
+        raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, POLICIES)}")
+    return None if method.policy is None else POLICIES[method.policy]
+
+
+@contextlib.contextmanager
+def _drlora(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    engine = AllocatorEngine(config, policy=policy_of(method))
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _static_profile(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """The only event comes before the first step and sees the profile; attach takes its ranks."""
+    engine = AllocatorEngine(config, policy=policy_of(method))
+    phi = profile()
+    for name, frequency in phi.items():
+        engine.add_layer(name, num_experts=frequency.size)
+    for name, frequency in phi.items():
+        engine.observe(name, routing=frequency, importance=np.ones_like(frequency))
+    engine.step()
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _attached(
+    method: Method, model: nn.Module, engine: AllocatorEngine, alpha: float
+) -> Iterator[Adapted]:
+    adapter = drlora_torch.attach(model, engine, alpha=alpha, **method.attach)
+
+    def trained() -> int:
+        lora = sum(
+            int(ranks.sum()) * sum(sum(shape) for shape in layer.record.projections.values())
+            for (name, layer), ranks in zip(
+                adapter.layers.items(), adapter.ranks().values(), strict=True
+            )
+        )
+        return lora + sum(p.numel() for p in adapter.router_parameters().values())
+
+    try:
+        yield Adapted(model, adapter.parameters(), adapter.ranks, trained, engine)
+    finally:
+        adapter.detach()
+
+
+@contextlib.contextmanager
+def _peft_lora(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """PEFT's LoRA by ``target_parameters``, starting from the rows of A that ours starts from."""
+    from peft import PeftModel
+
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Transformers has renamed what PEFT calls
+        adapter = drlora_torch.attach(model, AllocatorEngine(config), alpha=alpha, **method.attach)
+        try:
+            ranks = adapter.ranks()
+            adapter.export_peft(Path(folder) / "start")
+        finally:
+            adapter.detach()
+        wrapped = PeftModel.from_pretrained(model, Path(folder) / "start", is_trainable=True)
+    try:
+        parameters = [p for p in wrapped.parameters() if p.requires_grad]
+        trained = sum(parameter.numel() for parameter in parameters)
+        yield Adapted(wrapped, parameters, lambda: ranks, lambda: trained)
+    finally:
+        wrapped.unload()
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def _peft_adalora(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """PEFT's AdaLoRA, asked in each of the ways in which PEFT can be told of experts."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    records = drlora_torch.discover(model)
+    targets = [f"{record.name}.{name}" for record in records for name in record.projections]
+    kinds = sorted({target.rpartition(".")[2] for target in targets})
+    for way in ({"target_parameters": targets}, {"target_modules": kinds}):
+        try:
+            get_peft_model(
+                model,
+                AdaLoraConfig(
+                    init_r=2 * config.r_target,
+                    target_r=config.r_target,
+                    lora_alpha=alpha,
+                    tinit=1,
+                    tfinal=1,
+                    total_step=4,
+                    **way,
+                ),
+            )
+        except Exception as error:  # whatever PEFT says is the finding
+            refusal = f"{next(iter(way))}: {type(error).__name__}: {error}"
+            if "target_parameters" in way:
+                first = refusal
+            continue
+        raise StudyError(
+            f"PEFT's AdaLoRA takes {next(iter(way))} of this model now, so it can be compared; "
+            "write the kind 'peft_adalora' of benchmarks/quality/adapting.py"
+        )
+    raise RefusedError(f"{first}; {refusal}")
+    yield  # makes this a generator
+
+
+KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] = {
+    "drlora": _drlora,
+    "static_profile": _static_profile,
+    "peft_lora": _peft_lora,
+    "peft_adalora": _peft_adalora,
+}
+"""What ``Method.kind`` may be."""

@@ -1,0 +1,67 @@
+"""From a method and the training that all methods share to the configuration of its allocation."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from benchmarks.quality.study import Method, StudyError, Training, sentence
+from drlora_core import AllocatorConfig
+
+STATIC = {"static_profile"}
+"""Kinds whose ranks are given before training, at one event that precedes it."""
+
+
+def training_of(method: Method, shared: Training) -> Training:
+    """The study's training, with what the method does otherwise."""
+    return Training.model_validate({**shared.model_dump(), **method.training})
+
+
+def allocator_config(method: Method, training: Training, seed: int) -> AllocatorConfig:
+    """The allocation of a run.
+
+    The window is that of ``Training``; ``prune`` starts at 2 x r_target, an upper bound has r_max
+    everywhere, and an expert that wins every event reaches r_max at the last one.
+
+    Args:
+        method: whose ``config`` is taken last.
+        training: already with what the method does otherwise, see :func:`training_of`.
+        seed: of the rows of A and of policy ``random``.
+
+    Raises:
+        StudyError: the steps are too few for the events, or drlora refuses the configuration.
+    """
+    fields = {
+        "r_init": training.r_init,
+        "r_target": training.r_max if method.upper_bound else training.r_target,
+        "r_max": training.r_max,
+        **_window(training),
+        "seed": seed,
+        **method.config,
+    }
+    if method.kind in STATIC:
+        fields |= {"warmup_steps": 0, "growth_interval": 1, "growth_end": 1}
+    elif fields.get("policy") == "prune":
+        fields["r_init"] = method.config.get("r_init", 2 * training.r_target)
+    elif "max_growth" not in method.config:
+        to_grow = fields["r_max"] - fields["r_init"]
+        fields["max_growth"] = training.max_growth or max(-(-to_grow // training.events), 1)
+    try:
+        return AllocatorConfig.model_validate(fields)
+    except ValidationError as error:
+        raise StudyError(f"method {method.name!r}: {sentence(error)}") from None
+
+
+def _window(training: Training) -> dict[str, int]:
+    """Steps of the events: exactly ``events``, the last at ``growth_end`` or just before."""
+    warmup = round(training.warmup * training.steps)
+    interval = (round(training.growth_end * training.steps) - warmup) // training.events
+    if interval < 1:
+        raise StudyError(
+            f"{training.events} growth events do not fit between {training.warmup:.0%} and "
+            f"{training.growth_end:.0%} of {training.steps} steps; use more steps or fewer events"
+        )
+    return {
+        "warmup_steps": warmup,
+        "growth_interval": interval,
+        "growth_end": warmup + training.events * interval,
+    }

@@ -1,0 +1,58 @@
+"""A results file: one JSON line per finished run, appended as they finish."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from benchmarks.quality.study import RunRecord, StudyError
+
+
+def read(path: Path) -> list[RunRecord]:
+    """Read the runs of a file, oldest first; none where there is no file.
+
+    A last line without its end is of a run that was interrupted while it was written: it is left
+    out.
+
+    Raises:
+        StudyError: another line is not a run.
+    """
+    if not path.exists():
+        return []
+    records = []
+    *lines, _cut = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(RunRecord.model_validate_json(line))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise StudyError(
+                f"{path}, line {number} is not a run: {reason}; delete the line to do it again"
+            ) from None
+    return records
+
+
+def mend(path: Path) -> int:
+    """Cut off a last line without its end, so that the next one begins a line.
+
+    Returns:
+        How many bytes were cut off.
+    """
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return len(content) - len(whole)
+
+
+def append(path: Path, record: RunRecord) -> None:
+    """Add a run; it is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(record.model_dump_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
