@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from benchmarks.quality.study import RunRecord, StudyError
+from benchmarks.quality.study import RunRecord, StudyError, sentence
 
 
 def read(path: Path) -> list[RunRecord]:
@@ -27,9 +27,9 @@ def read(path: Path) -> list[RunRecord]:
         try:
             records.append(RunRecord.model_validate_json(line))
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
             raise StudyError(
-                f"{path}, line {number} is not a run: {reason}; delete the line to do it again"
+                f"{path}, line {number} is not a run: {sentence(error)}; delete the line to do it "
+                "again"
             ) from None
     return records
 

@@ -1,0 +1,152 @@
+"""One factor at a time: the methods that differ from DR-LoRA in a single option."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.quality.cells import Rows, interval
+from benchmarks.quality.claims import DRLORA, Comparison, compare
+from benchmarks.quality.runs import Results, Setting
+from benchmarks.quality.study import Method, Training
+from drlora_core import AllocatorConfig
+
+COMPONENTS = {"use_routing", "use_importance", "policy", "scope"}
+"""Options that make another method rather than the same one with another setting."""
+WRITTEN_AS = {"warmup_steps": "warmup", "growth_interval": "events"}
+"""Fields of AllocatorConfig that a study gives in another unit (a share, a number of events)."""
+NOT_STUDIED = {"r_target", "r_max", "seed"}
+"""The budget, an equal limit for all, and the seed."""
+
+
+def overrides(method: Method) -> dict[str, Any]:
+    """All options in which a method differs from its study."""
+    return {**method.config, **method.attach, **method.training}
+
+
+def factor(method: Method, reference: Method) -> tuple[str, Any] | None:
+    """The one option, and its value, in which a method differs from the reference; None: not one.
+
+    Example:
+        >>> gamma = Method(name="gamma_0", config={"gamma": 0.0})
+        >>> factor(gamma, Method(name="drlora"))
+        ('gamma', 0.0)
+        >>> factor(Method(name="mine", policy="mine"), Method(name="drlora"))
+    """
+    if (method.kind, method.policy) != (reference.kind, reference.policy):
+        return None
+    ours, theirs = overrides(method), overrides(reference)
+    different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    if method.upper_bound or len(different) != 1 or different[0] not in ours:
+        return None
+    return different[0], ours[different[0]]
+
+
+def factors(results: Results, reference: str = DRLORA) -> dict[str, dict[str, Any]]:
+    """Option to {method name: value}, for all methods that ran and differ in that option alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for cells in results.cells.values():
+        if reference not in cells:
+            continue
+        for name, cell in cells.items():
+            single = factor(cell.method, cells[reference].method)
+            if single is not None:
+                found.setdefault(single[0], {})[name] = single[1]
+    return {option: dict(sorted(found[option].items(), key=_by_value)) for option in sorted(found)}
+
+
+def _by_value(item: tuple[str, Any]) -> tuple[bool, float, str]:
+    name, value = item
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not number, float(value) if number else 0.0, name
+
+
+def reference_value(option: str, results: Results, reference: str = DRLORA) -> Any:
+    """What DR-LoRA itself has for the option in these results."""
+    for setting, cells in results.cells.items():
+        if reference in cells:
+            return _value(option, cells[reference].method, setting.training)
+    return None
+
+
+def _value(option: str, method: Method, training: Training) -> Any:
+    if option in overrides(method):
+        return overrides(method)[option]
+    if option in Training.model_fields:
+        return getattr(training, option)
+    if option in AllocatorConfig.model_fields:
+        return AllocatorConfig.model_fields[option].default
+    import drlora_torch
+
+    parameter = inspect.signature(drlora_torch.attach).parameters.get(option)
+    return None if parameter is None else parameter.default
+
+
+def against_reference(results: Results, method: str) -> Comparison:
+    """A variant against DR-LoRA itself."""
+    return compare(results, method, DRLORA)
+
+
+def main_methods(results: Results, settings: Iterable[Setting]) -> list[str]:
+    """The methods that are not DR-LoRA with one option changed; those have a table of their own."""
+    varied = factors(results).items()
+    options = {name for option, by in varied if option not in COMPONENTS for name in by}
+    return [name for name in results.methods(settings) if name not in options]
+
+
+def sensitivity(results: Results) -> Rows:
+    """Every option that was varied alone: its effect on DR-LoRA's test loss."""
+    rows = []
+    for option, by in factors(results).items():
+        if option in COMPONENTS:
+            continue
+        for name, value in by.items():
+            found = against_reference(results, name)
+            if found.groups:
+                rows.append(
+                    {
+                        "Option": option,
+                        "DR-LoRA has": str(reference_value(option, results)),
+                        "Instead": str(value),
+                        "Effect on test loss": interval(found.here),
+                        "Settings": str(len(found.groups)),
+                        "Runs better": f"{found.wins}/{found.here.count}",
+                        "So": _so(found),
+                    }
+                )
+    return rows
+
+
+def _so(found: Comparison) -> str:
+    return {-1: "better", 1: "worse", 0: "undecided"}[found.here.side]
+
+
+def defaults(results: Results) -> Rows:
+    """Every field of AllocatorConfig with its default and what the runs say about others."""
+    varied = factors(results)
+    rows = []
+    for name, field in AllocatorConfig.model_fields.items():
+        if name in NOT_STUDIED:
+            continue
+        keys = [key for key in (name, WRITTEN_AS.get(name)) if key in varied]
+        tried = {key: varied[key] for key in keys if key is not None}
+        rows.append(
+            {
+                "Field": f"`{name}`",
+                "Default": str(field.default),
+                "Evidence": _sentence(results, tried) or "not varied",
+            }
+        )
+    return rows
+
+
+def _sentence(results: Results, tried: dict[str, dict[str, Any]]) -> str:
+    parts = []
+    for key, by in tried.items():
+        has = reference_value(key, results)
+        for name, value in by.items():
+            found = against_reference(results, name)
+            if found.groups:
+                parts.append(f"{key} {value} for {has}: {interval(found.here)}, {_so(found)}")
+    return "; ".join(parts)

@@ -1,0 +1,72 @@
+"""Pictures in characters, for docs/results.md: they need no image file and differ line by line.
+
+Pixels would need matplotlib or a browser for plotly's images; the report has neither. Interactive
+figures are in the page of ``--html``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.quality.statistics import Estimate
+
+WIDTH = 61
+SHADES = " ·▁▂▃▄▅▆▇█"
+
+
+def intervals(estimates: Mapping[str, Estimate]) -> str:
+    """Means (●) and 95 % intervals (─) on one axis with its zero (│), a line each.
+
+    Example:
+        >>> print(intervals({"a": Estimate(-1.0, -2.0, 0.0, 5)}))  # doctest: +ELLIPSIS
+        a ├──...●...
+    """
+    shown = {name: found for name, found in estimates.items() if found.count}
+    if not shown:
+        return ""
+    ends = [0.0]
+    for found in shown.values():
+        ends += [value for value in (found.mean, found.low, found.high) if np.isfinite(value)]
+    low, high = min(ends), max(ends)
+    scale = (WIDTH - 1) / (high - low or 1.0)
+    margin = max(map(len, shown))
+    lines = [f"{name:{margin}} {_line(found, low, scale)}" for name, found in shown.items()]
+    axis = f"{low:+.3f}".ljust(WIDTH - 6) + f"{high:+.3f}"
+    return "\n".join([*lines, f"{'':{margin}} {axis}"])
+
+
+def _line(found: Estimate, low: float, scale: float) -> str:
+    def at(value: float) -> int:
+        return round((value - low) * scale)
+
+    line = [" "] * WIDTH
+    line[at(0.0)] = "│"
+    if np.isfinite(found.low):
+        left, right = at(found.low), at(found.high)
+        line[left : right + 1] = ["─"] * (right + 1 - left)
+        line[left], line[right] = "├", "┤"
+    line[at(found.mean)] = "●"
+    return "".join(line).rstrip()
+
+
+def heat_map(ranks: Mapping[str, np.ndarray], relevance: Mapping[str, np.ndarray]) -> str:
+    """Final ranks of the experts as numbers, a line per layer, with their relevance as shades.
+
+    Args:
+        ranks: mean final rank of every expert [N] by layer.
+        relevance: known relevance of every expert [N] by layer, 0 or more.
+    """
+    lines = []
+    margin = max(map(len, ranks))
+    for layer, values in ranks.items():
+        lines.append(f"{layer:{margin}} rank      " + " ".join(f"{v:4.1f}" for v in values))
+        known = np.asarray(relevance.get(layer, np.zeros(len(values))), dtype=float)
+        lines.append(f"{'':{margin}} relevance " + " ".join(f"{s:>4}" for s in _shades(known)))
+    return "\n".join(lines)
+
+
+def _shades(values: np.ndarray) -> Sequence[str]:
+    top = values.max() or 1.0
+    return [SHADES[int(np.ceil(v / top * (len(SHADES) - 1)))] * 2 for v in values]

@@ -1,0 +1,215 @@
+"""The runs of results files, ordered for comparison: setting, method, learning rate, seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.quality import results_file
+from benchmarks.quality.study import Method, RunRecord, RunSpec, StudyError, Training
+from benchmarks.quality.tasks import HELD_OUT
+
+Metric = Callable[[RunRecord], float]
+HELD_OUT_FILES = "heldout"
+"""Results files whose name begins so hold runs that no decision was taken on, as do the tasks that
+were made for it."""
+
+
+def test_loss(record: RunRecord) -> float:
+    """Nats per completion token of the test split."""
+    return record.test_loss
+
+
+def exact_match(record: RunRecord) -> float:
+    """Exact match on the test split in points, 0 to 100."""
+    return 100 * record.test_exact_match
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where methods may be compared: the same model, task and training."""
+
+    model: str
+    task: str
+    training: Training
+    held_out: bool = False
+    """Whether no decision was taken on these runs."""
+
+    @property
+    def label(self) -> str:
+        """Short name; of a file or folder only the last part."""
+        return f"{_last_part(self.model)} / {_last_part(self.task)}"
+
+
+def _last_part(name: str) -> str:
+    path = Path(name.split(",", maxsplit=1)[0])
+    return path.stem if path.suffix == ".jsonl" else path.name if path.is_absolute() else name
+
+
+@dataclass
+class Cell:
+    """The runs of one method in one setting, by learning rate and seed."""
+
+    method: Method
+    runs: dict[float, dict[int, RunRecord]] = field(default_factory=dict)
+
+    @cached_property
+    def refused(self) -> str | None:
+        """Why the method cannot run here, or None."""
+        return next((r.refused for seeds in self.runs.values() for r in seeds.values()), None)
+
+    @cached_property
+    def tuning_seeds(self) -> tuple[int, ...]:
+        """The seeds on which every learning rate ran."""
+        return tuple(sorted(set.intersection(*(set(seeds) for seeds in self.runs.values()))))
+
+    @cached_property
+    def rate(self) -> float | None:
+        """The learning rate with the lowest mean validation loss over the tuning seeds."""
+        return self.best(self.runs)
+
+    def best(self, rates: Collection[float]) -> float | None:
+        """The best of some rates; None if the method was refused or has none of them."""
+        rates = [rate for rate in sorted(rates) if rate in self.runs]
+        if self.refused or not rates or not self.tuning_seeds:
+            return None
+        return min(rates, key=self.validation)
+
+    def validation(self, rate: float) -> float:
+        """Mean validation loss at a rate, over the tuning seeds."""
+        return float(np.mean([self.runs[rate][s].validation_loss for s in self.tuning_seeds]))
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the smallest or largest that was tried."""
+        return len(self.runs) > 1 and self.rate in (min(self.runs), max(self.runs))
+
+    def chosen(self) -> dict[int, RunRecord]:
+        """The runs at the best rate by seed; those that diverged are left out."""
+        return {} if self.rate is None else self.at(self.rate)
+
+    def at(self, rate: float) -> dict[int, RunRecord]:
+        """The runs at a rate by seed; those that diverged are left out."""
+        runs = sorted(self.runs.get(rate, {}).items())
+        return {seed: r for seed, r in runs if not r.diverged and r.refused is None}
+
+    def diverged(self) -> int:
+        """How many runs at the best rate diverged."""
+        runs = self.runs[self.rate].values() if self.rate is not None else ()
+        return sum(record.diverged for record in runs)
+
+    def values(self, metric: Metric) -> np.ndarray:
+        """The metric of the chosen runs, in the order of their seeds."""
+        return np.array([metric(record) for record in self.chosen().values()])
+
+
+def differences(
+    cell: Cell, base: Cell, metric: Metric = test_loss, rate: float | None = None
+) -> np.ndarray:
+    """Metric of a method minus that of another, for every seed that both have.
+
+    Args:
+        cell: the runs of the method.
+        base: the runs of the method that it is compared with.
+        metric: what to compare.
+        rate: a learning rate for both; None: each method's best of the rates that both tried.
+    """
+    both = cell.runs.keys() & base.runs.keys() if rate is None else {rate}
+    mine, other = cell.best(both), base.best(both)
+    if mine is None or other is None:
+        return np.array([])
+    ours, theirs = cell.at(mine), base.at(other)
+    return np.array([metric(ours[s]) - metric(theirs[s]) for s in ours if s in theirs])
+
+
+@dataclass
+class Results:
+    """All runs; ``cells[setting][method name]``."""
+
+    cells: dict[Setting, dict[str, Cell]] = field(default_factory=dict)
+    records: list[RunRecord] = field(default_factory=list)
+
+    def settings(self, *, held_out: bool | None = None) -> list[Setting]:
+        """The settings in the order of the files; only those held out, or not, if asked for."""
+        return [s for s in self.cells if held_out is None or s.held_out == held_out]
+
+    def methods(self, settings: Iterable[Setting] | None = None) -> list[str]:
+        """Names of the methods that have runs in the settings, in order of appearance."""
+        chosen = self.cells if settings is None else settings
+        return list(dict.fromkeys(name for setting in chosen for name in self.cells[setting]))
+
+    def groups(
+        self,
+        method: str,
+        base: str,
+        metric: Metric = test_loss,
+        settings: Iterable[Setting] | None = None,
+    ) -> dict[Setting, np.ndarray]:
+        """Paired differences of two methods in every setting in which both ran."""
+        found = {}
+        for setting in self.cells if settings is None else settings:
+            cells = self.cells[setting]
+            if method in cells and base in cells:
+                values = differences(cells[method], cells[base], metric)
+                if values.size:
+                    found[setting] = values
+        return found
+
+    def add(self, record: RunRecord, setting: Setting) -> None:
+        """Sort a run into its place; of two runs of one specification the first stays.
+
+        Raises:
+            StudyError: two methods of one name in one setting.
+        """
+        spec = record.spec
+        cells = self.cells.setdefault(setting, {})
+        cell = cells.setdefault(spec.method.name, Cell(spec.method))
+        if cell.method != spec.method:
+            raise StudyError(
+                f"two methods are called {spec.method.name!r} in {setting.label}: "
+                f"{cell.method!r} and {spec.method!r}; give them different names"
+            )
+        seeds = cell.runs.setdefault(spec.learning_rate, {})
+        if spec.seed not in seeds:
+            seeds[spec.seed] = record
+            self.records.append(record)
+
+
+def read(paths: Sequence[Path]) -> Results:
+    """Read results files.
+
+    Raises:
+        StudyError: a file that does not exist or is cut off, a line that is no record (named with
+            its number), or methods that contradict each other.
+    """
+    results = Results()
+    for path in paths:
+        records = _records(path)
+        shared = [r.spec.training for r in records if not r.spec.method.training]
+        for record in records:
+            spec = record.spec
+            training = _study_training(spec, shared)
+            held_out = spec.task in HELD_OUT or path.name.startswith(HELD_OUT_FILES)
+            results.add(record, Setting(spec.model, spec.task, training, held_out))
+    return results
+
+
+def _records(path: Path) -> list[RunRecord]:
+    if not path.is_file():
+        raise StudyError(f"no results file {path}; `python -m benchmarks.quality run` writes one")
+    if not path.read_bytes().endswith(b"\n"):
+        raise StudyError(
+            f"{path}: the last line is cut off; run the study again, which repeats only that run"
+        )
+    return results_file.read(path)
+
+
+def _study_training(spec: RunSpec, shared: Sequence[Training]) -> Training:
+    """What the run's study gives to all methods: its own training without the method's changes."""
+    changes = spec.method.training
+    matching = (base for base in shared if base.model_copy(update=changes) == spec.training)
+    return next(matching, spec.training) if changes else spec.training
