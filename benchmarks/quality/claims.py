@@ -84,7 +84,11 @@ def compare(
     metric: Metric = test_loss,
     settings: Iterable[Setting] | None = None,
 ) -> Comparison:
-    """Compare two methods, each at its best learning rate, in every setting that has both."""
+    """Compare two methods, each at its best learning rate, in every setting that has both.
+
+    Without ``settings``, each model and task counts once (``Results.primary``).
+    """
+    settings = results.primary() if settings is None else settings
     groups = results.groups(method, base, metric, settings)
     values = list(groups.values())
     spreads = [results.cells[s][base].values(metric) for s in groups]

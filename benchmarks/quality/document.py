@@ -8,9 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality import factors, pictures, tables
+from benchmarks.quality import factors, pictures, rivals, tables
 from benchmarks.quality.cells import NOT_RUN, interval, markdown
-from benchmarks.quality.claims import DRLORA, UNIFORM, Relevance, correlations, relevance_verdict
+from benchmarks.quality.claims import (
+    DRLORA,
+    UNIFORM,
+    Relevance,
+    compare,
+    correlations,
+    relevance_verdict,
+)
 from benchmarks.quality.plots import mean_ranks
 from benchmarks.quality.runs import Results, Setting, differences
 from benchmarks.quality.statistics import Estimate, estimate
@@ -25,10 +32,12 @@ How to read them. A *setting* is a model and a task. Its methods train for the s
 on the same batches with the same optimizer, to the total rank that the tables show. Each method's
 learning rate is the one with the best validation loss on the tuning seeds; test figures are at that
 rate. Differences are taken seed by seed; below 0 is better for a loss. Brackets are 95 % bootstrap
-intervals; a setting counts once in a mean over settings. *These settings*: the seeds are resampled;
+intervals; a setting counts once in a mean over settings, and of a model and task that ran under
+several trainings the one with most runs counts. *These settings*: the seeds are resampled;
 *settings like these*: the settings are. Intervals are not corrected for their number: of twenty
 comparisons without any effect, one is expected to leave out 0. Noise is the standard deviation of
-the second method of a comparison between seeds; p is of the sign-flip test.
+the second method of a comparison between seeds; p is of the sign-flip test,
+and at least 2^(1 - n) for n seeds.
 """
 HEADINGS = (
     "In short",
@@ -40,6 +49,7 @@ HEADINGS = (
     "One option at a time",
     "Can the paper's method be beaten?",
     "Held-out tasks",
+    "Under other training",
     "Defaults",
     "The runs",
 )
@@ -63,8 +73,9 @@ def render(
         markdown(tables.agreement(results, "uniform_peft", UNIFORM)),
         _ranks(results, relevance),
         markdown(factors.sensitivity(results)),
-        markdown(tables.rivals(results)),
+        markdown(rivals.rivals(results)),
         _held_out(results),
+        markdown(tables.other_trainings(results)),
         markdown(factors.defaults(results)),
         _runs(results),
     )
@@ -111,8 +122,8 @@ def _evidence(results: Results) -> str:
         + "\n\nDR-LoRA against uniform, test loss:\n\n"
         + _chart(
             {
-                setting.label: estimate([group])
-                for setting, group in results.groups(DRLORA, UNIFORM).items()
+                results.label(setting): estimate([group])
+                for setting, group in compare(results, DRLORA, UNIFORM).groups.items()
             }
         )
     )
@@ -125,18 +136,14 @@ def _chart(estimates: Mapping[str, Estimate]) -> str:
 def _by_task(results: Results) -> str:
     parts = [
         "Test loss against uniform; bold where the interval leaves out 0.",
-        markdown(tables.overview(results, results.settings())),
+        markdown(tables.overview(results, results.primary())),
     ]
     for setting in results.settings():
-        parts += [f"### {_title(results, setting)}", _about(results, setting)]
+        parts += [f"### {results.label(setting)}", _about(results, setting)]
         parts.append(markdown(tables.methods(results, setting)))
         if UNIFORM in results.cells[setting]:
             parts.append(_chart(_gaps(results, setting)))
     return "\n\n".join(parts)
-
-
-def _title(results: Results, setting: Setting) -> str:
-    return setting.label + (" (held out)" if setting.held_out else "")
 
 
 def _about(results: Results, setting: Setting) -> str:
@@ -167,7 +174,7 @@ def _equal_rates(results: Results) -> str:
     ]
     for setting in results.settings():
         if rows := tables.rates(results, setting):
-            parts += [f"### {_title(results, setting)}, rates", markdown(rows)]
+            parts += [f"### {results.label(setting)}, rates", markdown(rows)]
     return "\n\n".join(parts) if len(parts) > 2 else NOT_RUN
 
 
@@ -184,14 +191,14 @@ def _ranks(results: Results, relevance: Relevance | None) -> str:
         known = relevance(setting.model, setting.task) if relevance else None
         if known is not None and DRLORA in cells and cells[DRLORA].chosen():
             drawn = pictures.heat_map(mean_ranks(cells[DRLORA]), known)
-            parts += [f"{_title(results, setting)}, mean final rank:", f"```text\n{drawn}\n```"]
+            parts += [f"{results.label(setting)}, mean final rank:", f"```text\n{drawn}\n```"]
     if relevance and (by_method := tables.relevance_by_method(results, relevance)):
         parts.append(markdown(by_method))
     return "\n\n".join(parts)
 
 
 def _held_out(results: Results) -> str:
-    rows, tau = tables.orders(results)
+    rows, tau = rivals.orders(results)
     if not rows:
         return NOT_RUN
     return (

@@ -84,8 +84,8 @@ def _value(option: str, method: Method, training: Training) -> Any:
 
 
 def against_reference(results: Results, method: str) -> Comparison:
-    """A variant against DR-LoRA itself."""
-    return compare(results, method, DRLORA)
+    """A variant against DR-LoRA itself, wherever both ran."""
+    return compare(results, method, DRLORA, settings=results.settings())
 
 
 def main_methods(results: Results, settings: Iterable[Setting]) -> list[str]:

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.quality.claims import DRLORA, UNIFORM, Relevance
 from benchmarks.quality.factors import COMPONENTS, against_reference, factors, reference_value
-from benchmarks.quality.runs import Cell, Results, Setting, differences
+from benchmarks.quality.runs import Cell, Results, differences
 from benchmarks.quality.statistics import Estimate, estimate
 from drlora_core.report import STYLE
 
@@ -31,17 +31,17 @@ def figures(results: Results, relevance: Relevance | None = None) -> Iterator[An
     """Yield every figure that the runs allow."""
     for setting, cells in results.cells.items():
         if UNIFORM in cells:
-            yield paired_differences(setting, cells)
-        yield loss_curves(setting, cells)
+            yield paired_differences(results.label(setting), cells)
+        yield loss_curves(results.label(setting), cells)
         if DRLORA in cells and cells[DRLORA].chosen():
             known = relevance(setting.model, setting.task) if relevance else None
-            yield rank_map(setting, cells[DRLORA], known)
+            yield rank_map(results.label(setting), cells[DRLORA], known)
     for option in factors(results):
         if option not in COMPONENTS:
             yield sensitivity(results, option)
 
 
-def paired_differences(setting: Setting, cells: dict[str, Cell]) -> Any:
+def paired_differences(label: str, cells: dict[str, Cell]) -> Any:
     """Test loss against uniform with 95 % intervals; the dots are seeds."""
     figure = objects.Figure()
     gaps = {n: differences(cell, cells[UNIFORM]) for n, cell in cells.items() if n != UNIFORM}
@@ -55,7 +55,7 @@ def paired_differences(setting: Setting, cells: dict[str, Cell]) -> Any:
         figure.add_scatter(x=[found.mean], y=[name], error_x=_bars(found), marker_color="black")
     figure.add_vline(x=0, line_dash="dot")
     figure.update_layout(showlegend=False)
-    return _styled(figure, f"{setting.label}: test loss against uniform", "nats", "")
+    return _styled(figure, f"{label}: test loss against uniform", "nats", "")
 
 
 def _bars(found: Estimate) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _bars(found: Estimate) -> dict[str, Any]:
     return {"type": "data", "symmetric": False, "array": [above], "arrayminus": [below]}
 
 
-def loss_curves(setting: Setting, cells: dict[str, Cell]) -> Any:
+def loss_curves(label: str, cells: dict[str, Cell]) -> Any:
     """Validation loss by step, the mean over the seeds at each method's best rate."""
     figure = objects.Figure()
     for name, cell in cells.items():
@@ -73,7 +73,7 @@ def loss_curves(setting: Setting, cells: dict[str, Cell]) -> Any:
         if curves:
             mean = np.mean(curves, axis=0)
             figure.add_scatter(x=mean[:, 0], y=mean[:, 1], name=name, mode="lines+markers")
-    return _styled(figure, f"{setting.label}: validation loss", "optimizer step", "nats")
+    return _styled(figure, f"{label}: validation loss", "optimizer step", "nats")
 
 
 def mean_ranks(cell: Cell) -> dict[str, np.ndarray]:
@@ -85,7 +85,7 @@ def mean_ranks(cell: Cell) -> dict[str, np.ndarray]:
     }
 
 
-def rank_map(setting: Setting, cell: Cell, known: Any) -> Any:
+def rank_map(label: str, cell: Cell, known: Any) -> Any:
     """Mean final rank of each expert, beside its known relevance if there is one."""
     maps = {"mean final rank": mean_ranks(cell)} | ({"relevance": dict(known)} if known else {})
     figure = make_subplots(cols=len(maps), subplot_titles=list(maps), shared_yaxes=True)
@@ -93,7 +93,7 @@ def rank_map(setting: Setting, cell: Cell, known: Any) -> Any:
         grid = [list(map(float, values)) for values in layers.values()]
         heat = objects.Heatmap(z=grid, y=list(layers), zmin=0, showscale=column == 1)
         figure.add_trace(heat, row=1, col=column)
-    return _styled(figure, f"{setting.label}: {cell.method.name}", "expert", "")
+    return _styled(figure, f"{label}: {cell.method.name}", "expert", "")
 
 
 def sensitivity(results: Results, option: str) -> Any:

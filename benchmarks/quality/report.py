@@ -28,13 +28,18 @@ def known_relevance(model: str, task: str) -> Mapping[str, np.ndarray] | None:
         return None
     from benchmarks.quality.controlled import relevance
 
-    return relevance(model, task)
+    try:
+        return {name: np.array(values) for name, values in relevance(model, task).items()}
+    except ValueError:
+        return None
 
 
 def report(
     results: Annotated[
         Optional[list[Path]],
-        typer.Argument(help="Results files (default: all of benchmarks/quality/results)."),
+        typer.Argument(
+            help="Results files (default: all of benchmarks/quality/results but smoke)."
+        ),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Markdown; *_notes.md beside it is put in.")
@@ -45,7 +50,7 @@ def report(
 ) -> None:
     """Write the tables, verdicts and pictures of a study."""
     try:
-        runs = read(results or sorted(RESULTS.glob("*.jsonl")))
+        runs = read(results or _all_results())
         notes = read_notes(output.with_name(f"{output.stem}_notes.md"))
         output.write_text(render(runs, notes, known_relevance), encoding="utf-8")
         common.table("Claims", [_short(row) for row in tables.claims(runs)])
@@ -56,6 +61,11 @@ def report(
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _all_results() -> list[Path]:
+    """Every results file but that of the smoke profile, whose figures say nothing."""
+    return sorted(path for path in RESULTS.glob("*.jsonl") if path.stem != "smoke")
 
 
 def _short(row: Mapping[str, str]) -> dict[str, str]:

@@ -40,8 +40,8 @@ class Setting:
     """Whether no decision was taken on these runs."""
 
     @property
-    def label(self) -> str:
-        """Short name; of a file or folder only the last part."""
+    def name(self) -> str:
+        """Model and task; of a file or folder only the last part."""
         return f"{_last_part(self.model)} / {_last_part(self.task)}"
 
 
@@ -137,6 +137,28 @@ class Results:
         """The settings in the order of the files; only those held out, or not, if asked for."""
         return [s for s in self.cells if held_out is None or s.held_out == held_out]
 
+    def primary(self, *, held_out: bool | None = None) -> list[Setting]:
+        """One setting for each model and task: of several trainings, the one with most runs."""
+        chosen: dict[tuple[str, str, bool], Setting] = {}
+        for setting in self.settings(held_out=held_out):
+            first = chosen.setdefault((setting.model, setting.task, setting.held_out), setting)
+            if self._runs(setting) > self._runs(first):
+                chosen[setting.model, setting.task, setting.held_out] = setting
+        return list(chosen.values())
+
+    def _runs(self, setting: Setting) -> int:
+        return sum(len(s) for cell in self.cells[setting].values() for s in cell.runs.values())
+
+    def label(self, setting: Setting) -> str:
+        """Name of a setting, with what tells it from others of the same model and task."""
+        same = [other.training for other in self.cells if other.name == setting.name]
+        differing = [
+            f"{field.replace('_', ' ')} {value}"
+            for field, value in setting.training
+            if any(getattr(other, field) != value for other in same)
+        ]
+        return ", ".join([setting.name, *differing]) + (" (held out)" if setting.held_out else "")
+
     def methods(self, settings: Iterable[Setting] | None = None) -> list[str]:
         """Names of the methods that have runs in the settings, in order of appearance."""
         chosen = self.cells if settings is None else settings
@@ -170,7 +192,7 @@ class Results:
         cell = cells.setdefault(spec.method.name, Cell(spec.method))
         if cell.method != spec.method:
             raise StudyError(
-                f"two methods are called {spec.method.name!r} in {setting.label}: "
+                f"two methods are called {spec.method.name!r} in {setting.name}: "
                 f"{cell.method!r} and {spec.method!r}; give them different names"
             )
         seeds = cell.runs.setdefault(spec.learning_rate, {})

@@ -20,7 +20,7 @@ from benchmarks.quality.claims import (
 )
 from benchmarks.quality.factors import main_methods
 from benchmarks.quality.runs import Cell, Results, Setting, differences, exact_match, test_loss
-from benchmarks.quality.statistics import Estimate, estimate, kendall, sign_flip_p
+from benchmarks.quality.statistics import Estimate, estimate, sign_flip_p
 
 # -- claims --------------------------------------------------------------------------------------
 
@@ -45,11 +45,17 @@ def claims(results: Results) -> Rows:
 
 def evidence(results: Results) -> Rows:
     """The numbers behind the verdicts by test loss."""
-    return [
-        {"Comparison": f"{claim.method} - {claim.base}", **_evidence(found)}
-        for claim in CLAIMS
-        if (found := compare(results, claim.method, claim.base)).groups
-    ]
+    held_out = results.primary(held_out=True)
+    rows = []
+    for claim in CLAIMS:
+        found = compare(results, claim.method, claim.base)
+        only = compare(results, claim.method, claim.base, settings=held_out)
+        if found.groups:
+            name = f"{claim.method} - {claim.base}"
+            rows.append(
+                {"Comparison": name, **_evidence(found), "Held out only": interval(only.here)}
+            )
+    return rows
 
 
 def _evidence(found: Comparison) -> dict[str, str]:
@@ -59,7 +65,7 @@ def _evidence(found: Comparison) -> dict[str, str]:
         "Settings": str(len(found.groups)),
         "These settings": interval(found.here),
         "Settings like these": interval(found.beyond),
-        "Difference / noise": f"{found.here.mean / found.noise:+.1f}" if found.noise else "-",
+        "Difference / noise": f"{found.here.mean / found.noise:+.1f}" if found.noise > 0 else "-",
         "p": f"{found.p:.4f}",
         "Runs won": f"{found.wins}/{runs}",
         "Settings better, worse, undecided": f"{lower}, {higher}, {neither}",
@@ -77,7 +83,9 @@ def overview(results: Results, settings: Iterable[Setting]) -> Rows:
         groups = results.groups(name, UNIFORM, settings=settings)
         if name == UNIFORM or not groups:
             continue
-        cells = {s.label: _bold(estimate([groups[s]])) if s in groups else "-" for s in settings}
+        cells = {
+            results.label(s): _bold(estimate([groups[s]])) if s in groups else "-" for s in settings
+        }
         pooled = compare(results, name, UNIFORM, settings=settings)
         rows.append({"Method": name, **cells, "Mean": interval(pooled.here)})
     return rows
@@ -164,7 +172,7 @@ def agreement(results: Results, method: str, base: str) -> Rows:
     """Two implementations of the same thing: their difference in every setting."""
     return [
         {
-            "Setting": setting.label,
+            "Setting": results.label(setting),
             f"{method} - {base}": interval(found := estimate([group])),
             "Largest of a seed": f"{np.abs(group).max():.3f}",
             "So": "they differ" if found.side else "no difference found",
@@ -173,25 +181,20 @@ def agreement(results: Results, method: str, base: str) -> Rows:
     ]
 
 
-def rivals(results: Results) -> Rows:
-    """Every other method against DR-LoRA, where it was developed and on held-out tasks."""
-    rows = []
-    for name in main_methods(results, results.settings()):
-        known, held_out = (
-            compare(results, name, DRLORA, settings=results.settings(held_out=which))
-            for which in (False, True)
-        )
-        if name != DRLORA and (known.groups or held_out.groups):
-            words = {-1: "better than DR-LoRA", 1: "worse than DR-LoRA", 0: "undecided"}
-            rows.append(
-                {
-                    "Method": name,
-                    "Development": interval(known.here),
-                    "Held out": interval(held_out.here),
-                    "Held out, so": words[held_out.here.side] if held_out.groups else "not run",
-                }
-            )
-    return rows
+def other_trainings(results: Results) -> Rows:
+    """DR-LoRA against uniform where a model and task ran under several trainings."""
+    primary = results.primary()
+    several = {(s.model, s.task) for s in results.settings() if s not in primary}
+    return [
+        {
+            "Setting": results.label(setting),
+            f"{DRLORA} - {UNIFORM}": interval(estimate([group])),
+            "Wins": wins(group),
+            "Counted in the verdicts": "yes" if setting in primary else "no",
+        }
+        for setting, group in results.groups(DRLORA, UNIFORM).items()
+        if (setting.model, setting.task) in several
+    ]
 
 
 def edges(results: Results) -> str:
@@ -213,7 +216,7 @@ def rank_correlations(results: Results, method: str, relevance: Relevance | None
     columns = ("f", "g", "f g", "relevance")
     return [
         {
-            "Setting": setting.label,
+            "Setting": results.label(setting),
             "Seeds": str(max(values.size for values in by_signal.values())),
             **{
                 name: interval(estimate([by_signal[name]]), 2) if name in by_signal else "-"
@@ -233,44 +236,3 @@ def relevance_by_method(results: Results, relevance: Relevance) -> Rows:
         if groups:
             rows.append({"Method": name, "Rank with relevance": interval(estimate(groups), 2)})
     return rows
-
-
-# -- order ---------------------------------------------------------------------------------------
-
-
-def orders(results: Results) -> tuple[Rows, float]:
-    """Methods by their mean gap to uniform, in development and held out; Kendall's tau.
-
-    The methods are those of every held-out setting; of development, the settings that have them
-    all.
-    """
-    held_out = results.settings(held_out=True)
-    seen = set(results.methods(results.settings(held_out=False)))
-    names = [n for n in results.methods(held_out) if n in seen]
-    names = [n for n in names if all(n in results.cells[s] for s in held_out)]
-    known = [s for s in results.settings(held_out=False) if {*names} <= results.cells[s].keys()]
-    gaps = [_gaps(results, names, settings) for settings in (known, held_out)]
-    both = sorted(gaps[0].keys() & gaps[1].keys(), key=gaps[0].__getitem__)
-    if len(both) < 2:
-        return [], math.nan
-    place = {name: i for i, name in enumerate(sorted(both, key=gaps[1].__getitem__), start=1)}
-    rows = [
-        {
-            "Method": name,
-            f"Development ({len(known)} settings)": f"{i}. ({gaps[0][name]:+.3f})",
-            f"Held out ({len(held_out)} settings)": f"{place[name]}. ({gaps[1][name]:+.3f})",
-        }
-        for i, name in enumerate(both, start=1)
-    ]
-    values = [np.array([gap[name] for name in both]) for gap in gaps]
-    return rows, kendall(values[0], values[1])
-
-
-def _gaps(results: Results, names: Iterable[str], settings: list[Setting]) -> dict[str, float]:
-    """Mean difference to uniform over the settings, of the methods that can run in them."""
-    found = {name: results.groups(name, UNIFORM, settings=settings) for name in names}
-    return {
-        name: float(np.mean([group.mean() for group in groups.values()]))
-        for name, groups in found.items()
-        if groups and len(groups) == len(settings)
-    }

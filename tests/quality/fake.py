@@ -40,7 +40,7 @@ def record(
     *,
     seed: int = 0,
     rate: float = 1e-3,
-    task: str = "cipher",
+    task: str = "codes",
     **fields: object,
 ) -> RunRecord:
     """One run; fields replace those of the record."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.quality import tables
+from benchmarks.quality import rivals, tables
 from benchmarks.quality.claims import compare, correlations, relevance_verdict, verdict
 from benchmarks.quality.document import HEADINGS, read_notes, render
 from benchmarks.quality.factors import defaults, sensitivity
@@ -123,12 +123,12 @@ def test_held_out_order_is_compared_with_that_of_development(folder: Path) -> No
     names = ("uniform", "drlora", "prune")
     known = fake.write(folder / "full.jsonl", fake.study(names=names))
     same = fake.write(folder / "heldout_a.jsonl", fake.study(names=names, tasks=("x",)))
-    rows, tau = tables.orders(read([known, same]))
+    rows, tau = rivals.orders(read([known, same]))
     assert (tau, [line["Method"] for line in rows]) == (1.0, ["drlora", "prune", "uniform"])
     turned = fake.study({"drlora": 0.4, "prune": 0.2}, names=names, tasks=("x",))
     other = fake.write(folder / "heldout_b.jsonl", turned)
-    assert tables.orders(read([known, other]))[1] == -1.0
-    assert tables.orders(read([known]))[0] == []
+    assert rivals.orders(read([known, other]))[1] == -1.0
+    assert rivals.orders(read([known]))[0] == []
 
 
 def test_a_rival_must_win_on_held_out_tasks(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_rival_must_win_on_held_out_tasks(folder: Path) -> None:
     tasks = ("x", "y")
     held_out = fake.study({"drlora": -0.2, "random": 0.0}, names=names, tasks=tasks)
     results = read([known, fake.write(folder / "heldout.jsonl", held_out)])
-    rival = row(tables.rivals(results), "Method", "random")
+    rival = row(rivals.rivals(results), "Method", "random")
     assert rival["Development"].startswith("-0.29")
     assert rival["Held out, so"] == "worse than DR-LoRA"
 

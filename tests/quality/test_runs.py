@@ -78,6 +78,21 @@ def test_other_training_is_another_setting_and_a_repeated_run_counts_once(tmp_pa
     results = sorted_runs(tmp_path, [first, first, second])
     assert len(results.settings()) == 2
     assert len(results.records) == 2
+    labels = [results.label(setting) for setting in results.settings()]
+    assert labels == [f"embedded / codes, steps {steps}" for steps in (100, 200)]
+
+
+def test_a_model_and_task_counts_once_by_the_training_with_most_runs(tmp_path: Path) -> None:
+    short = [fake.record("drlora", 1.0, seed=seed) for seed in range(2)]
+    longer = fake.TRAINING.model_copy(update={"steps": 200})
+    long = [
+        fake.record("drlora", 1.0, seed=seed).model_copy(
+            update={"spec": short[0].spec.model_copy(update={"training": longer, "seed": seed})}
+        )
+        for seed in range(3)
+    ]
+    (setting,) = sorted_runs(tmp_path, [*short, *long]).primary()
+    assert setting.training.steps == 200
 
 
 def test_held_out_are_its_tasks_and_files(tmp_path: Path) -> None:
@@ -92,14 +107,14 @@ def test_held_out_are_its_tasks_and_files(tmp_path: Path) -> None:
 def test_labels_hold_no_path(tmp_path: Path) -> None:
     run = fake.record("drlora", 1.0, task="/home/me/gsm8k_train.jsonl,/home/me/gsm8k_test.jsonl")
     (setting,) = sorted_runs(tmp_path, [run]).settings()
-    assert setting.label == "embedded / gsm8k_train"
+    assert setting.name == "embedded / gsm8k_train"
 
 
 def test_two_methods_of_one_name_are_refused(tmp_path: Path) -> None:
     run = fake.record("drlora", 1.0)
     other = run.spec.method.model_copy(update={"config": {"gamma": 0.5}})
     changed = run.model_copy(update={"spec": run.spec.model_copy(update={"method": other})})
-    with pytest.raises(ValueError, match=r"two methods are called 'drlora' in embedded / cipher"):
+    with pytest.raises(ValueError, match=r"two methods are called 'drlora' in embedded / codes"):
         sorted_runs(tmp_path, [run, changed])
 
 
