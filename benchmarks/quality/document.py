@@ -162,8 +162,11 @@ def _about(results: Results, setting: Setting) -> str:
 
 def _gaps(results: Results, setting: Setting) -> dict[str, Estimate]:
     cells = results.cells[setting]
-    names = [n for n in factors.main_methods(results, [setting]) if n != UNIFORM]
-    found = {name: estimate([differences(cells[name], cells[UNIFORM])]) for name in names}
+    found = {
+        name: estimate([differences(cells[name], cells[UNIFORM])])
+        for name in factors.main_methods(results, [setting])
+        if name != UNIFORM and not cells[name].method.upper_bound and cells[name].chosen()
+    }
     return dict(sorted(found.items(), key=lambda item: item[1].mean))
 
 
@@ -220,16 +223,23 @@ def _runs(results: Results) -> str:
     listed = "\n".join(f"- {n}: {', '.join(sorted(v))}" for n, v in sorted(versions.items()))
     median = np.median([record.seconds for record in records])
     return f"""\
-{len(records)} runs, {hours:.1f} hours in all, {median:.0f} s the median;
+{len(records)} runs, {hours:.2f} hours if done one by one, {median:.0f} s the median;
 {sum(record.diverged for record in records)} diverged,
 {sum(record.refused is not None for record in records)} refused. {_budgets(results)}
 
-{listed}
+{_refusals(results)}{listed}
 
 ```bash
 python -m benchmarks.quality run full    # repeats only what is missing
 python -m benchmarks.quality report      # writes this page
 ```"""
+
+
+def _refusals(results: Results) -> str:
+    """Why methods could not run, each reason once."""
+    reasons = {(r.spec.method.name, r.refused) for r in results.records if r.refused is not None}
+    lines = [f"- {name} cannot run: {reason}" for name, reason in sorted(reasons)]
+    return "\n".join([*lines, "", ""]) if lines else ""
 
 
 def _budgets(results: Results) -> str:

@@ -16,6 +16,7 @@ from benchmarks.quality.statistics import kendall
 
 def rivals(results: Results) -> Rows:
     """Every other method against DR-LoRA, where it was developed and on held-out tasks."""
+    words = {-1: "better than DR-LoRA", 1: "worse than DR-LoRA", 0: "undecided"}
     rows = []
     for name in _equals(results):
         known, held_out = (
@@ -23,16 +24,14 @@ def rivals(results: Results) -> Rows:
             for which in (False, True)
         )
         if name != DRLORA and (known.groups or held_out.groups):
-            words = {-1: "better than DR-LoRA", 1: "worse than DR-LoRA", 0: "undecided"}
-            rows.append(
-                {
-                    "Method": name,
-                    "Development": interval(known.here),
-                    "Held out": interval(held_out.here),
-                    "Held out, so": words[held_out.here.side] if held_out.groups else "not run",
-                }
-            )
-    return rows
+            row = {
+                "Method": name,
+                "Development": interval(known.here),
+                "Held out": interval(held_out.here),
+                "Held out, so": words[held_out.here.side] if held_out.groups else "not run",
+            }
+            rows.append((known.here.mean if known.groups else math.inf, row))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def orders(results: Results) -> tuple[Rows, float]:

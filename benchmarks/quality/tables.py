@@ -124,9 +124,10 @@ def _method(cell: Cell, uniform: Cell | None) -> dict[str, str]:
         "Exact match": spread(cell.values(exact_match), 1),
         "Rate": _rate(cell),
         "Total rank": _budget(cell),
+        "Trained parameters": _range(r.trained_parameters for r in cell.chosen().values()),
     }
     if cell.refused:
-        row["Test loss"] = f"cannot run: {cell.refused}"
+        row["Test loss"] = "cannot run, see The runs"
     elif cell.diverged():
         row["Test loss"] += f" ({cell.diverged()} diverged, left out)"
     return row
@@ -147,6 +148,10 @@ def _budget(cell: Cell) -> str:
         )
         or "-"
     )
+
+
+def _range(counts: Iterable[int]) -> str:
+    return ", ".join(f"{count:,}" for count in sorted(set(counts))) or "-"
 
 
 def rates(results: Results, setting: Setting) -> Rows:
@@ -174,11 +179,17 @@ def agreement(results: Results, method: str, base: str) -> Rows:
         {
             "Setting": results.label(setting),
             f"{method} - {base}": interval(found := estimate([group])),
-            "Largest of a seed": f"{np.abs(group).max():.3f}",
-            "So": "they differ" if found.side else "no difference found",
+            "Largest of a seed": f"{np.abs(group).max():.1e}",
+            "So": _agree(found),
         }
         for setting, group in results.groups(method, base).items()
     ]
+
+
+def _agree(found: Estimate) -> str:
+    if math.isinf(found.low):
+        return "too few seeds to tell"
+    return "they differ" if found.side else "no difference found"
 
 
 def other_trainings(results: Results) -> Rows:

@@ -20,6 +20,7 @@ from benchmarks.quality.evaluation import logits
 from benchmarks.quality.rows import collate, shuffled
 from benchmarks.quality.setting import Setting, setting_of
 from benchmarks.quality.study import RunRecord, RunSpec, StudyError, Training
+from benchmarks.report import processor
 
 HUGE = 1e9
 """Loss of a run that diverged: finite, so that every table can hold it, and worse than any."""
@@ -185,7 +186,9 @@ def _refused(setting: Setting, spec: RunSpec, reason: str) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the figures depend on besides the specification."""
+    """What the figures and seconds depend on besides the specification."""
     installed = {name: importlib.metadata.version(name) for name in PACKAGES}
-    threads = str(torch.get_num_threads())
-    return {"python": platform.python_version(), **installed, "threads": threads}
+    hardware = {"processor": processor(), "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        hardware["accelerator"] = torch.cuda.get_device_name()
+    return {"python": platform.python_version(), **installed, **hardware}

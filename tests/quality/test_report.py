@@ -78,7 +78,9 @@ def test_the_table_of_a_setting_is_what_its_runs_are(folder: Path) -> None:
     assert ours["Exact match"] == "65.0 ± 7.9"
     assert table[1]["Total rank"] == "30, NOT 24"
     assert "1 ended at another total rank" in render(results)
-    assert table[3]["Test loss"] == "cannot run: it cannot adapt this"
+    assert ours["Trained parameters"] == "1,000"
+    assert table[3]["Test loss"] == "cannot run, see The runs"
+    assert "- random cannot run: it cannot adapt this\n" in render(results)
 
 
 def test_best_rates_at_the_edge_are_marked_and_gaps_shown_at_every_rate(folder: Path) -> None:
