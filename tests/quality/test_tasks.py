@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.quality.models import SHIPPED, load_model
-from benchmarks.quality.tasks import DEVELOPMENT, HELD_OUT, load_task
+from benchmarks.quality.tasks import CONTROLLED, DEVELOPMENT, HELD_OUT, load_task
 from benchmarks.quality.tasks.files import MOST_HELD_OUT
 from benchmarks.quality.tasks.skills import LETTERS, STRING_OPERATIONS
 
-NAMES = [*DEVELOPMENT, *HELD_OUT]
+NAMES = [*DEVELOPMENT, *HELD_OUT, *CONTROLLED]
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:

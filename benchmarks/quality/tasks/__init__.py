@@ -2,20 +2,24 @@
 
 Knowledge (``codes``), skills (``strings``, ``notation``), a new domain (``language``), two at once
 (``mixture``), and any .jsonl file. ``cipher`` and ``calendar`` are for confirmation only: nothing
-was developed or tuned on them. ``python -m benchmarks.quality.tasks`` shows them all.
+was developed or tuned on them. ``controlled_share`` and ``controlled_need`` go with the model
+``controlled``, whose experts' relevance is known. ``python -m benchmarks.quality.tasks`` shows them
+all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+from benchmarks.quality.tasks.controlled import DEMANDS, controlled
 from benchmarks.quality.tasks.files import read_task
 from benchmarks.quality.tasks.language import language
 from benchmarks.quality.tasks.skills import calendar, cipher, notation, strings
 from benchmarks.quality.tasks.task import Row, Task
 
-__all__ = ["DEVELOPMENT", "HELD_OUT", "Row", "Task", "load_task"]
+__all__ = ["CONTROLLED", "DEVELOPMENT", "HELD_OUT", "Row", "Task", "load_task"]
 
 
 def codes() -> Task:
@@ -47,6 +51,7 @@ DEVELOPMENT: dict[str, Callable[[], Task]] = {
     "mixture": mixture,
 }
 HELD_OUT: dict[str, Callable[[], Task]] = {"cipher": cipher, "calendar": calendar}
+CONTROLLED: dict[str, Callable[[], Task]] = {name: partial(controlled, name) for name in DEMANDS}
 
 
 def load_task(name_or_path: str) -> Task:
@@ -57,7 +62,7 @@ def load_task(name_or_path: str) -> Task:
     Raises:
         ValueError: no such task, or the file's rows cannot be used.
     """
-    makers = DEVELOPMENT | HELD_OUT
+    makers = DEVELOPMENT | HELD_OUT | CONTROLLED
     if name_or_path in makers:
         return makers[name_or_path]()
     if name_or_path.endswith(".jsonl"):
