@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from transformers import Trainer, TrainingArguments
 
 import drlora_torch
@@ -58,12 +61,16 @@ def renamed(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    folder: Path, *, attach: dict[str, Any] | None = None, **changes: Any
-) -> tuple[Trainer, drlora_torch.Adapter]:
+    folder: Path,
+    *,
+    attach: dict[str, Any] | None = None,
+    kind: type[Trainer] = Trainer,
+    **changes: Any,
+) -> tuple[Any, drlora_torch.Adapter]:
     """A Trainer as a user would make it."""
     model = models.build()
     adapter = helpers.attach(model, **(attach or {}))
-    trainer = Trainer(
+    trainer = kind(
         model,
         arguments(folder, **changes),
         train_dataset=rows(),
@@ -74,9 +81,16 @@ def build(
 
 
 def plain_loop(
-    *, accumulation: int = 1, clip: float = 0.0, steps: int = STEPS
+    *,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    steps: int = STEPS,
+    scaler: GradScaler | None = None,
+    overflowing: Container[int] = (),
 ) -> tuple[drlora_torch.Adapter, helpers.Spy]:
-    """The same run by hand, in the order of the rows."""
+    """The same run by hand, in the order of the rows; the loss of some micro-batches overflows."""
+    scaler = scaler or GradScaler("cpu", enabled=False)
+    numbers = itertools.count()
     model = models.build()
     adapter = helpers.attach(model)
     spy = helpers.Spy(adapter)
@@ -90,9 +104,12 @@ def plain_loop(
         ]
         items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         for batch in batches:
-            model(**batch, num_items_in_batch=items).loss.backward()
+            loss = model(**batch, num_items_in_batch=items).loss
+            scaler.scale(loss * torch.inf if next(numbers) in overflowing else loss).backward()
         if clip:
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(adapter.parameters(), clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
     return adapter, spy
