@@ -183,7 +183,7 @@ class Adapter(Mergeable, AdapterFiles):
             return
         if not self._frozen_seen:
             self._warn_if_frozen()
-        if name == next(iter(self.layers)) and self.gradients_dropped():
+        if name == next(iter(self.layers)) and (self.gradients_dropped() or self._overflowed()):
             self.forget()
         mask = forward.token_mask(top_k_index.shape[0])
         self.counters[name].add(top_k_index, top_k_weights, mask)
@@ -212,6 +212,16 @@ class Adapter(Mergeable, AdapterFiles):
         lora = next(iter(self.layers.values())).lora
         grads = [p.grad for p in lora.parameters() if p.grad is not None]
         return not any(bool(grad.any()) for grad in grads)
+
+    def _overflowed(self) -> bool:
+        """True if gradients that have arrived are not finite, so that their step cannot count.
+
+        ``GradScaler`` skips it without a word; if ``zero_grad`` comes after the next forward, this
+        is the only sign.
+        """
+        lora = [p for layer in self.layers.values() for p in layer.lora.parameters()]
+        grads = [p.grad for p in lora if p.grad is not None] if self.gradients_seen else []
+        return not all(bool(grad.isfinite().all()) for grad in grads)
 
     def forget(self) -> None:
         """Forget what the step has gathered so far."""

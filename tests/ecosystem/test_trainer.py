@@ -13,11 +13,22 @@ import torch
 from transformers import TrainerCallback
 
 import drlora_torch
-from drlora_torch.integrations.trainer import DRLoRACallback, last_checkpoint, rank_entropy
+from drlora_torch.integrations.figures import rank_entropy
+from drlora_torch.integrations.trainer import DRLoRACallback, last_checkpoint
 from tests.ecosystem import trainers
 from tests.torch import helpers
 
 FILE = "drlora_adapter.safetensors"
+
+
+class Reporter(TrainerCallback):
+    """Stands where TensorBoard's and wandb's callbacks stand: before the user's."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.seen.append({**logs, "step": state.global_step})
 
 
 def same_statistics(have: helpers.Spy, want: helpers.Spy, exact: bool = False) -> None:
@@ -61,8 +72,11 @@ CASES: dict[str, dict[str, Any]] = {
 def test_statistics_are_those_of_a_plain_loop(tmp_path: Path, case: str) -> None:
     changes = {"train_sampling_strategy": "sequential", **CASES[case]}
     trainer, adapter = trainers.build(tmp_path, **changes)
+    reporter = Reporter()
+    trainer.add_callback(reporter)
     spy = helpers.Spy(adapter)
     trainer.train()
+    assert [row["step"] for row in reporter.seen if "loss" in row] == [*range(1, 9)]
     _, plain = trainers.plain_loop(
         accumulation=changes.get("gradient_accumulation_steps", 1),
         clip=changes.get("max_grad_norm", 0.0),
@@ -168,16 +182,6 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path) -> None:
 
 
 # -- logs --------------------------------------------------------------------------------------
-
-
-class Reporter(TrainerCallback):
-    """Stands where TensorBoard's and wandb's callbacks stand: before the user's."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.seen.append({**logs, "step": state.global_step})
 
 
 def test_ranks_are_logged_to_everyone(tmp_path: Path) -> None:

@@ -15,9 +15,16 @@ from tests.torch.helpers import Spy
 
 
 def run(
-    scaler: GradScaler | None, *, fused: bool = False, poison: int | None = None
+    scaler: GradScaler | None,
+    *,
+    fused: bool = False,
+    poison: int | None = None,
+    late: bool = False,
 ) -> tuple[Any, Spy, list[float]]:
-    """Train 7 steps; before the update of step ``poison`` an infinite gradient arrives."""
+    """Train 7 steps; before the update of step ``poison`` an infinite gradient arrives.
+
+    Gradients are cleared after the step, or ``late``: between the forward and the backward.
+    """
     model = models.build()
     adapter = helpers.attach(model)
     optimizer = helpers.adamw(adapter, fused=fused)
@@ -25,6 +32,8 @@ def run(
     for seed in range(7):
         loss = model(**helpers.batch(seed)).loss
         losses.append(loss.item())
+        if late:
+            optimizer.zero_grad()
         (loss if scaler is None else scaler.scale(loss)).backward()
         if seed == poison:
             adapter.parameters()[0].grad[0, 0] = torch.inf
@@ -33,7 +42,8 @@ def run(
         else:
             scaler.step(optimizer)
             scaler.update()
-        optimizer.zero_grad()
+        if not late:
+            optimizer.zero_grad()
     return adapter, spy, losses
 
 
@@ -61,10 +71,11 @@ def test_gradients_are_read_unscaled(fused: bool) -> None:
     assert scaled.engine.step_count == 7
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_skipped_step_updates_nothing(fused: bool) -> None:
+def test_a_skipped_step_updates_nothing(fused: bool, late: bool) -> None:
     """Neither importance nor routing of the skipped step reaches a later sample."""
-    adapter, spy, _ = run(scaler(), fused=fused, poison=2)
+    adapter, spy, _ = run(scaler(), fused=fused, poison=2, late=late)
     assert adapter.engine.step_count == 6
     assert adapter.skipped_steps == 0
     assert [len(sample) for sample in spy.samples] == [2] * 6

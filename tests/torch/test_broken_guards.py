@@ -146,7 +146,11 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     ),
     "skipped steps count": (
         replace(Adapter, "gradients_dropped", lambda _: False),
-        lambda _: test_amp.test_a_skipped_step_updates_nothing(False),
+        lambda _: test_amp.test_a_skipped_step_updates_nothing(False, False),
+    ),
+    "skipped steps count if zero_grad comes late": (
+        replace(Adapter, "_overflowed", lambda _: False),
+        lambda _: test_amp.test_a_skipped_step_updates_nothing(False, True),
     ),
     "fused steps are read scaled": (
         replace(drlora_torch.following.OptimizerFollower, "_read", read_without_scale),
@@ -154,7 +158,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     ),
     "skipped fused steps count": (
         replace(drlora_torch.following.OptimizerFollower, "_read", read_without_scale),
-        lambda _: test_amp.test_a_skipped_step_updates_nothing(True),
+        lambda _: test_amp.test_a_skipped_step_updates_nothing(True, False),
     ),
     "non-finite statistics enter the averages": (
         replace(Adapter, "_skip_step", observe_zeros),

@@ -1,0 +1,40 @@
+"""The figures of an allocation that are logged beside the loss."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from drlora_torch.adapter import Adapter
+
+
+def rank_metrics(adapter: Adapter) -> dict[str, float]:
+    """Total, largest and skipped: a few numbers that say how far the allocation is."""
+    ranks = adapter.ranks().values()
+    return {
+        "total_rank": int(sum(layer.sum() for layer in ranks)),
+        "max_rank": int(max(layer.max() for layer in ranks)),
+        "rank_entropy": float(np.mean([rank_entropy(layer) for layer in ranks])),
+        "skipped_steps": adapter.skipped_steps,
+    }
+
+
+def rank_entropy(ranks: np.ndarray) -> float:
+    """Shannon entropy of a layer's ranks over that of equal ranks: 1 is uniform, 0 one expert.
+
+    Example:
+        >>> rank_entropy(np.array([3, 3])), rank_entropy(np.array([6, 0]))
+        (1.0, 0.0)
+    """
+    if ranks.size < 2 or not ranks.sum():
+        return 1.0
+    share = ranks[ranks > 0] / ranks.sum()
+    return float(-(share * np.log(share)).sum() / np.log(ranks.size)) + 0.0
+
+
+def top_experts(adapter: Adapter) -> dict[str, float]:
+    """Index and rank of each layer's expert of the largest rank, the first of equals."""
+    found: dict[str, float] = {}
+    for name, ranks in adapter.ranks().items():
+        found[f"top_expert/{name}"] = int(ranks.argmax())
+        found[f"top_rank/{name}"] = int(ranks.max())
+    return found
