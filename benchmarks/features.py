@@ -1,107 +1,277 @@
 """What each training feature costs: a drlora step with it over one without.
 
-python -m benchmarks.features
+    python -m benchmarks.features
+
+All features run in turn within each round. Where a feature must not change the results, the table
+shows how far the gradients of the LoRA and of the inputs are from those of the plain step.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
 import typer
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import drlora_torch
 from benchmarks import report
-from benchmarks.expert_step import RANK, SHAPES, Shape, drlora, make_block, make_input
+from benchmarks.blocks import SHAPES, Blocks, Case
+from benchmarks.methods import (
+    EVENT_EVERY,
+    RANK,
+    Action,
+    Builder,
+    Runner,
+    Training,
+    drlora,
+    plain,
+)
+from benchmarks.rounds import interleave
 from drlora_core import AllocatorConfig, AllocatorEngine
 
-Step = Callable[[], None]
+MICRO_BATCHES = 4
+BUDGET = 180.0  # seconds
+LAYERS = 2  # of the model whose graphs are counted
+PLAIN = "plain: float32, static rank"
 
 
-def checkpointed(reentrant: bool) -> Callable[[Shape, torch.dtype], Step]:
-    """The block is run a second time in backward."""
+def checkpointed(reentrant: bool) -> Runner:
+    """Every block is run a second time in backward."""
 
-    def build(shape: Shape, dtype: torch.dtype) -> Step:
-        block, hidden, finish = adapted(shape, dtype)
+    def make(model: nn.Module, hidden: Tensor) -> Action:
+        assert isinstance(model, Blocks)
+        model.reentrant = reentrant
+        return plain(model, hidden)
 
-        def step() -> None:
-            output = checkpoint(block, hidden, use_reentrant=reentrant)
-            output.backward(torch.ones_like(output))
-            finish()
-
-        return step
-
-    return build
+    return make
 
 
-def autocast(shape: Shape, dtype: torch.dtype) -> Step:
-    """A float32 block under bfloat16 autocast."""
-    block, hidden, finish = adapted(shape, dtype)
+def autocast(model: nn.Module, hidden: Tensor) -> Action:
+    """Forward under bfloat16 autocast."""
 
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = block(hidden)
-        output.backward(torch.ones_like(output))
-        finish()
-
-    return step
-
-
-def adapted(shape: Shape, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor, Step]:
-    """A block with static ranks, its input, and what ends a step."""
-    config = AllocatorConfig(r_init=RANK, r_target=RANK, r_max=RANK)
-    block, hidden = make_block(shape, dtype, "grouped_mm").train(), make_input(shape, dtype)
-    adapter = drlora_torch.attach(block, AllocatorEngine(config))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
-
-    def finish() -> None:
+    def run() -> None:
         hidden.grad = None
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(hidden)
+        output.backward(torch.ones_like(output))
 
-    return block, hidden, finish
+    return run
 
 
-PLAIN = "plain"
-FEATURES: dict[str, Callable[[Shape, torch.dtype], Step]] = {
-    PLAIN: drlora(r_max=RANK, growing=False),
+def accumulated(model: nn.Module, hidden: Tensor) -> Action:
+    """The same tokens in several micro-batches."""
+
+    def run() -> None:
+        hidden.grad = None
+        for part in hidden.chunk(MICRO_BATCHES, dim=1):
+            output = model(part)
+            output.backward(torch.ones_like(output))
+
+    return run
+
+
+def deterministic(model: nn.Module, hidden: Tensor) -> Action:
+    """Under ``torch.use_deterministic_algorithms``."""
+    forward_backward = plain(model, hidden)
+
+    def run() -> None:
+        torch.use_deterministic_algorithms(True)
+        try:
+            forward_backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
+
+
+def compiled(model: nn.Module, hidden: Tensor) -> Action:
+    """Under ``torch.compile``."""
+    torch.compiler.reset()
+    return plain(torch.compile(model), hidden)
+
+
+def graphs(model: nn.Module, *inputs: Tensor) -> int:
+    """Graphs that a forward runs under ``torch.compile``; 1 where nothing breaks the graph."""
+    torch.compiler.reset()
+    ran = 0
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        def run(*given: object) -> object:
+            nonlocal ran
+            ran += 1
+            return graph.forward(*given)
+
+        return run
+
+    forward = torch.compile(model, backend=backend)
+    forward(*inputs)
+    ran = 0
+    forward(*inputs)
+    torch.compiler.reset()
+    return ran
+
+
+def graphs_of_a_model() -> tuple[int, int]:
+    """Graphs of a whole language model, without and with LoRA."""
+    config = OlmoeConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model, tokens = OlmoeForCausalLM(config), torch.arange(8).unsqueeze(0)
+    base = graphs(model, tokens)
+    allocator = AllocatorConfig(r_init=2, r_target=2, r_max=2)
+    adapter = drlora_torch.attach(model, AllocatorEngine(allocator))
+    with adapter.paused():
+        return base, graphs(model, tokens)
+
+
+class SentinelRouter(nn.Module):
+    """A router that gives the last of a token's experts away, as under expert parallelism."""
+
+    def __init__(self, router: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.router = router
+        self.num_experts = num_experts
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, index = self.router(hidden)
+        index = index.clone()
+        index[:, -1] = self.num_experts
+        return logits, weights, index
+
+
+def sentinels(model: nn.Module, hidden: Tensor) -> Action:
+    """One pair of each token belongs to no expert here."""
+    assert isinstance(model, Blocks)
+    for layer in model.layers:
+        layer.gate = SentinelRouter(layer.gate, layer.experts.num_experts)
+    return plain(model, hidden)
+
+
+def without_statistics(case: Case) -> Training:
+    """Nothing counted, read or decided: what is left is static LoRA with our kernel."""
+    training = static()(case)
+    assert training.adapter is not None
+    training.adapter.undo.pop()()  # stop following the optimizer, the last thing that attach did
+    training.adapter._paused = True
+    return training
+
+
+def in_bfloat16(builder: Builder) -> Builder:
+    """The same over a bfloat16 base."""
+    return lambda case: builder(Case(case.shape, torch.bfloat16))
+
+
+def static(runner: Runner = plain, **options: object) -> Builder:
+    """A static rank, with the given way to run and options of ``attach``."""
+    return drlora(r_max=RANK, growing=False, runner=runner, **options)
+
+
+SAME: dict[str, Builder] = {
+    PLAIN: static(),
+    "plain, again (noise)": static(),
+    "statistics off": without_statistics,
     "layout masked, r_max = 2 r_target": drlora(r_max=2 * RANK, growing=False, layout="masked"),
-    "dropout 0.1": drlora(r_max=RANK, growing=False, dropout=0.1),
-    "kernel grouped": drlora(r_max=RANK, growing=False, kernel="grouped"),
-    "checkpointing": checkpointed(reentrant=False),
-    "checkpointing, reentrant": checkpointed(reentrant=True),
-    "autocast to bfloat16": autocast,
+    "kernel grouped": static(kernel="grouped"),
+    "checkpointing": static(checkpointed(reentrant=False)),
+    "checkpointing, reentrant": static(checkpointed(reentrant=True)),
+    f"accumulation over {MICRO_BATCHES} micro-batches of the same tokens": static(accumulated),
+    "deterministic mode": static(deterministic),
+    "torch.compile": static(compiled),
 }
+"""Features that give the same results."""
+
+OTHER: dict[str, Builder] = {
+    f"dynamic ranks, an event every {EVENT_EVERY} steps": drlora(r_max=2 * RANK, growing=True),
+    "dropout 0.1": static(dropout=0.1),
+    "float32 base under bfloat16 autocast": static(autocast),
+    "bfloat16 base, float32 LoRA, autocast": in_bfloat16(static(autocast)),
+    "all bfloat16": in_bfloat16(static(dtype=torch.bfloat16)),
+    "sentinels: one pair of each token to no expert": static(sentinels),
+}
+"""Features that change the results, or the work."""
+
+
+def gradients(training: Training) -> Tensor:
+    """Gradients of the inputs and of the LoRA after one backward, in one row.
+
+    B is filled first, since A gets no gradient through a B of zeros.
+    """
+    assert training.adapter is not None
+    generator = torch.Generator().manual_seed(2)
+    parts = []
+    for layer in training.adapter.layers.values():
+        active = torch.from_numpy(layer.lora.table.active())
+        for _, projection in layer.lora.items():
+            drawn = torch.randn(len(active), projection.lora_B.shape[1], generator=generator)
+            projection.lora_B.data[active] = 0.02 * drawn
+    training.backward()
+    for layer in training.adapter.layers.values():
+        active = torch.from_numpy(layer.lora.table.active())
+        for parameter in layer.lora.parameters():
+            assert parameter.grad is not None
+            parts.append(parameter.grad[active].flatten())
+            parameter.grad = None
+    assert training.hidden.grad is not None
+    return torch.cat([training.hidden.grad.flatten(), *parts])
+
+
+def deviations(trainings: dict[str, Training]) -> dict[str, float]:
+    """|gradients - plain's| / |plain's| of the features that give the same results."""
+    with quiet_compiler():
+        reference = gradients(trainings[PLAIN])
+        found = {name: gradients(trainings[name]) for name in SAME}
+    norm = reference.norm()
+    return {name: float((value - reference).norm() / norm) for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Without a warning of dynamo's own making, about ``.grad`` of a tensor in its frames."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute", UserWarning)
+        yield
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="olmoe, qwen3 or small.")] = "small",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 9,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
+    rounds: Annotated[int | None, typer.Option(help="Default: what fits 180 s, 5 to 25.")] = None,
 ) -> None:
-    """Measure and write the table."""
-    chosen = SHAPES[shape]
-    steps = {name: build(chosen, torch.float32) for name, build in FEATURES.items()}
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for warm in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if warm:
-                taken[name].append(time.perf_counter() - started)
+    """Measure, print and write the table."""
+    case = Case(SHAPES[shape], torch.float32)
+    with quiet_compiler():
+        base, adapted = graphs_of_a_model()
+        trainings = {name: build(case) for name, build in (SAME | OTHER).items()}
+        differing = deviations(trainings)
+        timings = interleave(trainings, rounds, BUDGET)
     rows = [
         [
             name,
-            f"{statistics.median(times):.3f}",
-            f"{statistics.median(a / b for a, b in zip(times, taken[PLAIN], strict=True)):.2f}",
+            f"{timings.median(name):.4f}",
+            str(timings.ratio(name, PLAIN)),
+            f"{differing[name]:.1e}" if name in differing else "-",
         ]
-        for name, times in taken.items()
+        for name in timings.seconds
     ]
-    about = f"{chosen}, float32, static rank {RANK}; medians of {rounds} interleaved rounds."
-    report.write(f"features_{shape}", about, ["feature", "s / step", "/ plain"], rows)
+    about = (
+        f"{case.shape}, rank {RANK}; {timings.rounds} interleaved rounds; median (quartiles) of "
+        f"the ratio to the plain step. Gradients: |difference to the plain step's| over its norm. "
+        f"torch.compile leaves its graph at the experts: a whole OLMoE of {LAYERS} layers runs "
+        f"{adapted} graphs in a forward, {base} without LoRA."
+    )
+    columns = ["feature", "s / step", "/ plain", "gradients"]
+    report.write(f"features_{shape}", about, [report.Table("", "", columns, rows)])
 
 
 if __name__ == "__main__":

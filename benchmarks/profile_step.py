@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 from torch.profiler import profile
 
-from benchmarks.expert_step import METHODS, SHAPES
+from benchmarks.blocks import DTYPES, SHAPES, Case
+from benchmarks.methods import METHODS, STATIC
 
 
 def main(
-    method: Annotated[str, typer.Option(help=f"One of: {'; '.join(METHODS)}.")] = "drlora, static",
-    shape: Annotated[str, typer.Option(help="olmoe, qwen3 or small.")] = "small",
+    method: Annotated[str, typer.Option(help=f"One of: {'; '.join(METHODS)}.")] = STATIC,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     steps: Annotated[int, typer.Option(help="Steps to profile.")] = 3,
     rows: Annotated[int, typer.Option(help="Operators to list.")] = 20,
 ) -> None:
     """Print the operators that take most time of their own."""
-    step = METHODS[method](SHAPES[shape], getattr(torch, dtype))
+    step = METHODS[method](Case(SHAPES[shape], DTYPES[dtype]))
     step()
     step()
     with profile() as profiler:

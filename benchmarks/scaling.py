@@ -1,17 +1,15 @@
-"""How the cost of a drlora step grows with tokens, experts and rank.
+"""How the cost of a drlora step grows with tokens, experts and rank, beside the frozen model's.
 
     python -m benchmarks.scaling
 
-Each size is doubled in turn, with the tokens of an expert (or the experts of a token) held fixed,
-and a power law is fitted to the medians. An exponent of 1 is proportional cost.
+Each size is doubled three times, with the tokens of an expert (or the experts of a token) held
+fixed, all sizes and both methods in turn within a round. A power law is fitted to the medians by
+least squares of log seconds over log size: its exponent is 1 where cost is proportional.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
@@ -19,59 +17,109 @@ import torch
 import typer
 
 from benchmarks import report
-from benchmarks.expert_step import Shape, drlora
+from benchmarks.blocks import Case, Shape
+from benchmarks.methods import RANK, Builder, drlora, frozen
+from benchmarks.rounds import interleave
 
 BASE = Shape(experts=32, hidden=512, intermediate=256, top_k=4, tokens=1024)
-RANKS = (16, 32, 64, 128)
+FACTORS = (1, 2, 4, 8)
+BUDGET = 150.0  # seconds
+DRLORA, FROZEN = "drlora", "frozen"
 
 
-def shapes_by_tokens() -> dict[int, Shape]:
-    """More tokens for the same experts."""
-    return {n: dataclasses.replace(BASE, tokens=n) for n in (1024, 2048, 4096, 8192)}
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Seconds = constant * size ** exponent."""
+
+    swept: str
+    method: str
+    medians: dict[int, float]
+    """Seconds by size."""
+    exponent: float
+    error: float
+    """Standard error of the exponent: how well a power law fits."""
+
+    @classmethod
+    def to(cls, swept: str, method: str, medians: dict[int, float]) -> Fit:
+        """Fit log seconds over log size.
+
+        Example:
+            >>> fit = Fit.to("tokens", "drlora", {1: 0.5, 2: 1.0, 4: 2.0})
+            >>> round(fit.exponent, 6), round(fit.error, 6)
+            (1.0, 0.0)
+        """
+        size, seconds = np.log(list(medians)), np.log(list(medians.values()))
+        centred = size - size.mean()
+        exponent = float(centred @ seconds / (centred @ centred))
+        residuals = seconds - seconds.mean() - exponent * centred
+        variance = residuals @ residuals / max(1, len(medians) - 2)
+        return cls(swept, method, medians, exponent, float(np.sqrt(variance / (centred @ centred))))
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.3f} ± {self.error:.3f}"
 
 
-def shapes_by_experts() -> dict[int, Shape]:
-    """More experts, each with as many tokens as before."""
+def shapes(swept: str) -> dict[int, Shape]:
+    """Shapes by size; more experts come with more tokens, so that each has as many as before."""
+    if swept == "tokens":
+        return {BASE.tokens * f: dataclasses.replace(BASE, tokens=BASE.tokens * f) for f in FACTORS}
     return {
-        n: dataclasses.replace(BASE, experts=n, tokens=BASE.tokens * n // BASE.experts)
-        for n in (32, 64, 128, 256)
+        BASE.experts * f: dataclasses.replace(
+            BASE, experts=BASE.experts * f, tokens=BASE.tokens * f
+        )
+        for f in FACTORS
     }
 
 
-def seconds(steps: dict[int, Callable[[], None]], rounds: int) -> dict[int, float]:
-    """Median seconds of each step, all sizes in turn within a round."""
-    taken: dict[int, list[float]] = {size: [] for size in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for size, step in steps.items():
-            started = time.perf_counter()
-            step()
-            taken[size].append(time.perf_counter() - started)
-    return {size: statistics.median(times) for size, times in taken.items()}
+def builders(rank: int) -> dict[str, Builder]:
+    """The two methods that are fitted."""
+    static = drlora(r_max=2 * rank, growing=False, rank=rank)
+    return {DRLORA: static, FROZEN: frozen("grouped_mm")}
 
 
-def exponent(medians: dict[int, float]) -> float:
-    """Slope of log seconds over log size."""
-    slope, _ = np.polyfit(np.log(list(medians)), np.log(list(medians.values())), 1)
-    return float(slope)
+def measure(rounds: int | None) -> list[Fit]:
+    """Time all sizes in the same rounds, and fit."""
+    steps = {}
+    for swept in ("tokens", "experts"):
+        for size, shape in shapes(swept).items():
+            case = Case(shape, torch.float32)
+            for method, build in builders(RANK).items():
+                steps[swept, method, size] = build(case)
+    base = Case(BASE, torch.float32)
+    for rank in (RANK * f for f in FACTORS):
+        steps["rank", DRLORA, rank] = builders(rank)[DRLORA](base)
+    timings = interleave({str(key): step for key, step in steps.items()}, rounds, BUDGET)
+    medians: dict[tuple[str, str], dict[int, float]] = {}
+    for swept, method, size in steps:
+        of_method = medians.setdefault((swept, method), {})
+        of_method[size] = timings.median(str((swept, method, size)))
+    return [Fit.to(swept, method, found) for (swept, method), found in medians.items()]
 
 
-def main(rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 9) -> None:
-    """Measure and write the table."""
-    build = drlora(r_max=32, growing=False)
-    sweeps: dict[str, dict[int, Callable[[], None]]] = {
-        "tokens": {n: build(s, torch.float32) for n, s in shapes_by_tokens().items()},
-        "experts": {n: build(s, torch.float32) for n, s in shapes_by_experts().items()},
-        "rank": {r: drlora(r_max=2 * r, growing=False, rank=r)(BASE, torch.float32) for r in RANKS},
-    }
-    rows = []
-    for name, steps in sweeps.items():
-        medians = seconds(steps, rounds)
-        shown = ", ".join(f"{size}: {value * 1e3:.0f}" for size, value in medians.items())
-        rows.append([name, shown, f"{exponent(medians):.2f}"])
-    about = f"{BASE}, float32, static rank 16 unless swept; medians of {rounds} interleaved rounds."
-    report.write("scaling", about, ["swept", "size: ms / step", "exponent"], rows)
+def table(fits: list[Fit]) -> report.Table:
+    """One line per sweep and method."""
+    about = (
+        f"{BASE}, float32, static rank {RANK} unless swept; experts are swept with as many tokens "
+        "for each. Exponent ± standard error of the fit to the medians."
+    )
+    rows = [
+        [
+            fit.swept,
+            fit.method,
+            ", ".join(f"{size}: {value * 1e3:.1f}" for size, value in fit.medians.items()),
+            str(fit),
+        ]
+        for fit in fits
+    ]
+    return report.Table("Scaling", about, ["swept", "method", "size: ms / step", "exponent"], rows)
+
+
+def main(
+    rounds: Annotated[int | None, typer.Option(help="Default: what fits 150 s, 5 to 25.")] = None,
+) -> None:
+    """Measure, print and write the table."""
+    found = table(measure(rounds))
+    report.write("scaling", found.about, [found._replace(heading="", about="")])
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.expert_step import METHODS, Shape, drlora
+from benchmarks.blocks import Case, Shape
 from benchmarks.memory import peak_bytes
+from benchmarks.methods import EAGER, FROZEN, METHODS, PEFT, STATIC, drlora
 
 SHAPE = Shape(experts=16, hidden=96, intermediate=64, top_k=4, tokens=256)
 
 
 def peak(method: str) -> int:
-    step = METHODS[method](SHAPE, torch.float32)
+    step = METHODS[method](Case(SHAPE, torch.float32))
     step()  # the optimizer makes its state
     return peak_bytes(step)
 
@@ -33,15 +34,15 @@ def test_r_max_costs_no_memory_in_the_pooled_layout() -> None:
 
 
 def peak_bytes_of(r_max: int) -> int:
-    step = drlora(r_max=r_max, growing=False)(SHAPE, torch.float32)
+    step = drlora(r_max=r_max, growing=False)(Case(SHAPE, torch.float32))
     step()
     return peak_bytes(step)
 
 
 def test_a_step_holds_no_more_than_the_frozen_block_and_the_gradients_of_the_lora() -> None:
-    frozen = min(peak("frozen, grouped_mm"), peak("frozen, eager"))
+    frozen = min(peak(FROZEN), peak(EAGER))
     slots = SHAPE.experts * 16
     features = SHAPE.hidden + 2 * SHAPE.intermediate + SHAPE.intermediate + SHAPE.hidden
     gradients = 4 * slots * features
-    assert peak("drlora, static") <= frozen + gradients
-    assert peak("PEFT LoRA") > frozen + gradients  # the ledger does see a full delta per expert
+    assert peak(STATIC) <= frozen + gradients
+    assert peak(PEFT) > frozen + gradients  # the ledger does see a full delta per expert

@@ -1,0 +1,193 @@
+"""The goals of a training step: what each is, what was measured, met or not.
+
+    python -m benchmarks.goals                            # all shapes and dtypes, then scaling
+    python -m benchmarks.goals --shape small --dtype float32 --no-scaling
+
+Times are ratios within interleaved rounds (benchmarks/rounds.py); memory is counted in bytes of
+tensors (benchmarks/memory.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from benchmarks import memory, methods, report, rounds, scaling
+from benchmarks.blocks import DTYPES, SHAPES, Case
+from benchmarks.methods import METHODS, RANK
+from benchmarks.rounds import Spread, Timings
+
+STEP = "training step / frozen model's forward and backward"
+OVER_PEFT = "the same / PEFT LoRA"
+MEMORY = "peak memory over the frozen model's / PEFT's over the frozen model's"
+GROWING = "dynamic / static rank"
+R_MAX_TIME = "r_max = 4 r_target / r_max = r_target, time"
+R_MAX_MEMORY = "r_max = 4 r_target / r_max = r_target, peak memory"
+STATE = "LoRA weights, gradients and Adam state / PEFT's at r_target, r_max = {} r_target"
+NOISE = "the same frozen model twice (noise)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """One line of the table; ``limit`` None: shown for comparison."""
+
+    what: str
+    where: str
+    limit: float | None
+    measured: float
+    shown: str
+
+    @classmethod
+    def of(cls, what: str, where: str, limit: float | None, measured: float | Spread) -> Goal:
+        """From a counted value, or one measured over the rounds."""
+        if isinstance(measured, Spread):
+            return cls(what, where, limit, measured.median, str(measured))
+        return cls(what, where, limit, measured, f"{measured:.3f}")
+
+    @property
+    def verdict(self) -> str:
+        """Met or not, as a cell."""
+        if self.limit is None:
+            return "-"
+        return "yes" if self.measured <= self.limit else f"no, by {self.measured - self.limit:.3f}"
+
+    def row(self) -> list[str]:
+        """Cells of the table."""
+        limit = "-" if self.limit is None else f"<= {self.limit:.2f}"
+        return [self.what, self.where, limit, self.shown, self.verdict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Bytes of one method."""
+
+    step: int
+    """Most that a step allocates and holds at once."""
+    training: int
+    """Most that is held at once while training, LoRA and optimizer included, frozen weights not."""
+    state: int
+    """LoRA weights, gradients and optimizer state."""
+    table: int
+    """Who owns which rank slot."""
+
+
+def count(case: Case, builder: methods.Builder) -> Counted:
+    """Count the bytes of a method over two steps."""
+    built: list[methods.Training] = []
+
+    def start() -> None:
+        built.append(builder(case))
+        built[0]()
+        built[0]()
+
+    training = memory.peak_bytes(start)
+    step = memory.peak_bytes(built[0])
+    return Counted(step, training, built[0].state_bytes(), built[0].table_bytes())
+
+
+def step_goals(where: str, timings: Timings, counted: dict[str, Counted]) -> list[Goal]:
+    """Judge one shape and dtype."""
+    best = timings.faster(methods.FROZEN, methods.EAGER)
+    base = min(counted[name].training for name in (methods.FROZEN, methods.EAGER))
+    above = {name: counts.training - base for name, counts in counted.items()}
+    low, high = counted[methods.LOW_MAX], counted[methods.HIGH_MAX]
+    uniform = counted[methods.PEFT].state
+    found = [
+        (STEP, 1.05, timings.ratio(methods.DYNAMIC, best)),
+        (OVER_PEFT, 0.35, timings.ratio(methods.DYNAMIC, methods.PEFT)),
+        (MEMORY, 0.15, above[methods.DYNAMIC] / above[methods.PEFT]),
+        (GROWING, 1.03, timings.ratio(methods.DYNAMIC, methods.STATIC)),
+        (R_MAX_TIME, 1.02, timings.ratio(methods.HIGH_MAX, methods.LOW_MAX)),
+        (R_MAX_MEMORY, 1.02, high.training / low.training),
+        (STATE.format(2), 1.0, counted[methods.DYNAMIC].state / uniform),
+        (STATE.format(4), 1.0, high.state / uniform),
+        (NOISE, None, timings.ratio(methods.AGAIN, methods.FROZEN)),
+    ]
+    return [Goal.of(what, where, limit, measured) for what, limit, measured in found]
+
+
+def method_rows(timings: Timings, counted: dict[str, Counted]) -> list[list[str]]:
+    """One line per method: time, ratios, bytes."""
+    best = timings.faster(methods.FROZEN, methods.EAGER)
+    return [
+        [
+            name,
+            f"{timings.median(name):.4f}",
+            str(timings.ratio(name, best)),
+            f"{timings.median(name) / timings.median(methods.PEFT):.3f}",
+            *(f"{value / 2**20:,.1f}" for value in dataclasses.astuple(counted[name])[:3]),
+            f"{counted[name].table / 2**10:,.0f}",
+        ]
+        for name in timings.seconds
+    ]
+
+
+COLUMNS = [
+    "method",
+    "s / step",
+    "/ frozen, the faster",
+    "/ PEFT",
+    "peak of a step, MiB",
+    "peak of training, MiB",
+    "LoRA state, MiB",
+    "owner table, KiB",
+]
+ABOUT = (
+    f"Rank {RANK}. Frozen: forward and backward to the inputs, by the faster of Transformers' "
+    "grouped_mm and eager experts; the others: with AdamW (fused), drlora with statistics and "
+    "growth, ranks grown from half. Ratios: median (quartiles) over interleaved rounds. Memory: "
+    "bytes of tensors held at once, LoRA and optimizer state included, frozen weights not."
+)
+
+
+def measure(case: Case, count_of_rounds: int | None) -> tuple[Timings, dict[str, Counted]]:
+    """Time and count all methods on one case."""
+    trainings = {name: build(case) for name, build in METHODS.items()}
+    timings = rounds.interleave(trainings, count_of_rounds)
+    trainings.clear()
+    gc.collect()  # adapters and models hold each other
+    return timings, {name: count(case, build) for name, build in METHODS.items()}
+
+
+def scaling_goals(fits: Iterable[scaling.Fit]) -> list[Goal]:
+    """Judge the exponents."""
+    return [
+        Goal(f"exponent of time against {f.swept}", "scaling", 1.05, f.exponent, str(f))
+        for f in fits
+        if f.method == scaling.DRLORA
+    ]
+
+
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Default: what fits 90 s, 5 to 25.")] = None,
+    scale: Annotated[bool, typer.Option("--scaling/--no-scaling", help="Exponents too.")] = True,
+) -> None:
+    """Measure, print and write the tables; they are printed for each case as it ends."""
+    goals: list[Goal] = []
+    details: list[report.Table] = []
+    for name in shape or SHAPES:
+        for kind in dtype or DTYPES:
+            timings, counted = measure(Case(SHAPES[name], DTYPES[kind]), rounds)
+            goals += step_goals(f"{name}, {kind}", timings, counted)
+            heading = f"{name}, {kind}"
+            about = f"{SHAPES[name]}; {timings.rounds} rounds."
+            table = report.Table(heading, about, COLUMNS, method_rows(timings, counted))
+            typer.echo("\n".join(table.lines()), err=True)
+            details.append(table)
+    if scale:
+        fits = scaling.measure(rounds)
+        goals += scaling_goals(fits)
+        details.append(scaling.table(fits))
+    rows = [goal.row() for goal in sorted(goals, key=lambda goal: goal.what != STEP)]
+    table = report.Table("Goals", "", ["what", "where", "goal", "measured", "met"], rows)
+    report.write("_".join(["step_goals", *(shape or []), *(dtype or [])]), ABOUT, [table, *details])
+
+
+if __name__ == "__main__":
+    typer.run(main)
