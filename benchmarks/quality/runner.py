@@ -29,9 +29,15 @@ def check(study: Study) -> None:
     """Refuse before hours of runs what every run would refuse.
 
     Raises:
-        ValueError: a method, its configuration or a task cannot be used.
+        ValueError: a method, its configuration, a task or a model cannot be used.
     """
+    from benchmarks.quality.models import SHIPPED
     from benchmarks.quality.tasks import load_task
+
+    for model in study.models:
+        if not (model in SHIPPED or "/" in model or Path(model).is_dir()):
+            hint = near_misses(model, SHIPPED)
+            raise StudyError(f"no model {model!r}, which is neither a folder nor an id; {hint}")
 
     for method in study.methods:
         if method.kind not in KINDS:
