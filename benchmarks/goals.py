@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -82,11 +83,12 @@ def count(case: Case, builder: methods.Builder) -> Counted:
     def start() -> None:
         built.append(builder(case))
         built[0]()
+
+    def step() -> None:
         built[0]()
 
-    training = memory.peak_bytes(start)
-    step = memory.peak_bytes(built[0])
-    return Counted(step, training, built[0].state_bytes(), built[0].table_bytes())
+    of_step, training = memory.training_peaks(start, step)
+    return Counted(of_step, training, built[0].state_bytes(), built[0].table_bytes())
 
 
 def step_goals(where: str, timings: Timings, counted: dict[str, Counted]) -> list[Goal]:
@@ -169,6 +171,7 @@ def main(
     scale: Annotated[bool, typer.Option("--scaling/--no-scaling", help="Exponents too.")] = True,
 ) -> None:
     """Measure, print and write the tables; they are printed for each case as it ends."""
+    title = "_".join(["step_goals", *(shape or []), *(dtype or [])])
     goals: list[Goal] = []
     details: list[report.Table] = []
     for name in shape or SHAPES:
@@ -180,13 +183,19 @@ def main(
             table = report.Table(heading, about, COLUMNS, method_rows(timings, counted))
             typer.echo("\n".join(table.lines()), err=True)
             details.append(table)
+            write(title, goals, details)  # kept if a later case should fail
     if scale:
         fits = scaling.measure(rounds)
         goals += scaling_goals(fits)
         details.append(scaling.table(fits))
+    typer.echo(write(title, goals, details).read_text())
+
+
+def write(title: str, goals: list[Goal], details: list[report.Table]) -> Path:
+    """Write what was found so far."""
     rows = [goal.row() for goal in sorted(goals, key=lambda goal: goal.what != STEP)]
     table = report.Table("Goals", "", ["what", "where", "goal", "measured", "met"], rows)
-    report.write("_".join(["step_goals", *(shape or []), *(dtype or [])]), ABOUT, [table, *details])
+    return report.write(title, ABOUT, [table, *details], show=False)
 
 
 if __name__ == "__main__":

@@ -55,3 +55,24 @@ def peak_bytes(step: Callable[[], None]) -> int:
     with _Ledger() as ledger:
         step()
     return ledger.peak
+
+
+def training_peaks(prepare: Callable[[], None], step: Callable[[], None]) -> tuple[int, int]:
+    """Most bytes held at once above what was held before ``step``, and over all of it.
+
+    Args:
+        prepare: builds what is trained, and takes a first step.
+        step: another step.
+
+    Example:
+        >>> kept = []
+        >>> prepare = lambda: kept.append(torch.zeros(256))
+        >>> training_peaks(prepare, lambda: kept.append(kept[0] + 1))
+        (1024, 2048)
+    """
+    with _Ledger() as ledger:
+        prepare()
+        before, first = ledger.held, ledger.peak
+        ledger.peak = before
+        step()
+    return ledger.peak - before, max(first, ledger.peak)

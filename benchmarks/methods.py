@@ -90,7 +90,7 @@ def drlora(
 
     ``growing`` starts at half the rank and has grown, by real events, before the builder returns:
     ranks are uneven, slots scattered, and half of the rank dimensions were born late, as in most
-    of a run. One more event spends the rest of the budget at the second step; later events decide
+    of a run. The last event, at the second step, spends the rest of the budget; later ones decide
     but have nothing left to give. ``options`` go to ``attach``.
     """
 

@@ -43,8 +43,8 @@ def versions(*packages: str) -> str:
     return ", ".join(listed + [f"{name} {version(name)}" for name in packages])
 
 
-def write(title: str, about: str, tables: Sequence[Table]) -> Path:
-    """Print tables in Markdown and write them to ``results/<title>_<hardware>_<date>.md``."""
+def write(title: str, about: str, tables: Sequence[Table], show: bool = True) -> Path:
+    """Write tables in Markdown to ``results/<title>_<hardware>_<date>.md``, and print them."""
     import torch
 
     date = datetime.date.today().isoformat()
@@ -54,7 +54,8 @@ def write(title: str, about: str, tables: Sequence[Table]) -> Path:
     lines += [versions("numpy", "torch", "transformers", "peft"), ""]
     lines += [line for table in tables for line in table.lines()]
     text = "\n".join(lines[:-1]) + "\n"
-    print(text)
+    if show:
+        print(text)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{title}_{hardware}_{date}.md"
     path.write_text(text)

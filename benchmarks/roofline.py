@@ -11,7 +11,7 @@ a drlora step to a frozen one:
 - *added*: the frozen step as measured, and the added work at the ceilings. Faster than this only
   if the frozen part itself is done in less time than Transformers does it.
 - *bound*: the experts' own products at the ceilings too, and nothing else at all: no gate, no
-  gathering, no routing. No implementation on these products is faster.
+  gathering, no routing. No implementation that multiplies these matrices one by one is faster.
 """
 
 from __future__ import annotations

@@ -115,8 +115,7 @@ def _short_collections() -> Iterator[None]:
 
 
 def _repeats(step: Step) -> tuple[int, float]:
-    """Steps that fill a turn, and the seconds of one; the first two steps only warm up."""
-    step()
+    """Steps that fill a turn, and the seconds of one; two steps before it only warm up."""
     step()
     seconds = _turn(step, 1)
     return max(1, math.ceil(TURN / seconds)), seconds

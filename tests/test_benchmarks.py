@@ -19,6 +19,7 @@ from benchmarks import (
     counts,
     features,
     goals,
+    memory,
     profile_step,
     report,
     roofline,
@@ -112,6 +113,18 @@ def test_operations_are_counted_right(method: str, rank: int) -> None:
     gemms = counts.base_gemms(TINY) + counts.router_gemms(TINY)
     gemms += counts.lora_gemms(TINY, rank) if rank else []
     assert counter.get_total_flops() == sum(gemm.operations for gemm in gemms)
+
+
+def test_memory_of_a_step_and_of_training() -> None:
+    kept: list[torch.Tensor] = []
+
+    def prepare() -> None:
+        kept.append(torch.zeros(256) + 0.0)  # two of 1 KiB at once, one is kept
+
+    def step() -> None:
+        kept.append(kept[0] + 1.0)
+
+    assert memory.training_peaks(prepare, step) == (1024, 2048)
 
 
 def test_the_experts_own_products_are_12_s_h_i() -> None:
