@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import doctest
+import math
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.quality import rivals, tables
+from benchmarks.quality import cells, factors, pictures, plots, rivals, statistics, tables
 from benchmarks.quality.claims import compare, correlations, relevance_verdict, verdict
 from benchmarks.quality.document import HEADINGS, read_notes, render
 from benchmarks.quality.factors import defaults, sensitivity
 from benchmarks.quality.runs import Results, read
+from benchmarks.quality.statistics import Estimate
 from tests.quality import fake
 
 FIRST = "Growing ranks where the task leans beats uniform LoRA at equal parameters"
@@ -143,6 +148,40 @@ def test_a_rival_must_win_on_held_out_tasks(folder: Path) -> None:
     rival = row(rivals.rivals(results), "Method", "random")
     assert rival["Development"].startswith("-0.29")
     assert rival["Held out, so"] == "worse than DR-LoRA"
+
+
+def test_figures_show_what_the_tables_say(folder: Path) -> None:
+    results = made(folder, tasks=("a",), noise=0.0)
+    titles = {figure.layout.title.text: figure for figure in plots.figures(results, fake.known)}
+    gaps = titles["embedded / a: test loss against uniform"]
+    means = {trace.y[0]: trace.x[0] for trace in gaps.data if len(trace.x) == 1}
+    assert means["drlora"] == pytest.approx(-0.4)
+    assert means["random"] == pytest.approx(0.0)
+    ranks, relevance = titles["embedded / a: drlora"].data
+    assert list(ranks.z[0]) == [5, 3, 1, 1, 1, 1]
+    assert list(relevance.z[0]) == fake.RELEVANCE["layers.0"].tolist()
+    values = [trace.x[0] for trace in titles["Sensitivity to gamma"].data]
+    assert values == ["1.0", "0.0", "2.0"]
+
+
+def test_pictures_in_characters_hold_means_and_zero() -> None:
+    drawn = pictures.intervals(
+        {"long": Estimate(-0.5, -1.0, 0.0, 5), "b": Estimate(1.0, -math.inf, math.inf, 2)}
+    )
+    first, second, axis = drawn.splitlines()
+    start = len("long ")
+    assert (first[start], first[start + 15], first[start + 30]) == ("├", "●", "┤")
+    assert (second[start + 30], second[start + 60]) == ("│", "●")
+    assert axis.split() == ["-1.000", "+1.000"]
+    drawn = pictures.heat_map({"l": np.array([1.0, 2.5])}, {"l": np.array([0.0, 1.0])})
+    assert drawn.splitlines()[0].split() == ["l", "rank", "1.0", "2.5"]
+    assert drawn.splitlines()[1].split() == ["relevance", "██"]
+
+
+@pytest.mark.parametrize("module", [cells, factors, pictures, statistics], ids=lambda m: m.__name__)
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    assert doctest.testmod(module).attempted
+    assert doctest.testmod(module).failed == 0
 
 
 def test_without_runs_every_part_says_so() -> None:
