@@ -126,6 +126,9 @@ def _evidence(results: Results) -> str:
                 for setting, group in compare(results, DRLORA, UNIFORM).groups.items()
             }
         )
+        + "\n\nThe same beside the entropy of DR-LoRA's routing frequency f at the end of training "
+        "(1: all experts alike; mean over layers and seeds):\n\n"
+        + markdown(tables.concentration(results))
     )
 
 
@@ -196,7 +199,7 @@ def _ranks(results: Results, relevance: Relevance | None) -> str:
             drawn = pictures.heat_map(mean_ranks(cells[DRLORA]), known)
             parts += [f"{results.label(setting)}, mean final rank:", f"```text\n{drawn}\n```"]
     if relevance and (by_method := tables.relevance_by_method(results, relevance)):
-        parts.append(markdown(by_method))
+        parts += ["Correlation of final ranks with the known relevance:", markdown(by_method)]
     return "\n\n".join(parts)
 
 

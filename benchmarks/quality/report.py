@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Optional
@@ -24,8 +23,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
 def known_relevance(model: str, task: str) -> Mapping[str, np.ndarray] | None:
     """Relevance of each expert by layer where it is known by construction, else None."""
-    if importlib.util.find_spec("benchmarks.quality.controlled") is None:
-        return None
     from benchmarks.quality.controlled import relevance
 
     try:

@@ -19,6 +19,7 @@ from benchmarks.quality.claims import (
     verdicts,
 )
 from benchmarks.quality.factors import main_methods
+from benchmarks.quality.routing import entropy
 from benchmarks.quality.runs import Cell, Results, Setting, differences, exact_match, test_loss
 from benchmarks.quality.statistics import Estimate, estimate, sign_flip_p
 
@@ -239,11 +240,33 @@ def rank_correlations(results: Results, method: str, relevance: Relevance | None
 
 
 def relevance_by_method(results: Results, relevance: Relevance) -> Rows:
-    """Spearman of final ranks with the known relevance, for every method, over all settings."""
+    """Spearman of final ranks with the known relevance: methods x settings."""
+    names = main_methods(results, results.settings())
+    by_method = {name: correlations(results, name, relevance) for name in names}
+    known = [
+        setting
+        for setting in results.settings()
+        if any("relevance" in table.get(setting, {}) for table in by_method.values())
+    ]
     rows = []
-    for name in results.methods():
-        table = correlations(results, name, relevance)
-        groups = [values["relevance"] for values in table.values() if "relevance" in values]
-        if groups:
-            rows.append({"Method": name, "Rank with relevance": interval(estimate(groups), 2)})
+    for name, table in by_method.items():
+        found = {s: table.get(s, {}).get("relevance", np.array([])) for s in known}
+        if any(values.size for values in found.values()):
+            cells = {results.label(s): interval(estimate([v]), 2) for s, v in found.items()}
+            rows.append({"Method": name, **cells})
     return rows
+
+
+def concentration(results: Results) -> Rows:
+    """How even the routing is, and what DR-LoRA gains: a row per setting, most even last."""
+    rows = []
+    for setting, group in compare(results, DRLORA, UNIFORM).groups.items():
+        runs = results.cells[setting][DRLORA].chosen().values()
+        layers = [np.array(phi) for run in runs for phi in run.routing.values() if sum(phi) > 0]
+        if layers:
+            even = float(np.mean([entropy(phi) for phi in layers]))
+            gain = {f"{DRLORA} - {UNIFORM}": interval(estimate([group]))}
+            rows.append(
+                (even, {"Setting": results.label(setting), "Entropy": f"{even:.3f}", **gain})
+            )
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]

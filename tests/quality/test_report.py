@@ -126,6 +126,17 @@ def test_ranks_that_leave_the_relevant_experts_change_the_verdict(folder: Path) 
     assert relevance_verdict(correlations(follow, "drlora"))[1] == "not run"
 
 
+def test_relevance_and_concentration_have_a_row_for_what_ran(folder: Path) -> None:
+    results = made(folder, names=("uniform", "drlora", "without_f"), tasks=("a", "b"))
+    rows = tables.relevance_by_method(results, fake.known)
+    assert [line["Method"] for line in rows] == ["drlora", "without_f"]
+    assert rows[0].keys() == {"Method", "embedded / a"}
+    assert rows[0]["embedded / a"] == "+0.86 [+0.86, +0.86]"
+    shares = (fake.RELEVANCE["layers.0"] + 0.1) / (fake.RELEVANCE["layers.0"] + 0.1).sum()
+    even = -(shares * np.log(shares)).sum() / np.log(6)
+    assert [line["Entropy"] for line in tables.concentration(results)] == [f"{even:.3f}"] * 2
+
+
 def test_held_out_order_is_compared_with_that_of_development(folder: Path) -> None:
     names = ("uniform", "drlora", "prune")
     known = fake.write(folder / "full.jsonl", fake.study(names=names))
