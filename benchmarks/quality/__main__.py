@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer import Argument, Option
 from benchmarks.quality import study as studies
 
 RESULTS = Path(__file__).parent / "results"
+SHOWN = ("Method", "Test loss", "Against uniform", "Exact match", "Rate", "Total rank")
 
 Profile = Annotated[
     str,
@@ -104,8 +106,27 @@ def _carry_out(study: studies.Study, output: Path, workers: int | None, dry_run:
     if dry_run:
         check(study)
         return 0
-    on_cpu = study.training.device == "cpu"
-    return len(conduct(study, output, workers or ((os.cpu_count() or 1) if on_cpu else 1), console))
+    if workers is None:
+        workers = (os.cpu_count() or 1) if study.training.device == "cpu" else 1
+    failures = conduct(study, output, workers, console)
+    _compare(study, output)
+    return len(failures)
+
+
+def _compare(study: studies.Study, output: Path) -> None:
+    """Print the methods side by side for every model and task of the study."""
+    from benchmarks.quality import runs, tables
+    from drlora_core.cli import common
+
+    if not output.exists():  # every run failed
+        return
+    found = runs.read([output])
+    for setting in found.settings():
+        if (setting.model, setting.task) in itertools.product(study.models, study.tasks) and (
+            setting.training == study.training
+        ):
+            rows = [{name: row[name] for name in SHOWN} for row in tables.methods(found, setting)]
+            common.table(found.label(setting), rows)
 
 
 def _chosen(

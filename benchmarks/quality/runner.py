@@ -38,6 +38,8 @@ def check(study: Study) -> None:
         if not (model in SHIPPED or "/" in model or Path(model).is_dir()):
             hint = near_misses(model, SHIPPED)
             raise StudyError(f"no model {model!r}, which is neither a folder nor an id; {hint}")
+        if model in SHIPPED and not SHIPPED[model].is_dir():
+            raise StudyError(f"model {model!r} is not in {SHIPPED[model]}; use --model for another")
 
     for method in study.methods:
         if method.kind not in KINDS:
