@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drlora_torch.errors import AttachError, CheckpointError
-from drlora_torch.export import peft_directory, per_expert, scaling, writing
+from drlora_torch.export import per_expert, scaling, stacked, writing
 from drlora_torch.export.factors import Factors, of_rank
+from drlora_torch.export.names import PREFIX, joined, own_name
+from drlora_torch.export.places import Places, parameters_of
+from drlora_torch.layers import ProjectionShape
 
 if TYPE_CHECKING:
     from drlora_torch.adapter import AdaptedLayer, Adapter
@@ -35,13 +38,13 @@ def start_from(adapter: Adapter, path: str | os.PathLike[str]) -> Errors:
             f"import_peft is a starting point, but the adapter has made "
             f"{adapter.engine.step_count} steps; attach a new one"
         )
-    peft_directory.check_conventions(adapter)
     held, config = writing.read(Path(path))
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise CheckpointError(f"{path} is not plain LoRA, which is all that can be imported")
     found: dict[tuple[str, str], Factors] = {}
+    places = Places(adapter)
     for name, layer in adapter.layers.items():
-        for projection, factors in _of_layer(layer, name, config, held).items():
+        for projection, factors in _of_layer(layer, name, places, config, held).items():
             found[name, projection] = factors
     routers = _routers(adapter, held)
     if held:
@@ -55,88 +58,58 @@ def start_from(adapter: Adapter, path: str | os.PathLike[str]) -> Errors:
 
 
 def _of_layer(
-    layer: AdaptedLayer, name: str, config: Mapping[str, Any], held: dict[str, Tensor]
+    layer: AdaptedLayer,
+    name: str,
+    places: Places,
+    config: Mapping[str, Any],
+    held: dict[str, Tensor],
 ) -> dict[str, Factors]:
     """Take the factors of one layer out of ``held``, scaled for a scaling of 1."""
-    prefix = peft_directory.PREFIX + peft_directory.own_name(name)
-    targets = config.get("target_parameters") or ()
-    chosen = [p for p in layer.record.projections if _matches(f"{prefix}.{p}", targets)]
-    order = peft_directory.parameter_order(layer.experts, dict.fromkeys(chosen))
-    found = {}
-    for projection, shape in layer.record.projections.items():
-        if projection not in dict(layer.lora.items()):
-            continue
-        if projection in order:
-            key = peft_directory.stacked_key(prefix, len(order) - 1 - order.index(projection))
-            factors = _stacked(held, key, layer.record.num_experts)
-            target = f"{prefix}.{projection}".removeprefix(peft_directory.PREFIX)
-            factor = scaling.of(config, target)
-        else:
-            separate = _separate(layer, prefix, projection, config, held)
-            if separate is None:
-                continue
-            factors, factor = separate, 1.0
-        _check(factors, f"{name}.{projection}", (shape.in_features, shape.out_features))
-        found[projection] = Factors(factors.lora_A, factor * factors.lora_B)
+    found = _stacked(layer, name, config, held)
+    for projection, _ in layer.lora.items():
+        shape = layer.record.projections[projection]
+        for candidate in places.candidates(name, projection):
+            separate = per_expert.gather(held, config, candidate, shape)
+            if separate is not None:
+                found[projection] = separate
+    for projection, factors in found.items():
+        _check(factors, f"{name}.{projection}", layer.record.projections[projection])
     return found
 
 
-def _matches(key: str, targets: Any) -> bool:
-    return any(key.endswith(f".{target}") for target in targets)
-
-
-def _stacked(held: dict[str, Tensor], key: str, experts: int) -> Factors:
-    """Undo PEFT's flat layout: A has the expert slowest, B has it fastest."""
-    try:
-        flat_A, flat_B = (held.pop(f"{key}.lora_{part}.weight") for part in "AB")
-        lora_A = flat_A.reshape(experts, -1, flat_A.shape[-1])
-        lora_B = flat_B.reshape(flat_B.shape[0], -1, experts).permute(2, 0, 1)
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"no LoRA of {experts} experts at {key!r}: {error}") from error
-    return Factors(lora_A, lora_B)
-
-
-def _separate(
-    layer: AdaptedLayer,
-    prefix: str,
-    projection: str,
-    config: Mapping[str, Any],
-    held: dict[str, Tensor],
-) -> Factors | None:
-    """Gather one LoRA per expert; gate and up with one A share it, else their ranks add up."""
-    parts = []
-    for part in per_expert.part_names(projection):
-        keys = [f"{prefix}.{expert}.{part}" for expert in range(layer.record.num_experts)]
-        if not any(f"{key}.lora_A.weight" in held for key in keys):
-            continue
-        factor = scaling.of(config, keys[0].removeprefix(peft_directory.PREFIX))
+def _stacked(
+    layer: AdaptedLayer, name: str, config: Mapping[str, Any], held: dict[str, Tensor]
+) -> dict[str, Factors]:
+    """What PEFT adapts as parameters of all experts."""
+    wanted = config.get("target_parameters") or ()
+    chosen = {
+        projection: storage
+        for projection, storage in parameters_of(layer).items()
+        if _matches(joined(own_name(name), storage.module, storage.name), wanted)
+    }
+    found = {}
+    for target in stacked.targets(layer.experts, own_name(name), chosen):
         try:
-            lora_A = torch.stack([held.pop(f"{key}.lora_A.weight") for key in keys])
-            lora_B = torch.stack([held.pop(f"{key}.lora_B.weight") for key in keys])
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"incomplete or uneven LoRA of {prefix}.*.{part}: {error}"
-            ) from error
-        parts.append(Factors(lora_A, factor * lora_B))
-    if len(parts) < len(per_expert.part_names(projection)):
-        return None
-    if len(parts) == 1:
-        return parts[0]
-    gate, up = parts
-    if torch.equal(gate.lora_A, up.lora_A):
-        return Factors(gate.lora_A, per_expert.fuse(layer.experts, gate.lora_B, up.lora_B))
-    lora_B = per_expert.fuse(
-        layer.experts,
-        torch.cat([gate.lora_B, torch.zeros_like(up.lora_B)], dim=-1),
-        torch.cat([torch.zeros_like(gate.lora_B), up.lora_B], dim=-1),
-    )
-    return Factors(torch.cat([gate.lora_A, up.lora_A], dim=1), lora_B)
+            flat_A, flat_B = (held.pop(f"{PREFIX}{target.key}.lora_{p}.weight") for p in "AB")
+        except KeyError as error:
+            experts = layer.record.num_experts
+            raise CheckpointError(f"no LoRA of {experts} experts at {error}") from error
+        lora_A, lora_B = stacked.unflat(flat_A, flat_B, target, layer.record.num_experts)
+        found[target.projection] = Factors(lora_A, scaling.of(config, target.parameter) * lora_B)
+    return found
 
 
-def _check(factors: Factors, where: str, features: tuple[int, int]) -> None:
-    own = (factors.lora_A.shape[-1], factors.lora_B.shape[1])
-    if own != features:
-        raise CheckpointError(f"{where} has features {features}, the PEFT adapter has {own}")
+def _matches(name: str, targets: Any) -> bool:
+    """As PEFT matches names of parameters."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _check(factors: Factors, where: str, shape: ProjectionShape) -> None:
+    features = (factors.lora_A.shape[-1], factors.lora_B.shape[1])
+    if features != shape:
+        raise CheckpointError(
+            f"{where} has features {tuple(shape)}, the PEFT adapter has {features}"
+        )
     if factors.lora_A.shape[1] != factors.lora_B.shape[2]:
         raise CheckpointError(f"{where}: A and B of the PEFT adapter differ in rank")
     if not all(bool(torch.isfinite(each).all()) for each in factors):
@@ -149,12 +122,12 @@ def _routers(adapter: Adapter, held: dict[str, Tensor]) -> dict[str, Tensor]:
     for layer in adapter.layers.values():
         if layer.router is None or not adapter.router_parameters():
             continue
-        for part, own in layer.router.state_dict().items():
+        for part, current in layer.router.state_dict().items():
             name = f"{layer.record.router}.{part}"
-            value = held.pop(peft_directory.PREFIX + peft_directory.own_name(name), None)
+            value = held.pop(PREFIX + own_name(name), None)
             if value is None or name not in adapter.router_parameters():
                 continue
-            if value.shape != own.shape:
+            if value.shape != current.shape:
                 raise CheckpointError(f"router {name} has shape {tuple(value.shape)}")
             values[name] = value
     return values

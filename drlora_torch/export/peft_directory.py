@@ -1,12 +1,8 @@
 """Export to a standard PEFT LoRA directory, which ``PeftModel.from_pretrained`` loads.
 
-PEFT adapts fused experts through ``target_parameters``, with one rank for all experts of a
-parameter: smaller experts are padded with zeros, which changes nothing but memory. Each layer may
-have its own rank (``rank_pattern``, ``alpha_pattern``, matched by the parameter's full name).
-
-PEFT keeps the factors flat: lora_A [N*R, I] has the expert slowest, lora_B [O, R*N] has it fastest.
-Several parameters of one module are wrappers within wrappers, in the order of the module's
-parameters: the first is the innermost, and each ``base_layer`` of its key names one layer above it.
+How PEFT adapts a layer depends on where the layer keeps its weights: see
+:mod:`drlora_torch.export.stacked` for parameters of all experts, and
+:mod:`drlora_torch.export.linears` for Linears.
 """
 
 from __future__ import annotations
@@ -19,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from drlora_torch.errors import CheckpointError
-from drlora_torch.export import per_expert, writing
+from drlora_torch.export import linears, per_expert, stacked, writing
 from drlora_torch.export.factors import Factors, Uniform, of_rank, padded
-from drlora_torch.models import interface
+from drlora_torch.export.names import PREFIX, own_name
+from drlora_torch.export.places import Places, parameters_of, storages
+from drlora_torch.models.storage import ExpertLinears
 from drlora_torch.options import RouterMode
 
 if TYPE_CHECKING:
     from drlora_torch.adapter import AdaptedLayer, Adapter
-
-PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +35,7 @@ class ExportReport:
     path: Path
     """The directory."""
     ranks: Mapping[str, int]
-    """Common rank of each layer's experts."""
+    """Rank of each layer's experts; the largest, where every expert keeps its own."""
     errors: Mapping[str, Mapping[str, NDArray[np.float64]]]
     """Relative Frobenius error of B A by layer, projection and expert, [N]; 0 is exact."""
 
@@ -56,90 +51,41 @@ def export(
     """See :meth:`drlora_torch.Adapter.export_peft`."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}")
-    check_conventions(adapter)
     uniform = _uniform(adapter, rank, across_layers=separate)
     report = ExportReport(
         Path(path),
         {name: next(iter(of.values())).factors.rank for name, of in uniform.items()},
         {name: {p: each.error for p, each in of.items()} for name, of in uniform.items()},
     )
-    tensors: dict[str, Tensor] = {}
-    for name, layer in adapter.layers.items():
-        factors = {projection: each.factors for projection, each in uniform[name].items()}
-        write = per_expert.tensors if separate else stacked_tensors
-        tensors |= write(layer.experts, PREFIX + own_name(name), factors)
+    factors = {name: {p: e.factors for p, e in of.items()} for name, of in uniform.items()}
     config = _config(adapter, report)
     if separate:
-        config["target_modules"] = per_expert.target_modules(adapter.layers.values())
+        tensors = _write_separate(adapter, factors, config)
     else:
-        _target_stacked(config, adapter, report)
+        tensors = _write_as_peft(adapter, factors, config, keep_ranks=rank is None)
     _add_routers(adapter, config, tensors)
     writing.write(report.path, tensors, config)
     return report
-
-
-def check_conventions(adapter: Adapter) -> None:
-    """Refuse layers whose weights PEFT would not find, or would read along other axes.
-
-    Raises:
-        CheckpointError: experts that do not follow the experts interface of Transformers 5.
-    """
-    for name, layer in adapter.layers.items():
-        if not interface.matches(layer.experts):
-            raise CheckpointError(
-                f"layer {name!r} keeps its experts in a {type(layer.experts).__name__}; "
-                "PEFT directories are of experts that follow the experts interface of "
-                "Transformers 5"
-            )
-
-
-def own_name(name: str) -> str:
-    """Name of a module in the model itself, where that is already inside a PeftModel."""
-    return name.removeprefix(PREFIX).replace(".base_layer", "")
-
-
-def parameter_order(experts: nn.Module, projections: Mapping[str, Any]) -> list[str]:
-    """Projections in the order in which PEFT wraps them."""
-    return [name for name, _ in experts.named_parameters(recurse=False) if name in projections]
-
-
-def stacked_tensors(
-    experts: nn.Module, name: str, factors: Mapping[str, Factors]
-) -> dict[str, Tensor]:
-    """Flat tensors of one module under PEFT's keys; see the top of this file."""
-    order = parameter_order(experts, factors)
-    tensors = {}
-    for index, projection in enumerate(order):
-        key = stacked_key(name, len(order) - 1 - index)
-        lora_A, lora_B = factors[projection]
-        tensors[f"{key}.lora_A.weight"] = lora_A.flatten(0, 1)
-        tensors[f"{key}.lora_B.weight"] = lora_B.permute(1, 2, 0).flatten(1)
-    return tensors
-
-
-def stacked_key(name: str, depth: int) -> str:
-    """Key of a wrapper with ``depth`` others around it."""
-    return name + ".base_layer" * depth
 
 
 def _uniform(
     adapter: Adapter, rank: int | None, across_layers: bool
 ) -> dict[str, dict[str, Uniform]]:
     """Factors of one rank for each layer, or for all layers."""
-    own = {
+    own_ranks = {
         name: {p: padded(layer.lora, p) for p, _ in layer.lora.items()}
         for name, layer in adapter.layers.items()
     }
-    largest = max(factors.rank for of in own.values() for factors in of.values())
+    largest = max(factors.rank for of in own_ranks.values() for factors in of.values())
     common = largest if across_layers and rank is None else rank
     return {
         name: {p: of_rank(factors, common or factors.rank) for p, factors in of.items()}
-        for name, of in own.items()
+        for name, of in own_ranks.items()
     }
 
 
 def _config(adapter: Adapter, report: ExportReport) -> dict[str, Any]:
-    """Build PEFT's LoraConfig; scaling alpha / r of every layer is ours."""
+    """Build PEFT's LoraConfig; scaling alpha / r of every module is ours."""
     rank = max(report.ranks.values())
     own_config = getattr(adapter.model, "config", None)
     causal = "ForCausalLM" in str(getattr(own_config, "architectures", None)) or type(
@@ -172,17 +118,74 @@ def _alpha(adapter: Adapter, rank: int) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _target_stacked(config: dict[str, Any], adapter: Adapter, report: ExportReport) -> None:
-    targets = []
+def _write_separate(
+    adapter: Adapter, factors: Mapping[str, Mapping[str, Factors]], config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Tensors of every expert; engines take one rank, and names of modules without their path."""
+    places = Places(adapter)
+    tensors: dict[str, Tensor] = {}
+    modules = set()
     for name, layer in adapter.layers.items():
-        for projection, _ in layer.lora.items():
-            target = f"{own_name(name)}.{projection}"
-            targets.append(target)
-            rank = report.ranks[name]
-            if rank != config["r"]:
-                config["rank_pattern"][target] = rank
-                config["alpha_pattern"][target] = _alpha(adapter, rank)
-    config["target_parameters"] = targets
+        for projection, both in factors[name].items():
+            found = places.of(name, projection)
+            modules |= {place.name.rpartition(".")[2] for place in found}
+            tensors |= per_expert.tensors(found, both, [both.rank] * layer.record.num_experts)
+    config["target_modules"] = sorted(modules)
+    return tensors
+
+
+def _write_as_peft(
+    adapter: Adapter,
+    factors: Mapping[str, Mapping[str, Factors]],
+    config: dict[str, Any],
+    *,
+    keep_ranks: bool,
+) -> dict[str, Tensor]:
+    """Tensors as PEFT would save them, and what the configuration says of their modules."""
+    tensors: dict[str, Tensor] = {}
+    parameters, modules = [], []
+    for name, layer in adapter.layers.items():
+        of = factors[name]
+        for target in stacked.targets(layer.experts, own_name(name), parameters_of(layer)):
+            lora_A, lora_B = stacked.flat(of[target.projection], target)
+            tensors[f"{PREFIX}{target.key}.lora_A.weight"] = lora_A
+            tensors[f"{PREFIX}{target.key}.lora_B.weight"] = lora_B
+            parameters.append(target.parameter)
+            _set_rank(config, adapter, target.parameter, of[target.projection].rank)
+        held = [each for each in storages(layer).values() if isinstance(each, ExpertLinears)]
+        if held:
+            largest = next(iter(of.values())).rank
+            ranks = _ranks(layer) if keep_ranks else [largest] * layer.record.num_experts
+            modules.append(linears.groups(own_name(name), held, ranks))
+            tensors |= _of_linears(layer, own_name(name), of, ranks)
+    for rank, groups in linears.by_rank(modules).items():
+        _set_rank(config, adapter, linears.pattern(groups), rank)
+    config["target_parameters"] = parameters or None
+    if modules:
+        config["target_modules"] = linears.pattern(g for of in modules for g in of.values())
+    return tensors
+
+
+def _of_linears(
+    layer: AdaptedLayer, name: str, factors: Mapping[str, Factors], ranks: list[int]
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for projection, storage in storages(layer).items():
+        shape = layer.record.projections[projection]
+        places = per_expert.own_places(name, projection, storage, shape, len(ranks))
+        tensors |= per_expert.tensors(places, factors[projection], ranks)
+    return tensors
+
+
+def _ranks(layer: AdaptedLayer) -> list[int]:
+    """Rank of each expert; PEFT has none of 0."""
+    return [max(rank, 1) for rank in layer.lora.table.ranks().tolist()]
+
+
+def _set_rank(config: dict[str, Any], adapter: Adapter, pattern: str, rank: int) -> None:
+    if rank != config["r"]:
+        config["rank_pattern"][pattern] = rank
+        config["alpha_pattern"][pattern] = _alpha(adapter, rank)
 
 
 def _add_routers(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -1,104 +1,115 @@
 """One LoRA per expert and projection, two-dimensional, under the names of unfused experts.
 
-``{experts}.{i}.gate_proj.lora_A.weight`` [R, I], ``...lora_B.weight`` [O, R], likewise ``up_proj``
-and ``down_proj``: what engines read that serve models with unfused expert names. A fused gate_up
-projection is split by the layout that the module declares; both halves get the same A.
+``{expert}.gate_proj.lora_A.weight`` [R, I] and ``lora_B.weight`` [O, R], likewise for the others:
+what engines read that serve models by the names of their checkpoints. Those are asked of
+Transformers; experts that stay fused on disk get ``{experts}.{i}.gate_proj``, ``up_proj`` and
+``down_proj``, or the projection's own name. Parts of a fused projection get the same A.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from drlora_torch.errors import CheckpointError
-from drlora_torch.export import scaling, writing
+from drlora_torch.export import scaling
 from drlora_torch.export.factors import Factors
+from drlora_torch.export.names import PREFIX, joined
+from drlora_torch.layers import ProjectionShape
+from drlora_torch.models.checkpoint_names import Place
+from drlora_torch.models.storage import ExpertLinears, ExpertParameter, Storage
 
-if TYPE_CHECKING:
-    from drlora_torch.adapter import AdaptedLayer
-
-FUSED = "gate_up_proj"
-KEY = re.compile(
-    r"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)\.lora_(?P<part>[AB])\.weight"
-)
+FUSED, PARTS = "gate_up_proj", ("gate_proj", "up_proj")
 
 
-def tensors(experts: nn.Module, name: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Two-dimensional tensors of one experts module."""
+def own_places(
+    layer: str, projection: str, storage: Storage, shape: ProjectionShape, experts: int
+) -> list[Place]:
+    """Places under the names that the model itself has, or would have if it were not fused."""
+    outputs = shape.out_features
+    if isinstance(storage, ExpertLinears):
+        return [
+            Place(joined(layer, expert, storage.projection), index, slice(0, outputs))
+            for index, expert in enumerate(storage.experts)
+        ]
+    parent = joined(layer, storage.module if storage.name == projection else "")
+    return [
+        Place(joined(parent, str(expert), part), expert, rows)
+        for expert in range(experts)
+        for part, rows in _parts(projection, storage, outputs)
+    ]
+
+
+def tensors(places: list[Place], factors: Factors, ranks: list[int]) -> dict[str, Tensor]:
+    """Two-dimensional tensors; ``ranks`` has that of each expert, the rest is cut off."""
     named: dict[str, Tensor] = {}
-    for projection, both in factors.items():
-        for part, lora_B in _split(experts, projection, both.lora_B).items():
-            for expert in range(lora_B.shape[0]):
-                key = f"{name}.{expert}.{part}"
-                named[f"{key}.lora_A.weight"] = both.lora_A[expert].clone()
-                named[f"{key}.lora_B.weight"] = lora_B[expert].clone()
+    for name, expert, rows in places:
+        rank = ranks[expert]
+        named[f"{PREFIX}{name}.lora_A.weight"] = factors.lora_A[expert, :rank].clone()
+        named[f"{PREFIX}{name}.lora_B.weight"] = factors.lora_B[expert, rows, :rank].clone()
     return named
 
 
-def target_modules(layers: Iterable[AdaptedLayer]) -> list[str]:
-    """Names of the projections that were written."""
-    fused = {projection for layer in layers for projection, _ in layer.lora.items()}
-    return sorted({part for name in fused for part in part_names(name)})
+def gather(
+    held: dict[str, Tensor],
+    config: Mapping[str, Any],
+    places: list[Place],
+    shape: ProjectionShape,
+) -> Factors | None:
+    """Take the LoRA at some places out of ``held``, scaled for a scaling of 1; None if none is.
 
-
-def part_names(projection: str) -> tuple[str, ...]:
-    """Unfused names of a projection."""
-    return ("gate_proj", "up_proj") if projection == FUSED else (projection,)
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, dict[tuple[int, str], Tensor]]:
-    """Weight changes of a directory in this naming, by experts module, expert and projection.
-
-    Returns:
-        ``alpha / r * B A`` [O, I] by the name of the experts module, then (expert, projection).
+    Parts of an expert with one A share it, else their ranks add up.
 
     Raises:
-        CheckpointError: the directory is damaged, in another naming, or lacks one of A and B.
+        CheckpointError: some places have a LoRA and others do not, or none that fits.
     """
-    held, config = writing.read(Path(path))
-    deltas: dict[str, dict[tuple[int, str], Tensor]] = {}
-    for key, lora_A in held.items():
-        match = KEY.fullmatch(key)
-        if match is None:
-            if "lora_" in key:
-                raise CheckpointError(f"{path}: {key!r} is not LoRA of one expert's projection")
-            continue  # a router
-        if match["part"] == "B":
-            continue
-        lora_B = held.get(key.replace(".lora_A.", ".lora_B."))
-        if (
-            lora_B is None
-            or lora_A.dim() != 2
-            or lora_B.dim() != 2
-            or len(lora_A) != lora_B.shape[1]
-        ):
-            raise CheckpointError(f"{path}: {key!r} has no fitting lora_B")
-        experts = match["experts"].removeprefix("base_model.model.")
-        factor = scaling.of(config, f"{experts}.{match['expert']}.{match['projection']}")
-        layer = deltas.setdefault(experts, {})
-        layer[int(match["expert"]), match["projection"]] = factor * (lora_B @ lora_A)
-    return deltas
+    if not any(f"{PREFIX}{place.name}.lora_A.weight" in held for place in places):
+        return None
+    experts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for name, expert, rows in places:
+        try:
+            lora_A, part = (held.pop(f"{PREFIX}{name}.lora_{each}.weight") for each in "AB")
+            lora_B = part.new_zeros(shape.out_features, part.shape[1])
+            lora_B[rows] = scaling.of(config, name) * part
+            if part.shape[1] != lora_A.shape[0]:
+                raise ValueError("A and B differ in rank")
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"incomplete or ill-shaped LoRA of {name!r}: {error}") from error
+        experts.setdefault(expert, []).append((lora_A, lora_B))
+    return _padded([_joined(experts[expert]) for expert in sorted(experts)])
 
 
-def fuse(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
-    """Put rows of gate and up, [..., O, R] each, in the order of the module's fused weight."""
-    if getattr(experts, "is_concatenated", True):
-        return torch.cat([gate, up], dim=-2)
-    return torch.stack([gate, up], dim=-2).flatten(-3, -2)
-
-
-def _split(experts: Any, projection: str, lora_B: Tensor) -> dict[str, Tensor]:
-    """B [N, O, R] by unfused name: halves, or every other row where gate and up interleave."""
+def _parts(projection: str, storage: ExpertParameter, outputs: int) -> list[tuple[str, slice]]:
     if projection != FUSED:
-        return {projection: lora_B}
-    if getattr(experts, "is_concatenated", True):
-        gate, up = lora_B.chunk(2, dim=1)
-    else:
-        gate, up = lora_B[:, 0::2], lora_B[:, 1::2]
-    return {"gate_proj": gate, "up_proj": up}
+        return [(projection, slice(0, outputs))]
+    half = outputs // 2
+    rows = (
+        (slice(0, outputs, 2), slice(1, outputs, 2))
+        if storage.interleaved
+        else (slice(0, half), slice(half, outputs))
+    )
+    return list(zip(PARTS, rows, strict=True))
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A and B of one expert."""
+    first = parts[0][0]
+    if all(torch.equal(first, lora_A) for lora_A, _ in parts):
+        return first, torch.stack([lora_B for _, lora_B in parts]).sum(dim=0)
+    return torch.cat([lora_A for lora_A, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+
+
+def _padded(experts: list[tuple[Tensor, Tensor]]) -> Factors:
+    """Stack experts of different ranks."""
+    widths = {lora_A.shape[1] for lora_A, _ in experts}
+    if len(widths) > 1:
+        raise CheckpointError(f"the PEFT adapter has experts of different features, {widths}")
+    rank = max(len(lora_A) for lora_A, _ in experts)
+    lora_A = experts[0][0].new_zeros(len(experts), rank, *widths)
+    lora_B = experts[0][1].new_zeros(len(experts), len(experts[0][1]), rank)
+    for index, (a, b) in enumerate(experts):
+        lora_A[index, : len(a)], lora_B[index, :, : len(a)] = a, b
+    return Factors(lora_A, lora_B)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.models.storage import Storage
 
 CHILD = "drlora"  # name of the ExpertLoRA in the adapted module
 ATTACHMENT = "_drlora_attachment"  # set on every adapted module
@@ -72,6 +73,10 @@ class Convention(Protocol):
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
         """The weight of one expert, a view [O, I]: what is written to it, the model computes."""
+        ...
+
+    def storage(self, module: Any, projection: str) -> Storage:
+        """Tell the parameter or the Linears that hold the weights of a projection."""
         ...
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from drlora_torch.errors import ModelError
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import Observer
+from drlora_torch.models.storage import ExpertLinears
 
 
 class Routing(Protocol):
@@ -197,6 +198,22 @@ class PerExpertLinears:
                 "into it; keep the adapter, or load the model in a floating-point dtype"
             )
         return weight
+
+    def storage(self, module: Any, projection: str) -> ExpertLinears:
+        """The Linears, by the names of the experts in the block.
+
+        Raises:
+            ModelError: an expert is no module of the block, or is listed twice.
+        """
+        names = {id(child): name for name, child in module.named_modules()}
+        experts = self._of(module).container(module)
+        found = tuple(names.get(id(expert), "") for expert in experts)
+        if "" in found or len(set(found)) < len(found):
+            raise ModelError(
+                f"the experts of {type(module).__name__} are not modules of the block with a name "
+                "for each, so nothing can be written under their names"
+            )
+        return ExpertLinears(experts=found, projection=projection)
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
         """Hook the block and its Linears."""

@@ -20,6 +20,7 @@ from drlora_torch.dispatch import Dispatch
 from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import ATTACHMENT, CHILD, Observer, weights_obstacle
+from drlora_torch.models.storage import ExpertParameter
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +152,10 @@ class FusedConvention(abc.ABC):
         """The weight of one expert, a view [O, I]."""
         weight = self.stacked(module, projection)[expert]
         return weight.T if self.TRANSPOSED[projection] else weight
+
+    def storage(self, module: Any, projection: str) -> ExpertParameter:
+        """A parameter of the layer."""
+        return ExpertParameter(name=projection, transposed=self.TRANSPOSED[projection])
 
     def project(
         self,

@@ -25,6 +25,7 @@ from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import ATTACHMENT, CHILD, Observer, weights_obstacle
 from drlora_torch.models.fused import compute_dtype
+from drlora_torch.models.storage import ExpertParameter
 
 NAME = "interface"
 IMPLEMENTATION = "drlora"
@@ -88,6 +89,15 @@ def expert_weight(module: Any, projection: str, expert: int) -> Tensor:
     """The weight of one expert, a view [O, I]."""
     weight: Tensor = getattr(module, projection)[expert]
     return weight.T if module.is_transposed else weight
+
+
+def storage(module: Any, projection: str) -> ExpertParameter:
+    """A parameter of the experts module, as its flags declare."""
+    return ExpertParameter(
+        name=projection,
+        transposed=module.is_transposed,
+        interleaved=not getattr(module, "is_concatenated", True),
+    )
 
 
 def obstacle(module: Any) -> str | None:

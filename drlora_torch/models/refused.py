@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import Observer
 from drlora_torch.models.fused import is_of_class
+from drlora_torch.models.storage import Storage
 
 DEQUANTISE = (
     "its experts are quantised ({kind}) and multiplied by kernels that cannot add a LoRA; load the "
@@ -84,6 +85,10 @@ class Refused:
         self._never()
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
+        """Never called."""
+        self._never()
+
+    def storage(self, module: Any, projection: str) -> Storage:
         """Never called."""
         self._never()
 

@@ -26,6 +26,7 @@ from drlora_torch.models.fused import (
     is_of_class,
     run_instead,
 )
+from drlora_torch.models.storage import ExpertParameter
 
 ATTENTION = "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA"
 
@@ -43,6 +44,11 @@ class SingleProjections(FusedConvention):
     def parameter(self, module: Any, projection: str) -> Any:
         """Each projection is a child with one ``weight``."""
         return getattr(getattr(module, projection), "weight", None)
+
+    def storage(self, module: Any, projection: str) -> ExpertParameter:
+        """The parameter of that child."""
+        transposed = self.TRANSPOSED[projection]
+        return ExpertParameter(module=projection, name="weight", transposed=transposed)
 
     def router_child(self, module: Any) -> str | None:
         """The block holds its router."""

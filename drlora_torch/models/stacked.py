@@ -13,6 +13,7 @@ from torch import Tensor
 from drlora_torch.dispatch import Dispatch
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.fused import RoutedConvention, compute_dtype
+from drlora_torch.models.storage import ExpertParameter
 
 
 class Stacked(RoutedConvention):
@@ -35,6 +36,13 @@ class Stacked(RoutedConvention):
         """See the base class: a view [N, F, H]."""
         weight: Tensor = getattr(module.mlp, projection)
         return weight.view(module.num_experts, module.ffn_hidden_size, module.hidden_size)
+
+    def storage(self, module: Any, projection: str) -> ExpertParameter:
+        """A parameter of the child, which the experts read and hand it expert by expert."""
+        transposed = self.TRANSPOSED[projection]
+        return ExpertParameter(
+            module="mlp", name=projection, transposed=transposed, read_from_outside=True
+        )
 
     def run(
         self, module: Any, lora: ExpertLoRA, tokens: Tensor, index: Tensor, weights: Tensor

@@ -26,6 +26,7 @@ from drlora_torch.models.fused import (
     give_lora,
     run_instead,
 )
+from drlora_torch.models.storage import ExpertParameter
 
 
 class WeightedInputs(FusedConvention):
@@ -38,6 +39,11 @@ class WeightedInputs(FusedConvention):
     def parameter(self, module: Any, projection: str) -> Any:
         """The weights are in the child ``experts``."""
         return getattr(module.experts, projection, None)
+
+    def storage(self, module: Any, projection: str) -> ExpertParameter:
+        """A parameter of that child."""
+        transposed = self.TRANSPOSED[projection]
+        return ExpertParameter(module="experts", name=projection, transposed=transposed)
 
     def router_child(self, module: Any) -> str | None:
         """The block holds its router."""
