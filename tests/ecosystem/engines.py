@@ -81,19 +81,18 @@ def vllm_2d(
     layers = {module.rpartition(".experts.")[0] + ".experts" for module in modules}
     return {
         layer: {
-            projection: Loaded(
-                *(
-                    torch.stack(
-                        [modules[f"{layer}.{i}.{projection}"][part] for i in range(experts)]
-                    )
-                    for part in ("lora_A", "lora_B")
-                ),
-                scaling,
+            projection: _packed(
+                [modules[f"{layer}.{i}.{projection}"] for i in range(experts)], scaling
             )
             for projection in projections
         }
         for layer in layers
     }
+
+
+def _packed(experts: list[dict[str, Tensor]], scaling: float) -> Loaded:
+    lora_A, lora_B = (torch.stack([each[p] for each in experts]) for p in ("lora_A", "lora_B"))
+    return Loaded(lora_A, lora_B, scaling)
 
 
 def vllm_3d(path: Path, experts: int, max_lora_rank: int) -> dict[str, dict[str, Loaded]]:
