@@ -65,24 +65,26 @@ class AdapterFiles:
 
         Args:
             path: the directory.
-            rank: compress every expert to this rank, by its singular values; default: keep all,
-                padding each expert with zeros to the largest rank of its layer.
+            rank: compress every expert to this rank, by its singular values; default: keep all.
+                Where PEFT has one rank for all experts of a layer, smaller ones are padded with
+                zeros.
             per_expert: one LoRA per expert and projection (``experts.0.gate_proj.lora_A.weight``),
-                as engines with unfused experts read them; default: PEFT's stacked layout.
+                as engines read them that go by the names of checkpoints; default: as PEFT itself
+                adapts such a model.
 
         Returns:
             The ranks written, and the relative error of every expert.
 
         Raises:
-            CheckpointError: nothing could be written, or the experts do not follow the experts
-                interface of Transformers 5.
+            CheckpointError: nothing could be written, or PEFT cannot adapt these experts (DBRX).
+            ModelError: experts that ``register_moe`` was told of have no name in their block.
         """
         from drlora_torch.export.peft_directory import export
 
         return export(self._attached(), path, rank, per_expert)
 
     def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
-        """Start from a PEFT adapter of the experts, stacked or per expert.
+        """Start from a PEFT adapter of the experts, in any layout that :meth:`export_peft` writes.
 
         Where its rank is above ``r_init``, the best approximation of that rank is taken.
 

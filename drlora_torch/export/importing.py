@@ -1,7 +1,7 @@
 """Start from a PEFT adapter of the experts: its B A becomes the adapter's, at the starting ranks.
 
-Read are both namings that :mod:`drlora_torch.export` writes, of whatever PEFT version or trainer
-they come from: stacked ``target_parameters``, and one LoRA per expert and projection.
+Read are all layouts that :mod:`drlora_torch.export` writes, of whatever trainer they come from:
+stacked ``target_parameters``, Linears, and one LoRA per expert and projection.
 
 Shape letters: N experts, R rank of the PEFT adapter, I and O input and output features.
 """

@@ -68,7 +68,7 @@ def _convention(name: str) -> Case:
         build=lambda: families.build(name),
         run=lambda model: model(**families.batch(name)).logits,
         layers=family.patterns,
-        rounding=max(family.rounding, 1e-7),
+        rounding=family.rounding,
     )
 
 

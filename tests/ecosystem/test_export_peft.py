@@ -135,8 +135,8 @@ def test_after_training_with_growth(tmp_path: Path) -> None:
 
 
 def test_the_directory_is_standard(tmp_path: Path) -> None:
-    adapter = uneven()
-    adapter.export_peft(tmp_path)
+    report = uneven().export_peft(tmp_path)
+    assert list(report.ranks.values()) == [7, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
