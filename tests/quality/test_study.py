@@ -12,6 +12,7 @@ from benchmarks.quality import results_file, study
 from benchmarks.quality.allocation import allocator_config, training_of
 from benchmarks.quality.expansion import best_rates, report_runs, size, tuning_runs
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.models import SHIPPED
 from benchmarks.quality.policies import POLICIES
 from benchmarks.quality.runner import check, conduct
 from benchmarks.quality.study import Method, RunRecord, RunSpec, Study, StudyError
@@ -212,7 +213,8 @@ def test_profiles_can_be_run(name: str) -> None:
     assert f"{size(profile)} runs" in profile.description
     assert set(profile.tuning_seeds) <= set(profile.seeds)
     local = [task for task in profile.tasks if not task.endswith(".jsonl")]
-    check(profile.model_copy(update={"tasks": tuple(local)}))
+    assert all(model in SHIPPED or "/" in model for model in profile.models)
+    check(profile.model_copy(update={"tasks": tuple(local), "models": ("embedded",)}))
 
 
 @pytest.mark.parametrize(
