@@ -18,7 +18,7 @@ from torch import Tensor
 import drlora_torch.adapter
 import drlora_torch.following
 import drlora_torch.optimizer
-from drlora_torch import attaching, checkpoint
+from drlora_torch import attaching, checkpoint, pending
 from drlora_torch.adapter import Adapter
 from drlora_torch.importance import slot_importance
 from drlora_torch.initialization import RowGenerator
@@ -34,6 +34,7 @@ from tests.torch import (
     test_optimizer,
     test_parity_experts,
     test_parity_models,
+    test_pending,
     test_routers,
     test_statistics,
 )
@@ -114,6 +115,11 @@ def born_with_B(self: SlotLoRA, born: Any) -> None:
 
 
 give_birth = SlotLoRA.give_birth
+
+
+def pending_without(kind: str) -> Callable[[Adapter], dict[str, Tensor]]:
+    whole = pending.of
+    return lambda adapter: {k: v for k, v in whole(adapter).items() if f"/{kind}/" not in k}
 
 
 def checkpointing_trains() -> None:
@@ -233,6 +239,18 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     "ages are lost on resume": (
         replace(checkpoint, "_fill", fill_without_ages),
         lambda path: test_checkpoint.test_resume_at_any_step(path, 5, "pooled", {}),
+    ),
+    "routing of an unfinished step is lost on resume": (
+        replace(pending, "of", pending_without("routing")),
+        lambda path: test_pending.test_resume_at_any_micro_batch(path, {}),
+    ),
+    "gradients of an unfinished step are lost on resume": (
+        replace(pending, "of", pending_without("gradient")),
+        lambda path: test_pending.test_resume_at_any_micro_batch(path, {}),
+    ),
+    "importance of an unfinished step is lost on resume": (
+        replace(pending, "of", pending_without("importance")),
+        test_pending.test_saved_before_a_step_is_closed_by_hand,
     ),
 }
 

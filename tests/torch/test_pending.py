@@ -119,6 +119,24 @@ def test_nothing_is_pending_of_a_step_that_does_not_count(tmp_path: Path) -> Non
     assert {tokens for _, _, tokens in spy.samples[0].values()} == {21}
 
 
+def test_saved_before_a_step_is_closed_by_hand(tmp_path: Path) -> None:
+    """The optimizer has stepped and its gradients are gone: importance and routing remain."""
+    adapter = helpers.attach(models.build(), auto_step=False)
+    optimizer = helpers.adamw(adapter)
+    helpers.step(adapter.model, optimizer)
+    adapter.step()  # of no importance yet: B was 0
+    helpers.step(adapter.model, optimizer, 1)
+    adapter.save_pretrained(tmp_path)
+    resumed = drlora_torch.load(models.build(), tmp_path)
+    for each in (adapter, resumed):
+        each.step()
+    for name in adapter.layers:
+        assert adapter.engine.rank_importance(name).any()
+        for read in ("rank_importance", "routing_frequency"):
+            have, want = getattr(resumed.engine, read)(name), getattr(adapter.engine, read)(name)
+            assert have.tolist() == want.tolist()
+
+
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Path:
     adapter = helpers.attach(models.build(), router="trainable")
