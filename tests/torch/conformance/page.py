@@ -58,11 +58,14 @@ MIDDLE = """
 
 {count} families store or call their experts in ways of their own; each way has its adapter
 (`tests/torch/conventions` runs a suite of the same kind over them, `merge` and `unmerge`
-included). [Adding a model](adding_a_model.md) tells how to declare another class.
+included). [Adding a model](adding_a_model.md) tells how to declare another class. The last column
+says how PEFT adapts them in [an export](ecosystem.md#export-to-peft): the classes above by
+`target_parameters`.
 
-| family | adapted as | projections |
-|---|---|---|
+| family | adapted as | projections | in PEFT |
+|---|---|---|---|
 """
+IN_PEFT = {"stacked": "no way; `per_expert=True`", "per-expert Linears": "`target_modules`"}
 REFUSED = """
 ## Refused, and why
 
@@ -77,7 +80,9 @@ def text() -> str:
     lines += [_row(name, family) for name, family in FAMILIES.items()]
     lines.append(MIDDLE.format(count=len(OTHERS)))
     for name, other in OTHERS.items():
-        lines.append(f"| {name} | {other.convention} | {', '.join(other.projections)} |\n")
+        exported = IN_PEFT.get(other.convention, "`target_parameters`")
+        projections = ", ".join(other.projections)
+        lines.append(f"| {name} | {other.convention} | {projections} | {exported} |\n")
     lines.append(REFUSED)
     lines += [f"| `{name.rpartition('.')[2]}` | {why} |\n" for name, why in REASONS.items()]
     return "".join(lines)
