@@ -141,6 +141,7 @@ class RunRecord(Frozen):
     importance: dict[str, list[float]]
     """Rank importance g of each expert at the end; empty where nothing measured it."""
     seconds: float
+    """Of training and evaluation, on a machine that may have done other things too."""
     versions: dict[str, str]
     diverged: bool = False
     refused: str | None = None

@@ -50,8 +50,9 @@ def run(spec: RunSpec) -> RunRecord:
     Raises:
         StudyError: the final total rank is not the budget, or names are unknown.
     """
-    started = time.perf_counter()
     setting = setting_of(spec)
+    start = setting.start_test.loss
+    started = time.perf_counter()
     training = training_of(spec.method, spec.training)
     config = allocator_config(spec.method, training, spec.seed)
     alpha = training.alpha_per_rank * config.r_target
@@ -67,7 +68,7 @@ def run(spec: RunSpec) -> RunRecord:
     return RunRecord(
         key=spec.key,
         spec=spec,
-        start_loss=setting.start_test.loss,
+        start_loss=start,
         seconds=time.perf_counter() - started,
         versions=versions(),
         **figures,
