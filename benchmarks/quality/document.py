@@ -46,7 +46,7 @@ HEADINGS = (
     "At equal learning rates",
     "Is it uniform LoRA?",
     "Which experts get the rank",
-    "One option at a time",
+    "Options of DR-LoRA",
     "Can the paper's method be beaten?",
     "Held-out tasks",
     "Under other training",
@@ -75,7 +75,7 @@ def render(
         markdown(factors.sensitivity(results)),
         markdown(rivals.rivals(results)),
         _held_out(results),
-        markdown(tables.other_trainings(results)),
+        _other_training(results),
         markdown(factors.defaults(results)),
         _runs(results),
     )
@@ -212,6 +212,14 @@ def _held_out(results: Results) -> str:
         "that no decision was taken on, beside the order in development: Kendall's tau "
         f"{tau:+.2f} (1: the same order, 0: none in common).\n\n{markdown(rows)}"
     )
+
+
+def _other_training(results: Results) -> str:
+    several, changed = tables.other_trainings(results), tables.same_change(results)
+    parts = [markdown(several)] if several else []
+    if changed:
+        parts += ["Against uniform LoRA with the same change:", markdown(changed)]
+    return "\n\n".join(parts) or NOT_RUN
 
 
 def _runs(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""One factor at a time: the methods that differ from DR-LoRA in a single option."""
+"""The methods that differ from DR-LoRA in an option only, and the tables of what it does."""
 
 from __future__ import annotations
 
@@ -26,21 +26,30 @@ def overrides(method: Method) -> dict[str, Any]:
 
 
 def factor(method: Method, reference: Method) -> tuple[str, Any] | None:
-    """The one option, and its value, in which a method differs from the reference; None: not one.
+    """The option, and its value, in which a method differs from the reference; None: in more.
+
+    Several options that were changed together count as one, but not with one of ``COMPONENTS``.
 
     Example:
-        >>> gamma = Method(name="gamma_0", config={"gamma": 0.0})
-        >>> factor(gamma, Method(name="drlora"))
+        >>> drlora = Method(name="drlora")
+        >>> factor(Method(name="gamma_0", config={"gamma": 0.0}), drlora)
         ('gamma', 0.0)
-        >>> factor(Method(name="mine", policy="mine"), Method(name="drlora"))
+        >>> both = {"importance_decay": 0.5, "routing_decay": 0.5}
+        >>> factor(Method(name="decays", config=both), drlora)
+        ('importance_decay + routing_decay', (0.5, 0.5))
+        >>> factor(Method(name="mine", policy="mine"), drlora)
     """
-    if (method.kind, method.policy) != (reference.kind, reference.policy):
+    if method.upper_bound or (method.kind, method.policy) != (reference.kind, reference.policy):
         return None
     ours, theirs = overrides(method), overrides(reference)
-    different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    if method.upper_bound or len(different) != 1 or different[0] not in ours:
+    different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    if not different or any(key not in ours for key in different):
         return None
-    return different[0], ours[different[0]]
+    if len(different) == 1:
+        return different[0], ours[different[0]]
+    if COMPONENTS & set(different):
+        return None
+    return " + ".join(different), tuple(ours[key] for key in different)
 
 
 def factors(results: Results, reference: str = DRLORA) -> dict[str, dict[str, Any]]:
@@ -66,7 +75,9 @@ def reference_value(option: str, results: Results, reference: str = DRLORA) -> A
     """What DR-LoRA itself has for the option in these results."""
     for setting, cells in results.cells.items():
         if reference in cells:
-            return _value(option, cells[reference].method, setting.training)
+            method = cells[reference].method
+            values = [_value(key, method, setting.training) for key in option.split(" + ")]
+            return tuple(values) if len(values) > 1 else values[0]
     return None
 
 
@@ -129,8 +140,8 @@ def defaults(results: Results) -> Rows:
     for name, field in AllocatorConfig.model_fields.items():
         if name in NOT_STUDIED:
             continue
-        keys = [key for key in (name, WRITTEN_AS.get(name)) if key in varied]
-        tried = {key: varied[key] for key in keys if key is not None}
+        names = {name, WRITTEN_AS.get(name)}
+        tried = {key: by for key, by in varied.items() if names & set(key.split(" + "))}
         rows.append(
             {
                 "Field": f"`{name}`",

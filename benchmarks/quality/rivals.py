@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmarks.quality.cells import Rows, interval
-from benchmarks.quality.claims import DRLORA, UNIFORM, compare
+from benchmarks.quality.claims import CLAIMS, DRLORA, UNIFORM, compare
 from benchmarks.quality.factors import main_methods
 from benchmarks.quality.runs import Results, Setting
 from benchmarks.quality.statistics import kendall
@@ -20,7 +20,7 @@ def rivals(results: Results) -> Rows:
     rows = []
     for name in _equals(results):
         known, held_out = (
-            compare(results, name, DRLORA, settings=results.primary(held_out=which))
+            compare(results, name, DRLORA, settings=results.settings(held_out=which))
             for which in (False, True)
         )
         if name != DRLORA and (known.groups or held_out.groups):
@@ -37,14 +37,14 @@ def rivals(results: Results) -> Rows:
 def orders(results: Results) -> tuple[Rows, float]:
     """Methods by their mean gap to uniform, in development and held out; Kendall's tau.
 
-    The methods are those of every held-out setting; of development, the settings that have them
-    all.
+    The methods of the claims that were held out choose the settings of development, those that
+    have them all; the methods are those that ran in all these settings.
     """
     held_out = results.primary(held_out=True)
-    seen = set(results.methods(results.primary(held_out=False)))
-    names = [n for n in _equals(results) if n in seen]
-    names = [n for n in names if all(n in results.cells[s] for s in held_out)]
-    known = [s for s in results.primary(held_out=False) if {*names} <= results.cells[s].keys()]
+    claimed = {name for claim in CLAIMS for name in (claim.method, claim.base)}
+    claimed &= set(results.methods(held_out))
+    known = [s for s in results.primary(held_out=False) if claimed <= results.cells[s].keys()]
+    names = [n for n in _equals(results) if all(n in results.cells[s] for s in known + held_out)]
     gaps = [_gaps(results, names, settings) for settings in (known, held_out)]
     both = sorted(gaps[0].keys() & gaps[1].keys(), key=gaps[0].__getitem__)
     if len(both) < 2:

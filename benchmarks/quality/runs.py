@@ -150,12 +150,13 @@ class Results:
         return sum(len(s) for cell in self.cells[setting].values() for s in cell.runs.values())
 
     def label(self, setting: Setting) -> str:
-        """Name of a setting, with what tells it from others of the same model and task."""
-        same = [other.training for other in self.cells if other.name == setting.name]
+        """Name of a setting, with what tells it from the primary one of its model and task."""
+        of_this = (setting.model, setting.task, setting.held_out)
+        first = next(s for s in self.primary() if (s.model, s.task, s.held_out) == of_this)
         differing = [
             f"{field.replace('_', ' ')} {value}"
             for field, value in setting.training
-            if any(getattr(other, field) != value for other in same)
+            if getattr(first.training, field) != value
         ]
         return ", ".join([setting.name, *differing]) + (" (held out)" if setting.held_out else "")
 
@@ -233,5 +234,9 @@ def _records(path: Path) -> list[RunRecord]:
 def _study_training(spec: RunSpec, shared: Sequence[Training]) -> Training:
     """What the run's study gives to all methods: its own training without the method's changes."""
     changes = spec.method.training
-    matching = (base for base in shared if base.model_copy(update=changes) == spec.training)
+    matching = (
+        base
+        for base in dict.fromkeys(shared)
+        if Training.model_validate(base.model_dump() | changes) == spec.training
+    )
     return next(matching, spec.training) if changes else spec.training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from benchmarks.quality.claims import (
     correlations,
     verdicts,
 )
-from benchmarks.quality.factors import main_methods
+from benchmarks.quality.factors import main_methods, overrides
 from benchmarks.quality.routing import entropy
 from benchmarks.quality.runs import Cell, Results, Setting, differences, exact_match, test_loss
 from benchmarks.quality.statistics import Estimate, estimate, sign_flip_p
@@ -185,6 +186,30 @@ def agreement(results: Results, method: str, base: str) -> Rows:
         }
         for setting, group in results.groups(method, base).items()
     ]
+
+
+def same_change(results: Results) -> Rows:
+    """Methods against uniform LoRA that was changed alike, such as in betas or the router."""
+    rows = []
+    for base, changes in _changed_uniforms(results).items():
+        for name in results.methods():
+            method = next(by[name].method for by in results.cells.values() if name in by)
+            fits = all(overrides(method).get(key) == value for key, value in changes.items())
+            found = compare(results, name, base, settings=results.settings())
+            if name != base and fits and found.groups:
+                rows.append({"Comparison": f"{name} - {base}", **_evidence(found)})
+    return rows
+
+
+def _changed_uniforms(results: Results) -> dict[str, dict[str, Any]]:
+    """Uniform LoRA with changed options: name and the options beside the policy."""
+    found = {}
+    for cells in results.cells.values():
+        for name, cell in cells.items():
+            options = overrides(cell.method)
+            if options.pop("policy", None) == "uniform" and options:
+                found[name] = options
+    return found
 
 
 def _agree(found: Estimate) -> str:

@@ -13,10 +13,13 @@ from benchmarks.quality.study import Method, RunRecord, RunSpec, Training
 TRAINING = Training(steps=100, batch_size=8)
 LAYERS = ("layers.0", "layers.1")
 RELEVANCE = {name: np.array([3.0, 2.0, 1.0, 0.5, 0.0, 0.0]) for name in LAYERS}
+BETA2 = {"betas": (0.9, 0.999)}
 VARIANTS = (
     Method(name="gamma_0", config={"gamma": 0.0}),
     Method(name="gamma_2", config={"gamma": 2.0}),
     Method(name="events_2", training={"events": 2}),
+    Method(name="drlora_beta2", training=BETA2),
+    Method(name="uniform_beta2", config={"policy": "uniform"}, training=BETA2),
 )
 NAMES = (
     "uniform",
@@ -30,6 +33,7 @@ NAMES = (
     "prune",
 )
 METHODS = {name: methods.METHODS[name] for name in NAMES} | {each.name: each for each in VARIANTS}
+USUAL = [name for name in METHODS if "beta2" not in name]
 EFFECTS = {"drlora": -0.4, "without_f": -0.3, "without_g": -0.35, "prune": -0.2, "gamma_2": -0.4}
 """Test loss against uniform; 0 where none is given."""
 
@@ -79,7 +83,7 @@ def record(
 def study(
     effects: Mapping[str, float] = EFFECTS,
     *,
-    names: Iterable[str] = METHODS,
+    names: Iterable[str] = USUAL,
     tasks: Iterable[str] = ("a", "b", "c", "d", "e"),
     seeds: int = 5,
     rates: Mapping[float, float] | None = None,

@@ -112,6 +112,15 @@ def test_one_option_at_a_time_is_found_by_what_differs(folder: Path) -> None:
     assert fields["`layer_floor`"] == "not varied"
 
 
+def test_a_changed_method_is_compared_with_uniform_that_is_changed_alike(folder: Path) -> None:
+    names = ("uniform", "drlora", "uniform_beta2", "drlora_beta2")
+    results = made(folder, {"uniform_beta2": 0.5, "drlora_beta2": 0.2}, names=names)
+    (line,) = tables.same_change(results)
+    assert line["Comparison"] == "drlora_beta2 - uniform_beta2"
+    assert line["These settings"].startswith("-0.29")
+    assert len(results.settings()) == 5
+
+
 def test_ranks_that_leave_the_relevant_experts_change_the_verdict(folder: Path) -> None:
     follow = made(folder, names=("drlora",))
     found, answer = relevance_verdict(correlations(follow, "drlora", fake.known))
