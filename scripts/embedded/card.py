@@ -99,20 +99,48 @@ def ablation_table(proof: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+TITLES = {
+    "olmoe": """# The embedded default model
+
+A mixture-of-experts language model of {parameters:,} parameters (Transformers'
+`{architecture}`), stored in bfloat16. `drlora finetune` uses it when no model is named. It was""",
+    "qwen": """# A small Qwen-like model
+
+A mixture-of-experts language model of {parameters:,} parameters (Transformers'
+`{architecture}`), stored in bfloat16, of another family than the embedded default model
+but with its tokenizer and the same kinds of text. It was""",
+}
+"""How the card of each family begins."""
+NOTES = {
+    "olmoe": """ (held-out
+`json` is mostly a table of PyTorch's messages, whose like is not in the training part)"""
+}
+"""What is to be known of a model's held-out losses."""
+
+
+def experts(config: dict[str, Any]) -> str:
+    """Return the card's words for the experts of a layer."""
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    words = f"{config['num_experts']} experts of width {width}, of which every\n"
+    words += f"token uses {config['num_experts_per_tok']}"
+    if "shared_expert_intermediate_size" in config:
+        words += f", and a shared expert of width {config['shared_expert_intermediate_size']}"
+    return words
+
+
 def about(training: dict[str, Any], config: dict[str, Any]) -> str:
     """Return the card's description of the model and of its data."""
-    return f"""# The embedded default model
-
-A mixture-of-experts language model of {training["parameters"]:,} parameters (Transformers'
-`OlmoeForCausalLM`), stored in bfloat16. `drlora finetune` uses it when no model is named. It was
+    title = TITLES[training.get("family", "olmoe")].format(
+        parameters=training["parameters"], architecture=config["architectures"][0]
+    )
+    return f"""{title}
 pretrained, by `scripts/embedded/pretrain.py`, on text found on any Python installation. It exists
 to try and to test rank allocation without a download, and is good for nothing else: it knows
 little, and what it writes only resembles the text below.
 
 {config["num_hidden_layers"]} layers of width {config["hidden_size"]}, each with \
-{config["num_experts"]} experts of width {config["intermediate_size"]}, of which every
-token uses {config["num_experts_per_tok"]}; byte-level BPE of {config["vocab_size"]} tokens in \
-which digits stay single; contexts of up to
+{experts(config)}; byte-level BPE of {config["vocab_size"]} tokens in which digits stay single; \
+contexts of up to
 {config["max_position_embeddings"]} tokens, of which training used 256.
 
 ## Data
@@ -127,15 +155,31 @@ Another installation has other packages or versions, so it gives another model o
 """
 
 
+def commands(training: dict[str, Any]) -> str:
+    """Return the commands that make the model, its proof and its card."""
+    options = f"--seed {training['seed']} --steps {training['steps']}"
+    folder = ""
+    if training.get("family", "olmoe") != "olmoe":
+        options += f" --family {training['family']} \\\n"
+        options += f"        --tokenizer-from {training['tokenizer_from']} --output MODEL"
+        folder = " --model MODEL"
+    return "\n".join(
+        (
+            f"    python scripts/embedded/pretrain.py {options}",
+            f"    python scripts/embedded/specialisation.py{folder}",
+            f"    python scripts/embedded/card.py{folder}",
+        )
+    )
+
+
 def process(training: dict[str, Any]) -> str:
     """Return the card's account of the training and its losses."""
     versions = ", ".join(f"{name} {v}" for name, v in training["versions"].items())
+    family = training.get("family", "olmoe")
     return f"""
 ## Training
 
-    python scripts/embedded/pretrain.py --seed {training["seed"]} --steps {training["steps"]}
-    python scripts/embedded/specialisation.py
-    python scripts/embedded/card.py
+{commands(training)}
 
 AdamW, peak learning rate {training["learning_rate"]} with warmup and cosine decay, balancing loss \
 weighted {training["aux"]},
@@ -151,8 +195,7 @@ at the first 8 rows of each kind, so not comparable with the final figures below
 {curve_table(training)}
 
 In the end, on up to 32 held-out rows of each kind, with the weights as stored, beside guessing
-each token by its frequency in the training text of the same kind (held-out
-`json` is mostly a table of PyTorch's messages, whose like is not in the training part):
+each token by its frequency in the training text of the same kind{NOTES.get(family, "")}:
 
 {loss_table(training)}
 """

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks.quality import controlled
+from benchmarks.quality.evaluation import profile
 from benchmarks.quality.models import SHIPPED, load_model
-from benchmarks.quality.routing import distance, entropy, measure
+from benchmarks.quality.routing import distance, entropy
+from benchmarks.quality.rows import encode
 from benchmarks.quality.tasks import CONTROLLED, load_task
 from benchmarks.quality.tasks.controlled import (
     DEMANDS,
@@ -22,11 +24,6 @@ from benchmarks.quality.tasks.controlled import (
 )
 
 
-def encoded(texts: list[str]) -> dict[str, torch.Tensor]:
-    _, tokenizer = load_model("controlled")
-    return dict(tokenizer(texts, return_tensors="pt", padding=True))
-
-
 def test_every_expert_serves_exactly_one_operation() -> None:
     for experts in controlled.assignment().values():
         assert sorted(e for owned in experts.values() for e in owned) == list(range(16))
@@ -36,11 +33,11 @@ def test_every_expert_serves_exactly_one_operation() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_routing_of_new_tables_follows_the_assignment(operation: str) -> None:
-    model, _ = load_model("controlled")
+    model, tokenizer = load_model("controlled")
     rng = np.random.default_rng(5)
     tables = new_tables(DEMANDS["controlled_share"])
     rows = [draw_row(tables, operation, length, rng) for length in (3, 5)]
-    found = measure(model, [encoded([row["prompt"] + row["completion"] for row in rows])])
+    found = profile(model, encode(tokenizer, rows, 64), 2, tokenizer.pad_token_id)
     assert list(found) == list(controlled.assignment())
     for layer, phi in found.items():
         owned = controlled.assignment()[layer][operation]
@@ -113,17 +110,9 @@ def test_the_shipped_weights_are_small() -> None:
     assert (SHIPPED["controlled"] / "model.safetensors").stat().st_size < 2_000_000
 
 
-def test_measured_routing_is_that_of_each_row_alone() -> None:
-    """Padding does not count: a padded batch gives the token-weighted mean of its rows."""
-    model, _ = load_model("controlled")
-    texts = ["core a b c -> a", "list k l m n o p ->"]
-    together = measure(model, [encoded(texts)])
-    alone = [measure(model, [encoded([text])]) for text in texts]
-    tokens = [encoded([text])["input_ids"].shape[1] for text in texts]
-    for layer, phi in together.items():
-        expected = sum(t * a[layer] for t, a in zip(tokens, alone, strict=True)) / sum(tokens)
-        np.testing.assert_allclose(phi, expected, atol=1e-6)
-    assert distance(alone[0], alone[0]) == 0
-    assert distance(alone[0], alone[1]) > 0.9
-    assert entropy(np.full(16, 0.25)) == pytest.approx(1)
-    assert entropy(np.eye(16)[3]) == 0
+def test_entropy_and_distance_of_routings() -> None:
+    even, first, other = np.full(16, 0.25), np.eye(16)[3], 2 * np.eye(16)[4]
+    assert entropy(even) == pytest.approx(1)
+    assert entropy(first) == 0
+    assert distance({"a": first}, {"a": first}) == 0
+    assert distance({"a": first, "b": first}, {"a": other, "b": first}) == 0.5

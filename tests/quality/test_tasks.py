@@ -155,6 +155,25 @@ def test_a_model_has_a_floating_type(dtype: str) -> None:
         load_model("embedded", dtype=dtype)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_models_are_small_and_read_tokens_alike(name: str) -> None:
+    model, tokenizer = load_model(name)
+    assert sum(file.stat().st_size for file in SHIPPED[name].iterdir()) < 8_000_000
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.get_vocab() == load_model("embedded")[1].get_vocab()
+
+
+def test_the_qwen_model_has_read_its_text() -> None:
+    """Words of its corpus surprise it less than the same words in another order."""
+    model, tokenizer = load_model("qwen")
+    text = "    def __init__(self, name):\n        self.name = name\n"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        read, unread = (model(input_ids=i, labels=i).loss.item() for i in (ids, shuffled))
+    assert read < unread - 2
+
+
 def test_a_folder_is_a_model() -> None:
     model, tokenizer = load_model(str(SHIPPED["embedded"]), dtype="bfloat16")
     assert model.dtype == torch.bfloat16

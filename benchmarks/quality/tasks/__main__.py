@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.quality.evaluation import profile
 from benchmarks.quality.models import load_model
-from benchmarks.quality.routing import Routing, distance, entropy, measure
-from benchmarks.quality.tasks import CONTROLLED, DEVELOPMENT, HELD_OUT, Task, load_task
+from benchmarks.quality.routing import Routing, distance, entropy
+from benchmarks.quality.rows import encode
+from benchmarks.quality.tasks import CONTROLLED, DEVELOPMENT, HELD_OUT, load_task
 
 CONSOLE = Console(width=120)
-
-
-def batches(task: Task, tokenizer: Any, rows: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the first test rows, padded, with their masks."""
-    texts = [row["prompt"] + row["completion"] for row in task.test[:rows]]
-    for start in range(0, len(texts), 32):
-        yield tokenizer(
-            texts[start : start + 32],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=512,
-        )
 
 
 def entropy_table(routing: dict[str, Routing], model: str) -> Table:
@@ -73,7 +60,8 @@ def main(
             CONSOLE.print(f"  {row['prompt']!r} {row['completion']!r}", markup=False)
     for name in model or ["embedded", "qwen"]:
         loaded, tokenizer = load_model(name)
-        routing = {t: measure(loaded, batches(tasks[t], tokenizer, rows)) for t in tasks}
+        encoded = {t: encode(tokenizer, tasks[t].test[:rows], max_tokens=256) for t in tasks}
+        routing = {t: profile(loaded, encoded[t], 32, tokenizer.pad_token_id) for t in tasks}
         CONSOLE.print(entropy_table(routing, name), distance_table(routing, name))
 
 
