@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Annotated
 
 import torch
 import typer
@@ -30,6 +29,7 @@ from benchmarks.methods import (
     drlora,
     plain,
 )
+from benchmarks.options import Rounds, ShapeName
 from benchmarks.rounds import interleave
 from drlora_core import AllocatorConfig, AllocatorEngine
 
@@ -119,6 +119,7 @@ def graphs_of_a_model() -> tuple[int, int]:
     """Graphs of a whole language model, without and with LoRA."""
     config = OlmoeConfig(
         vocab_size=32,
+        eos_token_id=None,
         hidden_size=32,
         intermediate_size=16,
         num_hidden_layers=LAYERS,
@@ -245,8 +246,8 @@ def quiet_compiler() -> Iterator[None]:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
-    rounds: Annotated[int | None, typer.Option(help="Default: what fits 180 s, 5 to 25.")] = None,
+    shape: ShapeName = "small",
+    rounds: Rounds = None,
 ) -> None:
     """Measure, print and write the table."""
     case = Case(SHAPES[shape], torch.float32)

@@ -20,6 +20,7 @@ import typer
 from benchmarks import memory, methods, report, rounds, scaling
 from benchmarks.blocks import DTYPES, SHAPES, Case
 from benchmarks.methods import METHODS, RANK
+from benchmarks.options import Dtypes, Rounds, Shapes
 from benchmarks.rounds import Spread, Timings
 
 STEP = "training step / frozen model's forward and backward"
@@ -165,9 +166,9 @@ def scaling_goals(fits: Iterable[scaling.Fit]) -> list[Goal]:
 
 
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Default: what fits 90 s, 5 to 25.")] = None,
+    shape: Shapes = None,
+    dtype: Dtypes = None,
+    rounds: Rounds = None,
     scale: Annotated[bool, typer.Option("--scaling/--no-scaling", help="Exponents too.")] = True,
 ) -> None:
     """Measure, print and write the tables; they are printed for each case as it ends."""

@@ -12,12 +12,13 @@ from torch.profiler import profile
 
 from benchmarks.blocks import DTYPES, SHAPES, Case
 from benchmarks.methods import METHODS, STATIC
+from benchmarks.options import DtypeName, ShapeName
 
 
 def main(
     method: Annotated[str, typer.Option(help=f"One of: {'; '.join(METHODS)}.")] = STATIC,
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    shape: ShapeName = "small",
+    dtype: DtypeName = "float32",
     steps: Annotated[int, typer.Option(help="Steps to profile.")] = 3,
     rows: Annotated[int, typer.Option(help="Operators to list.")] = 20,
 ) -> None:

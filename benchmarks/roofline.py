@@ -17,7 +17,6 @@ a drlora step to a frozen one:
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
 
 import torch
 import typer
@@ -26,6 +25,7 @@ from benchmarks import ceilings, counts, report
 from benchmarks.blocks import DTYPES, SHAPES, Case, Shape
 from benchmarks.counts import Gemm
 from benchmarks.methods import DYNAMIC, EAGER, FROZEN, METHODS, RANK, STATIC
+from benchmarks.options import Dtypes, Rounds, Shapes
 from benchmarks.rounds import Timings, interleave
 
 
@@ -137,9 +137,9 @@ def measure(name: str, kind: str, bandwidth: float, rounds: int | None) -> Roofl
 
 
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Default: what fits 45 s, 5 to 25.")] = None,
+    shape: Shapes = None,
+    dtype: Dtypes = None,
+    rounds: Rounds = None,
 ) -> None:
     """Measure, print and write the tables."""
     bandwidth = ceilings.bandwidth()

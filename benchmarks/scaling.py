@@ -10,7 +10,6 @@ least squares of log seconds over log size: its exponent is 1 where cost is prop
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import typer
 from benchmarks import report
 from benchmarks.blocks import Case, Shape
 from benchmarks.methods import RANK, Builder, drlora, frozen
+from benchmarks.options import Rounds
 from benchmarks.rounds import interleave
 
 BASE = Shape(experts=32, hidden=512, intermediate=256, top_k=4, tokens=1024)
@@ -114,9 +114,7 @@ def table(fits: list[Fit]) -> report.Table:
     return report.Table("Scaling", about, ["swept", "method", "size: ms / step", "exponent"], rows)
 
 
-def main(
-    rounds: Annotated[int | None, typer.Option(help="Default: what fits 150 s, 5 to 25.")] = None,
-) -> None:
+def main(rounds: Rounds = None) -> None:
     """Measure, print and write the table."""
     found = table(measure(rounds))
     report.write("scaling", found.about, [found._replace(heading="", about="")])
