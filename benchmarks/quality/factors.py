@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.quality.allocation import allocator_config, training_of
 from benchmarks.quality.cells import Rows, interval
 from benchmarks.quality.claims import DRLORA, Comparison, compare
 from benchmarks.quality.runs import Results, Setting
@@ -71,27 +72,33 @@ def _by_value(item: tuple[str, Any]) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, name
 
 
-def reference_value(option: str, results: Results, reference: str = DRLORA) -> Any:
-    """What DR-LoRA itself has for the option in these results."""
+def reference_value(option: str, variant: str, results: Results) -> str:
+    """What DR-LoRA itself has for an option, in the settings in which a variant of it ran."""
+    found = []
     for setting, cells in results.cells.items():
-        if reference in cells:
-            method = cells[reference].method
-            values = [_value(key, method, setting.training) for key in option.split(" + ")]
-            return tuple(values) if len(values) > 1 else values[0]
-    return None
+        if DRLORA in cells and variant in cells:
+            pair = cells[variant].method, cells[DRLORA].method
+            values = (_value(key, *pair, setting.training) for key in option.split(" + "))
+            found.append(shown(tuple(values)))
+    return " or ".join(dict.fromkeys(found))
 
 
-def _value(option: str, method: Method, training: Training) -> Any:
-    if option in overrides(method):
-        return overrides(method)[option]
-    if option in Training.model_fields:
-        return getattr(training, option)
-    if option in AllocatorConfig.model_fields:
-        return AllocatorConfig.model_fields[option].default
+def shown(value: Any) -> str:
+    """A value, or the values of options that were changed together."""
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _value(option: str, variant: Method, reference: Method, shared: Training) -> Any:
+    """The reference's value, in the unit in which the variant writes its own."""
+    training = training_of(reference, shared)
+    if option in variant.training:
+        return training.model_dump(mode="json")[option]
+    if option in variant.config:
+        return getattr(allocator_config(reference, training, seed=0), option)
     import drlora_torch
 
-    parameter = inspect.signature(drlora_torch.attach).parameters.get(option)
-    return None if parameter is None else parameter.default
+    default = inspect.signature(drlora_torch.attach).parameters[option].default
+    return reference.attach.get(option, default)
 
 
 def against_reference(results: Results, method: str) -> Comparison:
@@ -118,8 +125,8 @@ def sensitivity(results: Results) -> Rows:
                 rows.append(
                     {
                         "Option": option,
-                        "DR-LoRA has": str(reference_value(option, results)),
-                        "Instead": str(value),
+                        "DR-LoRA has": reference_value(option, name, results),
+                        "Instead": shown(value),
                         "Effect on test loss": interval(found.here),
                         "Settings": str(len(found.groups)),
                         "Runs better": f"{found.wins}/{found.here.count}",
@@ -155,9 +162,10 @@ def defaults(results: Results) -> Rows:
 def _sentence(results: Results, tried: dict[str, dict[str, Any]]) -> str:
     parts = []
     for key, by in tried.items():
-        has = reference_value(key, results)
         for name, value in by.items():
             found = against_reference(results, name)
             if found.groups:
-                parts.append(f"{key} {value} for {has}: {interval(found.here)}, {_so(found)}")
+                has = reference_value(key, name, results)
+                effect = f"{interval(found.here)}, {_so(found)}"
+                parts.append(f"{key} {shown(value)} for {has}: {effect}")
     return "; ".join(parts)

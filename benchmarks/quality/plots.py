@@ -10,7 +10,13 @@ import plotly.graph_objects as objects
 from plotly.subplots import make_subplots
 
 from benchmarks.quality.claims import DRLORA, UNIFORM, Relevance
-from benchmarks.quality.factors import COMPONENTS, against_reference, factors, reference_value
+from benchmarks.quality.factors import (
+    COMPONENTS,
+    against_reference,
+    factors,
+    reference_value,
+    shown,
+)
 from benchmarks.quality.runs import Cell, Results, differences
 from benchmarks.quality.statistics import Estimate, estimate
 from drlora_core.report import STYLE
@@ -99,11 +105,13 @@ def rank_map(label: str, cell: Cell, known: Any) -> Any:
 def sensitivity(results: Results, option: str) -> Any:
     """Effect of an option on DR-LoRA's test loss; the diamond is DR-LoRA itself."""
     figure = objects.Figure()
-    points = [(str(reference_value(option, results)), Estimate(0.0, 0.0, 0.0, 1))]
-    for name, value in factors(results)[option].items():
+    variants = factors(results)[option]
+    own = reference_value(option, next(iter(variants)), results)
+    points = [(own, Estimate(0.0, 0.0, 0.0, 1))]
+    for name, value in variants.items():
         found = against_reference(results, name).here
         if found.count:
-            points.append((str(value), found))
+            points.append((shown(value), found))
     for value, found in points:
         symbol = "diamond" if (value, found) == points[0] else "circle"
         bars = _bars(found)
