@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from drlora_torch.models.declaration import register_moe
     from drlora_torch.models.discovery import discover
     from drlora_torch.models.records import MoELayer
+    from drlora_torch.named import adapters, set_adapter
 
 _HOMES = {
     "Adapter": "drlora_torch.adapter",
@@ -23,10 +24,12 @@ _HOMES = {
     "CheckpointError": "drlora_torch.errors",
     "ModelError": "drlora_torch.errors",
     "MoELayer": "drlora_torch.models.records",
+    "adapters": "drlora_torch.named",
     "attach": "drlora_torch.attaching",
     "discover": "drlora_torch.models.discovery",
     "load": "drlora_torch.checkpoint",
     "register_moe": "drlora_torch.models.declaration",
+    "set_adapter": "drlora_torch.named",
 }
 
 __all__ = [
@@ -35,10 +38,12 @@ __all__ = [
     "CheckpointError",
     "MoELayer",
     "ModelError",
+    "adapters",
     "attach",
     "discover",
     "load",
     "register_moe",
+    "set_adapter",
 ]
 
 

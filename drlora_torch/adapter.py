@@ -9,11 +9,10 @@ import contextlib
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +24,8 @@ from drlora_torch.hub import AdapterFiles
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.merging import Mergeable
 from drlora_torch.options import AdapterOptions, RouterMode
-from drlora_torch.routing import ForwardWatch, RoutingCounter
+from drlora_torch.routing import RoutingCounter
+from drlora_torch.switching import Switchable
 
 if TYPE_CHECKING:
     from drlora_torch.models.records import MoELayer
@@ -39,14 +39,13 @@ class AdaptedLayer:
     experts: nn.Module
     lora: ExpertLoRA
     router: nn.Module | None
-    remove: Callable[[], None]
-    """Takes the LoRA out of the experts module again."""
 
 
-class Adapter(Mergeable, AdapterFiles):
+class Adapter(Switchable, Mergeable, AdapterFiles):
     """Made by :func:`drlora_torch.attach` or :func:`drlora_torch.load`; not by hand.
 
     Attributes:
+        name: the name among the adapters of the model, ``adapter_name`` of ``attach``.
         model: the adapted model.
         engine: the engine that decides the ranks.
         options: the options of ``attach``.
@@ -56,11 +55,20 @@ class Adapter(Mergeable, AdapterFiles):
             counted; they count for nothing.
     """
 
-    def __init__(self, model: nn.Module, engine: AllocatorEngine, options: AdapterOptions) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        engine: AllocatorEngine,
+        options: AdapterOptions,
+        layers: dict[str, AdaptedLayer],
+    ) -> None:
+        super().__init__()
+        self.name = name
         self.model = model
         self.engine = engine
         self.options = options
-        self.layers: dict[str, AdaptedLayer] = {}
+        self.layers = layers
         self.events: list[GrowthEvent] = []
         self.skipped_steps = 0
         self._enabled = True
@@ -69,27 +77,27 @@ class Adapter(Mergeable, AdapterFiles):
         self._frozen_seen = False
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.gradients_seen = False  # of the step that is being gathered
-        # Filled in by `attach`:
-        self.undo: list[Callable[[], None]] = []
-        self.counters: dict[str, RoutingCounter] = {}
-        self.router_base: dict[str, Tensor] = {}
-        self.watch: ForwardWatch
-        self.newborn: optimizer.NewbornCorrection
-        self.accumulated: importance.AccumulatedImportance | None = None
+        self.counters = {
+            name: RoutingCounter(layer.record.num_experts) for name, layer in layers.items()
+        }
+        self.newborn = optimizer.NewbornCorrection(layer.lora for layer in layers.values())
 
     # -- what a user calls ---------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything to give to an optimizer: A and B of all layers, and routers that may learn.
 
-        A and B require gradients again if something else froze them (``get_peft_model`` freezes
-        whatever is not PEFT's).
+        A and B of the active adapter require gradients again if something else froze them
+        (``get_peft_model`` freezes whatever is not PEFT's).
         """
         self.check_attached()
-        lora = [p for layer in self.layers.values() for p in layer.lora.parameters()]
-        for parameter in lora:
-            parameter.requires_grad_(not self._use_only)
-        return lora + list(self.router_parameters().values())
+        if self.is_active:
+            self.free_lora()
+        return self.lora_parameters() + list(self.router_parameters().values())
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """A and B of all layers."""
+        return [p for layer in self.layers.values() for p in layer.lora.parameters()]
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
         """Router parameters that learn (now or after warmup), by qualified name."""
@@ -119,9 +127,10 @@ class Adapter(Mergeable, AdapterFiles):
             The growth event that followed, or None.
 
         Raises:
-            AttachError: with ``auto_step=True``, or after ``detach``.
+            AttachError: with ``auto_step=True``, after ``detach``, or while another adapter is
+                active.
         """
-        self.check_attached()
+        self.check_active()
         if self.accumulated is None:
             raise AttachError(
                 "adapter.step() is called for you after every optimizer.step(); use "
@@ -131,15 +140,20 @@ class Adapter(Mergeable, AdapterFiles):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base model, routers included; nothing is counted."""
-        self.check_attached()
+        """Inside, the model is the base model, routers included; nothing is counted.
+
+        Raises:
+            AttachError: another adapter is active: the model would not be the base model.
+        """
+        self.check_active()
         before, self._enabled = self._enabled, False
-        self.swap_routers(before)
+        self.show_routers(False)
         try:
             yield
         finally:
-            self.swap_routers(before)
             self._enabled = before
+            if self.is_active:
+                self.show_routers(before)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -150,13 +164,6 @@ class Adapter(Mergeable, AdapterFiles):
             yield
         finally:
             self._paused = before
-
-    def detach(self) -> nn.Module:
-        """Take everything out again; the model is as it was before ``attach``, bit for bit."""
-        self.check_attached()
-        self.swap_routers(self._enabled)
-        self.take_out()
-        return self.model
 
     def use_only(self) -> None:
         """Count nothing and need no gradient from now on: ``load(..., trainable=False)``."""
@@ -315,38 +322,24 @@ class Adapter(Mergeable, AdapterFiles):
             for parameter in lora.parameters():
                 optimizer.clear_state(user, parameter, slots)
 
-    # -- routers -------------------------------------------------------------------------------
+    # -- what learns -------------------------------------------------------------------------------
+
+    def free_lora(self) -> None:
+        """Let A and B learn, unless the adapter is for use only."""
+        for parameter in self.lora_parameters():
+            parameter.requires_grad_(not self._use_only)
 
     def free_routers(self) -> None:
-        """Let the routers learn as the mode says (``after_warmup``: once the warmup is over)."""
+        """Let the routers learn as the mode says (``after_warmup``: once the warmup is over).
+
+        Those of the active adapter, that is; a resting one has none in the model.
+        """
         warm = self.engine.step_count >= self.engine.config.warmup_steps
-        for parameter in self.router_parameters().values():
-            parameter.requires_grad_(warm or self.options.router is RouterMode.TRAINABLE)
-
-    def trained_routers(self) -> dict[str, Tensor]:
-        """Router values of the adapted model by name, inside :meth:`disabled` too."""
-        return {
-            name: parameter.detach() if self._enabled else self.router_base[name]
-            for name, parameter in self.router_parameters().items()
-        }
-
-    @torch.no_grad()
-    def swap_routers(self, wanted: bool) -> None:
-        """Exchange trained and original router values (nothing if already disabled)."""
-        if not wanted:
-            return
-        for name, parameter in self.router_parameters().items():
-            trained = parameter.detach().clone()
-            parameter.copy_(self.router_base[name])
-            self.router_base[name] = trained
+        learn = not self._use_only and (warm or self.options.router is RouterMode.TRAINABLE)
+        for parameter in self.router_parameters().values() if self.is_active else ():
+            parameter.requires_grad_(learn)
 
     # -- life ----------------------------------------------------------------------------------
-
-    def take_out(self) -> None:
-        """Undo every change to the model, last first."""
-        while self.undo:
-            self.undo.pop()()
-        self.layers = {}
 
     def __reduce__(self) -> str:
         raise AttachError(

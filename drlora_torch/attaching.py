@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,18 +13,14 @@ from drlora_core.errors import LayoutError, UnknownLayerError, near_misses
 from drlora_torch.adapter import AdaptedLayer, Adapter
 from drlora_torch.distributed import is_first_process
 from drlora_torch.errors import AttachError, ModelError
-from drlora_torch.following import OptimizerFollower
-from drlora_torch.importance import AccumulatedImportance
-from drlora_torch.integrations.beside_peft import is_adapted, unwrapped
+from drlora_torch.integrations.beside_peft import unwrapped
 from drlora_torch.kernels import Kernel, grouped
 from drlora_torch.layers import ExpertLoRA
-from drlora_torch.models.convention import CHILD, is_attached
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.discovery import adaptable
 from drlora_torch.models.records import MoELayer
-from drlora_torch.optimizer import NewbornCorrection
+from drlora_torch.named import NamedAdapters, check_name
 from drlora_torch.options import AdapterOptions, RouterMode
-from drlora_torch.routing import ForwardWatch, RoutingCounter
 from drlora_torch.slots import Layout, SlotTable
 
 
@@ -35,6 +28,7 @@ def attach(
     model: nn.Module,
     engine: AllocatorEngine,
     *,
+    adapter_name: str = "default",
     alpha: float | None = None,
     targets: Sequence[str] | None = None,
     dropout: float = 0.0,
@@ -57,6 +51,8 @@ def attach(
         model: a Transformers model with mixture-of-experts layers, or a PeftModel around one,
             whose own adapters then stay trainable.
         engine: decides the ranks; gets a layer per experts module, unless it has them already.
+        adapter_name: tells it from other adapters of the model; the new one is the active one.
+            Letters, digits, ``_`` and ``-``.
         alpha: scaling is alpha / r_target for every expert; default 2 * r_target.
         targets: names of the projections to adapt (``gate_up_proj``, ``down_proj``); default all.
         dropout: of the inputs of the low-rank part, in [0, 1).
@@ -80,7 +76,7 @@ def attach(
 
     Raises:
         ModelError: no MoE layer, or one that cannot be adapted.
-        AttachError: the model has an adapter already.
+        AttachError: the model has an adapter of this name already.
         LayoutError: the engine has other layers.
         ValueError: an option out of range. The model and the engine are left unchanged.
 
@@ -113,78 +109,30 @@ def attach(
     )
     model = unwrapped(model)
     records = adaptable(model, options.layers)
-    _check_free(model, records)
-    _check_targets(records, options.targets)
-    _check_routers(records, options)
-    _check_kernel(model, records, options)
+    named = NamedAdapters.of(model)
+    check_name(adapter_name, named.by_name)
+    _check_free(named, engine)
+    _check_layers(model, records, options)
     _check_engine(engine, records)
     if record is not None and is_first_process():
         engine.record_to(record)
-    for layer in records:
-        if layer.name not in engine.layer_names:
-            engine.add_layer(layer.name, layer.num_experts)
-    return _build(model, engine, options, records)
-
-
-def _build(
-    model: nn.Module, engine: AllocatorEngine, options: AdapterOptions, records: list[MoELayer]
-) -> Adapter:
-    adapter = Adapter(model, engine, options)
-    _install(adapter, {r.name: functools.partial(_adapt, model, r, adapter) for r in records})
-    for name, parameter in adapter.router_parameters().items():
-        adapter.router_base[name] = parameter.detach().clone()
+    _add_layers(engine, records)
+    adapted = {record.name: _adapt(model, record, engine, options) for record in records}
+    adapter = Adapter(adapter_name, model, engine, options, adapted)
+    named.add(adapter)
     return adapter
 
 
-def put_back(adapter: Adapter, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Put layers that a merge took out into the model again.
-
-    Raises:
-        AttachError: another adapter is in the model by now.
-    """
-    if any(is_attached(module) for module in adapter.model.modules()):
-        raise AttachError("another adapter was attached to the model; call its detach() first")
-    newborn = adapter.newborn
-    _install(adapter, {n: functools.partial(_adapt_again, adapter, o) for n, o in layers.items()})
-    adapter.newborn = newborn
-
-
-def _install(adapter: Adapter, makers: Mapping[str, Callable[[], AdaptedLayer]]) -> None:
-    """Change the model; every change is pushed with its undo, so a failure leaves no trace."""
-    undo = adapter.undo
-    try:
-        undo.append(_freeze(adapter.model))
-        for name, make in makers.items():
-            layer = adapter.layers[name] = make()
-            undo.append(layer.remove)
-            adapter.counters[name] = RoutingCounter(layer.record.num_experts)
-        undo.append(_keep_out_of_checkpoints(adapter.model))
-        undo.append(_let_checkpointing_reach_lora(adapter.model))
-        _start_observing(adapter)
-        adapter.free_routers()
-    except BaseException:
-        adapter.take_out()
-        raise
-
-
-def _adapt_again(adapter: Adapter, layer: AdaptedLayer) -> AdaptedLayer:
-    convention = convention_of(layer.experts)
-    assert convention is not None
-    weight = convention.first_weight(layer.experts)
-    assert weight is not None
-    layer.lora.to(device=weight.device)
-    layer.lora.train(layer.experts.training)
-    remove = convention.install(layer.experts, layer.lora, adapter)
-    return dataclasses.replace(layer, remove=remove)
-
-
-def _adapt(model: nn.Module, record: MoELayer, adapter: Adapter) -> AdaptedLayer:
-    config, options = adapter.engine.config, adapter.options
+def _adapt(
+    model: nn.Module, record: MoELayer, engine: AllocatorEngine, options: AdapterOptions
+) -> AdaptedLayer:
+    """Make the LoRA of a layer; the model is not changed yet."""
+    config = engine.config
     experts = model.get_submodule(record.name)
     layout = Layout(options.layout)
     per_expert = config.r_max if layout is Layout.MASKED else config.mean_rank_ceiling
     table = SlotTable(record.num_experts * per_expert, record.num_experts, config.r_max, layout)
-    table.grow(adapter.engine.ranks(record.name))
+    table.grow(engine.ranks(record.name))
     lora = ExpertLoRA(
         record.name,
         {n: s for n, s in record.projections.items() if n in (options.targets or (n,))},
@@ -199,128 +147,42 @@ def _adapt(model: nn.Module, record: MoELayer, adapter: Adapter) -> AdaptedLayer
     weight = convention.first_weight(experts)
     assert weight is not None
     lora.to(device=weight.device, dtype=options.lora_dtype(weight.dtype))
-    lora.train(experts.training)
-    return AdaptedLayer(
-        record=record,
-        experts=experts,
-        lora=lora,
-        router=None if record.router is None else model.get_submodule(record.router),
-        remove=convention.install(experts, lora, adapter),
-    )
+    router = None if record.router is None else model.get_submodule(record.router)
+    return AdaptedLayer(record, experts, lora, router)
 
 
-def _start_observing(adapter: Adapter) -> None:
-    loras = [layer.lora for layer in adapter.layers.values()]
-    adapter.newborn = NewbornCorrection(loras)
-    adapter.watch = ForwardWatch(adapter.model, adapter.layers)
-    adapter.undo.append(adapter.watch.remove)
-    if not adapter.options.auto_step:
-        adapter.accumulated = AccumulatedImportance(loras)
-        adapter.undo.append(adapter.accumulated.remove)
-    # The garbage collector does not see through these hooks: a strong reference would keep the
-    # model alive for ever.
-    seen_by = weakref.WeakMethod(adapter.backward_seen)
-
-    def seen_backward(parameter: torch.Tensor) -> None:
-        if (backward_seen := seen_by()) is not None:
-            backward_seen(parameter)
-
-    parameter = next(loras[0].parameters())
-    seen = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-        seen_backward
-    )
-    adapter.undo.append(seen.remove)
-    adapter.undo.append(OptimizerFollower(adapter).remove)
+def _add_layers(engine: AllocatorEngine, records: list[MoELayer]) -> None:
+    for layer in records:
+        if layer.name not in engine.layer_names:
+            engine.add_layer(layer.name, layer.num_experts)
 
 
-def _freeze(model: nn.Module) -> Callable[[], None]:
-    if is_adapted(model):  # PEFT has frozen the base; what it trains goes on
-        return lambda: None
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-
-    def thaw() -> None:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-    return thaw
-
-
-def _keep_out_of_checkpoints(model: nn.Module) -> Callable[[], None]:
-    """Leave the LoRA out of ``model.save_pretrained``, which then writes the base model.
-
-    Transformers keeps a set of names for that on every ``PreTrainedModel``.
-    """
-    attribute = "_keys_to_ignore_on_save"
-    before: list[tuple[Any, Any]] = []
-    inherited = object()
-    for module in model.modules():
-        if hasattr(module, "save_pretrained") and hasattr(module, attribute):
-            before.append((module, vars(module).get(attribute, inherited)))
-            ours = {
-                name
-                for name, _ in module.named_parameters()
-                if f".{CHILD}.projections." in f".{name}"
-            }
-            setattr(module, attribute, set(getattr(module, attribute) or ()) | ours)
-
-    def restore() -> None:
-        for module, value in before:
-            if value is inherited:
-                delattr(module, attribute)
-            else:
-                setattr(module, attribute, value)
-
-    return restore
-
-
-def _let_checkpointing_reach_lora(model: nn.Module) -> Callable[[], None]:
-    """Reentrant checkpointing gives no gradient to layers whose inputs need none; make them."""
-
-    def require_grad(module: nn.Module, args: object, output: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and _checkpoints_activations(model):
-            output.requires_grad_(True)
-
-    handles = [
-        embeddings.register_forward_hook(require_grad) for embeddings in _input_embeddings(model)
-    ]
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return remove
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The token embeddings of a model and of its parts: an encoder and a decoder may differ."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        get_embeddings = getattr(module, "get_input_embeddings", None)
-        try:
-            embeddings = None if get_embeddings is None else get_embeddings()
-        except NotImplementedError:
-            continue
-        if isinstance(embeddings, nn.Embedding) or (module is model and embeddings is not None):
-            found[id(embeddings)] = embeddings
-    return list(found.values())
-
-
-def _checkpoints_activations(model: nn.Module) -> bool:
-    """Ask a Transformers model, by the name of today or the one before 5.2x."""
-    for attribute in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-        if hasattr(type(model), attribute):
-            return bool(getattr(model, attribute))
-    return False
-
-
-def _check_free(model: nn.Module, records: list[MoELayer]) -> None:
-    if any(is_attached(module) for module in model.modules()):
+def _check_free(named: NamedAdapters, engine: AllocatorEngine) -> None:
+    """A model takes another adapter if that brings its own engine."""
+    known = named.by_name.values()
+    own = {id(layer.lora) for adapter in known for layer in adapter.layers.values()}
+    if any(isinstance(m, ExpertLoRA) and id(m) not in own for m in named.model.modules()):
         raise AttachError(
-            "the model has an adapter already; call its detach() or merge() first (several "
-            "adapters on one model are not supported)"
+            "the model has an adapter already, attached to a part of it or to a model around it; "
+            "call its detach() first, or attach both to the same model"
         )
+    for adapter in known:
+        if adapter.engine is engine:
+            raise AttachError(
+                f"this engine decides the ranks of adapter {adapter.name!r}; give each adapter an "
+                "AllocatorEngine of its own"
+            )
+    named.check_not_disabled()
+
+
+def _check_layers(model: nn.Module, records: list[MoELayer], options: AdapterOptions) -> None:
+    _check_beside_peft(records)
+    _check_targets(records, options.targets)
+    _check_routers(records, options)
+    _check_kernel(model, records, options)
+
+
+def _check_beside_peft(records: list[MoELayer]) -> None:
     for record in records:
         if record.name.endswith(".base_layer"):
             raise AttachError(

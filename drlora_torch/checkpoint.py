@@ -29,6 +29,7 @@ from drlora_torch.hub import find
 from drlora_torch.integrations.beside_peft import unwrapped
 from drlora_torch.layers import ExpertLoRA
 from drlora_torch.models.discovery import discover
+from drlora_torch.named import NamedAdapters, check_name
 from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.pending import Wanted
 from drlora_torch.slots import FREE, Layout
@@ -74,6 +75,7 @@ def load(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    adapter_name: str = "default",
     policy: Policy | None = None,
     trainable: bool = True,
     check_base: bool = True,
@@ -82,9 +84,10 @@ def load(
     """Attach a saved adapter to its base model, ready to be used or trained further.
 
     Args:
-        model: the base model, without an adapter.
+        model: the base model, without an adapter of this name.
         path: the directory (or file) that ``adapter.save_pretrained`` wrote, or the id of a
             repository on the Hugging Face hub that holds it.
+        adapter_name: as for :func:`drlora_torch.attach`; the loaded adapter is the active one.
         policy: the callable that the run was made with, if it was: code is not saved, so without
             it the allocation goes on with ``config.policy``.
         trainable: False to use it only: nothing is counted and nothing requires a gradient.
@@ -94,13 +97,15 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
             left unchanged.
+        AttachError: the model has an adapter of this name already.
     """
     model = unwrapped(model)
+    check_name(adapter_name, NamedAdapters.of(model).by_name)
     saved = _read(find(path, revision), model, check_base)
     engine = AllocatorEngine(saved.config, policy=policy)
     engine.load_state_dict(saved.state)
     arguments = {**saved.options.model_dump(mode="json"), "layers": list(saved.layers)}
-    adapter = attach(model, engine, **arguments)
+    adapter = attach(model, engine, adapter_name=adapter_name, **arguments)
     _fill(adapter, saved)
     if trainable:
         pending.fill(adapter, saved.tensors)
@@ -297,6 +302,6 @@ def _fill(adapter: Adapter, saved: _Saved) -> None:
         for key, parameter in layer.lora.tensors().items():
             parameter.copy_(tensors[key])
         layer.lora.refresh()
-    for name, parameter in adapter.router_parameters().items():
-        parameter.copy_(tensors[f"router/{name}"])
+    for name, values in adapter.trained_routers().items():
+        values.copy_(tensors[f"router/{name}"])
     adapter.free_routers()

@@ -36,6 +36,7 @@ from drlora_torch import files
 from drlora_torch.errors import AttachError, CheckpointError, ModelError
 from drlora_torch.following import OptimizerFollower
 from drlora_torch.models.conventions import convention_of
+from drlora_torch.named import NamedAdapters
 
 if TYPE_CHECKING:
     from drlora_torch.adapter import AdaptedLayer, Adapter
@@ -159,14 +160,16 @@ class Mergeable:
                 ends here.
 
         Raises:
-            AttachError: the adapter is merged already, or was detached.
+            AttachError: the adapter is merged already, or was detached, or others are attached.
         """
         self.check_attached()
+        self._check_alone()
         originals = write(self.layers, keep=keep_originals)
-        self.swap_routers(not self.enabled)
-        layers = dict(self.layers)
+        layers = self.layers
         guard = MergedGuard(self) if keep_originals else None
-        self.take_out()
+        self.named.remove(self)
+        self.show_routers(True)
+        self.layers = {}
         if guard is not None:
             self.merged = Merged(layers, originals, guard)
         return self.model
@@ -179,8 +182,6 @@ class Mergeable:
         Raises:
             AttachError: the adapter is not merged, or the model has changed since.
         """
-        from drlora_torch.attaching import put_back
-
         if self.merged is None:
             raise AttachError(
                 "this adapter is not merged (or its merge kept no copies of the weights, "
@@ -190,7 +191,7 @@ class Mergeable:
             raise AttachError("unmerge() cannot run inside adapter.disabled()")
         layers, originals = self.merged.layers, self.merged.originals
         check_unmergeable(layers, originals)
-        put_back(self, layers)
+        self._put_back(layers)
         restore(layers, originals)
         self.merged.guard.remove()
         self.merged = None
@@ -203,11 +204,12 @@ class Mergeable:
         adapted weights are kept twice, as in :meth:`merge`.
 
         Raises:
-            AttachError: the adapter is merged already, or was detached, or is disabled.
+            AttachError: the adapter is merged already, was detached, is disabled, or another one
+                is active.
             CheckpointError: nothing could be written (no space, no permission).
             ModelError: the model is none of Transformers.
         """
-        self.check_attached()
+        self.check_active()
         if not self.enabled:
             raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
         save_model: Any = getattr(self.model, "save_pretrained", None)
@@ -225,6 +227,26 @@ class Mergeable:
                 f"could not write a merged model to {path}: {error}; what was there before is "
                 "untouched"
             ) from error
+
+    def _check_alone(self: Adapter) -> None:  # type: ignore[misc]
+        others = [name for name in self.named.by_name if name != self.name]
+        if others:
+            raise AttachError(
+                f"merge() would change the weights under the other adapters of the model "
+                f"({', '.join(map(repr, others))}); call their detach() first, or merge_and_save()"
+            )
+
+    def _put_back(self: Adapter, layers: dict[str, AdaptedLayer]) -> None:  # type: ignore[misc]
+        named = NamedAdapters.of(self.model)
+        if named.by_name:
+            raise AttachError("another adapter was attached to the model; call its detach() first")
+        self.layers = layers
+        try:
+            named.add(self)
+        except BaseException:
+            self.show_routers(True)
+            self.layers = {}
+            raise
 
     def check_not_merged(self) -> None:
         """Refuse what a merged adapter cannot do."""

@@ -1,4 +1,4 @@
-"""What a step has gathered when an adapter is saved between two of its micro-batches.
+"""What a step has gathered when an adapter is saved, or rests, between two of its micro-batches.
 
 Tensors of a file, there only while a step is unfinished: ``pending/routing/{layer}`` float64
 [N + 1], see :meth:`RoutingCounter.totals`; ``pending/gradient/{tensor}``, of the shape of the
@@ -29,8 +29,10 @@ Wanted = Mapping[str, tuple[tuple[int, ...], bool]]
 """Shapes of tensors in a file by name, and whether they hold floating-point numbers."""
 
 
-def of(adapter: Adapter) -> dict[str, Tensor]:
-    """What to save with an adapter; nothing between optimizer steps."""
+def gathered(adapter: Adapter) -> dict[str, Tensor]:
+    """What there is of an unfinished step; nothing between optimizer steps."""
+    if not adapter.is_active:
+        return adapter.unfinished
     if adapter.accumulated is None and adapter.gradients_dropped():
         return {}  # the step was given up, as the next forward will notice
     totals = {f"{ROUTING}{name}": counter.totals() for name, counter in adapter.counters.items()}
@@ -43,6 +45,12 @@ def of(adapter: Adapter) -> dict[str, Tensor]:
                 found[f"{GRADIENT}{key}"] = parameter.grad
     if adapter.accumulated is not None:
         found |= {f"{IMPORTANCE}{key}": part for key, part in adapter.accumulated.parts.items()}
+    return found
+
+
+def of(adapter: Adapter) -> dict[str, Tensor]:
+    """What to save with an adapter."""
+    found = gathered(adapter)
     if found and several_processes():
         warnings.warn(
             "saved between micro-batches of an optimizer step: with several processes those are "
@@ -80,7 +88,13 @@ def check_counts(tensors: Mapping[str, Tensor]) -> None:
 
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Bring an adapter into the middle of the step that a file was saved in, or between steps."""
+    """Bring an adapter into the middle of the step that a file was saved in, or between steps.
+
+    A resting one will be there when it is active again.
+    """
+    if not adapter.is_active:
+        adapter.unfinished = {k: v for k, v in tensors.items() if k.startswith("pending/")}
+        return
     adapter.forget()
     arrived: dict[str, Tensor] = {}
     for key, parameter in _parameters(adapter).items():

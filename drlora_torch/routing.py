@@ -114,10 +114,14 @@ def _mask_takers(model: nn.Module, inside: list[str]) -> list[nn.Module]:
     chosen = [model]
     for name, module in model.named_modules():
         around = any(layer.startswith(f"{name}.") for layer in inside)
-        takes_tokens = {"input_ids", "attention_mask"} <= _parameters(module)
-        if name and around and (takes_tokens or _is_tower(module)):
+        if name and around and (_takes_tokens(module) or _is_tower(module)):
             chosen.append(module)
     return chosen
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    """True for a part of a model that takes tokens and their mask."""
+    return {"input_ids", "attention_mask"} <= _parameters(module)
 
 
 def _is_tower(module: nn.Module) -> bool:

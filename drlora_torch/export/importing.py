@@ -156,5 +156,5 @@ def _fill(
         slots.lora_A[index] = rows[filled].to(slots.lora_A)
         slots.lora_B[index] = columns[filled].to(slots.lora_B)
     for name, value in routers.items():
-        adapter.router_parameters()[name].copy_(value)
+        adapter.trained_routers()[name].copy_(value)
     return errors

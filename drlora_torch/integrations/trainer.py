@@ -53,7 +53,12 @@ class DRLoRACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bring the adapter to the checkpoint that the Trainer has resumed from."""
+        """Bring the adapter to the checkpoint that the Trainer has resumed from.
+
+        Raises:
+            AttachError: another adapter of the model is active, so that one would be trained.
+        """
+        self.adapter.check_active()
         self._go_first()
         if state.global_step:
             restore(self.adapter, self._resumed(args, state))

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.storage import Storage
 
-CHILD = "drlora"  # name of the ExpertLoRA in the adapted module
-ATTACHMENT = "_drlora_attachment"  # set on every adapted module
+ATTACHMENT = "_drlora_attachment"  # set on every module that runs with a LoRA
 
 
 class Observer(Protocol):
@@ -68,7 +67,10 @@ class Convention(Protocol):
         ...
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-        """Give a layer its LoRA; return the function that takes it back out exactly."""
+        """Let a layer run with a LoRA, a child of it; return what undoes that exactly.
+
+        Of several adapters only the active one is installed.
+        """
         ...
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
@@ -80,9 +82,14 @@ class Convention(Protocol):
         ...
 
 
-def is_attached(module: nn.Module) -> bool:
-    """True for a layer that carries a LoRA."""
-    return ATTACHMENT in vars(module)
+def child_name(adapter_name: str) -> str:
+    """Name of an adapter's ExpertLoRA in the modules that it adapts.
+
+    Example:
+        >>> child_name("default"), child_name("law")
+        ('drlora', 'drlora_law')
+    """
+    return "drlora" if adapter_name == "default" else f"drlora_{adapter_name}"
 
 
 def weights_obstacle(weights: Iterable[tuple[str, object]], dims: int) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from drlora_torch.dispatch import Dispatch
 from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.convention import ATTACHMENT, CHILD, Observer, weights_obstacle
+from drlora_torch.models.convention import ATTACHMENT, Observer, weights_obstacle
 from drlora_torch.models.storage import ExpertParameter
 
 
@@ -43,13 +43,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-    """Make the LoRA a child of a layer; return what takes it out."""
-    module.add_module(CHILD, lora)
+    """Note on a layer which LoRA it runs with; return what takes the note away."""
     vars(module)[ATTACHMENT] = Attachment(lora, observer)
 
     def remove() -> None:
         del vars(module)[ATTACHMENT]
-        del module._modules[CHILD]
 
     return remove
 

@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from drlora_torch.dispatch import Dispatch
 from drlora_torch.kernels import expert_linear
 from drlora_torch.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.convention import ATTACHMENT, CHILD, Observer, weights_obstacle
+from drlora_torch.models.convention import ATTACHMENT, Observer, weights_obstacle
 from drlora_torch.models.fused import compute_dtype
 from drlora_torch.models.storage import ExpertParameter
 
@@ -116,14 +116,12 @@ def install(module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], N
     base_config = module.config
     config = copy.deepcopy(base_config)
     config._experts_implementation = IMPLEMENTATION
-    module.add_module(CHILD, lora)
     vars(module)[ATTACHMENT] = Attachment(lora, observer, base_config)
     module.config = config
 
     def remove() -> None:
         module.config = base_config
         del vars(module)[ATTACHMENT]
-        del module._modules[CHILD]
 
     return remove
 

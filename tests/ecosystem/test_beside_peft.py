@@ -136,6 +136,24 @@ def test_detach_leaves_peft_as_it_was() -> None:
         assert torch.equal(after[name], value)
 
 
+def test_several_adapters_around_get_peft_model() -> None:
+    """One from before it and one from after: PEFT's LoRA learns beside whichever is active."""
+    model = models.build()
+    first = helpers.attach(model, adapter_name="first", router="trainable")
+    wrapped = wrap(model)
+    second = helpers.attach(wrapped, adapter_name="second", router="trainable")
+    assert list(drlora_torch.adapters(wrapped)) == ["first", "second"]
+    for adapter in (second, first, second):
+        drlora_torch.set_adapter(wrapped, adapter.name)
+        learning = {id(p) for p in wrapped.parameters() if p.requires_grad}
+        assert learning == {id(p) for p in [*adapter.parameters(), *attention(wrapped)]}
+        train(wrapped, adapter, steps=2)
+    assert [adapter.engine.step_count for adapter in (first, second)] == [2, 4]
+    for adapter in (first, second):
+        adapter.detach()
+    assert all(parameter.requires_grad for parameter in attention(wrapped))
+
+
 def test_export_is_of_the_base_models_names(tmp_path: Path) -> None:
     _, adapter = both("PeftModel")
     helpers.uneven(adapter)

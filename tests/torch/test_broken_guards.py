@@ -18,7 +18,7 @@ from torch import Tensor
 import drlora_torch.adapter
 import drlora_torch.following
 import drlora_torch.optimizer
-from drlora_torch import attaching, checkpoint, pending
+from drlora_torch import checkpoint, pending, preparing
 from drlora_torch.adapter import Adapter
 from drlora_torch.importance import slot_importance
 from drlora_torch.initialization import RowGenerator
@@ -26,11 +26,14 @@ from drlora_torch.layers import ExpertLoRA, SlotLoRA
 from drlora_torch.models.interface import Dispatch
 from drlora_torch.routing import Forward, ForwardWatch
 from drlora_torch.slots import SlotTable
+from drlora_torch.switching import RouterGuard
 from tests.torch import (
     test_amp,
     test_checkpoint,
     test_growth,
     test_life,
+    test_named_adapters,
+    test_named_life,
     test_optimizer,
     test_parity_experts,
     test_parity_models,
@@ -221,20 +224,32 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         ),
     ),
     "detach leaves parameters frozen": (
-        replace(attaching, "_freeze", lambda model: model.requires_grad_(False) and nothing),
+        replace(preparing, "freeze", lambda model: model.requires_grad_(False) and nothing),
         lambda _: test_life.test_detach_restores_the_model("olmoe", "pooled"),
     ),
     "checkpoints of the base hold the LoRA": (
-        replace(attaching, "_keep_out_of_checkpoints", lambda _: nothing),
+        replace(preparing, "keep_out_of_checkpoints", lambda *_: nothing),
         test_life.test_base_checkpoint_is_written_while_attached,
     ),
     "reentrant checkpointing trains nothing": (
-        replace(attaching, "_let_checkpointing_reach_lora", lambda _: nothing),
+        replace(preparing, "let_checkpointing_reach_lora", lambda _: nothing),
         lambda _: checkpointing_trains(),
     ),
     "routers stay frozen": (
         replace(Adapter, "free_routers", nothing),
         lambda _: test_routers.test_routers_change_only_when_they_should("olmoe", "after_warmup"),
+    ),
+    "optimizers of resting adapters move the routers": (
+        replace(RouterGuard, "_before", nothing),
+        lambda _: test_named_adapters.test_optimizers_of_resting_adapters_leave_the_routers_alone(),
+    ),
+    "routers are not exchanged": (
+        replace(Adapter, "show_routers", nothing),
+        lambda _: test_named_life.test_detach_in_any_order_restores_the_model(("b", "c", "a")),
+    ),
+    "a switch keeps nothing of an unfinished step": (
+        replace(pending, "gathered", lambda _: {}),
+        lambda path: test_named_adapters.test_micro_batches_of_several_may_take_turns(True, path),
     ),
     "ages are lost on resume": (
         replace(checkpoint, "_fill", fill_without_ages),
