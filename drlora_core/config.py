@@ -88,12 +88,12 @@ class AllocatorConfig(BaseModel):
     @property
     def growth_steps(self) -> tuple[int, ...]:
         """The optimizer steps, counted from 1, after which an event happens (T_grow)."""
-        return timetable.growth_steps(self.warmup_steps, self.growth_interval, self.growth_end)
+        return tuple(self._events())
 
     @property
     def num_events(self) -> int:
         """K, the number of growth events."""
-        return len(self.growth_steps)
+        return len(self._events())
 
     @property
     def mean_rank_ceiling(self) -> int:
@@ -103,6 +103,9 @@ class AllocatorConfig(BaseModel):
         if self.scope == "layer":
             return self.r_target
         return self.layer_ceiling or min(self.r_max, 2 * self.r_target)
+
+    def _events(self) -> range:
+        return timetable.growth_steps(self.warmup_steps, self.growth_interval, self.growth_end)
 
     @model_validator(mode="after")
     def _is_feasible(self) -> AllocatorConfig:

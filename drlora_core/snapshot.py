@@ -189,7 +189,8 @@ def _check_ceilings(layers: Mapping[str, LayerState], config: AllocatorConfig) -
 
 def _pruned_total(config: AllocatorConfig, size: int, step: int) -> int:
     """Total rank of ``size`` experts that the pruning schedule leaves after a step."""
-    past = sum(event <= step for event in config.growth_steps)
+    end = min(step, config.growth_end)
+    past = len(timetable.growth_steps(config.warmup_steps, config.growth_interval, end))
     start, target = size * config.r_init, size * config.r_target
     return timetable.cubic_total(past, config.num_events, start, target) if past else start
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 
-def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> tuple[int, ...]:
+def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
     """T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0.
 
     Example:
-        >>> growth_steps(warmup_steps=5, growth_interval=10, growth_end=30)
-        (15, 25)
+        >>> list(growth_steps(warmup_steps=5, growth_interval=10, growth_end=30))
+        [15, 25]
     """
-    return tuple(range(warmup_steps + growth_interval, growth_end + 1, growth_interval))
+    return range(warmup_steps + growth_interval, growth_end + 1, growth_interval)
 
 
 def event_index(step: int, warmup_steps: int, growth_interval: int, growth_end: int) -> int | None:

@@ -195,3 +195,9 @@ def test_even_schedule_meets_the_budget_exactly_at_the_last_event(
     for name, size in layers.items():
         assert last.ranks[name].sum() == size * options["r_target"] == engine.budget(name)
     assert last.unplaced == 0
+
+
+def test_a_far_end_costs_nothing() -> None:
+    """A user may mean "never" by it; to list the events would fill the memory."""
+    config = AllocatorConfig(growth_interval=1, growth_end=10**15)
+    assert config.num_events == 10**15 - config.warmup_steps
