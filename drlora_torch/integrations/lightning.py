@@ -55,7 +55,12 @@ class DRLoRALightningCallback(Callback):
         adapter.parameters()  # require gradients again if get_peft_model came after attach
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the gradients of an unfinished step again, which the first validation has cleared."""
+        """Set the gradients of an unfinished step again, which the first validation has cleared.
+
+        Raises:
+            AttachError: another adapter of the model is active, so that one would be trained.
+        """
+        self.adapter.check_active()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._gradients = []

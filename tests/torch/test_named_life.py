@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import drlora_torch
+from drlora_torch.checkpoint import restore
 from drlora_torch.integrations.trainer import DRLoRACallback
 from tests.torch import helpers, models, named
-from tests.torch.named import OF_EACH_KIND, outputs, same, several
+from tests.torch.named import OF_EACH_KIND, life, outputs, same, several
 from tests.torch.test_hooks import live_hooks
 from tests.torch.test_life import Picture
 
@@ -115,6 +116,28 @@ def test_resting_adapters_are_saved_exported_and_filled_as_active_ones(tmp_path:
         adapter.import_peft(tmp_path / "resting-peft")
         adapter.activate()
     assert torch.equal(outputs(fresh), outputs(twice))
+
+
+def test_a_resting_adapter_is_restored_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    model, adapters = several(names="ab", router="trainable")
+    for name in "ba":
+        adapters[name].activate()
+        helpers.step(model, helpers.adamw(adapters[name]), ord(name))
+    model(**helpers.batch()).loss.backward()
+    adapters["a"].save_pretrained(tmp_path)
+    wanted = [p.grad.clone() for p in adapters["a"].parameters()]
+    saved, shown = life(adapters["a"]), outputs(model)
+    helpers.step(model, helpers.adamw(adapters["a"]), 5)
+    adapters["b"].activate()
+    before, others = outputs(model), life(adapters["b"])
+    restore(adapters["a"], tmp_path)
+    assert torch.equal(outputs(model), before)
+    assert same(life(adapters["b"]), others)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert same(life(adapters["a"]), saved)
+    adapters["a"].activate()
+    assert torch.equal(outputs(model), shown)
+    assert same([p.grad for p in adapters["a"].parameters()], wanted)
 
 
 def test_loaded_for_use_only_they_stay_so(tmp_path: Path) -> None:
