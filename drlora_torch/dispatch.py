@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,11 +49,27 @@ class Dispatch:
         """Rows that belong to an expert, bool [S]."""
         return torch.arange(self.num_pairs, device=self.order.device) < self.offsets[-1]
 
-    def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has rows, and which."""
-        for expert, (start, end) in enumerate(itertools.pairwise([0, *self.ends])):
-            if start < end:
-                yield expert, slice(start, end)
+    @functools.cached_property
+    def visited(self) -> list[int]:
+        """The experts that have rows."""
+        return [e for e, rows in enumerate(self._counts[:-1]) if rows]
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """Sorted row of each pair, int64 [T, K]."""
+        rows = torch.empty_like(self.order)
+        rows[self.order] = torch.arange(self.num_pairs, device=rows.device)
+        return rows.view(-1, self.top_k)
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        """Rows of each expert, and last the sentinels'."""
+        return [end - start for start, end in itertools.pairwise([0, *self.ends, self.num_pairs])]
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of the rows of each expert, [S, ...] -> N of [n, ...]; last the sentinels'."""
+        views: tuple[Tensor, ...] = rows.split_with_sizes(self._counts)
+        return views
 
     @property
     def num_pairs(self) -> int:
@@ -63,18 +79,29 @@ class Dispatch:
     def empty(self, like: Tensor, features: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for a row per pair, [S, F]; zeros where sentinel rows would stay unwritten."""
         shape = (self.num_pairs, features)
-        full = not self.num_pairs or self.ends[-1] == self.num_pairs
-        return like.new_empty(shape, dtype=dtype) if full else like.new_zeros(shape, dtype=dtype)
+        new = like.new_zeros if self._counts[-1] else like.new_empty
+        room: Tensor = new(shape, dtype=dtype)
+        return room
 
-    def sum_of_pairs(self, by_pair: Tensor) -> Tensor:
-        """Sum the pairs of each token, [S, F] in the order of pairs -> [T, F]."""
-        tokens = self.num_pairs // self.top_k
-        return by_pair.view(tokens, self.top_k, by_pair.shape[1]).sum(dim=1)
+    def live_weights(self, weights: Tensor) -> Tensor:
+        """Routing weights [T, K] with 0 for sentinels, whose own may be anything."""
+        if not self._counts[-1]:
+            return weights
+        return weights.masked_fill(self.rows >= self.ends[-1], 0.0)
+
+    def sum(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum each token's sorted rows, times their weights [T, K] if given, [S, F] -> [T, F].
+
+        One pass that reads each row once; for use inside of an autograd function.
+        """
+        if not self.num_pairs:
+            return rows.new_zeros(self.rows.shape[0], rows.shape[1])
+        return embedding_bag(self.rows, rows, mode="sum", per_sample_weights=weights)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sum each token's sorted rows times their routing weights, [S, F], [T, K] -> [T, F]."""
+        """What :meth:`sum` does with weights, differentiable in both."""
         weighted = rows * weights.reshape(-1)[self.order].unsqueeze(-1)
         # sentinel rows must reach neither the output nor the router
         weighted = weighted.masked_fill(~self.live.unsqueeze(-1), 0.0)
         by_pair = weighted.new_empty(weighted.shape).index_copy(0, self.order, weighted)
-        return self.sum_of_pairs(by_pair)
+        return by_pair.view(-1, self.top_k, rows.shape[1]).sum(dim=1)

@@ -122,7 +122,7 @@ class NewbornCorrection:
                             parameter,
                             groups[id(parameter)],
                             rows,
-                            parameter[rows],
+                            parameter.index_select(0, rows),
                             ages[young] + 1,
                         )
                     )
@@ -138,7 +138,8 @@ class NewbornCorrection:
             start = kept.values
             if kept.group.get("decoupled_weight_decay"):  # AdamW shrinks the row, then moves it
                 start = start * (1.0 - float(kept.group["lr"]) * kept.group["weight_decay"])
-            kept.parameter[kept.rows] = torch.lerp(start, kept.parameter[kept.rows], factor)
+            moved = kept.parameter.index_select(0, kept.rows)
+            kept.parameter[kept.rows] = torch.lerp(start, moved, factor)
             self._horizon = max(self._horizon or 0.0, _settled_after(kept.group["betas"]))
         self._snapshots = []
 
