@@ -4,8 +4,8 @@ An expert's tokens are gathered, multiplied and corrected while they are in cach
 over experts is one pass at the end. Kept for backward: the inputs, x A^T, and no copy of a weight.
 
 The low-rank part is computed in the dtype of A and B, so in float32 under bfloat16 weights: more
-exact, and no slower. oneDNN, which multiplies bfloat16, compiles every shape that it has not met
-lately, for 0.4 ms; counts of tokens and ranks make hundreds of new shapes a step.
+exact, and where shapes change faster. oneDNN, which multiplies bfloat16, compiles every shape that
+it has not met lately, for 0.4 ms; counts of tokens and ranks make hundreds of new shapes a step.
 
 Shape letters: T tokens, K experts per token, S = T * K (token, expert) pairs, N experts,
 I input and O output features, P rank slots, n rows and r rank of one expert.
