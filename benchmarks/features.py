@@ -158,13 +158,19 @@ def sentinels(model: nn.Module, hidden: Tensor) -> Action:
     return plain(model, hidden)
 
 
+class Paused(Training):
+    """Steps without statistics: what is left is static LoRA with our kernel."""
+
+    def __call__(self) -> None:
+        assert self.adapter is not None
+        with self.adapter.paused():
+            super().__call__()
+
+
 def without_statistics(case: Case) -> Training:
-    """Nothing counted, read or decided: what is left is static LoRA with our kernel."""
-    training = static()(case)
-    assert training.adapter is not None
-    training.adapter.undo.pop()()  # stop following the optimizer, the last thing that attach did
-    training.adapter._paused = True
-    return training
+    """Nothing counted, read or decided."""
+    made = static()(case)
+    return Paused(made.hidden, made.backward, made.optimizer, made.adapter)
 
 
 def in_bfloat16(builder: Builder) -> Builder:

@@ -89,9 +89,10 @@ class OptimizerFollower:
         if isinstance(found_inf, Tensor) and bool(found_inf.any()):
             return  # a fused optimizer will leave the parameters as they are
         scale = getattr(optimizer, "grad_scale", None)
-        slots = {name: slot_importance(layer.lora) for name, layer in adapter.layers.items()}
-        if all(values is None for values in slots.values()):
+        if all(parameter.grad is None for parameter in adapter.lora_parameters()):
             return  # this step does not train the adapter
+        read = {} if adapter.is_paused else adapter.layers
+        slots = {name: slot_importance(layer.lora) for name, layer in read.items()}
         if isinstance(scale, Tensor):
             slots = {
                 name: None if values is None else values / scale.to(values)
