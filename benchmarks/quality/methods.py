@@ -40,6 +40,13 @@ _VARIANTS = (
     ),
 )
 _CANDIDATES = (
+    # Growing late costs much of what growing where it counts brings: grow at once, or before.
+    Method(name="early", training={"warmup": 0.05, "growth_end": 0.25}),
+    Method(
+        name="static_rescored",
+        kind="static_profile",
+        config={**_RESCORED, "use_importance": False},
+    ),
     Method(name="per_token", policy="per_token"),
     Method(name="sqrt_f", policy="sqrt_f"),
     Method(name="total_importance", policy="total_importance"),
