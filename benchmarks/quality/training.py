@@ -10,6 +10,7 @@ import platform
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -149,9 +150,14 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
         "budget": budget,
         "trained_parameters": subject.trained(),
         "ranks": ranks,
-        "routing": {name: engine.routing_frequency(name).tolist() for name in names},
-        "importance": {name: engine.rank_importance(name).tolist() for name in names},
+        "routing": {name: _rounded(engine.routing_frequency(name)) for name in names},
+        "importance": {name: _rounded(engine.rank_importance(name)) for name in names},
     }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Four digits are enough to look at, and results files are kept."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def check_budget(spec: RunSpec, total: int, experts: int) -> None:
