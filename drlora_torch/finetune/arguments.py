@@ -63,13 +63,13 @@ Alpha = Annotated[
 ]
 Gamma = Annotated[Optional[float], Option(help="Exponent of the rank penalty (default: 1).")]
 WarmupSteps = Annotated[
-    Optional[int], Option(help="Steps before growth (default: 10 % of the steps).")
+    Optional[int], Option(help="Steps before growth (default: 5 % of the steps).")
 ]
 GrowthInterval = Annotated[
     Optional[int], Option(help="Steps between growth events (default: for 8 events).")
 ]
 GrowthEnd = Annotated[
-    Optional[int], Option(help="Last step of growth (default: 60 % of the steps).")
+    Optional[int], Option(help="Last step of growth (default: 25 % of the steps).")
 ]
 MaxGrowth = Annotated[
     Optional[int],

@@ -49,12 +49,12 @@ class FinetuneOptions(BaseModel):
     def allocator_config(self) -> AllocatorConfig:
         """The allocation of this run; a window that is not given follows from the steps.
 
-        By default up to eight events lie between 10 % and 60 % of the steps, so that the last
-        dimensions still have 40 % of the training to learn in, and an expert that wins every
-        event reaches r_max at the last one.
+        By default up to eight events lie between 5 % and 25 % of the steps, since rank that comes
+        later has less of the training to learn in (docs/results.md), and an expert that wins
+        every event reaches r_max at the last one.
         """
-        warmup = self.steps // 10 if self.warmup_steps is None else self.warmup_steps
-        end = self.steps * 6 // 10 if self.growth_end is None else self.growth_end
+        warmup = self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+        end = -(-self.steps // 4) if self.growth_end is None else self.growth_end
         window = max(end - warmup, 1)
         interval = self.growth_interval or -(-window // MAX_EVENTS)
         events = max(window // interval, 1)

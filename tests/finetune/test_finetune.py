@@ -150,8 +150,8 @@ def test_a_failing_write_leaves_the_last_checkpoint(
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
-        ({"steps": 200}, AllocatorConfig(warmup_steps=20, growth_interval=13, growth_end=111)),
-        ({"steps": 4}, AllocatorConfig(warmup_steps=0, growth_interval=1, growth_end=2)),
+        ({"steps": 200}, AllocatorConfig(warmup_steps=10, growth_interval=5, growth_end=50)),
+        ({"steps": 4}, AllocatorConfig(warmup_steps=0, growth_interval=1, growth_end=1)),
         (
             {"steps": 1, "growth_end": 1},
             AllocatorConfig(warmup_steps=0, growth_interval=1, growth_end=1),
