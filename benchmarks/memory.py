@@ -25,7 +25,9 @@ class _Ledger(TorchDispatchMode):
         before = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and _storage_id(leaf) not in before | self._known:
+            if not isinstance(leaf, torch.Tensor) or leaf.is_meta:  # which takes no memory
+                continue
+            if _storage_id(leaf) not in before | self._known:
                 self._enter(leaf.untyped_storage())
         return result
 
@@ -51,6 +53,8 @@ def peak_bytes(step: Callable[[], None]) -> int:
     Example:
         >>> peak_bytes(lambda: torch.zeros(256, dtype=torch.float32) + 1)
         2048
+        >>> peak_bytes(lambda: torch.zeros(256, device="meta"))
+        0
     """
     with _Ledger() as ledger:
         step()
