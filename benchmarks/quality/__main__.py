@@ -50,6 +50,14 @@ Output = Annotated[
     Optional[Path],
     Option(help="Results file (default: benchmarks/quality/results/PROFILE.jsonl)."),
 ]
+Reuse = Annotated[
+    Optional[list[Path]],
+    Option(
+        exists=True,
+        help="Another results file, whose runs count as done where they are the same; may be "
+        "repeated.",
+    ),
+]
 DryRun = Annotated[bool, Option("--dry-run", help="Check, say how many runs there are, do none.")]
 
 app = typer.Typer(
@@ -74,6 +82,7 @@ def run(
     device: Device = None,
     workers: Workers = None,
     output: Output = None,
+    reuse: Reuse = None,
     dry_run: DryRun = False,
 ) -> None:
     """Do the runs of a study that are not done yet; it may be stopped and started again."""
@@ -82,7 +91,7 @@ def run(
     try:
         study = _chosen(studies.load(studies.find(profile)), model, task, method, seeds, device)
         output = output or RESULTS / f"{study.name}.jsonl"
-        failures = _carry_out(study, output, workers, dry_run)
+        failures = _carry_out(study, output, reuse or [], workers, dry_run)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -95,7 +104,9 @@ def run(
         raise typer.Exit(1)
 
 
-def _carry_out(study: studies.Study, output: Path, workers: int | None, dry_run: bool) -> int:
+def _carry_out(
+    study: studies.Study, output: Path, reuse: list[Path], workers: int | None, dry_run: bool
+) -> int:
     """Do the runs; return how many failed."""
     from benchmarks.quality.expansion import size
     from benchmarks.quality.runner import check, conduct
@@ -108,19 +119,19 @@ def _carry_out(study: studies.Study, output: Path, workers: int | None, dry_run:
         return 0
     if workers is None:
         workers = (os.cpu_count() or 1) if study.training.device == "cpu" else 1
-    failures = conduct(study, output, workers, console)
-    _compare(study, output)
+    failures = conduct(study, output, workers, console, reuse=reuse)
+    _compare(study, [output, *reuse])
     return len(failures)
 
 
-def _compare(study: studies.Study, output: Path) -> None:
+def _compare(study: studies.Study, files: list[Path]) -> None:
     """Print the methods side by side for every model and task of the study."""
     from benchmarks.quality import runs, tables
     from drlora_core.cli import common
 
-    if not output.exists():  # every run failed
+    if not files[0].exists():  # every run failed
         return
-    found = runs.read([output])
+    found = runs.read(files)
     for setting in found.settings():
         if (setting.model, setting.task) in itertools.product(study.models, study.tasks) and (
             setting.training == study.training

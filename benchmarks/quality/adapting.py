@@ -7,6 +7,7 @@ import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from torch import nn
 
 import drlora_torch
 from benchmarks.quality.policies import POLICIES
+from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.study import Method, StudyError
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
 
-Arrays = Mapping[str, np.ndarray]
-Profile = Callable[[], Arrays]
-"""Measures phi [N] by layer on the training rows; called by the methods that need it."""
+Profile = Callable[[str], Arrays]
+"""Measures a signal of ``profiling.PROFILES`` by layer [N], for the methods that need one."""
 
 
 class RefusedError(Exception):
@@ -52,7 +53,7 @@ def adapted(
         model: with mixture-of-experts layers.
         config: of the allocation.
         alpha: scaling is alpha / r_target.
-        profile: measures routing before training.
+        profile: measures a signal before training.
 
     Raises:
         RefusedError: the method's library does not adapt such models.
@@ -85,16 +86,23 @@ def _drlora(
 
 
 @contextlib.contextmanager
-def _static_profile(
-    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+def _static(
+    signal: str,
+    method: Method,
+    model: nn.Module,
+    config: AllocatorConfig,
+    alpha: float,
+    profile: Profile,
 ) -> Iterator[Adapted]:
     """The only event comes before the first step and sees the profile; attach takes its ranks."""
     engine = AllocatorEngine(config, policy=policy_of(method))
-    phi = profile()
-    for name, frequency in phi.items():
-        engine.add_layer(name, num_experts=frequency.size)
-    for name, frequency in phi.items():
-        engine.observe(name, routing=frequency, importance=np.ones_like(frequency))
+    measured = profile(signal)
+    for name, values in measured.items():
+        engine.add_layer(name, num_experts=values.size)
+    for name, values in measured.items():
+        rest = np.ones_like(values)
+        routing, importance = (values, rest) if signal == "routing" else (rest, values)
+        engine.observe(name, routing=routing, importance=importance)
     engine.step()
     with _attached(method, model, engine, alpha) as ready:
         yield ready
@@ -187,7 +195,8 @@ def _peft_adalora(
 
 KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] = {
     "drlora": _drlora,
-    "static_profile": _static_profile,
+    "static_profile": partial(_static, "routing"),
+    "static_gradient": partial(_static, "gradient"),
     "peft_lora": _peft_lora,
     "peft_adalora": _peft_adalora,
 }

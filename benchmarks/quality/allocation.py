@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from benchmarks.quality.study import Method, StudyError, Training, sentence
 from drlora_core import AllocatorConfig
 
-STATIC = {"static_profile"}
+STATIC = {"static_profile", "static_gradient"}
 """Kinds whose ranks are given before training, at one event that precedes it."""
 
 

@@ -1,6 +1,6 @@
-"""What is measured on a model: loss and exact match of held-out rows, and routing before training.
+"""What is measured on a model: loss and exact match of held-out rows.
 
-Shape letters: B rows, T tokens, V vocabulary, N experts.
+Shape letters: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import drlora_torch
-from benchmarks.quality.adapting import Arrays
 from benchmarks.quality.rows import IGNORED, Batch, Row, collate, in_order
-from drlora_core import AllocatorConfig, AllocatorEngine
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,23 +50,3 @@ def evaluate(model: nn.Module, rows: Sequence[Row], size: int, padding: int) -> 
         exact += int((~wrong.any(dim=1)).sum())
     model.train(was_training)
     return Evaluation(total / tokens, exact / len(rows))
-
-
-def profile(model: nn.Module, rows: Sequence[Row], size: int, padding: int) -> Arrays:
-    """Routing frequency phi [N] of every layer, over all tokens of the rows: one forward pass.
-
-    An adapter that is not trained counts them (a new one changes nothing that the model computes).
-    """
-    config = AllocatorConfig(r_init=1, r_target=1, r_max=1, policy="uniform")
-    device = next(model.parameters()).device
-    adapter = drlora_torch.attach(model, AllocatorEngine(config), auto_step=False)
-    was_training = model.training
-    model.train()
-    try:
-        for part in in_order(rows, size):
-            logits(model, collate(part, padding, device))
-        adapter.step()
-        return {name: adapter.engine.routing_frequency(name) for name in adapter.layers}
-    finally:
-        model.train(was_training)
-        adapter.detach()

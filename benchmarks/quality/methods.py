@@ -7,6 +7,7 @@ from benchmarks.quality.study import Method
 # One unit at a time spreads a quota by itself, and proportional shares do: no cap but r_max.
 _RESCORED = {"policy": "rescored", "max_growth": None}
 _NO_PREFERENCE = {"use_routing": False, "use_importance": False}
+_EARLY = {"warmup": 0.05, "growth_end": 0.25}
 _BY_PROFILE = {"policy": "proportional", "use_importance": False, "gamma": 0.0}
 
 _BASELINES = (
@@ -41,7 +42,23 @@ _VARIANTS = (
 )
 _CANDIDATES = (
     # Growing late costs much of what growing where it counts brings: grow at once, or before.
-    Method(name="early", training={"warmup": 0.05, "growth_end": 0.25}),
+    Method(name="early", training=_EARLY),
+    Method(name="earliest", training={"warmup": 0.02, "growth_end": 0.1}),
+    Method(name="early_prune", config={"policy": "prune"}, training=_EARLY),
+    Method(name="early_rescored", config=_RESCORED, training=_EARLY),
+    Method(name="early_without_f", config={"use_routing": False}, training=_EARLY),
+    Method(name="early_without_g", config={"use_importance": False}, training=_EARLY),
+    # All rank at one event, after 5 % of the steps: a measurement, then static LoRA.
+    Method(
+        name="one_event",
+        config=_RESCORED,
+        training={"warmup": 0.0, "growth_end": 0.05, "events": 1},
+    ),
+    Method(
+        name="static_gradient",
+        kind="static_gradient",
+        config={**_RESCORED, "use_routing": False},
+    ),
     Method(
         name="static_rescored",
         kind="static_profile",

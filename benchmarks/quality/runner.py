@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -52,9 +52,14 @@ def check(study: Study) -> None:
 
 
 def conduct(
-    study: Study, output: Path, workers: int, console: Console, execute: Execute | None = None
+    study: Study,
+    output: Path,
+    workers: int,
+    console: Console,
+    execute: Execute | None = None,
+    reuse: Sequence[Path] = (),
 ) -> list[Failure]:
-    """Do every run of a study that is not in ``output`` yet.
+    """Do every run of a study that is not in ``output`` yet, nor in a file to reuse.
 
     Args:
         study: what to do.
@@ -63,6 +68,7 @@ def conduct(
         workers: processes; 1 works in this one.
         console: where progress goes.
         execute: does one run, with one worker; default: training it.
+        reuse: other results files, whose runs of the same specification count as done.
 
     Returns:
         The runs that failed; they are not in the file.
@@ -73,7 +79,8 @@ def conduct(
     check(study)
     if cut := results_file.mend(output):
         console.print(f"{output}: the last line was cut off ({cut} bytes); its run is done again")
-    done = {record.key: record for record in results_file.read(output)}
+    files = [*reuse, output]
+    done = {record.key: record for path in files for record in results_file.read(path)}
     failures: list[Failure] = []
     with pool(workers, execute) as outcomes, _progress(console) as progress:
         for title, runs in (

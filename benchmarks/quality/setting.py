@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from benchmarks.quality import evaluation
-from benchmarks.quality.adapting import Arrays
 from benchmarks.quality.evaluation import Evaluation
+from benchmarks.quality.profiling import PROFILES, Arrays
 from benchmarks.quality.rows import Row, encode
 from benchmarks.quality.study import RunSpec, Training
 from drlora_torch.models.discovery import adaptable
@@ -36,6 +36,7 @@ class Setting:
             for rows in (task.train, task.validation[:few], task.test[:few])
         )
         self._size = training.evaluation_batch
+        self._profiles: dict[str, Arrays] = {}
 
     def evaluate(self, model: nn.Module, rows: Sequence[Row]) -> Evaluation:
         """Loss and exact match of a split."""
@@ -51,13 +52,12 @@ class Setting:
         """The base model on the test split."""
         return self.evaluate(self.model, self.test)
 
-    def profile(self) -> Arrays:
-        """Routing of the base model on the training rows."""
-        return self._profile
-
-    @functools.cached_property
-    def _profile(self) -> Arrays:
-        return evaluation.profile(self.model, self.train, self._size, self.padding)
+    def profile(self, signal: str) -> Arrays:
+        """What ``profiling.PROFILES`` measures of the base model on the training rows."""
+        if signal not in self._profiles:
+            measure = PROFILES[signal]
+            self._profiles[signal] = measure(self.model, self.train, self._size, self.padding)
+        return self._profiles[signal]
 
 
 def setting_of(spec: RunSpec) -> Setting:

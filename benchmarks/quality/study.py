@@ -35,8 +35,8 @@ class Method(Frozen):
 
     name: str
     kind: str = "drlora"
-    """``drlora``; ``static_profile``: ranks from one pass of routing statistics before training;
-    ``peft_lora`` and ``peft_adalora``: PEFT's own."""
+    """``drlora``; ``static_profile`` and ``static_gradient``: ranks given before training, by the
+    routing or the gradients of one pass; ``peft_lora`` and ``peft_adalora``: PEFT's own."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of AllocatorConfig that differ from the study's."""
     attach: dict[str, Any] = Field(default_factory=dict)

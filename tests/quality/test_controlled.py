@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.quality import controlled
-from benchmarks.quality.evaluation import profile
 from benchmarks.quality.models import SHIPPED, load_model
+from benchmarks.quality.profiling import routing_profile
 from benchmarks.quality.routing import distance, entropy
 from benchmarks.quality.rows import encode
 from benchmarks.quality.tasks import CONTROLLED, load_task
@@ -37,7 +37,7 @@ def test_the_routing_of_new_tables_follows_the_assignment(operation: str) -> Non
     rng = np.random.default_rng(5)
     tables = new_tables(DEMANDS["controlled_share"])
     rows = [draw_row(tables, operation, length, rng) for length in (3, 5)]
-    found = profile(model, encode(tokenizer, rows, 64), 2, tokenizer.pad_token_id)
+    found = routing_profile(model, encode(tokenizer, rows, 64), 2, tokenizer.pad_token_id)
     assert list(found) == list(controlled.assignment())
     for layer, phi in found.items():
         owned = controlled.assignment()[layer][operation]

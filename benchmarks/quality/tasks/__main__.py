@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality.evaluation import profile
 from benchmarks.quality.models import load_model
+from benchmarks.quality.profiling import routing_profile
 from benchmarks.quality.routing import Routing, distance, entropy
 from benchmarks.quality.rows import encode
 from benchmarks.quality.tasks import CONTROLLED, DEVELOPMENT, HELD_OUT, load_task
@@ -61,7 +61,8 @@ def main(
     for name in model or ["embedded", "qwen"]:
         loaded, tokenizer = load_model(name)
         encoded = {t: encode(tokenizer, tasks[t].test[:rows], max_tokens=256) for t in tasks}
-        routing = {t: profile(loaded, encoded[t], 32, tokenizer.pad_token_id) for t in tasks}
+        padding = tokenizer.pad_token_id
+        routing = {t: routing_profile(loaded, encoded[t], 32, padding) for t in tasks}
         CONSOLE.print(entropy_table(routing, name), distance_table(routing, name))
 
 
