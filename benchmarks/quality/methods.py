@@ -43,6 +43,8 @@ _VARIANTS = (
 _CANDIDATES = (
     # Growing late costs much of what growing where it counts brings: grow at once, or before.
     Method(name="early", training=_EARLY),
+    Method(name="early_random", config={"policy": "random"}, training=_EARLY),
+    Method(name="early_uniform_growth", config={**_RESCORED, **_NO_PREFERENCE}, training=_EARLY),
     Method(name="earliest", training={"warmup": 0.02, "growth_end": 0.1}),
     Method(name="early_prune", config={"policy": "prune"}, training=_EARLY),
     Method(name="early_rescored", config=_RESCORED, training=_EARLY),
