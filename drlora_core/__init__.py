@@ -13,6 +13,7 @@ from drlora_core.errors import (
     PolicyError,
     StatisticError,
     StepOrderError,
+    TimetableError,
     UnknownLayerError,
 )
 from drlora_core.events import GrowthEvent
@@ -33,6 +34,7 @@ __all__ = [
     "Recording",
     "StatisticError",
     "StepOrderError",
+    "TimetableError",
     "UnknownLayerError",
     "compare",
     "diagnose",

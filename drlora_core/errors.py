@@ -10,6 +10,10 @@ class DRLoRAError(ValueError):
     """Base class of every error that drlora raises on purpose."""
 
 
+class TimetableError(DRLoRAError):
+    """Growth events cannot be laid into a training as asked."""
+
+
 class UnknownLayerError(DRLoRAError):
     """A layer name that the engine (or the model) does not have."""
 

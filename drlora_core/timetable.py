@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from drlora_core.errors import TimetableError, near_misses
+
 
 def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
     """T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0.
@@ -42,3 +47,49 @@ def cubic_total(event: int, num_events: int, start: int, target: int) -> int:
         [45, 36, 32, 32]
     """
     return target + (start - target) * (num_events - event) ** 3 // num_events**3
+
+
+TIMETABLES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"early": (0.05, 0.25), "late": (0.1, 0.6)}
+)
+"""By name, the shares of the training steps between which the growth events lie."""
+
+
+def shares(timetable: str) -> tuple[float, float]:
+    """The shares of a timetable.
+
+    Raises:
+        TimetableError: there is none of that name.
+    """
+    if timetable not in TIMETABLES:
+        raise TimetableError(f"no timetable {timetable!r}; {near_misses(timetable, TIMETABLES)}")
+    return TIMETABLES[timetable]
+
+
+def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, int]:
+    """``growth_interval`` and ``growth_end`` of events that lie evenly after the warmup.
+
+    Fewer events where there are fewer steps; ``growth_end`` is ``last_step`` or just before.
+
+    Example:
+        >>> even_events(warmup_steps=10, last_step=50, events=8)
+        (5, 50)
+        >>> even_events(warmup_steps=1, last_step=4, events=8)
+        (1, 4)
+    """
+    room = last_step - warmup_steps
+    if room < 1:
+        return 1, last_step
+    events = min(events, room)
+    interval = room // events
+    return interval, warmup_steps + events * interval
+
+
+def growth_cap(r_init: int, r_max: int, events: int) -> int:
+    """The ``max_growth`` with which an expert that wins every event reaches r_max at the last.
+
+    Example:
+        >>> growth_cap(r_init=8, r_max=32, events=8)
+        3
+    """
+    return max(-(-(r_max - r_init) // events), 1)

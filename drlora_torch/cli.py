@@ -44,6 +44,7 @@ def finetune(
     r_max: given.RMax = None,
     alpha: given.Alpha = None,
     gamma: given.Gamma = None,
+    timetable: given.Timetable = None,
     warmup_steps: given.WarmupSteps = None,
     growth_interval: given.GrowthInterval = None,
     growth_end: given.GrowthEnd = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from benchmarks.quality.study import Method, StudyError, Training, sentence
-from drlora_core import AllocatorConfig
+from drlora_core import AllocatorConfig, timetable
 
 STATIC = {"static_profile", "static_gradient"}
 """Kinds whose ranks are given before training, at one event that precedes it."""
@@ -43,8 +43,8 @@ def allocator_config(method: Method, training: Training, seed: int) -> Allocator
     elif fields.get("policy") == "prune":
         fields["r_init"] = method.config.get("r_init", 2 * training.r_target)
     elif "max_growth" not in method.config:
-        to_grow = fields["r_max"] - fields["r_init"]
-        fields["max_growth"] = training.max_growth or max(-(-to_grow // training.events), 1)
+        cap = timetable.growth_cap(fields["r_init"], fields["r_max"], training.events)
+        fields["max_growth"] = training.max_growth or cap
     try:
         return AllocatorConfig.model_validate(fields)
     except ValidationError as error:
@@ -53,15 +53,11 @@ def allocator_config(method: Method, training: Training, seed: int) -> Allocator
 
 def _window(training: Training) -> dict[str, int]:
     """Steps of the events: exactly ``events``, the last at ``growth_end`` or just before."""
-    warmup = round(training.warmup * training.steps)
-    interval = (round(training.growth_end * training.steps) - warmup) // training.events
-    if interval < 1:
+    warmup, last = (round(part * training.steps) for part in (training.warmup, training.growth_end))
+    if last - warmup < training.events:
         raise StudyError(
             f"{training.events} growth events do not fit between {training.warmup:.0%} and "
             f"{training.growth_end:.0%} of {training.steps} steps; use more steps or fewer events"
         )
-    return {
-        "warmup_steps": warmup,
-        "growth_interval": interval,
-        "growth_end": warmup + training.events * interval,
-    }
+    interval, end = timetable.even_events(warmup, last, training.events)
+    return {"warmup_steps": warmup, "growth_interval": interval, "growth_end": end}

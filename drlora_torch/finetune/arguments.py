@@ -62,15 +62,15 @@ Alpha = Annotated[
     Optional[float], Option(help="Scaling is alpha / r_target (default: 2 * r_target).")
 ]
 Gamma = Annotated[Optional[float], Option(help="Exponent of the rank penalty (default: 1).")]
-WarmupSteps = Annotated[
-    Optional[int], Option(help="Steps before growth (default: 5 % of the steps).")
+Timetable = Annotated[
+    Optional[Literal["early", "late"]],
+    Option(help="Growth between 5 and 25 % of the steps (early, default) or 10 and 60 % (late)."),
 ]
+WarmupSteps = Annotated[Optional[int], Option(help="Steps before growth (default: by timetable).")]
 GrowthInterval = Annotated[
     Optional[int], Option(help="Steps between growth events (default: for 8 events).")
 ]
-GrowthEnd = Annotated[
-    Optional[int], Option(help="Last step of growth (default: 25 % of the steps).")
-]
+GrowthEnd = Annotated[Optional[int], Option(help="Last step of growth (default: by timetable).")]
 MaxGrowth = Annotated[
     Optional[int],
     Option(help="Most rank per expert and event (default: r_max is reached at the last event)."),

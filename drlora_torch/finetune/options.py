@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from drlora_core import AllocatorConfig
 from drlora_torch.embedded import MODEL_DIR, TEST_FILE, TRAIN_FILE
 
-MAX_EVENTS = 8
-
 
 class FinetuneOptions(BaseModel):
     """What ``drlora finetune`` does; the command line has one option per field."""
@@ -34,6 +32,7 @@ class FinetuneOptions(BaseModel):
     r_max: int = Field(32, ge=1)
     alpha: float | None = Field(None, gt=0.0)
     gamma: float = Field(1.0, ge=0.0)
+    timetable: Literal["early", "late"] = "early"
     warmup_steps: int | None = Field(None, ge=0)
     growth_interval: int | None = Field(None, ge=1)
     growth_end: int | None = Field(None, ge=0)
@@ -47,32 +46,24 @@ class FinetuneOptions(BaseModel):
     save_every: int | None = Field(None, ge=1)
 
     def allocator_config(self) -> AllocatorConfig:
-        """The allocation of this run; a window that is not given follows from the steps.
-
-        By default up to eight events lie between 5 % and 25 % of the steps, since rank that comes
-        later has less of the training to learn in (docs/results.md), and an expert that wins
-        every event reaches r_max at the last one.
-        """
-        warmup = self.steps // 20 if self.warmup_steps is None else self.warmup_steps
-        end = -(-self.steps // 4) if self.growth_end is None else self.growth_end
-        window = max(end - warmup, 1)
-        interval = self.growth_interval or -(-window // MAX_EVENTS)
-        events = max(window // interval, 1)
-        growth = self.max_growth or max(-(-(self.r_max - self.r_init) // events), 1)
-        return AllocatorConfig.model_validate(
-            {
-                "r_init": self.r_init,
-                "r_target": self.r_target,
-                "r_max": self.r_max,
-                "warmup_steps": warmup,
-                "growth_interval": interval,
-                "growth_end": min(end, warmup + events * interval),
-                "max_growth": None if self.policy == "prune" else growth,
-                "gamma": self.gamma,
-                "policy": self.policy,
-                "scope": self.scope,
-                "seed": self.seed,
-            }
+        """The allocation of this run; a window that is not given follows from the steps."""
+        given = {
+            "warmup_steps": self.warmup_steps,
+            "growth_interval": self.growth_interval,
+            "growth_end": self.growth_end,
+            "max_growth": self.max_growth,
+        }
+        return AllocatorConfig.for_training(
+            self.steps,
+            timetable=self.timetable,
+            r_init=self.r_init,
+            r_target=self.r_target,
+            r_max=self.r_max,
+            gamma=self.gamma,
+            policy=self.policy,
+            scope=self.scope,
+            seed=self.seed,
+            **{name: value for name, value in given.items() if value is not None},
         )
 
     def uniform(self) -> FinetuneOptions:

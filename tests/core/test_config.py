@@ -201,3 +201,64 @@ def test_a_far_end_costs_nothing() -> None:
     """A user may mean "never" by it; to list the events would fill the memory."""
     config = AllocatorConfig(growth_interval=1, growth_end=10**15)
     assert config.num_events == 10**15 - config.warmup_steps
+
+
+# -- a window that follows from the steps --------------------------------------------------------
+
+
+@given(
+    st.integers(1, 100_000),
+    st.sampled_from([("early", 0.05, 0.25), ("late", 0.1, 0.6)]),
+    st.integers(1, 20),
+)
+def test_events_lie_evenly_in_their_share_of_the_training(
+    steps: int, timetable: tuple[str, float, float], events: int
+) -> None:
+    name, start, end = timetable
+    config = AllocatorConfig.for_training(steps, timetable=name, events=events)  # type: ignore[arg-type]
+    grown = config.growth_steps
+    room = max(round(end * steps) - round(start * steps), 1)
+    assert len(grown) == min(events, room)
+    assert len(set(np.diff(grown))) <= 1
+    assert round(start * steps) < grown[0]
+    assert grown[-1] <= max(round(end * steps), round(start * steps) + 1) <= steps
+    assert (
+        room - len(grown) < grown[-1] - round(start * steps) <= room
+    )  # no room for a longer interval
+    cap = config.max_growth
+    assert cap is not None
+    assert config.r_init + len(grown) * cap >= config.r_max
+    assert cap == 1 or config.r_init + len(grown) * (cap - 1) < config.r_max
+
+
+def test_what_is_given_of_a_window_stays() -> None:
+    given_fields = {"warmup_steps": 30, "growth_end": 90, "gamma": 0.5, "max_growth": 2}
+    config = AllocatorConfig.for_training(1000, events=4, **given_fields)
+    assert config.growth_steps == (45, 60, 75, 90)
+    assert config.model_dump(include=given_fields.keys()) == given_fields
+    slow = AllocatorConfig.for_training(1000, growth_interval=100)
+    assert slow.growth_steps == (150, 250)
+    assert slow.max_growth == 12  # 8 to 32 in two events
+    assert AllocatorConfig.for_training(1000, max_growth=None).max_growth is None
+
+
+@pytest.mark.parametrize("fields", [{"policy": "uniform"}, {"policy": "prune", "r_init": 32}])
+def test_policies_without_growth_have_no_cap(fields: dict[str, Any]) -> None:
+    assert AllocatorConfig.for_training(1000, **fields).max_growth is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 10.0}, "must be a whole number, got 10.0"),
+        ({"events": 0}, "events must be at least 1, got 0"),
+        ({"timetable": "erly"}, "no timetable 'erly'; did you mean 'early'"),
+        ({"warmup_steps": 500}, "no growth event: none of the steps 500 < t <= 250"),
+        ({"warmup_steps": "5"}, "must be a whole number, got '5'"),
+        ({"gama": 1.0}, "gama"),
+    ],
+)
+def test_a_window_that_cannot_be_laid_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AllocatorConfig.for_training(**{"steps": 1000, **arguments})
