@@ -11,7 +11,7 @@ from benchmarks.quality.runs import Metric, Results, Setting, exact_match, test_
 from benchmarks.quality.statistics import Estimate, estimate, over_groups, sign_flip_p, spearman
 from benchmarks.quality.study import RunRecord
 
-DRLORA, UNIFORM = "drlora", "uniform"
+DRLORA, UNIFORM, EARLY = "drlora", "uniform", "early"
 NOT_RUN = "not run"
 Relevance = Callable[[str, str], Mapping[str, np.ndarray] | None]
 """Model and task to the known relevance of each expert by layer; None where it is not known."""
@@ -50,7 +50,17 @@ CLAIMS = (
         DRLORA,
         "static_profile",
     ),
+    Claim("Growing early beats growing late", "no such comparison", EARLY, DRLORA),
+    Claim("Growing early beats uniform LoRA", "no such comparison", EARLY, UNIFORM),
+    Claim(
+        "Growing early needs the signals too",
+        "no such control",
+        EARLY,
+        "early_uniform_growth",
+    ),
 )
+CLAIMED = frozenset(name for claim in CLAIMS for name in (claim.method, claim.base))
+"""The methods that the claims are about."""
 
 
 @dataclass(frozen=True)

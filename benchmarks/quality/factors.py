@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality.allocation import allocator_config, training_of
 from benchmarks.quality.cells import Rows, interval
-from benchmarks.quality.claims import DRLORA, Comparison, compare
+from benchmarks.quality.claims import CLAIMED, DRLORA, Comparison, compare
 from benchmarks.quality.runs import Results, Setting
 from benchmarks.quality.study import Method, Training
 from drlora_core import AllocatorConfig
@@ -107,10 +107,13 @@ def against_reference(results: Results, method: str) -> Comparison:
 
 
 def main_methods(results: Results, settings: Iterable[Setting]) -> list[str]:
-    """The methods that are not DR-LoRA with one option changed; those have a table of their own."""
+    """The methods that are not DR-LoRA with one option changed; those have a table of their own.
+
+    A method that a claim is about is among them in any case.
+    """
     varied = factors(results).items()
     options = {name for option, by in varied if option not in COMPONENTS for name in by}
-    return [name for name in results.methods(settings) if name not in options]
+    return [name for name in results.methods(settings) if name not in options - CLAIMED]
 
 
 def sensitivity(results: Results) -> Rows:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmarks.quality.cells import Rows, interval
-from benchmarks.quality.claims import CLAIMS, DRLORA, UNIFORM, compare
+from benchmarks.quality.claims import CLAIMED, DRLORA, UNIFORM, compare
 from benchmarks.quality.factors import main_methods
 from benchmarks.quality.runs import Results, Setting
 from benchmarks.quality.statistics import kendall
@@ -37,13 +37,14 @@ def rivals(results: Results) -> Rows:
 def orders(results: Results) -> tuple[Rows, float]:
     """Methods by their mean gap to uniform, in development and held out; Kendall's tau.
 
-    The methods of the claims that were held out choose the settings of development, those that
-    have them all; the methods are those that ran in all these settings.
+    The methods of the claims that were held out choose the settings: those that have them all. The
+    methods shown are those that ran in all these settings.
     """
-    held_out = results.primary(held_out=True)
-    claimed = {name for claim in CLAIMS for name in (claim.method, claim.base)}
-    claimed &= set(results.methods(held_out))
-    known = [s for s in results.primary(held_out=False) if claimed <= results.cells[s].keys()]
+    claimed = CLAIMED & set(results.methods(results.primary(held_out=True)))
+    known, held_out = (
+        [s for s in results.primary(held_out=which) if claimed <= results.cells[s].keys()]
+        for which in (False, True)
+    )
     names = [n for n in _equals(results) if all(n in results.cells[s] for s in known + held_out)]
     gaps = [_gaps(results, names, settings) for settings in (known, held_out)]
     both = sorted(gaps[0].keys() & gaps[1].keys(), key=gaps[0].__getitem__)

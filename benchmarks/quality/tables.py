@@ -89,7 +89,8 @@ def overview(results: Results, settings: Iterable[Setting]) -> Rows:
             results.label(s): _bold(estimate([groups[s]])) if s in groups else "-" for s in settings
         }
         pooled = compare(results, name, UNIFORM, settings=settings)
-        rows.append({"Method": name, **cells, "Mean": interval(pooled.here)})
+        mean = {"Mean": interval(pooled.here), "of settings": str(len(pooled.groups))}
+        rows.append({"Method": name, **cells, **mean})
     return rows
 
 

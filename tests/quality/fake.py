@@ -32,8 +32,9 @@ NAMES = (
     "static_profile",
     "prune",
 )
-METHODS = {name: methods.METHODS[name] for name in NAMES} | {each.name: each for each in VARIANTS}
-USUAL = [name for name in METHODS if "beta2" not in name]
+METHODS = {name: methods.METHODS[name] for name in (*NAMES, "early")}
+METHODS |= {each.name: each for each in VARIANTS}
+USUAL = [name for name in METHODS if "beta2" not in name and name != "early"]
 EFFECTS = {"drlora": -0.4, "without_f": -0.3, "without_g": -0.35, "prune": -0.2, "gamma_2": -0.4}
 """Test loss against uniform; 0 where none is given."""
 

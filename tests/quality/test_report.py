@@ -158,6 +158,33 @@ def test_held_out_order_is_compared_with_that_of_development(folder: Path) -> No
     assert rivals.orders(read([known]))[0] == []
 
 
+def test_the_held_out_order_is_of_the_settings_that_have_every_claimed_method(
+    folder: Path,
+) -> None:
+    names = ("uniform", "drlora", "prune")
+    known = fake.write(folder / "full.jsonl", fake.study(names=names))
+    whole = fake.write(folder / "heldout_a.jsonl", fake.study(names=names, tasks=("x",)))
+    few = fake.study({"drlora": 0.4}, names=names[:2], tasks=("y",))
+    results = read([known, whole, fake.write(folder / "heldout_b.jsonl", few)])
+    rows, tau = rivals.orders(results)
+    assert [line["Method"] for line in rows] == ["drlora", "prune", "uniform"]
+    assert "Held out (1 settings)" in rows[0]
+    assert tau == 1.0
+
+
+def test_early_growth_is_a_method_and_an_option(folder: Path) -> None:
+    """It differs from DR-LoRA in the window only, but claims are about it."""
+    names = ("uniform", "drlora", "early")
+    results = made(folder, {"drlora": -0.2, "early": -0.3}, names=names, tasks=("a", "b"))
+    (option,) = sensitivity(results)
+    assert (option["Option"], option["So"]) == ("growth_end + warmup", "better")
+    overview = tables.overview(results, results.primary())
+    assert [line["Method"] for line in overview] == ["drlora", "early"]
+    assert overview[1]["of settings"] == "2"
+    claim = row(tables.claims(results), "Claim", "Growing early beats growing late")
+    assert claim["Verdict by test loss"] == "holds, on average over these tasks; undecided beyond"
+
+
 def test_a_rival_must_win_on_held_out_tasks(folder: Path) -> None:
     names = ("uniform", "drlora", "random")
     lucky = {"drlora": -0.2, "random": -0.5}

@@ -38,10 +38,10 @@ class Executor:
         return make_record(spec)
 
 
-def do(what: Study, output: Path, execute: Executor) -> tuple[list[str], str]:
+def do(what: Study, output: Path, execute: Executor, *reuse: Path) -> tuple[list[str], str]:
     """Carry out a study; return the failures and what was printed."""
     console = Console(file=io.StringIO(), width=200)
-    failures = conduct(what, output, 1, console, execute)
+    failures = conduct(what, output, 1, console, execute, reuse)
     assert isinstance(console.file, io.StringIO)
     return [failure.reason for failure in failures], console.file.getvalue()
 
@@ -164,6 +164,22 @@ def test_finished_runs_are_skipped(tmp_path: Path) -> None:
     do(make_study(seeds=(0, 1, 2, 3)), output, more)
     assert [spec.seed for spec in more.specs] == [3] * 4
     assert len(results_file.read(output)) == 20
+
+
+def test_runs_of_another_file_count_where_they_are_the_same(tmp_path: Path) -> None:
+    other, output = tmp_path / "other.jsonl", tmp_path / "tiny.jsonl"
+    do(make_study(methods=("uniform",)), other, Executor())
+    kept = other.read_bytes()
+    execute = Executor()
+    printed = do(make_study(), output, execute, other)[1]
+    assert {spec.method.name for spec in execute.specs} == {"drlora"}
+    assert len(execute.specs) == 8
+    assert {record.spec.method.name for record in results_file.read(output)} == {"drlora"}
+    assert other.read_bytes() == kept
+    assert "uniform" in printed  # budgets are those of the whole study
+    longer = Executor()  # of another training, nothing is the same
+    do(make_study(training=TINY.model_copy(update={"steps": 17})), tmp_path / "b", longer, other)
+    assert len(longer.specs) == 16
 
 
 def test_a_stopped_study_goes_on(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import policies, rows, training
+import drlora_torch
+from benchmarks.quality import policies, profiling, rows, training
 from benchmarks.quality.adapting import adapted
 from benchmarks.quality.allocation import allocator_config
 from benchmarks.quality.evaluation import evaluate
@@ -22,6 +23,7 @@ from benchmarks.quality.rows import IGNORED, Row, collate, encode, shuffled
 from benchmarks.quality.setting import Setting, setting_of
 from benchmarks.quality.study import Method, RunRecord, StudyError
 from benchmarks.quality.training import HUGE, rate, run
+from drlora_core import AllocatorConfig, AllocatorEngine
 from tests.quality.studies import TINY, make_spec
 
 torch.set_num_threads(1)
@@ -141,6 +143,51 @@ def test_static_profile_follows_the_routing_before_training(setting: Setting) ->
         assert frequency.sum() == pytest.approx(1.0, abs=1e-6)  # weights of a token sum to 1
         assert ranks[name].sum() == 32
         assert (np.diff(ranks[name][np.argsort(frequency)]) >= 0).all()
+        assert ranks[name].max() > 2
+
+
+def test_gradients_before_training_are_those_of_the_weights_in_random_directions(
+    setting: Setting,
+) -> None:
+    """With B = 0, dL/dB of a dimension is s * (dL/dW) a for its row a of A."""
+    model, rows_ = setting.model, setting.train[:8]
+    found = profiling.gradient_profile(model, rows_, 8, setting.padding)
+    rank = profiling.DIMENSIONS
+    config = AllocatorConfig(r_init=rank, r_target=rank, r_max=rank, policy="uniform")
+    adapter = drlora_torch.attach(model, AllocatorEngine(config), auto_step=False)
+    starts = {name: layer.lora.tensors() for name, layer in adapter.layers.items()}
+    drawn = {n: {k: t.detach().clone() for k, t in parts.items()} for n, parts in starts.items()}
+    adapter.detach()
+    weights = {name: model.get_submodule(name) for name in found}
+    for experts in weights.values():
+        experts.requires_grad_(True)
+    try:
+        batch = collate(rows_, setting.padding, torch.device("cpu"))
+        torch.nn.functional.cross_entropy(*training.logits(model, batch)).backward()
+        for name, experts in weights.items():
+            expected = np.zeros(16)
+            for projection in ("gate_up_proj", "down_proj"):
+                A = drawn[name][f"{name}/{projection}/lora_A"]
+                dW = getattr(experts, projection).grad  # [N, O, I]
+                for expert in range(16):
+                    own = A[expert * rank : (expert + 1) * rank]  # slots in the order of experts
+                    expected[expert] += float((2.0 * dW[expert] @ own.T).abs().mean())
+            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-8)
+    finally:
+        for experts in weights.values():
+            experts.requires_grad_(False)
+            experts.zero_grad()
+
+
+def test_static_gradient_follows_the_gradients_before_training(setting: Setting) -> None:
+    method = METHODS["static_gradient"]
+    config = allocator_config(method, TINY, seed=0)
+    measured = setting.profile("gradient")
+    with adapted(method, setting.model, config, 4.0, setting.profile) as subject:
+        ranks = subject.ranks()
+    for name, signal in measured.items():
+        assert ranks[name].sum() == 32
+        assert (np.diff(ranks[name][np.argsort(signal)]) >= 0).all()
         assert ranks[name].max() > 2
 
 
