@@ -41,15 +41,7 @@ def make_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     model = make_model()
-    config = AllocatorConfig(
-        r_init=2,
-        r_target=4,
-        r_max=12,
-        warmup_steps=10,
-        growth_interval=5,
-        growth_end=40,
-        max_growth=2,
-    )
+    config = AllocatorConfig.for_training(STEPS, r_init=2, r_target=4, r_max=12)
     engine = AllocatorEngine(config)
     adapter = drlora_torch.attach(model, engine)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)

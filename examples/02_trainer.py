@@ -35,15 +35,7 @@ def load_rows(tokenizer: AutoTokenizer) -> Dataset:
 def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     rows = load_rows(AutoTokenizer.from_pretrained(MODEL_DIR))
-    config = AllocatorConfig(
-        r_init=2,
-        r_target=4,
-        r_max=12,
-        warmup_steps=4,
-        growth_interval=2,
-        growth_end=12,
-        max_growth=4,
-    )
+    config = AllocatorConfig.for_training(STEPS, r_init=2, r_target=4, r_max=12)
     adapter = drlora_torch.attach(model, AllocatorEngine(config))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
