@@ -15,14 +15,16 @@ import numpy as np
 from torch import nn
 
 import drlora_torch
-from benchmarks.quality.policies import POLICIES
+from benchmarks.quality.policies import POLICIES, given
 from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.study import Method, StudyError
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
 
+HINDSIGHT = "final_ranks"
 Profile = Callable[[str], Arrays]
-"""Measures a signal of ``profiling.PROFILES`` by layer [N], for the methods that need one."""
+"""A signal by layer [N], for the methods that need one before training: one that
+``profiling.PROFILES`` measures, or ``HINDSIGHT``, the ranks that growth ends with."""
 
 
 class RefusedError(Exception):
@@ -95,7 +97,8 @@ def _static(
     profile: Profile,
 ) -> Iterator[Adapted]:
     """The only event comes before the first step and sees the profile; attach takes its ranks."""
-    engine = AllocatorEngine(config, policy=policy_of(method))
+    policy = given if signal == HINDSIGHT else policy_of(method)
+    engine = AllocatorEngine(config, policy=policy)
     measured = profile(signal)
     for name, values in measured.items():
         engine.add_layer(name, num_experts=values.size)
@@ -197,6 +200,7 @@ KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] =
     "drlora": _drlora,
     "static_profile": partial(_static, "routing"),
     "static_gradient": partial(_static, "gradient"),
+    "hindsight": partial(_static, HINDSIGHT),
     "peft_lora": _peft_lora,
     "peft_adalora": _peft_adalora,
 }

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from benchmarks.quality.study import Method, StudyError, Training, sentence
 from drlora_core import AllocatorConfig, timetable
 
-STATIC = {"static_profile", "static_gradient"}
+STATIC = {"static_profile", "static_gradient", "hindsight"}
 """Kinds whose ranks are given before training, at one event that precedes it."""
 
 

@@ -66,6 +66,8 @@ _CANDIDATES = (
         kind="static_profile",
         config={**_RESCORED, "use_importance": False},
     ),
+    # Is it the ranks, or growing them? Static LoRA with the ranks that ``early`` ends with.
+    Method(name="hindsight", kind="hindsight", config={"use_routing": False}),
     Method(name="per_token", policy="per_token"),
     Method(name="sqrt_f", policy="sqrt_f"),
     Method(name="total_importance", policy="total_importance"),

@@ -38,6 +38,11 @@ def summed_importance(request: AllocationRequest) -> FloatArray:
     return signal
 
 
+def given(request: AllocationRequest) -> IntArray:
+    """The ranks that stand in the place of g; for events whose quota they fit, no others."""
+    return np.rint(request.importance).astype(np.int64) - request.ranks
+
+
 def by(signal: Signal, policy: Policy) -> Policy:
     """A policy that sees another signal where it would see f * g."""
 

@@ -36,7 +36,8 @@ class Method(Frozen):
     name: str
     kind: str = "drlora"
     """``drlora``; ``static_profile`` and ``static_gradient``: ranks given before training, by the
-    routing or the gradients of one pass; ``peft_lora`` and ``peft_adalora``: PEFT's own."""
+    routing or the gradients of one pass; ``hindsight``: those that early growth ends with, which
+    only another training knows; ``peft_lora`` and ``peft_adalora``: PEFT's own."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of AllocatorConfig that differ from the study's."""
     attach: dict[str, Any] = Field(default_factory=dict)
@@ -71,8 +72,9 @@ class Training(Frozen):
     """Passes per optimizer step."""
     max_tokens: int = Field(default=256, ge=8)
     """Rows are cut to this many tokens."""
-    schedule: Literal["constant", "linear"] = "linear"
-    """Of the learning rate: ``constant``, or ``linear`` to 0 after 5 % of warmup."""
+    schedule: Literal["constant", "linear", "slow"] = "linear"
+    """Of the learning rate: ``constant``; ``linear`` to 0 after 5 % of warmup; ``slow``: the same
+    after 25 %."""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip: float = 1.0

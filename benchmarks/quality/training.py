@@ -15,16 +15,21 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.quality.adapting import Adapted, RefusedError, adapted
+from benchmarks.quality.adapting import HINDSIGHT, Adapted, RefusedError, adapted
 from benchmarks.quality.allocation import allocator_config, training_of
 from benchmarks.quality.evaluation import logits
+from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.rows import collate, shuffled
 from benchmarks.quality.setting import Setting, setting_of
-from benchmarks.quality.study import RunRecord, RunSpec, StudyError, Training
+from benchmarks.quality.study import RunRecord, RunSpec, StudyError, Training, named
 from benchmarks.report import processor
 
 HUGE = 1e9
 """Loss of a run that diverged: finite, so that every table can hold it, and worse than any."""
+WARMUP = {"linear": 0.05, "slow": 0.25}
+"""Share of the steps in which the learning rate rises, by schedule."""
+GROWN = "early"
+"""The method whose final ranks ``hindsight`` has from the start."""
 PACKAGES = ("drlora", "torch", "transformers", "peft", "numpy")
 
 
@@ -61,7 +66,8 @@ def run(spec: RunSpec) -> RunRecord:
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         try:
-            with adapted(spec.method, setting.model, config, alpha, setting.profile) as subject:
+            profile = functools.partial(_profile, setting, spec)
+            with adapted(spec.method, setting.model, config, alpha, profile) as subject:
                 outcome = _train(subject, setting, training, spec)
                 figures = _figures(subject, setting, spec, outcome)
         except RefusedError as refusal:
@@ -74,6 +80,14 @@ def run(spec: RunSpec) -> RunRecord:
         versions=versions(),
         **figures,
     )
+
+
+def _profile(setting: Setting, spec: RunSpec, signal: str) -> Arrays:
+    """What a static method is given before training: a measurement, or the ranks of another run."""
+    if signal != HINDSIGHT:
+        return setting.profile(signal)
+    grown = run(spec.model_copy(update={"method": named(GROWN)}))
+    return {name: np.array(ranks, dtype=np.float64) for name, ranks in grown.ranks.items()}
 
 
 def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec) -> Outcome:
@@ -129,7 +143,7 @@ def rate(training: Training, step: int) -> float:
     """Share of the learning rate at a step, counted from 1."""
     if training.schedule == "constant":
         return 1.0
-    warmup = max(round(0.05 * training.steps), 1)
+    warmup = max(round(WARMUP[training.schedule] * training.steps), 1)
     return min(step / warmup, (training.steps - step + 1) / (training.steps - warmup + 1))
 
 

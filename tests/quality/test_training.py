@@ -191,6 +191,16 @@ def test_static_gradient_follows_the_gradients_before_training(setting: Setting)
         assert ranks[name].max() > 2
 
 
+def test_hindsight_has_the_ranks_of_early_growth_from_the_start(setting: Setting) -> None:
+    enough = TINY.model_copy(update={"events": 2})
+    grown = run(make_spec("early", training=enough))
+    known = run(make_spec("hindsight", training=enough))
+    assert known.ranks == grown.ranks
+    assert len({rank for ranks in known.ranks.values() for rank in ranks}) > 1
+    assert known.curve[0] == grown.curve[0]
+    assert known.test_loss != grown.test_loss
+
+
 def test_statistics_are_of_the_layers(setting: Setting) -> None:
     record = run(make_spec("drlora"))
     assert list(record.ranks) == list(record.routing) == list(record.importance)
@@ -270,6 +280,9 @@ def test_the_linear_schedule() -> None:
     assert max(rates) == 1.0
     assert 0.0 < rates[-1] < 0.02
     assert (np.diff(rates[4:]) < 0).all()
+    slow = shared.model_copy(update={"schedule": "slow"})
+    assert [rate(slow, step) for step in (1, 5, 25)] == pytest.approx([0.04, 0.2, 1.0])
+    assert rate(slow, 100) == pytest.approx(1 / 76)
     constant = shared.model_copy(update={"schedule": "constant"})
     assert {rate(constant, step) for step in (1, 50, 100)} == {1.0}
 
