@@ -58,6 +58,7 @@ CLAIMS = (
         EARLY,
         "early_uniform_growth",
     ),
+    Claim("Growing does more than its final ranks alone", "no such control", EARLY, "hindsight"),
 )
 CLAIMED = frozenset(name for claim in CLAIMS for name in (claim.method, claim.base))
 """The methods that the claims are about."""
