@@ -120,7 +120,7 @@ def _carry_out(
     if workers is None:
         workers = (os.cpu_count() or 1) if study.training.device == "cpu" else 1
     failures = conduct(study, output, workers, console, reuse=reuse)
-    _compare(study, [output, *reuse])
+    _compare(study, [path for path in (output, *reuse) if path.exists()])
     return len(failures)
 
 
@@ -129,8 +129,6 @@ def _compare(study: studies.Study, files: list[Path]) -> None:
     from benchmarks.quality import runs, tables
     from drlora_core.cli import common
 
-    if not files[0].exists():  # every run failed
-        return
     found = runs.read(files)
     for setting in found.settings():
         if (setting.model, setting.task) in itertools.product(study.models, study.tasks) and (

@@ -241,7 +241,7 @@ def _runs(results: Results) -> str:
 {_refusals(results)}{listed}
 
 ```bash
-python -m benchmarks.quality run full    # repeats only what is missing
+python -m benchmarks.quality run main    # or another profile: does the runs that are missing
 python -m benchmarks.quality report      # writes this page
 ```"""
 

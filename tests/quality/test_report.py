@@ -278,3 +278,15 @@ def test_the_command_refuses_a_broken_file_in_a_line_and_leaves_the_page(folder:
     assert done.exit_code == 2
     assert "full.jsonl, line 1 is not a run" in done.output
     assert page.read_text() == "as it was"
+
+
+@pytest.mark.slow
+def test_the_page_in_docs_is_what_the_committed_runs_give(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    page = tmp_path / "results.md"
+    notes = (root / "docs" / "results_notes.md").read_text()
+    (tmp_path / "results_notes.md").write_text(notes)
+    files = sorted((root / "benchmarks" / "quality" / "results").glob("*.jsonl"))
+    done = CliRunner().invoke(app, ["report", *map(str, files), "--output", str(page)])
+    assert done.exit_code == 0, done.output
+    assert page.read_text() == (root / "docs" / "results.md").read_text()

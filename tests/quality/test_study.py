@@ -16,6 +16,7 @@ from benchmarks.quality.models import SHIPPED
 from benchmarks.quality.policies import POLICIES
 from benchmarks.quality.runner import check, conduct
 from benchmarks.quality.study import Method, RunRecord, RunSpec, Study, StudyError
+from drlora_core import AllocatorConfig
 from drlora_core.testing import check_policy
 from tests.quality.studies import TINY, make_record, make_spec, make_study
 
@@ -128,6 +129,19 @@ def test_methods_start_where_they_should() -> None:
     assert allocator_config(METHODS["static_profile"], TINY, seed=0).growth_steps == (1,)
     gamma = Method(name="gamma0", config={"gamma": 0.0, "max_growth": 3})
     assert allocator_config(gamma, TINY, seed=0).max_growth == 3
+
+
+def test_early_growth_is_what_the_library_offers_under_that_name() -> None:
+    shared = TINY.model_copy(update={"steps": 240})
+    method = METHODS["early"]
+    ours = allocator_config(method, training_of(method, shared), seed=0)
+    assert ours == AllocatorConfig.for_training(
+        240, timetable="early", events=8, r_init=1, r_target=2, r_max=8
+    )
+    late = allocator_config(METHODS["drlora"], shared, seed=0)
+    assert late == AllocatorConfig.for_training(
+        240, timetable="late", events=8, r_init=1, r_target=2, r_max=8
+    )
 
 
 def test_a_method_may_change_what_costs_nothing_and_nothing_else() -> None:
