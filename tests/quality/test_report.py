@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -282,11 +283,15 @@ def test_the_command_refuses_a_broken_file_in_a_line_and_leaves_the_page(folder:
 
 @pytest.mark.slow
 def test_the_page_in_docs_is_what_the_committed_runs_give(tmp_path: Path) -> None:
+    from benchmarks.quality.__main__ import app
+
     root = Path(__file__).parents[2]
     page = tmp_path / "results.md"
     notes = (root / "docs" / "results_notes.md").read_text()
     (tmp_path / "results_notes.md").write_text(notes)
-    files = sorted((root / "benchmarks" / "quality" / "results").glob("*.jsonl"))
-    done = CliRunner().invoke(app, ["report", *map(str, files), "--output", str(page)])
+    tracked = ["git", "ls-files", "benchmarks/quality/results"]
+    listed = subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True)
+    files = [str(root / line) for line in listed.stdout.splitlines()]
+    done = CliRunner().invoke(app, ["report", *files, "--output", str(page)])
     assert done.exit_code == 0, done.output
     assert page.read_text() == (root / "docs" / "results.md").read_text()
