@@ -78,7 +78,10 @@ def _evidence(found: Comparison) -> dict[str, str]:
 
 
 def overview(results: Results, settings: Iterable[Setting]) -> Rows:
-    """Methods x settings: test loss against uniform; in bold where its interval leaves out 0."""
+    """Methods x settings: test loss against uniform; in bold where its interval leaves out 0.
+
+    Those that ran in most settings come first, and among them the best.
+    """
     settings = [s for s in settings if UNIFORM in results.cells[s]]
     rows = []
     for name in main_methods(results, settings):
@@ -90,8 +93,9 @@ def overview(results: Results, settings: Iterable[Setting]) -> Rows:
         }
         pooled = compare(results, name, UNIFORM, settings=settings)
         mean = {"Mean": interval(pooled.here), "of settings": str(len(pooled.groups))}
-        rows.append({"Method": name, **cells, **mean})
-    return rows
+        order = (-len(pooled.groups), pooled.here.mean)
+        rows.append((order, {"Method": name, **cells, **mean}))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def _bold(found: Estimate) -> str:

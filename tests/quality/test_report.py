@@ -180,8 +180,8 @@ def test_early_growth_is_a_method_and_an_option(folder: Path) -> None:
     (option,) = sensitivity(results)
     assert (option["Option"], option["So"]) == ("growth_end + warmup", "better")
     overview = tables.overview(results, results.primary())
-    assert [line["Method"] for line in overview] == ["drlora", "early"]
-    assert overview[1]["of settings"] == "2"
+    assert [line["Method"] for line in overview] == ["early", "drlora"]
+    assert overview[0]["of settings"] == "2"
     claim = row(tables.claims(results), "Claim", "Growing early beats growing late")
     assert claim["Verdict by test loss"] == "holds, on average over these tasks; undecided beyond"
 
