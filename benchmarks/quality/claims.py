@@ -52,6 +52,8 @@ CLAIMS = (
     ),
     Claim("Growing early beats growing late", "no such comparison", EARLY, DRLORA),
     Claim("Growing early beats uniform LoRA", "no such comparison", EARLY, UNIFORM),
+    Claim("Growing early beats pruning", "no such comparison", EARLY, "prune"),
+    Claim("Growing early beats a profile before it", "no such control", EARLY, "static_profile"),
     Claim(
         "Growing early needs the signals too",
         "no such control",

@@ -12,6 +12,7 @@ from benchmarks.quality.cells import Rows, interval, spread, wins
 from benchmarks.quality.claims import (
     CLAIMS,
     DRLORA,
+    EARLY,
     UNIFORM,
     Comparison,
     Relevance,
@@ -224,18 +225,22 @@ def _agree(found: Estimate) -> str:
 
 
 def other_trainings(results: Results) -> Rows:
-    """DR-LoRA against uniform where a model and task ran under several trainings."""
+    """DR-LoRA, late and early, against uniform where a model and task ran under several trainings."""
     primary = results.primary()
     several = {(s.model, s.task) for s in results.settings() if s not in primary}
+    settings = [s for s in results.settings() if (s.model, s.task) in several]
+    groups = {name: results.groups(name, UNIFORM, settings=settings) for name in (DRLORA, EARLY)}
     return [
         {
             "Setting": results.label(setting),
-            f"{DRLORA} - {UNIFORM}": interval(estimate([group])),
-            "Wins": wins(group),
+            **{
+                f"{name} - {UNIFORM}": interval(estimate([by.get(setting, np.array([]))]))
+                for name, by in groups.items()
+            },
             "Counted in the verdicts": "yes" if setting in primary else "no",
         }
-        for setting, group in results.groups(DRLORA, UNIFORM).items()
-        if (setting.model, setting.task) in several
+        for setting in settings
+        if any(setting in by for by in groups.values())
     ]
 
 
