@@ -225,7 +225,7 @@ def _agree(found: Estimate) -> str:
 
 
 def other_trainings(results: Results) -> Rows:
-    """DR-LoRA, late and early, against uniform where a model and task ran under several trainings."""
+    """Growth, late and early, against uniform where a model and task had several trainings."""
     primary = results.primary()
     several = {(s.model, s.task) for s in results.settings() if s not in primary}
     settings = [s for s in results.settings() if (s.model, s.task) in several]
