@@ -145,7 +145,8 @@ def _so(found: Comparison) -> str:
 
 def defaults(results: Results) -> Rows:
     """Every field of AllocatorConfig with its default and what the runs say about others."""
-    varied = factors(results)
+    fields = AllocatorConfig.model_fields.keys() | set(WRITTEN_AS.values())
+    varied = {key: by for key, by in factors(results).items() if set(key.split(" + ")) <= fields}
     rows = []
     for name, field in AllocatorConfig.model_fields.items():
         if name in NOT_STUDIED:
