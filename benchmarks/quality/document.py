@@ -12,6 +12,7 @@ from benchmarks.quality import factors, pictures, rivals, tables
 from benchmarks.quality.cells import NOT_RUN, interval, markdown
 from benchmarks.quality.claims import (
     DRLORA,
+    EARLY,
     UNIFORM,
     Relevance,
     compare,
@@ -119,17 +120,20 @@ def _evidence(results: Results) -> str:
         return NOT_RUN
     return (
         markdown(rows)
-        + "\n\nDR-LoRA against uniform, test loss:\n\n"
-        + _chart(
-            {
-                results.label(setting): estimate([group])
-                for setting, group in compare(results, DRLORA, UNIFORM).groups.items()
-            }
-        )
-        + "\n\nThe same beside the entropy of DR-LoRA's routing frequency f at the end of training "
+        + _gap_by_setting(results, "DR-LoRA", DRLORA)
+        + _gap_by_setting(results, "Early growth", EARLY)
+        + "\n\nThe gain beside the entropy of DR-LoRA's routing frequency f at the end of training "
         "(1: all experts alike; mean over layers and seeds):\n\n"
         + markdown(tables.concentration(results))
     )
+
+
+def _gap_by_setting(results: Results, title: str, method: str) -> str:
+    groups = compare(results, method, UNIFORM).groups
+    if not groups:
+        return ""
+    gaps = {results.label(setting): estimate([group]) for setting, group in groups.items()}
+    return f"\n\n{title} against uniform, test loss:\n\n{_chart(gaps)}"
 
 
 def _chart(estimates: Mapping[str, Estimate]) -> str:
