@@ -17,8 +17,8 @@ COMPONENTS = {"use_routing", "use_importance", "policy", "scope"}
 """Options that make another method rather than the same one with another setting."""
 WRITTEN_AS = {"warmup_steps": "warmup", "growth_interval": "events"}
 """Fields of AllocatorConfig that a study gives in another unit (a share, a number of events)."""
-NOT_STUDIED = {"r_target", "r_max", "seed"}
-"""The budget, an equal limit for all, and the seed."""
+NOT_STUDIED = {"r_target", "seed"}
+"""The budget and the seed."""
 
 
 def overrides(method: Method) -> dict[str, Any]:
