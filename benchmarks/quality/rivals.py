@@ -20,7 +20,7 @@ def rivals(results: Results) -> Rows:
     rows = []
     for name in _equals(results):
         known, held_out = (
-            compare(results, name, DRLORA, settings=results.settings(held_out=which))
+            compare(results, name, DRLORA, settings=results.primary(held_out=which))
             for which in (False, True)
         )
         if name != DRLORA and (known.groups or held_out.groups):
