@@ -25,6 +25,8 @@ from benchmarks.quality.routing import entropy
 from benchmarks.quality.runs import Cell, Results, Setting, differences, exact_match, test_loss
 from benchmarks.quality.statistics import Estimate, estimate, sign_flip_p
 
+ORDER = (UNIFORM, DRLORA, EARLY)
+
 # -- claims --------------------------------------------------------------------------------------
 
 
@@ -237,11 +239,18 @@ def other_trainings(results: Results) -> Rows:
                 f"{name} - {UNIFORM}": interval(estimate([by.get(setting, np.array([]))]))
                 for name, by in groups.items()
             },
+            f"Exact match of {', '.join(ORDER)}": _points(results, setting),
             "Counted in the verdicts": "yes" if setting in primary else "no",
         }
         for setting in settings
         if any(setting in by for by in groups.values())
     ]
+
+
+def _points(results: Results, setting: Setting) -> str:
+    cells = results.cells[setting]
+    values = (cells[name].values(exact_match) if name in cells else () for name in ORDER)
+    return ", ".join(f"{np.mean(each):.1f}" if len(each) else "-" for each in values)
 
 
 def edges(results: Results) -> str:
