@@ -122,6 +122,29 @@ def test_a_changed_method_is_compared_with_uniform_that_is_changed_alike(folder:
     assert len(results.settings()) == 5
 
 
+def test_other_training_of_a_task_is_shown_beside_the_one_that_counts(folder: Path) -> None:
+    names = ("uniform", "drlora")
+    usual = fake.study({"drlora": -0.2}, names=names, tasks=("a",), seeds=6, noise=0.0)
+    longer = [
+        run.model_copy(
+            update={
+                "spec": run.spec.model_copy(
+                    update={"training": fake.TRAINING.model_copy(update={"steps": 400})}
+                ),
+                "test_exact_match": 0.5 if run.spec.method.name == "drlora" else 0.25,
+            }
+        )
+        for run in fake.study({"drlora": -0.4}, names=names, tasks=("a",), noise=0.0)
+    ]
+    rows = tables.other_trainings(read([fake.write(folder / "full.jsonl", [*usual, *longer])]))
+    assert [line["Setting"] for line in rows] == ["embedded / a", "embedded / a, steps 400"]
+    assert [line["Counted in the verdicts"] for line in rows] == ["yes", "no"]
+    assert rows[0]["drlora - uniform"].startswith("-0.200")
+    assert rows[1]["drlora - uniform"].startswith("-0.400")
+    assert rows[1]["early - uniform"] == "-"
+    assert rows[1]["Exact match of uniform, drlora, early"] == "25.0, 50.0, -"
+
+
 def test_ranks_that_leave_the_relevant_experts_change_the_verdict(folder: Path) -> None:
     follow = made(folder, names=("drlora",))
     found, answer = relevance_verdict(correlations(follow, "drlora", fake.known))
