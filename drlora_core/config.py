@@ -101,6 +101,7 @@ class AllocatorConfig(BaseModel):
 
         Raises:
             TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable.
+            ValueError: one of the window's numbers is not whole.
             pydantic.ValidationError: as the class itself.
 
         Example:

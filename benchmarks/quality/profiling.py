@@ -1,6 +1,6 @@
 """What a base model says about a task before it is trained: routing, and gradients of the experts.
 
-Shape letters: N experts, R rank dimensions.
+Shape letters: N experts.
 """
 
 from __future__ import annotations

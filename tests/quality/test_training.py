@@ -133,17 +133,23 @@ def test_a_method_that_misses_its_budget_is_an_error(
         run(make_spec(method=method, training=SHORT))
 
 
-def test_static_profile_follows_the_routing_before_training(setting: Setting) -> None:
-    method = METHODS["static_profile"]
+@pytest.mark.parametrize(
+    ("name", "signal"), [("static_profile", "routing"), ("static_gradient", "gradient")]
+)
+def test_static_ranks_follow_what_was_measured_before_training(
+    name: str, signal: str, setting: Setting
+) -> None:
+    method = METHODS[name]
     config = allocator_config(method, TINY, seed=0)
-    phi = setting.profile("routing")
+    measured = setting.profile(signal)
     with adapted(method, setting.model, config, 4.0, setting.profile) as subject:
         ranks = subject.ranks()
-    for name, frequency in phi.items():
-        assert frequency.sum() == pytest.approx(1.0, abs=1e-6)  # weights of a token sum to 1
-        assert ranks[name].sum() == 32
-        assert (np.diff(ranks[name][np.argsort(frequency)]) >= 0).all()
-        assert ranks[name].max() > 2
+    for layer, values in measured.items():
+        if signal == "routing":
+            assert values.sum() == pytest.approx(1.0, abs=1e-6)  # weights of a token sum to 1
+        assert ranks[layer].sum() == 32
+        assert (np.diff(ranks[layer][np.argsort(values)]) >= 0).all()
+        assert ranks[layer].max() > 2
 
 
 def test_gradients_before_training_are_those_of_the_weights_in_random_directions(
@@ -177,18 +183,6 @@ def test_gradients_before_training_are_those_of_the_weights_in_random_directions
         for experts in weights.values():
             experts.requires_grad_(False)
             experts.zero_grad()
-
-
-def test_static_gradient_follows_the_gradients_before_training(setting: Setting) -> None:
-    method = METHODS["static_gradient"]
-    config = allocator_config(method, TINY, seed=0)
-    measured = setting.profile("gradient")
-    with adapted(method, setting.model, config, 4.0, setting.profile) as subject:
-        ranks = subject.ranks()
-    for name, signal in measured.items():
-        assert ranks[name].sum() == 32
-        assert (np.diff(ranks[name][np.argsort(signal)]) >= 0).all()
-        assert ranks[name].max() > 2
 
 
 def test_hindsight_has_the_ranks_of_early_growth_from_the_start(setting: Setting) -> None:
