@@ -23,7 +23,7 @@ FILE_LINES, FUNCTION_LINES = 400, 50
 # A module of the core imports from its own level and from those above it in this list. Whatever is
 # not named (recording, replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
-    {"errors", "timetable", "ema", "saliency"},
+    {"errors", "atomic", "timetable", "ema", "saliency"},
     {"config", "policies", "pruning", "pools", "layer"},
     {"events", "snapshot"},
     {"engine"},
