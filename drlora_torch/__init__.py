@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from drlora_torch.adapter import Adapter
-    from drlora_torch.attaching import attach
-    from drlora_torch.checkpoint import load
+    from drlora_torch.api import adapters, attach, discover, load, set_adapter
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
     from drlora_torch.models.declaration import register_moe
-    from drlora_torch.models.discovery import discover
     from drlora_torch.models.records import MoELayer
-    from drlora_torch.named import adapters, set_adapter
 
 _HOMES = {
     "Adapter": "drlora_torch.adapter",
@@ -24,12 +21,12 @@ _HOMES = {
     "CheckpointError": "drlora_torch.errors",
     "ModelError": "drlora_torch.errors",
     "MoELayer": "drlora_torch.models.records",
-    "adapters": "drlora_torch.named",
-    "attach": "drlora_torch.attaching",
-    "discover": "drlora_torch.models.discovery",
-    "load": "drlora_torch.checkpoint",
+    "adapters": "drlora_torch.api",
+    "attach": "drlora_torch.api",
+    "discover": "drlora_torch.api",
+    "load": "drlora_torch.api",
     "register_moe": "drlora_torch.models.declaration",
-    "set_adapter": "drlora_torch.named",
+    "set_adapter": "drlora_torch.api",
 }
 
 __all__ = [

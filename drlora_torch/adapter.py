@@ -1,119 +1,111 @@
 """The adapter: the handle of a model whose experts carry LoRA with dynamic ranks.
 
-Shape letters: N experts, P rank slots, R = r_max rank dimensions.
+A thin façade: each method hands the state to the operation of its name.
+
+Shape letters: N experts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import warnings
-import weakref
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from drlora_core import AllocatorEngine, GrowthEvent
-from drlora_torch import importance, optimizer
-from drlora_torch.distributed import sum_over_processes
+from drlora_torch import merge, parameters
+from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import AttachError
-from drlora_torch.hub import AdapterFiles
-from drlora_torch.layers import ExpertLoRA
-from drlora_torch.merging import Mergeable
-from drlora_torch.options import AdapterOptions, RouterMode
-from drlora_torch.routing import RoutingCounter
-from drlora_torch.switching import Switchable
-
-if TYPE_CHECKING:
-    from drlora_torch.models.records import MoELayer
+from drlora_torch.lifecycle import switches
+from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
+from drlora_torch.options import AdapterOptions
+from drlora_torch.storage import checkpoint, hub, model_card
+from drlora_torch.storage.peft import exporting, importing
+from drlora_torch.storage.peft.exporting import ExportReport
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class AdaptedLayer:
-    """One experts module with its LoRA."""
+class Adapter:
+    """Made by :func:`drlora_torch.attach` or :func:`drlora_torch.load`; not by hand."""
 
-    record: MoELayer
-    experts: nn.Module
-    lora: ExpertLoRA
-    router: nn.Module | None
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
 
+    def __repr__(self) -> str:
+        state = self._attached
+        return f"Adapter({state.name!r}, {len(state.layers)} layers, {len(state.events)} events)"
 
-class Adapter(Switchable, Mergeable, AdapterFiles):
-    """Made by :func:`drlora_torch.attach` or :func:`drlora_torch.load`; not by hand.
+    def __reduce__(self) -> str:
+        raise AttachError(
+            "an adapter can be neither copied nor pickled; use save_pretrained and load"
+        )
 
-    Attributes:
-        name: the name among the adapters of the model, ``adapter_name`` of ``attach``.
-        model: the adapted model.
-        engine: the engine that decides the ranks.
-        options: the options of ``attach``.
-        layers: the adapted layers by name.
-        events: growth events so far, oldest first.
-        skipped_steps: optimizer steps whose statistics were not finite, or in which no token was
-            counted; they count for nothing.
-    """
+    # -- what it is ----------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        engine: AllocatorEngine,
-        options: AdapterOptions,
-        layers: dict[str, AdaptedLayer],
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.model = model
-        self.engine = engine
-        self.options = options
-        self.layers = layers
-        self.events: list[GrowthEvent] = []
-        self.skipped_steps = 0
-        self._enabled = True
-        self._paused = False
-        self._use_only = False
-        self._frozen_seen = False
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self.gradients_seen = False  # of the step that is being gathered
-        self.counters = {
-            name: RoutingCounter(layer.record.num_experts) for name, layer in layers.items()
-        }
-        self.newborn = optimizer.NewbornCorrection(layer.lora for layer in layers.values())
+    @property
+    def name(self) -> str:
+        """The name among the adapters of the model, ``adapter_name`` of ``attach``."""
+        return self._attached.name
 
-    # -- what a user calls ---------------------------------------------------------------------
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model."""
+        return self._attached.model
+
+    @property
+    def engine(self) -> AllocatorEngine:
+        """The engine that decides the ranks."""
+        return self._attached.engine
+
+    @property
+    def options(self) -> AdapterOptions:
+        """The options of ``attach``."""
+        return self._attached.options
+
+    @property
+    def layers(self) -> dict[str, AdaptedLayer]:
+        """The adapted layers by name; empty once the adapter is detached."""
+        return self._attached.layers
+
+    @property
+    def events(self) -> list[GrowthEvent]:
+        """Growth events so far, oldest first; those of a loaded run included."""
+        return self._attached.events
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that counted for nothing.
+
+        Their statistics were not finite, or no backward pass reached the experts.
+        """
+        return self._attached.skipped_steps
+
+    @property
+    def is_active(self) -> bool:
+        """True for the adapter that the model runs with; always, if it is the only one."""
+        return is_active(self._attached)
+
+    def ranks(self) -> dict[str, np.ndarray]:
+        """Active rank of every expert, int64 [N] by layer name."""
+        return {name: layer.lora.table.ranks() for name, layer in self._attached.layers.items()}
+
+    # -- training ------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything to give to an optimizer: A and B of all layers, and routers that may learn.
 
         A and B of the active adapter require gradients again if something else froze them
         (``get_peft_model`` freezes whatever is not PEFT's).
+
+        Raises:
+            AttachError: the adapter was detached or merged.
         """
-        self.check_attached()
+        check_attached(self._attached)
         if self.is_active:
-            self.free_lora()
-        return self.lora_parameters() + list(self.router_parameters().values())
-
-    def lora_parameters(self) -> list[nn.Parameter]:
-        """A and B of all layers."""
-        return [p for layer in self.layers.values() for p in layer.lora.parameters()]
-
-    def router_parameters(self) -> dict[str, nn.Parameter]:
-        """Router parameters that learn (now or after warmup), by qualified name."""
-        if self.options.router is RouterMode.FROZEN:
-            return {}
-        return {
-            f"{layer.record.router}.{name}": parameter
-            for layer in self.layers.values()
-            if layer.router is not None
-            for name, parameter in layer.router.named_parameters()
-        }
-
-    def ranks(self) -> dict[str, np.ndarray]:
-        """Active rank of every expert, int64 [N] by layer name."""
-        layers = self.merged.layers if self.merged else self.layers
-        return {name: layer.lora.table.ranks() for name, layer in layers.items()}
+            parameters.unfreeze_lora(self._attached)
+        return list(parameters.parameters_by_key(self._attached).values())
 
     def step(self, grad_scale: float = 1.0) -> GrowthEvent | None:
         """Close an optimizer step by hand; only with ``auto_step=False``.
@@ -124,19 +116,13 @@ class Adapter(Switchable, Mergeable, AdapterFiles):
             grad_scale: what the loss was multiplied with (``GradScaler.get_scale()``).
 
         Returns:
-            The growth event that followed, or None.
+            The growth event that followed, or None; always None inside :meth:`paused`.
 
         Raises:
             AttachError: with ``auto_step=True``, after ``detach``, or while another adapter is
                 active.
         """
-        self.check_active()
-        if self.accumulated is None:
-            raise AttachError(
-                "adapter.step() is called for you after every optimizer.step(); use "
-                "attach(..., auto_step=False) to call it yourself"
-            )
-        return self._close_step(self.accumulated.take(grad_scale))
+        return active_tracker(self._attached).close_by_hand(grad_scale)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -145,210 +131,169 @@ class Adapter(Switchable, Mergeable, AdapterFiles):
         Raises:
             AttachError: another adapter is active: the model would not be the base model.
         """
-        self.check_active()
-        before, self._enabled = self._enabled, False
-        self.show_routers(False)
-        try:
+        with switches.disabled(self._attached):
             yield
-        finally:
-            self._enabled = before
-            if self.is_active:
-                self.show_routers(before)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, no statistics are taken and optimizer steps do not count."""
-        self.check_attached()
-        before, self._paused = self._paused, True
-        try:
+        with switches.paused(self._attached):
             yield
-        finally:
-            self._paused = before
-
-    def use_only(self) -> None:
-        """Count nothing and need no gradient from now on: ``load(..., trainable=False)``."""
-        self._paused = self._use_only = True
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-
-    # -- what the forwards tell ----------------------------------------------------------------
-
-    @property
-    def enabled(self) -> bool:
-        """False inside :meth:`disabled`."""
-        return self._enabled
-
-    @property
-    def is_paused(self) -> bool:
-        """True inside :meth:`paused`."""
-        return self._paused
-
-    def routed(self, name: str, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """Count a routing decision if the running forward counts."""
-        forward = self.watch.current(self.layers[name].experts.training)
-        if not forward.counts or self._paused:
-            return
-        if not self._frozen_seen:
-            self._warn_if_frozen()
-        if name == next(iter(self.layers)) and (self.gradients_dropped() or self._overflowed()):
-            self.forget()
-        mask = forward.token_mask(top_k_index.shape[0])
-        self.counters[name].add(top_k_index, top_k_weights, mask)
-
-    def _warn_if_frozen(self) -> None:
-        lora = next(iter(self.layers.values())).lora
-        if any(parameter.requires_grad for parameter in lora.parameters()):
-            return
-        self._frozen_seen = True
-        warnings.warn(
-            "the expert LoRA is frozen, so it does not learn: something froze it after attach "
-            "(get_peft_model does); call adapter.parameters() after that and before the optimizer "
-            "is made",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-    def backward_seen(self, parameter: Tensor) -> None:
-        """Note that gradients of this step have begun to arrive."""
-        self.gradients_seen = True
-
-    def gradients_dropped(self) -> bool:
-        """True if the gradients of the last backward were cleared without an optimizer step."""
-        if not self.gradients_seen:
-            return False
-        lora = next(iter(self.layers.values())).lora
-        grads = [p.grad for p in lora.parameters() if p.grad is not None]
-        return not any(bool(grad.any()) for grad in grads)
-
-    def _overflowed(self) -> bool:
-        """True if gradients that have arrived are not finite, so that their step cannot count.
-
-        ``GradScaler`` skips it without a word; if ``zero_grad`` comes after the next forward, this
-        is the only sign.
-        """
-        lora = [p for layer in self.layers.values() for p in layer.lora.parameters()]
-        grads = [p.grad for p in lora if p.grad is not None] if self.gradients_seen else []
-        return not all(bool(grad.isfinite().all()) for grad in grads)
-
-    def forget(self) -> None:
-        """Forget what the step has gathered so far."""
-        for counter in self.counters.values():
-            counter.reset()
-        self.gradients_seen = False
-
-    # -- what the optimizer's step brings ------------------------------------------------------
-
-    def optimizer_stepped(self, user: Optimizer, slots: Mapping[str, Tensor | None]) -> None:
-        """Follow a step of the user's optimizer; ``slots`` is the importance read before it."""
-        self._optimizers.add(user)
-        if self.options.newborn is optimizer.Newborn.CORRECTED:
-            self.newborn.after_step(user)
-        if self._paused:
-            self.newborn.age()
-        if self.accumulated is None:
-            self.forget() if self._paused else self._close_step(slots)
-
-    def _close_step(self, slots: Mapping[str, Tensor | None]) -> GrowthEvent | None:
-        """Give the engine the statistics of one optimizer step and carry out its decision."""
-        self._observe(self._take_routing(), slots)
-        self.newborn.age()
-        event = self.engine.step()
-        if event is not None:
-            self._carry_out(event)
-        self.free_routers()
-        return event
-
-    def _take_routing(self) -> dict[str, np.ndarray]:
-        """Routing totals of the step over all processes, [N + 1] by layer; counting restarts."""
-        local = [self.counters[name].totals() for name in self.layers]
-        self.forget()
-        device = next(iter(self.layers.values())).lora.device
-        summed = sum_over_processes(np.concatenate(local), device)
-        parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
-        return dict(zip(self.layers, parts, strict=True))
-
-    def _observe(
-        self, totals: Mapping[str, np.ndarray], slots: Mapping[str, Tensor | None]
-    ) -> None:
-        """Hand the step's samples to the engine; a layer that saw no token has none."""
-        samples = {
-            name: (
-                totals[name][:-1] / totals[name][-1],
-                importance.by_dimension(layer.lora, slots[name]),
-            )
-            for name, layer in self.layers.items()
-            if totals[name][-1] != 0
-        }
-        if not samples:
-            self._skip_step("no token was counted (is the model in evaluation mode?)")
-        elif not all(np.isfinite(part).all() for sample in samples.values() for part in sample):
-            self._skip_step("routing or importance is not finite")
-            samples = {}
-        for name in self.layers:
-            if name in samples:
-                phi, s = samples[name]
-                tokens = int(totals[name][-1])
-                self.engine.observe(name, routing=phi, importance=s, tokens=tokens)
-            else:
-                self.engine.skip(name)
-
-    def _skip_step(self, reason: str) -> None:
-        if not self.skipped_steps:
-            warnings.warn(
-                f"step {self.engine.step_count + 1}: {reason}; the step counts for nothing in the "
-                "allocation (adapter.skipped_steps counts them)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self.skipped_steps += 1
-
-    def _carry_out(self, event: GrowthEvent) -> None:
-        for name, layer in self.layers.items():
-            lora = layer.lora
-            if name in event.cut:
-                freed = lora.table.cut(event.cut[name])
-                lora.clear(freed)
-                self._changed(lora, freed)
-                self.newborn.freed(name, freed)
-            else:
-                born = lora.table.grow(event.deltas[name])
-                lora.birth(born)
-                self._changed(lora, born.slots)
-                self.newborn.born(name, born.slots)
-        self.events.append(event)
-
-    def _changed(self, lora: ExpertLoRA, slots: np.ndarray) -> None:
-        for user in self._optimizers if slots.size else ():
-            for parameter in lora.parameters():
-                optimizer.clear_state(user, parameter, slots)
-
-    # -- what learns -------------------------------------------------------------------------------
-
-    def free_lora(self) -> None:
-        """Let A and B learn, unless the adapter is for use only."""
-        for parameter in self.lora_parameters():
-            parameter.requires_grad_(not self._use_only)
-
-    def free_routers(self) -> None:
-        """Let the routers learn as the mode says (``after_warmup``: once the warmup is over).
-
-        Those of the active adapter, that is; a resting one has none in the model.
-        """
-        warm = self.engine.step_count >= self.engine.config.warmup_steps
-        learn = not self._use_only and (warm or self.options.router is RouterMode.TRAINABLE)
-        for parameter in self.router_parameters().values() if self.is_active else ():
-            parameter.requires_grad_(learn)
 
     # -- life ----------------------------------------------------------------------------------
 
-    def __reduce__(self) -> str:
-        raise AttachError(
-            "a model with an adapter can be neither copied nor pickled: both models would count "
-            "in one engine; use save_pretrained and load, or detach() first"
-        )
+    def activate(self) -> None:
+        """Make this the adapter that the model runs with and that trains.
 
-    def check_attached(self) -> None:
-        """Refuse what only an adapter that is in its model can do."""
-        self.check_not_merged()
-        if not self.layers:
-            raise AttachError("this adapter was detached or merged; attach a new one")
+        The others become inactive. Trained routers are exchanged too. The partial state of the
+        current optimizer step, gradients included, is put aside and comes back with its adapter.
+
+        Raises:
+            AttachError: the adapter was detached, or the active one is disabled.
+        """
+        check_attached(self._attached)
+        Residents.of(self.model).activate(self._attached)
+
+    def detach(self) -> nn.Module:
+        """Take the adapter out; without any, the model is as before ``attach``, bit for bit.
+
+        If it was active, the last of the others to be attached is active now.
+        """
+        check_attached(self._attached)
+        Residents.of(self.model).remove(self._attached)
+        self._attached.layers = {}
+        return self.model
+
+    def merge(self, *, keep_originals: bool = True) -> nn.Module:
+        """Write W + s B A into the expert weights and take the LoRA out; routers stay trained.
+
+        The model is then a plain one, with no trace of the adapter. The sum is rounded to the
+        dtype of the base weights. While it is written, a copy of every adapted weight is kept on
+        the CPU, so that a failure leaves the model as it was.
+
+        Args:
+            keep_originals: keep those copies, so that :meth:`unmerge` can bring the weights back
+                bit for bit. They take the memory of the adapted weights, until ``unmerge`` or
+                until this adapter is dropped. False: the adapter ends here.
+
+        Raises:
+            AttachError: the adapter is merged already, or was detached, or others are attached.
+        """
+        merge.merge(self._attached, keep_originals=keep_originals)
+        return self.model
+
+    def unmerge(self) -> nn.Module:
+        """Bring back the weights of before :meth:`merge`, bit for bit, and the LoRA with them.
+
+        Ranks, statistics and the parameters that an optimizer holds are those of before.
+
+        Raises:
+            AttachError: the adapter is not merged, or the model has changed since.
+        """
+        merge.unmerge(self._attached)
+        return self.model
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+    ) -> None:
+        """Write the adapter and the engine's state to a directory, atomically.
+
+        Load it with :func:`drlora_torch.load`. A file that is already there is replaced only when
+        the new one is complete. Between micro-batches of an accumulation, the partial state of the
+        step is saved too.
+
+        Args:
+            path: the directory.
+            push_to_hub: upload the adapter with a model card too; it is written to ``path``,
+                unless it has one.
+            repo_id: repository on the hub; default: the name of the directory.
+            private: visibility of a repository that is made; default: the account's.
+
+        Raises:
+            CheckpointError: nothing could be written (no space, no permission) or uploaded.
+        """
+        check_attached(self._attached)
+        folder = Path(path)
+        checkpoint.save(self._attached, folder)
+        if push_to_hub:
+            name = repo_id or folder.resolve().name
+            hub.upload(folder, name, private, lambda r: model_card.model_card(self._attached, r))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Bring the adapter to a saved state, in place: parameters keep their identity.
+
+        This is how a trainer resumes whose optimizer already holds :meth:`parameters`.
+
+        Raises:
+            CheckpointError: as :func:`drlora_torch.load`, or the file was saved by an adapter with
+                other options. The adapter is left unchanged.
+        """
+        check_attached(self._attached)
+        checkpoint.restore(self._attached, Path(path))
+
+    def merge_and_save(self, path: str | os.PathLike[str]) -> None:
+        """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is.
+
+        ``from_pretrained`` loads it with nothing of drlora installed. While it is written, the
+        adapted weights are kept twice, as in :meth:`merge`.
+
+        Raises:
+            AttachError: the adapter is merged already, was detached, is disabled, or another one
+                is active.
+            CheckpointError: nothing could be written (no space, no permission); older files are
+                untouched.
+            ModelError: the model is none of Transformers.
+        """
+        merge.merge_and_save(self._attached, Path(path))
+
+    def export_peft(
+        self, path: str | os.PathLike[str], *, rank: int | None = None, per_expert: bool = False
+    ) -> ExportReport:
+        """Write a standard PEFT LoRA directory, which ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            path: the directory.
+            rank: compress every expert to this rank, by its singular values; default: keep all.
+                Where PEFT has one rank for all experts of a layer, smaller ones are padded with
+                zeros.
+            per_expert: one LoRA per expert and projection (``experts.0.gate_proj.lora_A.weight``),
+                as engines read them that go by the names of checkpoints; default: as PEFT itself
+                adapts such a model.
+
+        Returns:
+            The ranks written, and the relative error of every expert.
+
+        Raises:
+            CheckpointError: nothing could be written, or PEFT cannot adapt these experts (DBRX).
+            ModelError: experts declared by ``register_moe`` have no name in their block.
+        """
+        check_attached(self._attached)
+        return exporting.export(self._attached, Path(path), rank, per_expert)
+
+    def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
+        """Start from a PEFT adapter of the experts, in any layout that :meth:`export_peft` writes.
+
+        Where its rank is above ``r_init``, the best approximation of that rank is taken.
+
+        Returns:
+            Relative Frobenius error of B A by layer, projection and expert; 0 where nothing was
+            lost.
+
+        Raises:
+            CheckpointError: the directory is damaged or does not fit; nothing was changed.
+            AttachError: the adapter has made a step already.
+        """
+        check_attached(self._attached)
+        return importing.start_from(self._attached, Path(path))
+
+
+def state_of(adapter: Adapter) -> Attached:
+    """The state behind a handle, for integrations that call operations themselves."""
+    return adapter._attached

@@ -130,7 +130,7 @@ def export(
     ] = False,
 ) -> None:
     """Write the adapter of a run as a PEFT directory, for PEFT and what reads its format."""
-    from drlora_torch.export.run import export_run
+    from drlora_torch.finetune.export_run import export_run
 
     report = export_run(run, output, rank=rank, per_expert=per_expert)
     typer.echo(f"{report.path}: rank {max(report.ranks.values())}")

@@ -22,7 +22,7 @@ def lora_parameters(layer: MoELayer, rank: int) -> int:
     """Parameters of the LoRA of a layer at a mean rank r: N r (in + out), over the projections.
 
     Example:
-        >>> from drlora_torch.layers import ProjectionShape
+        >>> from drlora_torch.lora.layers import ProjectionShape
         >>> shapes = {"up": ProjectionShape(4, 6), "down": ProjectionShape(6, 4)}
         >>> layer = MoELayer("experts", "Experts", 8, shapes, None, "float32")
         >>> lora_parameters(layer, rank=2)

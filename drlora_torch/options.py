@@ -11,9 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from drlora_core import AllocatorConfig
 from drlora_core.errors import near_misses
-from drlora_torch.kernels import Kernel
-from drlora_torch.optimizer import Newborn
-from drlora_torch.slots import Layout
+from drlora_torch.lora.kernels import Kernel
+from drlora_torch.lora.slots import Layout
+
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+FLOATING = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 class RouterMode(str, enum.Enum):
@@ -25,13 +30,13 @@ class RouterMode(str, enum.Enum):
     TRAINABLE = "trainable"
 
 
-FLOATING = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
+class Newborn(str, enum.Enum):
+    """How newborn rank dimensions meet an optimizer that has run for many steps."""
 
-
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
+    CORRECTED = "corrected"
+    """Under Adam and AdamW they move as if their own step count had just begun."""
+    PLAIN = "plain"
+    """The optimizer is left alone."""
 
 
 class AdapterOptions(BaseModel):
@@ -76,3 +81,7 @@ class AdapterOptions(BaseModel):
         if self.dtype is not None:
             return FLOATING[self.dtype]
         return torch.float32 if base.itemsize < 4 else base
+
+    def slots_per_expert(self, config: AllocatorConfig) -> int:
+        """P / N: r_max with layout ``masked``, else the budget's mean rank."""
+        return config.r_max if self.layout is Layout.MASKED else config.mean_rank_ceiling

@@ -16,12 +16,12 @@ from torch import nn
 from drlora_core import AllocatorEngine
 from drlora_core.recording import RecordingWriter
 from drlora_torch.adapter import Adapter
-from drlora_torch.attaching import attach
+from drlora_torch.api import attach
 from drlora_torch.finetune import data, folder, model, result
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.progress import RichProgress, silence
 from drlora_torch.finetune.result import RunResult
-from drlora_torch.models.discovery import adaptable
+from drlora_torch.models.discovery import choose_layers, discover
 
 # Errors of `datasets` reach us as exceptions, and are said once, by us.
 LOUD = {"trl": logging.ERROR, "accelerate": logging.ERROR, "datasets": logging.CRITICAL}
@@ -55,7 +55,7 @@ def run(
     with _quiet():
         with console.status("loading model and data"):
             loaded, tokenizer = model.load(options)
-            adaptable(loaded)
+            choose_layers(loaded, discover(loaded))
             rows = data.load_rows(options)
         data.check_template(rows[0], tokenizer, options.model)
         if not resume:

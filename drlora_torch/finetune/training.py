@@ -11,7 +11,6 @@ from trl import SFTConfig, SFTTrainer
 
 from drlora_core.recording import RecordingWriter
 from drlora_torch.adapter import Adapter
-from drlora_torch.checkpoint import restore
 from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.integrations.trainer import DRLoRACallback
@@ -33,7 +32,7 @@ class AdapterTrainer(SFTTrainer):
         """Write no card into checkpoints: TRL's would describe a whole fine-tuned model."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.adapter, resume_from_checkpoint)
+        self.adapter.restore(resume_from_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:

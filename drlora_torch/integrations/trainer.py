@@ -11,11 +11,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from drlora_torch.adapter import Adapter
-from drlora_torch.checkpoint import restore
+from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
-from drlora_torch.files import FILE_NAME
 from drlora_torch.integrations.figures import rank_metrics, top_experts
+from drlora_torch.lifecycle.residents import active_tracker
+from drlora_torch.storage.adapter_file import FILE_NAME
 
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 
@@ -58,10 +58,10 @@ class DRLoRACallback(TrainerCallback):
         Raises:
             AttachError: another adapter of the model is active, so that one would be trained.
         """
-        self.adapter.check_active()
+        active_tracker(state_of(self.adapter))
         self._go_first()
         if state.global_step:
-            restore(self.adapter, self._resumed(args, state))
+            self.adapter.restore(self._resumed(args, state))
         self._events = len(self.adapter.events)
 
     def on_step_end(
@@ -102,7 +102,7 @@ class DRLoRACallback(TrainerCallback):
     ) -> None:
         """Write the final adapter, or bring back and write the best."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            restore(self.adapter, state.best_model_checkpoint)
+            self.adapter.restore(state.best_model_checkpoint)
         saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
         if saves and state.is_world_process_zero:
             self.adapter.save_pretrained(str(args.output_dir))

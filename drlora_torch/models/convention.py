@@ -1,42 +1,62 @@
-"""What drlora must know of a way to store and call experts: one module or object per convention.
+"""What drlora must know of a way to store and call experts: one object per convention.
 
 A convention is declared, never guessed from shapes: by flags of the module, by its class, or by
-:func:`drlora_torch.register_moe`. Every convention is tried in the order of ``conventions.py``.
+:func:`drlora_torch.register_moe`. Conventions are tried in the order of ``conventions.py``.
 
-Shape letters: T tokens, K experts per token, I input and O output features.
+Shape letters: T tokens, K experts per token, N experts, I input and O output features.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from drlora_torch.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.storage import Storage
+from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.models.location import Location
 
 ATTACHMENT = "_drlora_attachment"  # set on every module that runs with a LoRA
 
 
 class Observer(Protocol):
-    """Told of every routing decision that an adapted layer gets."""
-
-    def routed(self, name: str, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """Take the routing of one forward, [T, K] each."""
-        ...
+    """The adapter as its layers see it."""
 
     @property
     def enabled(self) -> bool:
         """False while the base model is wanted."""
         ...
 
+    def routed(
+        self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> None:
+        """Count the routing of a forward once the backward pass reaches ``output``.
+
+        Args:
+            lora: the layer.
+            output: what the experts return, before anything else is computed from it.
+            top_k_index: chosen experts, integers [T, K]; values >= N are sentinels.
+            top_k_weights: what their outputs are multiplied with, [T, K].
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Attachment:
+    """Set on an adapted layer; holds the adapter, so that the layer cannot be copied."""
+
+    lora: ExpertLoRA
+    observer: Observer
+
 
 class Convention(Protocol):
     """How the layers of one kind store and call their experts; ``module`` is such a layer."""
 
-    NAME: str
-    """As :class:`drlora_torch.MoELayer` gives it."""
+    @property
+    def name(self) -> str:
+        """As :class:`drlora_torch.MoELayer` gives it."""
+        ...
 
     def matches(self, module: nn.Module) -> bool:
         """Tell whether a module is such a layer, adapted or not."""
@@ -51,7 +71,7 @@ class Convention(Protocol):
         ...
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        """Features by projection, in the order they are applied; only if nothing hinders."""
+        """Features by projection, in the order they are applied; only without an obstacle."""
         ...
 
     def router_child(self, module: Any) -> str | None:
@@ -77,19 +97,29 @@ class Convention(Protocol):
         """The weight of one expert, a view [O, I]: what is written to it, the model computes."""
         ...
 
-    def storage(self, module: Any, projection: str) -> Storage:
+    def location(self, module: Any, projection: str) -> Location:
         """Tell the parameter or the Linears that hold the weights of a projection."""
         ...
 
 
-def child_name(adapter_name: str) -> str:
-    """Name of an adapter's ExpertLoRA in the modules that it adapts.
+def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
+    """Note on a layer which LoRA it runs with; return what takes the note away."""
+    vars(module)[ATTACHMENT] = Attachment(lora, observer)
 
-    Example:
-        >>> child_name("default"), child_name("law")
-        ('drlora', 'drlora_law')
-    """
-    return "drlora" if adapter_name == "default" else f"drlora_{adapter_name}"
+    def remove() -> None:
+        del vars(module)[ATTACHMENT]
+
+    return remove
+
+
+def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:
+    """One function that undoes several changes, last first."""
+
+    def undo() -> None:
+        while undos:
+            undos.pop()()
+
+    return undo
 
 
 def weights_obstacle(weights: Iterable[tuple[str, object]], dims: int) -> str | None:

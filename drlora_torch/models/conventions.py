@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from torch import nn
 
-from drlora_torch.models import interface, known_blocks  # noqa: F401  (it declares them)
 from drlora_torch.models.convention import Convention
-from drlora_torch.models.declaration import PerExpertLinears
-from drlora_torch.models.identity_experts import IdentityExperts
+from drlora_torch.models.dbrx import DBRX
+from drlora_torch.models.interface import ExpertsInterface
+from drlora_torch.models.jetmoe import JETMOE
+from drlora_torch.models.linears import PerExpertLinears
+from drlora_torch.models.llama4 import LLAMA4
+from drlora_torch.models.longcat_flash import LONGCAT_FLASH
+from drlora_torch.models.nllb_moe import NLLB_MOE
 from drlora_torch.models.refused import Refused
-from drlora_torch.models.single_projections import SingleProjections
-from drlora_torch.models.stacked import Stacked
-from drlora_torch.models.undecorated import Undecorated
-from drlora_torch.models.weighted_inputs import WeightedInputs
+from drlora_torch.models.step3p7 import STEP3P7
+from drlora_torch.models.switch_transformers import SWITCH_TRANSFORMERS
 
 CONVENTIONS: tuple[Convention, ...] = (
-    PerExpertLinears(),  # what a user declares goes first
-    interface,
-    Undecorated(),
-    IdentityExperts(),
-    Stacked(),
-    WeightedInputs(),
-    SingleProjections(),
+    PerExpertLinears(SWITCH_TRANSFORMERS, NLLB_MOE),  # first, since users may declare any class
+    ExpertsInterface(),
+    STEP3P7,
+    LONGCAT_FLASH,
+    DBRX,
+    LLAMA4,
+    JETMOE,
     Refused(),
 )
 
 
-def convention_of(module: nn.Module) -> Convention | None:
+def find_convention(module: nn.Module) -> Convention | None:
     """Return the convention that a module follows; None if it is no layer of experts."""
     return next((c for c in CONVENTIONS if c.matches(module)), None)
+
+
+def convention_of(module: nn.Module) -> Convention:
+    """Return the convention of a module that is known to be a layer of experts."""
+    convention = find_convention(module)
+    assert convention is not None, "discovery lists only modules with a convention"
+    return convention

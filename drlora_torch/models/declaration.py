@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from drlora_torch.errors import ModelError
-from drlora_torch.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.convention import Observer
-from drlora_torch.models.storage import ExpertLinears
 
 
 class Routing(Protocol):
@@ -52,7 +49,7 @@ class Declaration:
         return [expert.get_submodule(projection) for expert in self.container(block)]
 
 
-_DECLARED: dict[str, Declaration] = {}
+_DECLARED: dict[str, Declaration] = {}  # what users declared; known families are constants
 
 
 def register_moe(
@@ -112,11 +109,7 @@ def register_moe(
         raise ModelError(f"router must be the name of a child of the block, got {router!r}")
     if not callable(routing):
         raise ModelError(f"routing must be a function, got {routing!r}")
-    declare(Declaration(block_class, experts, names, router, routing))
-
-
-def declare(declaration: Declaration) -> None:
-    """Add a declaration, in place of an earlier one of the same class."""
+    declaration = Declaration(block_class, experts, names, router, routing)
     _DECLARED[declaration.block_name] = declaration
 
 
@@ -124,123 +117,16 @@ def _dotted(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _declaration_of(module: nn.Module) -> Declaration | None:
+def declaration_of(module: nn.Module, known: Mapping[str, Declaration]) -> Declaration | None:
+    """Find the declaration of a module's class or of a base of it; users' come before known ones.
+
+    Args:
+        module: any module.
+        known: declarations of families by the dotted name of their block.
+    """
     for kind in type(module).__mro__:
-        declaration = _DECLARED.get(_dotted(kind))
-        if declaration is not None and declaration.block_class in (kind, _dotted(kind)):
+        name = _dotted(kind)
+        declaration = _DECLARED.get(name) or known.get(name)
+        if declaration is not None and declaration.block_class in (kind, name):
             return declaration
-    return None
-
-
-class PerExpertLinears:
-    """The convention of every declared class."""
-
-    NAME = "per-expert Linears"
-
-    def matches(self, module: nn.Module) -> bool:
-        """True for declared classes."""
-        return _declaration_of(module) is not None
-
-    def num_experts(self, module: Any) -> int:
-        """N, the length of the container."""
-        try:
-            return len(self._of(module).container(module))
-        except AttributeError:
-            return 0
-
-    def first_weight(self, module: Any) -> Tensor | None:
-        """Return the weight of the first projection of the first expert."""
-        if self.obstacle(module) is not None:
-            return None
-        declaration = self._of(module)
-        weight: Tensor = declaration.linears(module, declaration.projections[0])[0].weight  # type: ignore[assignment]
-        return weight
-
-    def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        """Features, as the Linears say."""
-        declaration = self._of(module)
-        return {
-            name: _shape(declaration.linears(module, name)[0]) for name in declaration.projections
-        }
-
-    def router_child(self, module: Any) -> str | None:
-        """As declared."""
-        return self._of(module).router
-
-    def only_on_request(self, module: Any) -> bool:
-        """Never."""
-        return False
-
-    def obstacle(self, module: Any) -> str | None:
-        """Something is not as declared, or not loaded."""
-        declaration = self._of(module)
-        try:
-            if len(declaration.container(module)) == 0:
-                return f"{declaration.experts!r} is not a ModuleList or ModuleDict with experts"
-            if declaration.router is not None:
-                module.get_submodule(declaration.router)
-            linears = {n: declaration.linears(module, n) for n in declaration.projections}
-        except AttributeError as error:
-            return f"it is not as register_moe was told: {error}"
-        for name, each in linears.items():
-            for expert, linear in enumerate(each):
-                if (reason := _linear_obstacle(linear, each[0])) is not None:
-                    return f"{name} of expert {expert} {reason}"
-        return None
-
-    def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        """The weight of one Linear."""
-        weight: Tensor = self._of(module).linears(module, projection)[expert].weight  # type: ignore[assignment]
-        if not weight.is_floating_point() or weight.element_size() == 1:
-            kind = str(weight.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{projection} of expert {expert} is quantised ({kind}): nothing can be merged "
-                "into it; keep the adapter, or load the model in a floating-point dtype"
-            )
-        return weight
-
-    def storage(self, module: Any, projection: str) -> ExpertLinears:
-        """The Linears, by the names of the experts in the block.
-
-        Raises:
-            ModelError: an expert is no module of the block, or is listed twice.
-        """
-        names = {id(child): name for name, child in module.named_modules()}
-        experts = self._of(module).container(module)
-        found = tuple(names.get(id(expert), "") for expert in experts)
-        if "" in found or len(set(found)) < len(found):
-            raise ModelError(
-                f"the experts of {type(module).__name__} are not modules of the block with a name "
-                "for each, so nothing can be written under their names"
-            )
-        return ExpertLinears(experts=found, projection=projection)
-
-    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-        """Hook the block and its Linears."""
-        from drlora_torch.models import linears
-
-        return linears.install(self._of(module), module, lora, observer)
-
-    def _of(self, module: nn.Module) -> Declaration:
-        declaration = _declaration_of(module)
-        assert declaration is not None
-        return declaration
-
-
-def _shape(linear: Any) -> ProjectionShape:
-    return ProjectionShape(linear.in_features, linear.out_features)
-
-
-def _linear_obstacle(linear: nn.Module, first: nn.Module) -> str | None:
-    if not isinstance(linear, nn.Linear):
-        return f"is a {type(linear).__name__}, not a Linear"
-    if linear.weight.is_meta:
-        return (
-            "is on the meta device; load the weights first, without offloading them (to CPU or "
-            "disk)"
-        )
-    if _shape(linear) != _shape(first):
-        return "has other features than that of expert 0"
-    if linear.weight.device != first.weight.device:
-        return "is on another device than that of expert 0"
     return None

@@ -11,7 +11,7 @@ from torch import nn
 from drlora_core.errors import UnknownLayerError, near_misses
 from drlora_torch.errors import ModelError
 from drlora_torch.models.convention import Convention
-from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.records import MoELayer
 from drlora_torch.models.refused import UNDECLARED, Refused, is_undeclared
 
@@ -39,23 +39,29 @@ def discover(model: nn.Module) -> list[MoELayer]:
     for name, module in model.named_modules():
         if any(not layer.name or name.startswith(f"{layer.name}.") for layer in found):
             continue  # a part of a layer is no layer of its own
-        if (convention := convention_of(module)) is not None:
+        if (convention := find_convention(module)) is not None:
             found.append(_record(model, name, module, convention))
         elif is_undeclared(name, module):
             found.append(_undeclared(model, name, module))
     return found
 
 
-def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> list[MoELayer]:
-    """The layers to adapt: those whose name matches one of the patterns (``fnmatch``).
+def choose_layers(
+    model: nn.Module, found: Sequence[MoELayer], patterns: Sequence[str] | None = None
+) -> list[MoELayer]:
+    """Choose the layers to adapt: those whose name matches one of the patterns (``fnmatch``).
 
     Without patterns all but those that are adapted on request only.
+
+    Args:
+        model: the model, for messages.
+        found: its layers, from :func:`discover`.
+        patterns: name patterns.
 
     Raises:
         ModelError: there is no MoE layer, or a chosen one has an obstacle.
         UnknownLayerError: a pattern matches nothing; the message lists near misses.
     """
-    found = discover(model)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no mixture-of-experts layer that drlora can adapt; "
@@ -90,7 +96,7 @@ def _record(model: nn.Module, name: str, module: Any, convention: Convention) ->
         router=_router_name(model, name, convention.router_child(module)),
         dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
         obstacle=obstacle,
-        convention=convention.NAME,
+        convention=convention.name,
         only_on_request=convention.only_on_request(module),
     )
 
@@ -106,7 +112,7 @@ def _undeclared(model: nn.Module, name: str, module: Any) -> MoELayer:
         router=None,
         dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
         obstacle=UNDECLARED.format(block=f"{block.__module__}.{block.__qualname__}"),
-        convention=Refused.NAME,
+        convention=Refused.name,
     )
 
 

@@ -12,7 +12,6 @@ Shape letters: T tokens, K experts per token, H model width, N experts.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,30 +19,91 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from drlora_torch.dispatch import Dispatch
-from drlora_torch.kernels import expert_linear
-from drlora_torch.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.convention import ATTACHMENT, Observer, weights_obstacle
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.kernels import expert_linear
+from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.models.convention import (
+    ATTACHMENT,
+    Attachment,
+    Observer,
+    give_lora,
+    weights_obstacle,
+)
 from drlora_torch.models.fused import compute_dtype
-from drlora_torch.models.storage import ExpertParameter
+from drlora_torch.models.location import ExpertParameter
 
-NAME = "interface"
 IMPLEMENTATION = "drlora"
+BASE_CONFIG = "_drlora_base_config"  # set on adapted modules beside their attachment
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Attachment:
-    """What an adapted experts module needs at its forward."""
+class ExpertsInterface:
+    """The convention of every class decorated with ``use_experts_implementation``."""
 
-    lora: ExpertLoRA
-    observer: Observer
-    base_config: Any
+    name = "interface"
 
+    def matches(self, module: nn.Module) -> bool:
+        declared = vars(module)
+        return "is_transposed" in declared and "has_gate" in declared and "config" in declared
 
-def matches(module: nn.Module) -> bool:
-    """True for classes decorated with ``use_experts_implementation``."""
-    declared = vars(module)
-    return "is_transposed" in declared and "has_gate" in declared and "config" in declared
+    def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
+        shapes = {}
+        for name in projection_names(module):
+            _, rows, columns = getattr(module, name).shape
+            shapes[name] = (
+                ProjectionShape(rows, columns)
+                if module.is_transposed
+                else ProjectionShape(columns, rows)
+            )
+        return shapes
+
+    def num_experts(self, module: Any) -> int:
+        weight = self.first_weight(module)
+        return 0 if weight is None else int(weight.shape[0])
+
+    def first_weight(self, module: Any) -> Tensor | None:
+        return getattr(module, projection_names(module)[0], None)
+
+    def router_child(self, module: Any) -> str | None:
+        return None  # the interface hands experts their routing; the router is elsewhere
+
+    def only_on_request(self, module: Any) -> bool:
+        return False
+
+    def obstacle(self, module: Any) -> str | None:
+        weights = [(name, getattr(module, name, None)) for name in projection_names(module)]
+        if (hindrance := weights_obstacle(weights, dims=3)) is not None:
+            return hindrance
+        first, second = (weight.shape[0] for _, weight in weights if weight is not None)
+        if first != second:
+            return f"its projections have {first} and {second} experts"
+        return None
+
+    def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
+        weight: Tensor = getattr(module, projection)[expert]
+        return weight.T if module.is_transposed else weight
+
+    def location(self, module: Any, projection: str) -> ExpertParameter:
+        return ExpertParameter(
+            name=projection,
+            transposed=module.is_transposed,
+            interleaved=not getattr(module, "is_concatenated", True),
+        )
+
+    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        base_config = module.config
+        config = copy.deepcopy(base_config)
+        config._experts_implementation = IMPLEMENTATION
+        remove_lora = give_lora(module, lora, observer)
+        vars(module)[BASE_CONFIG] = base_config
+        module.config = config
+
+        def remove() -> None:
+            module.config = base_config
+            del vars(module)[BASE_CONFIG]
+            remove_lora()
+
+        return remove
 
 
 def projection_names(module: Any) -> tuple[str, str]:
@@ -51,82 +111,7 @@ def projection_names(module: Any) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
-def projection_shapes(module: Any) -> dict[str, ProjectionShape]:
-    """Return the features of each projection, read from the weight by the declared axes."""
-    shapes = {}
-    for name in projection_names(module):
-        _, rows, columns = getattr(module, name).shape
-        shapes[name] = (
-            ProjectionShape(rows, columns)
-            if module.is_transposed
-            else ProjectionShape(columns, rows)
-        )
-    return shapes
-
-
-def num_experts(module: Any) -> int:
-    """N, as the first projection says."""
-    weight = first_weight(module)
-    return 0 if weight is None else int(weight.shape[0])
-
-
-def first_weight(module: Any) -> Tensor | None:
-    """Return the weight that is applied first."""
-    return getattr(module, projection_names(module)[0], None)
-
-
-def router_child(module: Any) -> str | None:
-    """None: the interface gives routing to the experts, the router is elsewhere."""
-    return None
-
-
-def only_on_request(module: Any) -> bool:
-    """Never."""
-    return False
-
-
-def expert_weight(module: Any, projection: str, expert: int) -> Tensor:
-    """The weight of one expert, a view [O, I]."""
-    weight: Tensor = getattr(module, projection)[expert]
-    return weight.T if module.is_transposed else weight
-
-
-def storage(module: Any, projection: str) -> ExpertParameter:
-    """A parameter of the experts module, as its flags declare."""
-    return ExpertParameter(
-        name=projection,
-        transposed=module.is_transposed,
-        interleaved=not getattr(module, "is_concatenated", True),
-    )
-
-
-def obstacle(module: Any) -> str | None:
-    """Say why a module with the interface cannot be adapted, None if it can."""
-    weights = [(name, getattr(module, name, None)) for name in projection_names(module)]
-    if (hindrance := weights_obstacle(weights, dims=3)) is not None:
-        return hindrance
-    first, second = (weight.shape[0] for _, weight in weights if weight is not None)
-    if first != second:
-        return f"its projections have {first} and {second} experts"
-    return None
-
-
-def install(module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-    """Give an experts module its LoRA; return the function that takes it back out exactly."""
-    base_config = module.config
-    config = copy.deepcopy(base_config)
-    config._experts_implementation = IMPLEMENTATION
-    vars(module)[ATTACHMENT] = Attachment(lora, observer, base_config)
-    module.config = config
-
-    def remove() -> None:
-        module.config = base_config
-        del vars(module)[ATTACHMENT]
-
-    return remove
-
-
-# It counts tokens and loops over experts: a compiled model leaves its graph here.
+# It loops over experts and observes: a compiled model leaves its graph here.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -145,9 +130,8 @@ def experts_forward(
     attachment: Attachment = vars(module)[ATTACHMENT]
     lora, observer = attachment.lora, attachment.observer
     if not observer.enabled:
-        base = base_forward(module, attachment.base_config)
+        base = base_forward(module, vars(module)[BASE_CONFIG])
         return base(module, hidden_states, top_k_index, top_k_weights)
-    observer.routed(lora.name, top_k_index, top_k_weights)
     first, second = projection_names(module)
     dtype = compute_dtype(getattr(module, first))
     dispatch = Dispatch.sort(top_k_index, lora.table.num_experts)
@@ -160,7 +144,9 @@ def experts_forward(
         output = dispatch.combine(rows, top_k_weights)
     else:
         output = _project(module, lora, second, rows, dispatch, routing_weights=top_k_weights)
-    return output.to(hidden_states.dtype)
+    output = output.to(hidden_states.dtype)
+    observer.routed(lora, output, top_k_index, top_k_weights)
+    return output
 
 
 def _project(
@@ -184,6 +170,3 @@ def base_forward(module: Any, config: Any) -> Callable[..., Tensor]:
         config._experts_implementation, own
     )
     return chosen
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

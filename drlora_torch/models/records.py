@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from drlora_torch.layers import ProjectionShape
+from drlora_torch.lora.layers import ProjectionShape
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

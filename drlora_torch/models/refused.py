@@ -1,6 +1,6 @@
-"""Experts that nothing here can adapt: named, so that no model is half adapted in silence.
+"""Experts that cannot be adapted: listed by name, so that no model is half adapted in silence.
 
-A class is refused for a reason of its own. A ``ModuleList`` or ``ModuleDict`` called ``experts``
+Each class is refused for a reason of its own. A ``ModuleList`` or ``ModuleDict`` called ``experts``
 in a block that nobody declared is refused because what its block does with it cannot be guessed.
 """
 
@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from drlora_torch.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import Observer
 from drlora_torch.models.fused import is_of_class
-from drlora_torch.models.storage import Storage
+from drlora_torch.models.location import Location
 
 DEQUANTISE = (
     "its experts are quantised ({kind}) and multiplied by kernels that cannot add a LoRA; load the "
@@ -50,49 +50,39 @@ UNDECLARED = (
 class Refused:
     """The convention of the classes above; adapts nothing."""
 
-    NAME = "none"
+    name = "none"
 
     def matches(self, module: nn.Module) -> bool:
-        """True for the classes above."""
         return is_of_class(module, tuple(REASONS))
 
     def num_experts(self, module: Any) -> int:
-        """N, as the module says."""
         return int(module.num_experts)
 
     def first_weight(self, module: Any) -> Tensor | None:
-        """Any weight, for its dtype."""
         return next(iter(module.parameters()), None)
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        """None that could be adapted."""
         return {}
 
     def router_child(self, module: Any) -> str | None:
-        """None."""
         return None
 
     def only_on_request(self, module: Any) -> bool:
-        """Never."""
         return False
 
     def obstacle(self, module: Any) -> str | None:
-        """The reason."""
         return next(reason for name, reason in REASONS.items() if is_of_class(module, (name,)))
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-        """Never called."""
-        self._never()
+        self._refuse()
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        """Never called."""
-        self._never()
+        self._refuse()
 
-    def storage(self, module: Any, projection: str) -> Storage:
-        """Never called."""
-        self._never()
+    def location(self, module: Any, projection: str) -> Location:
+        self._refuse()
 
-    def _never(self) -> NoReturn:
+    def _refuse(self) -> NoReturn:
         raise AssertionError("a layer with an obstacle is not adapted")
 
 

@@ -1,0 +1,226 @@
+"""The front door: functions that make, find and choose adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from drlora_core import AllocatorEngine, Policy
+from drlora_core.errors import near_misses
+from drlora_torch.adapter import Adapter
+from drlora_torch.attached import Attached
+from drlora_torch.errors import AttachError, ModelError
+from drlora_torch.lifecycle.build import build, draw
+from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers
+from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
+from drlora_torch.models.discovery import choose_layers, discover
+from drlora_torch.models.wrappers import unwrapped
+from drlora_torch.options import AdapterOptions
+from drlora_torch.step.processes import is_first_process
+from drlora_torch.storage import checkpoint, hub
+
+__all__ = ["adapters", "attach", "discover", "load", "set_adapter"]
+
+
+def attach(
+    model: nn.Module,
+    engine: AllocatorEngine,
+    *,
+    adapter_name: str = "default",
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    router: Literal["frozen", "after_warmup", "trainable"] = "frozen",
+    layout: Literal["pooled", "masked"] = "pooled",
+    dtype: torch.dtype | str | None = None,
+    layers: Sequence[str] | None = None,
+    auto_step: bool = True,
+    newborn: Literal["corrected", "plain"] = "corrected",
+    rslora: bool = False,
+    kernel: Literal["auto", "ragged", "grouped"] = "auto",
+    record: str | os.PathLike[str] | None = None,
+) -> Adapter:
+    """Freeze a model, add LoRA with dynamic ranks to its experts, and start observing.
+
+    Nothing changes in the training loop: statistics, growth and newborn dimensions follow the
+    steps of the optimizer that holds ``adapter.parameters()``.
+
+    Args:
+        model: a Transformers model with mixture-of-experts layers, or a PeftModel around one,
+            whose own adapters then stay trainable.
+        engine: decides the ranks; gets a layer per experts module, unless it has them already.
+        adapter_name: tells it from other adapters of the model; the new one is the active one.
+            Letters, digits, ``_`` and ``-``.
+        alpha: scaling is alpha / r_target for every expert; default 2 * r_target.
+        targets: names of the projections to adapt (``gate_up_proj``, ``down_proj``); default all.
+        dropout: of the inputs of the low-rank part, in [0, 1).
+        router: ``frozen``; ``after_warmup``: frozen for ``warmup_steps``, then trained;
+            ``trainable``.
+        layout: ``pooled``: memory of uniform LoRA at r_target, any free slot serves any expert;
+            ``masked``: r_max slots per expert, as in the paper. Results are the same.
+        dtype: of A and B; default that of the base weights, at least float32.
+        layers: name patterns (``fnmatch``) of the layers to adapt, as ``discover`` names them;
+            default all but routed attention.
+        auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.
+        newborn: ``corrected``: rows born late move under Adam as if their step count had just
+            begun; ``plain``: the optimizer is left alone.
+        rslora: scale by alpha / sqrt(r_target) instead.
+        kernel: ``ragged`` loops over experts and takes all dtypes; ``grouped`` uses torch's
+            ``grouped_mm``; ``auto`` takes ``grouped`` on GPUs. Results are equal to rounding.
+        record: directory for a recording of all statistics, see ``engine.record_to``.
+
+    Returns:
+        The adapter, a handle to ranks, saving, merging and detaching.
+
+    Raises:
+        ModelError: no MoE layer, or one that cannot be adapted.
+        AttachError: the model has an adapter of this name already.
+        LayoutError: the engine has other layers.
+        ValueError: an option out of range. The model and the engine are left unchanged.
+
+    Example:
+        >>> from transformers import OlmoeConfig, OlmoeForCausalLM
+        >>> from drlora_core import AllocatorConfig
+        >>> model = OlmoeForCausalLM(OlmoeConfig(hidden_size=8, intermediate_size=4,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_experts=4,
+        ...     num_experts_per_tok=2, vocab_size=16))
+        >>> adapter = attach(model, AllocatorEngine(AllocatorConfig(r_init=2, r_target=4)))
+        >>> adapter.ranks()
+        {'model.layers.0.mlp.experts': array([2, 2, 2, 2])}
+    """
+    if not isinstance(engine, AllocatorEngine):
+        raise AttachError(f"engine must be an AllocatorEngine, got {type(engine).__name__}")
+    options = AdapterOptions.model_validate(
+        {
+            "alpha": 2.0 * engine.config.r_target if alpha is None else alpha,
+            "targets": targets,
+            "dropout": dropout,
+            "router": router,
+            "layout": layout,
+            "dtype": dtype,
+            "layers": layers,
+            "auto_step": auto_step,
+            "newborn": newborn,
+            "rslora": rslora,
+            "kernel": kernel,
+        }
+    )
+    model = unwrapped(model)
+    found = discover(model)
+    records = choose_layers(model, found, options.layers)
+    residents = Residents.of(model)
+    check_name(adapter_name, residents.by_name)
+    check_free(residents, engine)
+    check_layers(model, records, options)
+    check_engine(engine, records)
+    attached = build(adapter_name, model, engine, options, records)
+    draw(attached)
+    if record is not None and is_first_process():
+        engine.record_to(record)
+    residents.add(attached)
+    for layer in records:
+        if layer.name not in engine.layer_names:
+            engine.add_layer(layer.name, layer.num_experts)
+    return _handle(attached)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    policy: Policy | None = None,
+    trainable: bool = True,
+    check_base: bool = True,
+    revision: str | None = None,
+) -> Adapter:
+    """Attach a saved adapter to its base model, ready to be used or trained further.
+
+    Args:
+        model: the base model, without an adapter of this name.
+        path: the directory (or file) that ``adapter.save_pretrained`` wrote, or the id of a
+            repository on the Hugging Face hub that holds it.
+        adapter_name: as for :func:`attach`; the loaded adapter is the active one.
+        policy: the callable that the run was made with, if it was: code is not saved, so without
+            it the allocation goes on with ``config.policy``.
+        trainable: False to use it only: nothing is counted and nothing requires gradients.
+        check_base: False to load onto a model whose expert weights are not those of the training.
+        revision: branch, tag or commit, for a repository.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign or of another model. The model is
+            left unchanged.
+        AttachError: the model has an adapter of this name already.
+    """
+    model = unwrapped(model)
+    residents = Residents.of(model)
+    check_name(adapter_name, residents.by_name)
+    saved = checkpoint.read(hub.find(path, revision))
+    engine = checkpoint.restore_engine(saved, policy)
+    found = discover(model)
+    events = checkpoint.check(saved, engine, model, found, check_base)
+    records = choose_layers(model, found, list(saved.layers))
+    options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
+    check_free(residents, engine)
+    check_layers(model, records, options)
+    check_engine(engine, records)
+    attached = build(adapter_name, model, engine, options, records)
+    checkpoint.fill(attached, saved, events)
+    attached.trainable, attached.paused = trainable, not trainable
+    residents.add(attached)
+    checkpoint.fill_routers(attached, saved)
+    if trainable:
+        active_tracker(attached).load_state_dict(saved.pending)
+    return _handle(attached)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters that are attached to a model, by name, in the order they came.
+
+    Example:
+        >>> from transformers import OlmoeConfig, OlmoeForCausalLM
+        >>> from drlora_core import AllocatorConfig, AllocatorEngine
+        >>> import drlora_torch
+        >>> model = OlmoeForCausalLM(OlmoeConfig(hidden_size=8, intermediate_size=4,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_experts=4,
+        ...     num_experts_per_tok=2, vocab_size=16))
+        >>> config = AllocatorConfig(r_init=2, r_target=4)
+        >>> for name in ("law", "intent"):
+        ...     adapter = drlora_torch.attach(model, AllocatorEngine(config), adapter_name=name)
+        >>> {name: adapter.is_active for name, adapter in drlora_torch.adapters(model).items()}
+        {'law': False, 'intent': True}
+        >>> drlora_torch.set_adapter(model, "law").is_active
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    known = Residents.of(unwrapped(model)).by_name
+    return {name: _handle(attached) for name, attached in known.items()}
+
+
+def set_adapter(model: nn.Module, adapter_name: str) -> Adapter:
+    """Make the adapter of this name the active one; see :meth:`drlora_torch.Adapter.activate`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AttachError: the model has no adapter of this name; the message lists near misses.
+    """
+    known = adapters(model)
+    if adapter_name not in known:
+        raise AttachError(f"no adapter {adapter_name!r}; {near_misses(str(adapter_name), known)}")
+    known[adapter_name].activate()
+    return known[adapter_name]
+
+
+def _handle(attached: Attached) -> Adapter:
+    """The one handle of an adapter."""
+    if not isinstance(attached.handle, Adapter):
+        attached.handle = Adapter(attached)
+    assert isinstance(attached.handle, Adapter)
+    return attached.handle

@@ -1,0 +1,86 @@
+"""The state of an adapter: plain data that every operation takes. No behaviour.
+
+An adapter is *attached* (it has layers), *merged* (``merged`` is set: its layers are out of the
+model and their weights hold W + s B A), or *gone* (no layers: detached, or merged for good).
+
+Shape letters: P rank slots, I input and O output features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from drlora_core import AllocatorEngine, GrowthEvent
+from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.lora.slots import IntArray
+from drlora_torch.models.records import MoELayer
+from drlora_torch.options import AdapterOptions
+
+ExpertWeight = tuple[str, str, int]
+"""Layer name, projection, expert."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AdaptedLayer:
+    """One experts module with its LoRA."""
+
+    record: MoELayer
+    experts: nn.Module
+    lora: ExpertLoRA
+    router: nn.Module | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Original:
+    """One expert's weight as it was before merging."""
+
+    values: Tensor  # [O, I], on the CPU
+    written: int
+    """Checksum of what was written in its place."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """What an adapter keeps while it is merged."""
+
+    originals: dict[ExpertWeight, Original]
+    stop_guard: Callable[[], None]
+
+
+@dataclasses.dataclass(eq=False)
+class Attached:
+    """Everything that is known of one adapter."""
+
+    name: str
+    model: nn.Module
+    engine: AllocatorEngine
+    options: AdapterOptions
+    layers: dict[str, AdaptedLayer]
+    """By name, in the order of the engine; empty once the adapter is gone."""
+    ages: dict[str, IntArray]
+    """Optimizer steps that each slot has lived [P], by layer; -1 for slots that are free, were
+    there from the start, or need no correction any more."""
+    events: list[GrowthEvent] = dataclasses.field(default_factory=list)
+    skipped_steps: int = 0
+    enabled: bool = True
+    """False inside ``disabled()``."""
+    paused: bool = False
+    """True inside ``paused()``."""
+    trainable: bool = True
+    """False after ``load(..., trainable=False)``."""
+    routers_shown: bool = False
+    """True while trained router values are in the model."""
+    hidden_routers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The other values of routers that learn: the base's, or the trained ones while not shown."""
+    unfinished: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Partial state of the current optimizer step while the adapter is inactive."""
+    optimizers: weakref.WeakSet[Optimizer] = dataclasses.field(default_factory=weakref.WeakSet)
+    """Optimizers that have moved the LoRA."""
+    merged: Merged | None = None
+    handle: object = None
+    """The :class:`drlora_torch.Adapter` of this state, made by ``api``; operations ignore it."""

@@ -1,0 +1,70 @@
+"""Build the state of an adapter; the model is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from drlora_core import AllocatorEngine
+from drlora_torch.attached import AdaptedLayer, Attached
+from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.lora.slots import IntArray, SlotTable
+from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.records import MoELayer
+from drlora_torch.options import AdapterOptions
+from drlora_torch.step.newborn import OLD
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    engine: AllocatorEngine,
+    options: AdapterOptions,
+    records: Sequence[MoELayer],
+) -> Attached:
+    """Build an adapter for these layers, with the engine's ranks and all slots at zero."""
+    layers = {record.name: _adapt(model, engine, options, record) for record in records}
+    ages = {
+        name: np.full(layer.lora.table.num_slots, OLD, dtype=np.int64)
+        for name, layer in layers.items()
+    }
+    return Attached(name, model, engine, options, layers, ages)
+
+
+def draw(attached: Attached) -> None:
+    """Draw the starting rows of A."""
+    for layer in attached.layers.values():
+        layer.lora.draw()
+
+
+def _adapt(
+    model: nn.Module, engine: AllocatorEngine, options: AdapterOptions, record: MoELayer
+) -> AdaptedLayer:
+    config = engine.config
+    num_slots = record.num_experts * options.slots_per_expert(config)
+    table = SlotTable(num_slots, record.num_experts, config.r_max, options.layout)
+    table.grow(_ranks(engine, record))
+    experts = model.get_submodule(record.name)
+    weight = convention_of(experts).first_weight(experts)
+    assert weight is not None
+    lora = ExpertLoRA(
+        record.name,
+        {n: s for n, s in record.projections.items() if n in (options.targets or (n,))},
+        table,
+        options.scaling(config),
+        options.dropout,
+        config.seed,
+        options.kernel,
+    )
+    lora.to(device=weight.device, dtype=options.lora_dtype(weight.dtype))
+    router = None if record.router is None else model.get_submodule(record.router)
+    return AdaptedLayer(record, experts, lora, router)
+
+
+def _ranks(engine: AllocatorEngine, record: MoELayer) -> IntArray:
+    """The ranks of a layer; an engine gets its layers only once the adapter is in the model."""
+    if record.name in engine.layer_names:
+        return engine.ranks(record.name)
+    return np.full(record.num_experts, engine.config.starting_rank, dtype=np.int64)

@@ -1,0 +1,80 @@
+"""Two sets of router values: the base model's, and those that an adapter has trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from drlora_torch.attached import Attached
+from drlora_torch.errors import AttachError
+from drlora_torch.parameters import lora_parameters, router_parameters
+from drlora_torch.step import hooks
+
+
+@torch.no_grad()
+def show_routers(attached: Attached, wanted: bool) -> None:
+    """Have the trained router values in the model, or the base's."""
+    if wanted == attached.routers_shown:
+        return
+    for name, parameter in router_parameters(attached).items():
+        inside = parameter.detach().clone()
+        if name in attached.hidden_routers:  # else both are the base's so far
+            parameter.copy_(attached.hidden_routers[name])
+        attached.hidden_routers[name] = inside
+    attached.routers_shown = wanted
+
+
+def trained_routers(attached: Attached) -> dict[str, Tensor]:
+    """Router values of the adapted model by name, wherever they are now; not copies."""
+    return {
+        name: parameter.detach() if attached.routers_shown else attached.hidden_routers[name]
+        for name, parameter in router_parameters(attached).items()
+    }
+
+
+class RouterGuard:
+    """Keeps the optimizers of inactive adapters away from the routers.
+
+    Routers are parameters of the model, so the optimizer of every adapter that trains them holds
+    them; only that of the active one may move them.
+    """
+
+    def __init__(self, active: Attached, all_of_model: Callable[[], Iterable[Attached]]) -> None:
+        self._active = active
+        self._all = all_of_model
+        self._hidden: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._stop_following = hooks.follow_optimizers(
+            self, RouterGuard._before_step, RouterGuard._after_step
+        )
+
+    def stop(self) -> None:
+        """End guarding."""
+        self._stop_following()
+
+    def _before_step(self, optimizer: Optimizer, closure: hooks.Closure | None) -> None:
+        self._give_back()
+        inactive = [other for other in self._all() if other is not self._active]
+        others = [o for o in inactive if hooks.count_held(optimizer, lora_parameters(o))]
+        if not others:
+            return
+        if not hooks.count_held(optimizer, lora_parameters(self._active)):
+            for parameter in router_parameters(self._active).values():
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
+        elif any(router_parameters(other) for other in others):
+            raise AttachError(
+                f"the optimizer holds adapter {self._active.name!r} and {others[0].name!r}, which "
+                "train the same routers: what it remembers of one would move the other's; give "
+                "each adapter an optimizer of its own"
+            )
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden = []

@@ -1,0 +1,58 @@
+"""The active adapter of a model: in every forward and in the optimizer's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from drlora_torch.attached import Attached
+from drlora_torch.lifecycle.routers import RouterGuard, show_routers
+from drlora_torch.models.conventions import convention_of
+from drlora_torch.parameters import (
+    freeze_all,
+    lora_parameters,
+    router_parameters,
+    unfreeze_lora,
+    unfreeze_routers,
+)
+from drlora_torch.step.tracker import StepTracker
+
+AllOfModel = Callable[[], Iterable[Attached]]
+
+
+class Running:
+    """An adapter that is active, from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+        for parameter in lora_parameters(attached):
+            parameter.requires_grad_(True)  # hooks need it, for inference too
+        self.tracker = StepTracker(attached)
+        self._undo: list[Callable[[], None]] = [self.tracker.remove]
+
+    def start(self, all_of_model: AllOfModel) -> None:
+        """Install the LoRA in the forwards and let it learn."""
+        attached = self.attached
+        for layer in attached.layers.values():
+            convention = convention_of(layer.experts)
+            weight = convention.first_weight(layer.experts)
+            assert weight is not None
+            layer.lora.to(device=weight.device)
+            layer.lora.train(layer.experts.training)
+            self._undo.append(convention.install(layer.experts, layer.lora, self.tracker))
+        show_routers(attached, True)
+        if len(list(all_of_model())) > 1 and router_parameters(attached):
+            self._undo.append(RouterGuard(attached, all_of_model).stop)
+        unfreeze_lora(attached)
+        unfreeze_routers(attached)
+        if attached.unfinished:
+            self.tracker.load_state_dict(attached.unfinished)
+            attached.unfinished = {}
+
+    def stop(self) -> None:
+        """Undo :meth:`start`; the partial state of the current step is put aside."""
+        if not self.attached.unfinished:  # else it never got as far as to take it
+            self.attached.unfinished = self.tracker.state_dict()
+        while self._undo:
+            self._undo.pop()()
+        show_routers(self.attached, False)
+        freeze_all(self.attached)

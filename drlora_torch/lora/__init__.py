@@ -1,0 +1,1 @@
+"""The LoRA of one experts module: rank slots, storage, and the products of a forward."""

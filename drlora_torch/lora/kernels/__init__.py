@@ -1,0 +1,51 @@
+"""Expert products with LoRA: one function, two kernels behind it.
+
+Shape letters: T tokens, K experts per token, S = T * K (token, expert) pairs, N experts,
+I input and O output features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.kernels import grouped, ragged
+from drlora_torch.lora.kernels.factors import Kernel, LoRAFactors
+
+__all__ = ["Kernel", "LoRAFactors", "expert_linear"]
+
+
+def expert_linear(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRAFactors | None,
+    dispatch: Dispatch,
+    *,
+    transposed: bool,
+    gather: bool = False,
+    routing_weights: Tensor | None = None,
+) -> Tensor:
+    """y_e = x_e W_e^T + bias_e + s (x_e A_e^T) B_e for the rows of every expert e.
+
+    Args:
+        inputs: sorted rows, [S, I]; with ``gather`` the tokens themselves, [T, I].
+        weight: frozen weights, [N, O, I], or [N, I, O] if ``transposed``.
+        bias: [N, O] or None.
+        lora: the low-rank update and its kernel, or None for the base product alone.
+        dispatch: which rows belong to which expert.
+        transposed: the axes of ``weight``, as the model declares them.
+        gather: take each pair's row from its token.
+        routing_weights: [T, K]; given, each token's rows are summed with these weights.
+
+    Returns:
+        Sorted rows [S, O] in the dtype of ``inputs``, sentinel rows 0 before the bias; with
+        ``routing_weights`` [T, O] in the dtype that inputs and weights promote to.
+    """
+    wanted = Kernel.AUTO if lora is None else lora.kernel
+    if wanted is Kernel.AUTO:
+        fast = grouped.is_fast_on(weight.device) and grouped.supports(weight)
+        wanted = Kernel.GROUPED if fast else Kernel.RAGGED
+    kernel = grouped.expert_linear if wanted is Kernel.GROUPED else ragged.expert_linear
+    matrices = weight if transposed else weight.transpose(1, 2)
+    return kernel(inputs, matrices, bias, lora, dispatch, gather, routing_weights)

@@ -1,0 +1,204 @@
+"""The LoRA of one experts module: storage by rank slots, and the factors a forward needs.
+
+Shape letters: P rank slots, I input and O output features, N experts, R active rank dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from drlora_torch.lora.kernels import Kernel, LoRAFactors
+from drlora_torch.lora.rows import RowGenerator
+from drlora_torch.lora.slots import Born, IntArray, SlotTable
+
+
+class ProjectionShape(NamedTuple):
+    """Features of one projection of an expert."""
+
+    in_features: int
+    out_features: int
+
+
+class SlotLoRA(nn.Module):
+    """A [P, I] and B [P, O] of one projection; row s of both belongs to slot s.
+
+    Free slots are exactly 0 in A and B and get no gradient, so neither weight decay nor an update
+    can move them.
+    """
+
+    def __init__(self, shape: ProjectionShape, num_slots: int, rows: RowGenerator) -> None:
+        super().__init__()
+        self.shape = shape
+        self.rows = rows
+        self.lora_A = nn.Parameter(torch.zeros(num_slots, shape.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(num_slots, shape.out_features))
+
+    @torch.no_grad()
+    def birth(self, born: Born) -> None:
+        """Draw fresh rows of A and zero those of B, so that the layer's function stays."""
+        if not born.slots.size:
+            return
+        drawn = [
+            self.rows.draw(int(expert), int(position))
+            for expert, position in zip(born.experts, born.positions, strict=True)
+        ]
+        slots = torch.from_numpy(born.slots).to(self.lora_A.device)
+        self.lora_A[slots] = torch.from_numpy(np.stack(drawn)).to(self.lora_A)
+        self.lora_B[slots] = 0.0
+
+    @torch.no_grad()
+    def clear(self, slots: IntArray) -> None:
+        """Zero the rows of freed slots."""
+        index = torch.from_numpy(slots).to(self.lora_A.device)
+        self.lora_A[index] = 0.0
+        self.lora_B[index] = 0.0
+
+
+class ExpertLoRA(nn.Module):
+    """LoRA of all experts of one module, with one rank per expert shared by its projections.
+
+    All slots start at zero: :meth:`draw` fills those that the table gives to experts, and
+    :meth:`load` takes saved ones.
+
+    Args:
+        name: the layer's name in the engine; seeds the rows of A.
+        shapes: features by projection name.
+        table: the slot table, which holds the starting ranks.
+        scaling: s, the factor of B A; the same for every expert and constant over training.
+        dropout: probability of dropping an input of the low-rank part, in [0, 1).
+        seed: seed of the rows of A.
+        kernel: which code multiplies the experts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shapes: Mapping[str, ProjectionShape],
+        table: SlotTable,
+        scaling: float,
+        dropout: float,
+        seed: int,
+        kernel: Kernel = Kernel.AUTO,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.kernel = kernel
+        self.table = table
+        self.scaling = scaling
+        self.dropout = dropout
+        self.projections = nn.ModuleDict(
+            {
+                projection: SlotLoRA(
+                    shape,
+                    table.num_slots,
+                    RowGenerator(seed, name, projection, shape.in_features),
+                )
+                for projection, shape in shapes.items()
+            }
+        )
+        self._owned: _Owned | None = None  # of the table as it is now, on one device
+
+    @property
+    def device(self) -> torch.device:
+        """Where A and B are."""
+        return next(self.parameters()).device
+
+    def items(self) -> list[tuple[str, SlotLoRA]]:
+        """Projections by name."""
+        return list(self.projections.items())  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """A and B of all projections, as files name them: ``{layer}/{projection}/lora_A``."""
+        return {
+            f"{self.name}/{projection}/{part}": parameter
+            for projection, slots in self.items()
+            for part, parameter in (("lora_A", slots.lora_A), ("lora_B", slots.lora_B))
+        }
+
+    def draw(self) -> None:
+        """Draw the starting rows of A of every slot that has an owner."""
+        active = self.table.active()
+        self.birth(Born(active, self.table.owner[active], self.table.position[active]))
+
+    def birth(self, born: Born) -> None:
+        """Initialise slots that the table has just given to experts."""
+        for _, projection in self.items():
+            projection.birth(born)
+        self._owned = None
+
+    def clear(self, slots: IntArray) -> None:
+        """Zero slots that the table has just freed."""
+        for _, projection in self.items():
+            projection.clear(slots)
+        self._owned = None
+
+    @torch.no_grad()
+    def load(self, owner: IntArray, position: IntArray, tensors: Mapping[str, Tensor]) -> None:
+        """Take a saved slot table and the values of A and B, named as :meth:`tensors` does."""
+        self.table.load(owner, position)
+        for key, parameter in self.tensors().items():
+            parameter.copy_(tensors[key])
+        self._owned = None
+
+    def factors(self, projection: str) -> LoRAFactors | None:
+        """What a forward needs of a projection; None where it is not a target."""
+        if projection not in self.projections:
+            return None
+        storage = self.projections[projection]
+        assert isinstance(storage, SlotLoRA)
+        owned = self._owned_on(storage.lora_A.device)
+        return LoRAFactors(
+            storage.lora_A,
+            storage.lora_B,
+            owned.slots,
+            owned.padded,
+            self.scaling,
+            self.dropout if self.training else 0.0,
+            self.kernel,
+        )
+
+    @torch.no_grad()
+    def delta_weight(self, projection: str, expert: int) -> Tensor:
+        """s * (B A) of one expert, [O, I], in the dtype of the LoRA parameters."""
+        slots = self.projections[projection]
+        assert isinstance(slots, SlotLoRA)
+        owned = torch.from_numpy(np.flatnonzero(self.table.owner == expert)).to(self.device)
+        return self.scaling * (slots.lora_B[owned].T @ slots.lora_A[owned])
+
+    def _owned_on(self, device: torch.device) -> _Owned:
+        """The slots of each expert, uploaded once for each change of the table or device."""
+        if self._owned is None or self._owned.padded.device != device:
+            self._owned = _Owned.of(self.table, device)
+        return self._owned
+
+
+class _Owned(NamedTuple):
+    """The slots of each expert in the order of its rank dimensions, as kernels take them."""
+
+    slots: list[slice | Tensor | None]
+    padded: Tensor  # int64 [N, R], -1 behind an expert's slots; R is a multiple of 8
+
+    @classmethod
+    def of(cls, table: SlotTable, device: torch.device) -> _Owned:
+        owned = np.split(table.active(), np.cumsum(table.ranks())[:-1])
+        width = -(-max(slots.size for slots in owned) // 8) * 8
+        padded = np.full((len(owned), max(width, 8)), -1, dtype=np.int64)
+        for row, slots in zip(padded, owned, strict=True):
+            row[: slots.size] = slots
+        slots_of = [_as_slice(slots, device) for slots in owned]
+        return cls(slots_of, torch.from_numpy(padded).to(device))
+
+
+def _as_slice(slots: IntArray, device: torch.device) -> slice | Tensor | None:
+    """The slots of an expert as a slice where they lie side by side: a view costs no copy."""
+    if not slots.size:
+        return None
+    first, last = int(slots[0]), int(slots[-1])
+    if (np.diff(slots) == 1).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(slots).to(device)

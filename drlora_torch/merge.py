@@ -1,0 +1,223 @@
+"""Merging: W + s B A written into the expert weights, and taken out again.
+
+States of an adapter, and what leads from one to the next::
+
+    attached --merge()--> merged --unmerge()--> attached
+    attached --merge(keep_originals=False)--> gone
+    attached --detach()--> gone
+    attached --merge_and_save(path)--> attached
+
+*Attached*: the LoRA is in the model, statistics are taken, everything works. *Merged*: the model
+is a plain one with other weights, nothing of ours is in it; the adapter keeps the LoRA, the
+engine, and a copy of every weight it wrote to; only ``unmerge``, ``ranks`` and what only reads
+work, the rest raises :class:`drlora_torch.AttachError`. *Gone*: the adapter has ended.
+
+``unmerge`` copies the kept weights back, so it is exact: subtracting s B A again would leave
+rounding errors.
+
+Shape letters: I input and O output features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from drlora_core import atomic
+from drlora_torch.attached import AdaptedLayer, Attached, ExpertWeight, Merged, Original
+from drlora_torch.errors import AttachError, CheckpointError, ModelError
+from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached
+from drlora_torch.lifecycle.routers import show_routers
+from drlora_torch.models.conventions import convention_of
+from drlora_torch.parameters import lora_parameters
+from drlora_torch.step import hooks
+
+Layers = Mapping[str, AdaptedLayer]
+SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def merge(attached: Attached, *, keep_originals: bool) -> None:
+    """Write W + s B A into the weights, and take the LoRA out; routers stay trained.
+
+    Raises:
+        AttachError: the adapter is not attached, or others are.
+    """
+    check_attached(attached)
+    residents = Residents.of(attached.model)
+    others = [name for name in residents.by_name if name != attached.name]
+    if others:
+        raise AttachError(
+            f"merge() would change the weights under the other adapters of the model "
+            f"({', '.join(map(repr, others))}); call their detach() first, or merge_and_save()"
+        )
+    originals = write(attached.layers)
+    residents.remove(attached)
+    show_routers(attached, True)
+    if keep_originals:
+        attached.merged = Merged(originals, _refuse_steps(attached))
+    else:
+        attached.layers = {}
+
+
+def unmerge(attached: Attached) -> None:
+    """Bring back the weights of before :func:`merge`, bit for bit, and the LoRA with them.
+
+    Raises:
+        AttachError: the adapter is not merged, or the model has changed since.
+    """
+    merged = attached.merged
+    if merged is None:
+        raise AttachError(
+            "this adapter is not merged (or its merge kept no copies of the weights, "
+            "keep_originals=False)"
+        )
+    if not attached.enabled:
+        raise AttachError("unmerge() cannot run inside adapter.disabled()")
+    check_unmergeable(attached.layers, merged.originals)
+    residents = Residents.of(attached.model)
+    if residents.by_name:
+        raise AttachError("another adapter was attached to the model; call its detach() first")
+    try:
+        residents.add(attached)
+    except BaseException:
+        show_routers(attached, True)
+        raise
+    restore(attached.layers, merged.originals)
+    merged.stop_guard()
+    attached.merged = None
+
+
+def merge_and_save(attached: Attached, path: Path) -> None:
+    """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is.
+
+    Raises:
+        AttachError: the adapter is not active, or disabled.
+        CheckpointError: nothing could be written.
+        ModelError: the model is none of Transformers.
+    """
+    active_tracker(attached)
+    if not attached.enabled:
+        raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
+    save_model: Any = getattr(attached.model, "save_pretrained", None)
+    if save_model is None:
+        raise ModelError(
+            f"{type(attached.model).__name__} has no save_pretrained; call adapter.merge() and "
+            "save model.state_dict() yourself"
+        )
+    try:
+        with (
+            atomic.replaced_files(path, "model*.safetensors*") as folder,
+            written(attached.layers),
+        ):
+            save_model(os.fspath(folder))
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write a merged model to {path}: {error}; what was there before is untouched"
+        ) from error
+
+
+@torch.no_grad()
+def write(layers: Layers) -> dict[ExpertWeight, Original]:
+    """Write W + s B A into the weights of all experts that have a rank.
+
+    The sum is taken in the wider dtype of both and rounded once, to that of the weights.
+
+    Returns:
+        The weights as they were, on the CPU. Where writing fails half-way, they are restored.
+    """
+    originals: dict[ExpertWeight, Original] = {}
+    for place in _places(layers):
+        _weight(layers, place)  # weights that cannot be written to are refused before any is
+    try:
+        for place in _places(layers):
+            weight = _weight(layers, place)
+            name, projection, expert = place
+            delta = layers[name].lora.delta_weight(projection, expert).to(weight.device)
+            wide = torch.promote_types(weight.dtype, delta.dtype)
+            merged = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+            originals[place] = Original(weight.to("cpu", copy=True), _checksum(merged))
+            weight.copy_(merged)
+    except BaseException:
+        restore(layers, originals)
+        raise
+    return originals
+
+
+@torch.no_grad()
+def restore(layers: Layers, originals: Mapping[ExpertWeight, Original]) -> None:
+    """Put the kept weights back, bit for bit."""
+    for place, original in originals.items():
+        _weight(layers, place).copy_(original.values)
+
+
+@torch.no_grad()
+def check_unmergeable(layers: Layers, originals: Mapping[ExpertWeight, Original]) -> None:
+    """Refuse to put weights back where others than the merged ones are by now.
+
+    Raises:
+        AttachError: the weights were trained, loaded or converted after ``merge``.
+    """
+    for place, original in originals.items():
+        weight = _weight(layers, place)
+        same_kind = (weight.dtype, weight.shape) == (original.values.dtype, original.values.shape)
+        if not same_kind or _checksum(weight) != original.written:
+            name, projection, expert = place
+            raise AttachError(
+                f"{projection} of expert {expert} of layer {name!r} has changed since merge() "
+                "(was the merged model trained or converted?); unmerge() would throw that away"
+            )
+
+
+@contextlib.contextmanager
+def written(layers: Layers) -> Iterator[None]:
+    """Inside, the expert weights are the merged ones; afterwards the original ones again."""
+    originals = write(layers)
+    try:
+        yield
+    finally:
+        restore(layers, originals)
+
+
+def _refuse_steps(attached: Attached) -> Any:
+    """Refuse optimizer steps on a LoRA that no forward uses any more; return what ends that."""
+
+    def before(merged: Attached, optimizer: Optimizer, closure: hooks.Closure | None) -> None:
+        if hooks.count_held(optimizer, lora_parameters(merged)):
+            raise AttachError(
+                "an optimizer step on an adapter that is merged into the weights would train "
+                "nothing; call adapter.unmerge() first"
+            )
+
+    def after(merged: Attached, optimizer: Optimizer) -> None:
+        pass
+
+    return hooks.follow_optimizers(attached, before, after)
+
+
+def _places(layers: Layers) -> Iterator[ExpertWeight]:
+    """Every expert with a rank, projection by projection."""
+    for name, layer in layers.items():
+        for projection, _ in layer.lora.items():
+            for expert in np.flatnonzero(layer.lora.table.ranks()).tolist():
+                yield name, projection, expert
+
+
+def _weight(layers: Layers, place: ExpertWeight) -> Tensor:
+    """The weight of an expert, a view [O, I]."""
+    name, projection, expert = place
+    experts = layers[name].experts
+    return convention_of(experts).expert_weight(experts, projection, expert).detach()
+
+
+def _checksum(weight: Tensor) -> int:
+    """Sum of the bits as integers: exact, in any order and on any device."""
+    bits = weight.contiguous().view(SAME_SIZE[weight.element_size()])
+    return int(bits.sum(dtype=torch.int64))

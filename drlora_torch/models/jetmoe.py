@@ -1,0 +1,96 @@
+"""JetMoE: one module per projection of all experts, called with rows sorted by expert.
+
+``input_linear(rows, counts)`` and ``output_linear(rows, counts)``, ``weight`` [N, O, I]. The layer
+is the block, which holds the router: that of the MLP, and on request that of routed attention,
+whose experts project queries and outputs.
+
+Shape letters: T tokens, K experts per token, N experts, S = T * K (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models.convention import Observer, give_lora, undo_all
+from drlora_torch.models.fused import Fused, run_instead
+from drlora_torch.models.location import ExpertParameter
+
+ATTENTION = "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA"
+FIRST, LAST = "input_linear", "output_linear"
+
+
+def _install(
+    convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer
+) -> Callable[[], None]:
+    """Give the block its LoRA, its projections a forward, its router a hook."""
+    last = threading.local()  # the routing of the router's last call in each thread
+
+    def remember(router: Any, args: object, output: Any) -> None:
+        last.routing = _routing(output)
+
+    def first(inputs: Tensor, expert_size: list[int]) -> Tensor:
+        return _project(convention, module, FIRST, lora, inputs, expert_size)
+
+    def second(inputs: Tensor, expert_size: list[int]) -> Tensor:
+        output = _project(convention, module, LAST, lora, inputs, expert_size)
+        observer.routed(lora, output, *last.routing)
+        return output
+
+    return undo_all(
+        [
+            give_lora(module, lora, observer),
+            module.router.register_forward_hook(remember).remove,
+            run_instead(getattr(module, FIRST), first, observer),
+            run_instead(getattr(module, LAST), second, observer),
+        ]
+    )
+
+
+def _project(
+    convention: Fused,
+    module: Any,
+    projection: str,
+    lora: ExpertLoRA,
+    inputs: Tensor,
+    counts: list[int],
+) -> Tensor:
+    rows = inputs.to(convention.compute_dtype(module))
+    experts = _experts(counts, inputs.device)
+    dispatch = Dispatch.sort(experts.unsqueeze(1), lora.table.num_experts)
+    return convention.project(module, projection, lora, rows, dispatch)
+
+
+def _experts(counts: list[int], device: torch.device) -> Tensor:
+    """Expert of each sorted row, int64 [S]."""
+    numbers = torch.tensor(counts, device=device)
+    return torch.repeat_interleave(torch.arange(len(counts), device=device), numbers)
+
+
+def _routing(output: Any) -> tuple[Tensor, Tensor]:
+    """Index and weights [T, K] from what the router gives: pairs sorted by expert."""
+    order, _, gates, counts, logits = output
+    index = torch.empty_like(order)
+    index[order] = _experts(counts, order.device)
+    weights = torch.empty_like(gates)
+    weights[order] = gates.detach()
+    return index.view(logits.shape[0], -1), weights.view(logits.shape[0], -1)
+
+
+JETMOE = Fused(
+    name="single projections",
+    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE", ATTENTION),
+    weights={
+        projection: ExpertParameter(module=projection, name="weight", transposed=False)
+        for projection in (FIRST, LAST)
+    },
+    install_into=_install,
+    router="router",
+    on_request=ATTENTION,
+)

@@ -1,0 +1,78 @@
+"""Llama 4: the inputs of its experts are multiplied by the routing weights, for every expert.
+
+The block repeats its tokens to [N * T, H], expert by expert, times a weight that is exactly 0
+where the expert was not chosen; ``experts(inputs)`` is the whole call, and an expert of zeros
+gives zeros. So only the chosen rows are computed here; outputs and gradients are the same. The
+layer is the block, which holds the router: nothing else knows the routing.
+
+Shape letters: T tokens, K experts per token, N experts, H model width, S = T * K.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from drlora_torch.errors import ModelError
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models.convention import Observer, give_lora, undo_all
+from drlora_torch.models.fused import Fused, run_instead
+from drlora_torch.models.location import ExpertParameter
+
+
+def _install(
+    convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer
+) -> Callable[[], None]:
+    """Give the block its LoRA, its experts a forward, its router a hook."""
+    last = threading.local()  # the routing of the router's last call in each thread
+
+    def remember(router: Any, args: object, output: tuple[Tensor, Tensor]) -> None:
+        scores, logits = output
+        index = logits.topk(router.top_k, dim=1).indices  # as the router itself chose
+        last.routing = index, scores.detach().gather(1, index)
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        routing, last.routing = getattr(last, "routing", None), None
+        if routing is None:
+            raise ModelError(f"{lora.name}: its experts were called without their router")
+        output = _run(convention, module, lora, hidden_states, routing[0])
+        observer.routed(lora, output, *routing)
+        return output
+
+    return undo_all(
+        [
+            give_lora(module, lora, observer),
+            run_instead(module.experts, forward, observer),
+            module.router.register_forward_hook(remember).remove,
+        ]
+    )
+
+
+def _run(convention: Fused, module: Any, lora: ExpertLoRA, inputs: Tensor, index: Tensor) -> Tensor:
+    """Experts with LoRA on weighted inputs [N * T, H]; rows not chosen stay 0."""
+    dtype = convention.compute_dtype(module)
+    dispatch = Dispatch.sort(index, lora.table.num_experts)
+    chosen = index.reshape(-1)[dispatch.order] * index.shape[0] + dispatch.tokens  # [S]
+    rows = inputs[chosen].to(dtype)
+    rows = convention.project(module, "gate_up_proj", lora, rows, dispatch)
+    gate, up = rows.chunk(2, dim=-1)
+    rows = (up * module.experts.act_fn(gate)).to(dtype)
+    rows = convention.project(module, "down_proj", lora, rows, dispatch)
+    output = inputs.new_zeros(inputs.shape[0], rows.shape[1])
+    return output.index_copy(0, chosen, rows.to(inputs.dtype))
+
+
+LLAMA4 = Fused(
+    name="weighted inputs",
+    classes=("transformers.models.llama4.modeling_llama4.Llama4TextMoe",),
+    weights={
+        name: ExpertParameter(module="experts", name=name, transposed=True)
+        for name in ("gate_up_proj", "down_proj")
+    },
+    install_into=_install,
+    router="router",
+)

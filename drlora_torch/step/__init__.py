@@ -1,0 +1,1 @@
+"""One optimizer step: from routing and gradients to a growth event."""

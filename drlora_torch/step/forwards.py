@@ -1,0 +1,187 @@
+"""The forwards of a model that are running: which attention mask the tokens of a layer have.
+
+Experts see flattened tokens, so the mask is taken where the model gets it. Nothing else is decided
+here: whether a forward counts is decided by its backward pass.
+
+Shape letters: T tokens of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+SENSES = {"pixel_values", "pixel_values_videos", "input_features"}
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class ModelCall:
+    """One forward of the model, or of a part of it that takes a mask."""
+
+    mask: Tensor | None  # [batch, length]
+    length: int | None = None
+    """Tokens in each row of the input, where the forward was given any."""
+    kinds: Tensor | None = None
+    """What each token is (text or image), where the model tells its layers, [batch, length]."""
+    with_gradients: bool = True
+    outer: ModelCall | None = None
+    checkpointed: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Layers that ran without gradients inside, as reentrant checkpointing does: the numbers of
+    those forwards by layer."""
+
+    def token_mask(self, num_tokens: int) -> Tensor | None:
+        """Which of the tokens that a layer received count, bool [T].
+
+        A layer that received another number of tokens than the model was given (one of several
+        sets of experts, another tower) gets the mask of the tokens of its kind, where it is known.
+        None where there is no mask, or it cannot be aligned with the tokens.
+        """
+        if self.mask is None:
+            return None
+        if self.length is None or num_tokens == self.mask.shape[0] * self.length:
+            return flatten_mask(self.mask, num_tokens)
+        if self.kinds is None or self.kinds.shape != self.mask.shape:
+            return None
+        text = self.kinds == 0
+        chosen = [kind for kind in (text, ~text) if int(kind.sum()) == num_tokens]
+        return self.mask[chosen[0]] != 0 if len(chosen) == 1 else None
+
+
+class ForwardWatch:
+    """Knows the running forward of each thread, and the one whose backward pass is running.
+
+    The innermost two-dimensional mask is the one that the experts below belong to (encoder-decoder
+    models have two). A forward of the whole model starts afresh, so one that was interrupted
+    without its end being seen (KeyboardInterrupt) leaves nothing behind.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        self._model = model
+        self._running = threading.local()
+        self._in_backward: ModelCall | None = None
+        self._handles: list[RemovableHandle] = []
+        for module in _mask_takers(model, list(layers)):
+            names = list(inspect.signature(module.forward).parameters)
+            place = names.index("attention_mask") if "attention_mask" in names else None
+            tower = _is_tower(module)
+            self._handles += [
+                module.register_forward_pre_hook(self._entering(place, tower), with_kwargs=True),
+                module.register_forward_hook(self._leaving, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def running(self) -> ModelCall | None:
+        """The forward of this thread; None outside of one."""
+        call: ModelCall | None = getattr(self._running, "call", None)
+        return call
+
+    def checkpointed_call(self, layer: str) -> ModelCall | None:
+        """The forward that a checkpointed layer is run again for, within its backward pass."""
+        call = self._in_backward
+        return call if call is not None and layer in call.checkpointed else None
+
+    def _entering(self, place: int | None, tower: bool) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            outer = None if module is self._model else self.running
+            if outer is None and torch.is_grad_enabled():
+                self._in_backward = None  # its backward pass is over
+            mask = kwargs.get("attention_mask")
+            if place is not None and place < len(args):
+                mask = args[place]
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                mask = None if outer is None or tower else outer.mask
+            length, kinds = _tokens_given(kwargs)
+            self._running.call = ModelCall(mask, length, kinds, torch.is_grad_enabled(), outer)
+
+        return enter
+
+    def _leaving(self, module: nn.Module, args: object, output: object) -> None:
+        call = self.running
+        if call is None:  # a hook before ours failed, so that we never entered
+            return
+        self._running.call = call.outer
+        if call.checkpointed:
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad: self._reached(call))  # type: ignore[no-untyped-call]
+
+    def _reached(self, call: ModelCall) -> None:
+        """The backward pass enters a forward through its output, before any of its layers."""
+        self._in_backward = call
+
+
+def flatten_mask(mask: Tensor, num_tokens: int) -> Tensor | None:
+    """Flatten an attention mask [batch, length] to the tokens of a layer, bool [T].
+
+    With a key-value cache the mask is longer than the input, whose tokens are its last columns.
+    None where the mask cannot belong to so many tokens.
+    """
+    if mask.shape[0] == 0 or num_tokens % mask.shape[0]:
+        return None
+    length = num_tokens // mask.shape[0]
+    if length > mask.shape[1]:
+        return None
+    return mask[:, mask.shape[1] - length :].reshape(-1) != 0
+
+
+def _mask_takers(model: nn.Module, layers: list[str]) -> list[nn.Module]:
+    """The model, and the modules around the layers that take tokens and a mask of their own.
+
+    Also the towers: the mask of a text says nothing of the patches of an image.
+    """
+    chosen = [model]
+    for name, module in model.named_modules():
+        around = any(layer.startswith(f"{name}.") for layer in layers)
+        if name and around and (_takes_tokens(module) or _is_tower(module)):
+            chosen.append(module)
+    return chosen
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    return {"input_ids", "attention_mask"} <= _argument_names(module)
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """True for a part of a model that takes images or sound, and no tokens."""
+    names = _argument_names(module)
+    return bool(names & SENSES) and "input_ids" not in names
+
+
+def _argument_names(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _tokens_given(kwargs: dict[str, Any]) -> tuple[int | None, Tensor | None]:
+    """The length of the rows of a forward's input, and the kinds of its tokens."""
+    tokens = [kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    lengths = [value.shape[1] for value in tokens if isinstance(value, Tensor) and value.dim() > 1]
+    kinds = [
+        value
+        for name, value in kwargs.items()
+        if name.endswith("token_type_ids") and isinstance(value, Tensor) and value.dim() == 2
+    ]
+    return (lengths[0] if lengths else None, kinds[0] if kinds else None)
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors that a forward returned, in tuples, lists and dicts of any depth."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

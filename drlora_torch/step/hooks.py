@@ -1,0 +1,99 @@
+"""Follow the optimizers of the process, so that nothing has to be called in the training loop.
+
+torch calls its global hooks for every optimizer, in Trainer, Accelerate and ``GradScaler`` too. A
+step that ``GradScaler`` skips never reaches the hooks, or comes with ``found_inf`` (fused
+optimizers).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+Owner = TypeVar("Owner")
+Closure = Callable[[], Any]
+Before = Callable[[Owner, Optimizer, Closure | None], Closure | None]
+"""Called with the closure of the step, or None; may return one to run in its place."""
+After = Callable[[Owner, Optimizer], None]
+
+_followers: list[tuple[weakref.ref[Any], Callable[[], None]]] = []
+
+
+def follow_optimizers(
+    owner: Owner, before: Before[Owner], after: After[Owner]
+) -> Callable[[], None]:
+    """Call two functions around every optimizer step of the process; return what ends that.
+
+    Args:
+        owner: handed to both; only a weak reference is kept, so that hooks do not keep a model
+            alive.
+        before: called before the step, with the optimizer and its closure.
+        after: called after the step.
+    """
+    reference = weakref.ref(owner)
+
+    def pre_hook(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if (alive := reference()) is None:
+            return None
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = before(alive, optimizer, given)
+        return None if closure is None else _with_closure(args, kwargs, closure)
+
+    def post_hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (alive := reference()) is not None:
+            after(alive, optimizer)
+
+    handles = [
+        register_optimizer_step_pre_hook(pre_hook),
+        register_optimizer_step_post_hook(post_hook),
+    ]
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+        _followers[:] = [entry for entry in _followers if entry[1] is not stop]
+
+    _stop_orphans()
+    _followers.append((reference, stop))
+    return stop
+
+
+def held_parameters(optimizer: Optimizer) -> set[int]:
+    """Identities of the parameters that an optimizer holds."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def count_held(optimizer: Optimizer, parameters: list[nn.Parameter]) -> int:
+    """How many of these parameters an optimizer holds."""
+    held = held_parameters(optimizer)
+    return sum(id(parameter) in held for parameter in parameters)
+
+
+def _stop_orphans() -> None:
+    """Take out the hooks of adapters that were dropped without ``detach``.
+
+    Not when the garbage collector finds them: that may be in the middle of an optimizer's step,
+    where torch is going through its hooks.
+    """
+    for reference, stop in list(_followers):
+        if reference() is None:
+            stop()
+
+
+def _with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of ``step`` with another closure; ``args[0]`` is the optimizer."""
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}

@@ -1,0 +1,50 @@
+"""What is said once of a training that may not be what the user wants."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from drlora_torch.attached import AdaptedLayer
+
+logger = logging.getLogger(__name__)
+
+
+class Notices:
+    """Says each thing once for an adapter."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def check_training(self, layer: AdaptedLayer) -> None:
+        """Look at a layer that a backward pass has reached."""
+        if not layer.experts.training and self._first("evaluation"):
+            logger.warning(
+                "the model is trained in evaluation mode (from_pretrained returns models in it): "
+                "dropout is off; call model.train() before training if that is not intended"
+            )
+        frozen = not any(parameter.requires_grad for parameter in layer.lora.parameters())
+        if frozen and self._first("frozen"):
+            warnings.warn(
+                "the expert LoRA is frozen and does not learn: something froze it after attach "
+                "(get_peft_model does); call adapter.parameters() after that and before the "
+                "optimizer is made",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def unaligned_mask(self, layer: str, num_tokens: int, shape: tuple[int, ...]) -> None:
+        """The attention mask does not fit the tokens of a layer."""
+        if self._first("mask"):
+            warnings.warn(
+                f"layer {layer!r} received {num_tokens} tokens, which the attention mask of shape "
+                f"{list(shape)} cannot be aligned with, so padding counts in its routing; pass the "
+                "mask [batch, length] of the tokens that the model is given",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _first(self, what: str) -> bool:
+        new = what not in self._said
+        self._said.add(what)
+        return new

@@ -1,0 +1,59 @@
+"""The samples of one optimizer step, as the engine takes them.
+
+Shape letters: N experts, P rank slots.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drlora_torch.attached import Attached
+from drlora_torch.step.importance import by_dimension
+
+Slots = Mapping[str, Tensor | None]
+"""Importance of the slots [P] by layer; None where no gradient arrived."""
+
+
+def observe(attached: Attached, totals: Mapping[str, NDArray[np.float64]], slots: Slots) -> None:
+    """Hand the samples of a step to the engine; a layer that saw no token has none.
+
+    A step without any token, or with a statistic that is not finite, is skipped and counted.
+
+    Args:
+        attached: the adapter.
+        totals: summed routing weights and number of tokens, [N + 1] by layer.
+        slots: importance.
+    """
+    samples = {
+        name: (totals[name][:-1] / totals[name][-1], by_dimension(layer.lora, slots[name]))
+        for name, layer in attached.layers.items()
+        if totals[name][-1] != 0
+    }
+    if not samples:
+        _skip(attached, "no token was counted: no backward pass reached the adapted experts")
+    elif not all(np.isfinite(part).all() for sample in samples.values() for part in sample):
+        _skip(attached, "routing or importance is not finite")
+        samples = {}
+    for name in attached.layers:
+        if name in samples:
+            phi, s = samples[name]
+            tokens = int(totals[name][-1])
+            attached.engine.observe(name, routing=phi, importance=s, tokens=tokens)
+        else:
+            attached.engine.skip(name)
+
+
+def _skip(attached: Attached, reason: str) -> None:
+    if not attached.skipped_steps:
+        warnings.warn(
+            f"step {attached.engine.step_count + 1}: {reason}; the step counts for nothing in the "
+            "allocation (adapter.skipped_steps counts them)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    attached.skipped_steps += 1

@@ -1,0 +1,291 @@
+"""One optimizer step: its routing and importance are gathered, read and handed to the engine.
+
+The routing of a forward counts when the backward pass reaches the experts' output of that forward,
+once. So evaluation, generation, dropped batches and exceptions need no rule of their own, and
+gradient checkpointing counts once in both of its modes: the recomputed graph of the non-reentrant
+mode has no backward pass of its own, and the first forward of the reentrant mode has no graph.
+
+Shape letters: T tokens, K experts per token, N experts, P rank slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from drlora_core import GrowthEvent
+from drlora_torch import parameters
+from drlora_torch.attached import Attached
+from drlora_torch.errors import AttachError
+from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.options import Newborn
+from drlora_torch.step import growth, hooks, newborn, samples
+from drlora_torch.step.forwards import ForwardWatch
+from drlora_torch.step.importance import ImportanceReader, slot_importance
+from drlora_torch.step.notices import Notices
+from drlora_torch.step.processes import sum_over_processes
+from drlora_torch.step.routing import Routing, sum_weights
+from drlora_torch.step.samples import Slots
+from drlora_torch.step.witness import GradientWitness
+
+ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
+COUNTED = -1  # number of a checkpointed forward that was counted already
+
+
+class StepTracker:
+    """Gathers, reads and closes the optimizer steps of the active adapter.
+
+    It is the :class:`drlora_torch.models.convention.Observer` of the adapted layers.
+    """
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+        self._notices = Notices()
+        self._forwards = 0  # of all layers so far
+        self._newest_counted = 0  # forwards made when routing was counted last
+        self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
+        self._slots: Slots | None = None  # read before the optimizer's step
+        self._snapshots: list[newborn.Snapshot] = []
+        self._horizon = 0.0  # of the newborn corrections in this step
+        self._watch = ForwardWatch(attached.model, attached.layers)
+        self._witness = GradientWitness(self._lora_parameters()[0])
+        self._reader: ImportanceReader | None = None
+        if not attached.options.auto_step:
+            self._reader = ImportanceReader(layer.lora for layer in attached.layers.values())
+        self._stop_following = hooks.follow_optimizers(
+            self, StepTracker._before_step, StepTracker._after_step
+        )
+
+    def __reduce__(self) -> str:
+        raise AttachError(
+            "a model with an adapter can be neither copied nor pickled: both models would count "
+            "in one engine; use save_pretrained and load, or detach() first"
+        )
+
+    def remove(self) -> None:
+        """Stop tracking: take all hooks out."""
+        self._watch.remove()
+        self._witness.remove()
+        self._stop_following()
+        if self._reader is not None:
+            self._reader.remove()
+
+    def forget(self) -> None:
+        """Forget what the step has gathered so far."""
+        self._sums.clear()
+        self._witness.forget()
+        if self._reader is not None:
+            self._reader.forget()
+
+    # -- gather --------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """False inside ``adapter.disabled()``."""
+        return self.attached.enabled
+
+    def routed(
+        self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> None:
+        """Count the routing of a forward once the backward pass reaches ``output``."""
+        if self.attached.paused:
+            return
+        self._forwards += 1
+        number, call = self._forwards, self._watch.running
+        if not torch.is_grad_enabled():
+            if call is not None and call.with_gradients:  # reentrant checkpointing, perhaps
+                call.checkpointed[lora.name] = number
+            return
+        if call is None and (call := self._watch.checkpointed_call(lora.name)) is not None:
+            number, call.checkpointed[lora.name] = call.checkpointed[lora.name], COUNTED
+        if output.requires_grad and number != COUNTED:
+            routing = Routing(lora.name, number, top_k_index, top_k_weights.detach(), call)
+            output.register_hook(partial(self._reached, routing))  # type: ignore[no-untyped-call]
+
+    def _reached(self, routing: Routing, gradient: Tensor) -> None:
+        """The backward pass has reached the output of a forward."""
+        if routing.counted or self.attached.paused:
+            return
+        routing.counted = True
+        begins = routing.number > self._newest_counted  # the first layer of a new backward pass
+        if begins and self._witness.cleared(self._lora_parameters()):
+            self.forget()
+        self._newest_counted = self._forwards
+        layer = self.attached.layers[routing.layer]
+        self._notices.check_training(layer)
+        index, weights, mask = routing.top_k_index, routing.top_k_weights, self._mask(routing)
+        sums = sum_weights(index, weights, mask, layer.record.num_experts)
+        before = self._sums.get(routing.layer)
+        self._sums[routing.layer] = sums if before is None else before + sums
+
+    def _mask(self, routing: Routing) -> Tensor | None:
+        """Which tokens of a forward count, bool [T]; None for all."""
+        if routing.call is None or routing.call.mask is None:
+            return None
+        num_tokens = routing.top_k_index.shape[0]
+        mask = routing.call.token_mask(num_tokens)
+        if mask is None:
+            self._notices.unaligned_mask(routing.layer, num_tokens, routing.call.mask.shape)
+            return None
+        return mask.to(routing.top_k_index.device)
+
+    def _lora_parameters(self) -> list[torch.nn.Parameter]:
+        return parameters.lora_parameters(self.attached)
+
+    # -- read ----------------------------------------------------------------------------------
+
+    def _before_step(
+        self, optimizer: Optimizer, closure: hooks.Closure | None
+    ) -> hooks.Closure | None:
+        self._slots, self._snapshots = None, []
+        if not self._holds_lora(optimizer):
+            return None
+        if closure is None:
+            self._read(optimizer)
+            return None
+        inner = closure
+
+        def closure_then_read() -> object:
+            loss = inner()
+            self._read(optimizer)
+            return loss
+
+        return closure_then_read
+
+    def _holds_lora(self, optimizer: Optimizer) -> bool:
+        own = self._lora_parameters()
+        held = hooks.count_held(optimizer, own)
+        if self.attached.options.auto_step and 0 < held < len(own):
+            raise AttachError(
+                f"the optimizer holds {held} of the adapter's {len(own)} LoRA parameters; wrong:\n"
+                "    AdamW(some of adapter.parameters())\nright:\n"
+                "    AdamW(adapter.parameters())\nor attach(..., auto_step=False) and call "
+                "adapter.step() once all optimizers have stepped"
+            )
+        return held > 0
+
+    def _read(self, optimizer: Optimizer) -> None:
+        """Read importance from the gradients that the optimizer is about to use."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor) and bool(found_inf.any()):
+            return  # a fused optimizer will leave the parameters as they are
+        if all(parameter.grad is None for parameter in self._lora_parameters()):
+            return  # this step does not train the adapter
+        scale = getattr(optimizer, "grad_scale", None)
+        read = {} if self.attached.paused else self.attached.layers
+        slots = {name: slot_importance(layer.lora) for name, layer in read.items()}
+        if isinstance(scale, Tensor):
+            slots = {
+                name: None if values is None else values / scale.to(values)
+                for name, values in slots.items()
+            }
+        self._slots = slots
+        loras = [layer.lora for layer in self.attached.layers.values()]
+        self._snapshots = newborn.snapshot(loras, self.attached.ages, optimizer)
+
+    # -- close ---------------------------------------------------------------------------------
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        slots, self._slots = self._slots, None
+        if slots is None:
+            return
+        self.attached.optimizers.add(optimizer)
+        if self.attached.options.newborn is Newborn.CORRECTED:
+            horizon = newborn.correct(self._snapshots, optimizer)
+            self._horizon = max(self._horizon, horizon)
+        self._snapshots = []
+        if self._reader is None:
+            self._close(slots)
+        elif self.attached.paused:
+            self._grow_older()
+
+    def close_by_hand(self, grad_scale: float) -> GrowthEvent | None:
+        """Close an optimizer step with ``auto_step=False``."""
+        if self._reader is None:
+            raise AttachError(
+                "adapter.step() is called for you after every optimizer.step(); use "
+                "attach(..., auto_step=False) to call it yourself"
+            )
+        return self._close(self._reader.take(grad_scale))
+
+    def _close(self, slots: Slots) -> GrowthEvent | None:
+        """Give the engine the statistics of the step and carry out its decision."""
+        if self.attached.paused:
+            self.forget()
+            self._grow_older()
+            return None
+        samples.observe(self.attached, self._take_routing(), slots)
+        self._grow_older()
+        event = self.attached.engine.step()
+        if event is not None:
+            growth.carry_out(self.attached, event)
+        parameters.unfreeze_routers(self.attached)
+        return event
+
+    def _grow_older(self) -> None:
+        if self._horizon:
+            newborn.grow_older(self.attached.ages, self._horizon)
+        self._horizon = 0.0
+
+    def _take_routing(self) -> dict[str, NDArray[np.float64]]:
+        """Routing sums of the step over all processes, [N + 1] by layer; counting restarts."""
+        layers = self.attached.layers
+        local = [self._local_sums(name) for name in layers]
+        self.forget()
+        device = next(iter(layers.values())).lora.device
+        summed = sum_over_processes(np.concatenate(local), device)
+        parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
+        return dict(zip(layers, parts, strict=True))
+
+    def _local_sums(self, name: str) -> NDArray[np.float64]:
+        if name not in self._sums:
+            return np.zeros(self.attached.layers[name].record.num_experts + 1)
+        sums: NDArray[np.float64] = self._sums[name].cpu().numpy()
+        return sums
+
+    # -- the partial state of a step -----------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Partial state of the current optimizer step; empty between steps.
+
+        ``pending/routing/{layer}`` float64 [N + 1]; ``pending/gradient/{key}``, of the shape of
+        the parameter of that key; with ``auto_step=False`` also ``pending/importance/{key}`` [P].
+        """
+        if self._reader is None and self._witness.cleared(self._lora_parameters()):
+            return {}  # the batch was dropped, as the next backward pass will notice
+        found: dict[str, Tensor] = {}
+        if self._sums:
+            for name in self.attached.layers:
+                found[f"{ROUTING}{name}"] = torch.from_numpy(self._local_sums(name))
+        if self._witness.seen:
+            for key, parameter in parameters.parameters_by_key(self.attached).items():
+                if parameter.grad is not None:
+                    found[f"{GRADIENT}{key}"] = parameter.grad
+        if self._reader is not None:
+            parts = self._reader.state_dict()
+            found |= {f"{IMPORTANCE}{key}": part for key, part in parts.items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on in the middle of a step, or between steps if ``state`` has nothing of one."""
+        self.forget()
+        importance: dict[str, Tensor] = {}
+        for key, parameter in parameters.parameters_by_key(self.attached).items():
+            gradient = state.get(f"{GRADIENT}{key}")
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+            if (part := state.get(f"{IMPORTANCE}{key}")) is not None:
+                importance[key] = part.to(parameter.device)
+        if self._reader is not None:
+            self._reader.load_state_dict(importance)
+        if any(key.startswith((GRADIENT, IMPORTANCE)) for key in state):
+            self._witness.note(self._lora_parameters()[0])
+        for name, layer in self.attached.layers.items():
+            sums = state.get(f"{ROUTING}{name}")
+            if sums is not None and sums[-1]:
+                self._sums[name] = sums.to(layer.lora.device)

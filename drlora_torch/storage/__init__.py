@@ -1,0 +1,1 @@
+"""Adapters on disk: our own files, the hub, and directories of PEFT."""

@@ -1,0 +1,63 @@
+"""One file holds a saved adapter: safetensors, with a JSON description in its header.
+
+It is written atomically, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from drlora_core import atomic
+from drlora_torch.errors import CheckpointError
+
+FILE_NAME = "drlora_adapter.safetensors"
+KEY = "drlora"
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+    """Write an adapter file into a folder, replacing an older one at once.
+
+    Raises:
+        CheckpointError: the disk is full or may not be written; what was there is untouched.
+    """
+    target = folder / FILE_NAME
+    metadata = {KEY: json.dumps(description)}
+    try:
+        atomic.write_file(target, lambda part: save_file(dict(tensors), part, metadata=metadata))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write {target}: {error}; what was there before is untouched"
+        ) from error
+    return target
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter from a folder or file.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or not a file of ours.
+    """
+    source = path / FILE_NAME if path.is_dir() else path
+    if not source.is_file():
+        raise CheckpointError(f"no adapter at {path}: expected a directory with {FILE_NAME}")
+    try:
+        with safe_open(str(source), framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            if text is None:
+                raise CheckpointError(f"{source} is a safetensors file, but not a drlora adapter")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        description = json.loads(text)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{source} is damaged or truncated: {error}") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{source} has no readable description")
+    return tensors, description

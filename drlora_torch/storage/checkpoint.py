@@ -1,0 +1,231 @@
+"""Save an adapter and load it again: weights, slot tables, engine state and options.
+
+Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B`` [P, O] (row s of
+both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P]; the
+engine's arrays as ``{layer}/engine/{field}``; growth events as ``{layer}/events/...``; routers that
+learn as ``router/{parameter}``; the partial state of the current optimizer step as ``pending/...``,
+see :meth:`drlora_torch.step.tracker.StepTracker.state_dict`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drlora_core import AllocatorConfig, AllocatorEngine, GrowthEvent, LayoutError, Policy
+from drlora_torch.attached import Attached
+from drlora_torch.errors import CheckpointError
+from drlora_torch.lifecycle.residents import tracker_of
+from drlora_torch.lifecycle.routers import trained_routers
+from drlora_torch.models.records import MoELayer
+from drlora_torch.options import AdapterOptions
+from drlora_torch.parameters import unfreeze_routers
+from drlora_torch.step.processes import several_processes
+from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint, history
+
+VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """The content of a file whose description was read; its tensors are not checked yet."""
+
+    path: Path
+    layers: Mapping[str, Any]
+    options: AdapterOptions
+    config: AllocatorConfig
+    state: Mapping[str, Any]  # of the engine
+    events: Sequence[Mapping[str, Any]]
+    base: object
+    tensors: Mapping[str, Tensor]
+    skipped_steps: int
+
+    @property
+    def pending(self) -> dict[str, Tensor]:
+        """Partial state of the step in which the file was saved."""
+        return {key: t for key, t in self.tensors.items() if key.startswith("pending/")}
+
+
+def save(attached: Attached, path: Path) -> Path:
+    """Write the adapter file into a folder.
+
+    Raises:
+        CheckpointError: nothing could be written; what was there before is untouched.
+    """
+    state = attached.engine.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, layer in attached.layers.items():
+        table = layer.lora.table
+        slots = {"owner": table.owner, "position": table.position, "ages": attached.ages[name]}
+        tensors |= {f"{name}/{field}": torch.from_numpy(array) for field, array in slots.items()}
+        tensors |= layer.lora.tensors()
+        fields = state["layers"][name]
+        for field, value in list(fields.items()):
+            if isinstance(value, np.ndarray):
+                tensors[f"{name}/engine/{field}"] = torch.from_numpy(fields.pop(field))
+    tensors |= {f"router/{name}": values for name, values in trained_routers(attached).items()}
+    tensors |= history.to_tensors(attached.events)
+    tensors |= _pending(attached)
+    records = [layer.record for layer in attached.layers.values()]
+    description = {
+        "version": VERSION,
+        "options": attached.options.model_dump(mode="json"),
+        "engine": state,
+        "events": history.to_json(attached.events),
+        "skipped_steps": attached.skipped_steps,
+        "base": fingerprint.of_model(attached.model, records),
+        "layers": {
+            record.name: {
+                "num_experts": record.num_experts,
+                "projections": {p: list(shape) for p, shape in record.projections.items()},
+            }
+            for record in records
+        },
+    }
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return adapter_file.write(path, whole, description)
+
+
+def read(path: Path) -> Saved:
+    """Read a file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, foreign or of another version.
+    """
+    tensors, description = adapter_file.read(path)
+    with checkpoint_checks.as_checkpoint_error(path):
+        if description["version"] != VERSION or isinstance(description["version"], bool):
+            raise CheckpointError(
+                f"the adapter has format version {description['version']!r}; this drlora reads "
+                f"{VERSION} (files of a newer drlora need a newer drlora)"
+            )
+        state = dict(description["engine"])
+        state["layers"] = {name: dict(fields) for name, fields in state["layers"].items()}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition("/engine/")
+            if name:
+                state["layers"][name][field] = tensor.numpy()
+        return Saved(
+            path,
+            dict(description["layers"]),
+            AdapterOptions(**description["options"]),
+            AllocatorConfig.model_validate(state["config"]),
+            state,
+            list(description.get("events", [])),
+            description.get("base"),
+            tensors,
+            int(description["skipped_steps"]),
+        )
+
+
+def restore_engine(saved: Saved, policy: Policy | None = None) -> AllocatorEngine:
+    """Build the engine of a file.
+
+    Raises:
+        CheckpointError: its state is damaged.
+    """
+    with checkpoint_checks.as_checkpoint_error(saved.path):
+        engine = AllocatorEngine(saved.config, policy=policy)
+        engine.load_state_dict(saved.state)
+        return engine
+
+
+def check(
+    saved: Saved,
+    engine: AllocatorEngine,
+    model: torch.nn.Module,
+    found: Sequence[MoELayer],
+    check_base: bool,
+) -> list[GrowthEvent]:
+    """Check a file against a model, and return its growth events.
+
+    Args:
+        saved: the file.
+        engine: its engine.
+        model: the base model, adapted or not.
+        found: the layers of the model.
+        check_base: compare the fingerprint of the base's expert weights.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or of another model.
+    """
+    records = {record.name: record for record in found}
+    with checkpoint_checks.as_checkpoint_error(saved.path):
+        checkpoint_checks.check_layers(saved.layers, records)
+        if check_base:
+            hint = "load(..., check_base=False) loads it all the same"
+            fingerprint.check(model, records, saved.base, hint)
+        wanted = checkpoint_checks.wanted_tensors(
+            model, records, saved.layers, saved.options, saved.config
+        )
+        checkpoint_checks.check_tensors(saved.tensors, wanted, saved.layers, saved.options)
+        checkpoint_checks.check_slots(saved.tensors, saved.layers, saved.options, engine)
+        return history.from_saved(saved.events, saved.tensors, engine)
+
+
+@torch.no_grad()
+def fill(attached: Attached, saved: Saved, events: list[GrowthEvent]) -> None:
+    """Give an adapter the checked content of a file, but not the partial state of a step."""
+    tensors = saved.tensors
+    attached.skipped_steps = saved.skipped_steps
+    attached.events[:] = events
+    for name, layer in attached.layers.items():
+        owner, position = tensors[f"{name}/owner"].numpy(), tensors[f"{name}/position"].numpy()
+        layer.lora.load(owner, position, tensors)
+        attached.ages[name] = tensors[f"{name}/ages"].numpy().copy()
+
+
+@torch.no_grad()
+def fill_routers(attached: Attached, saved: Saved) -> None:
+    """Give an adapter that is in its model the router values of a file."""
+    for name, values in trained_routers(attached).items():
+        values.copy_(saved.tensors[f"router/{name}"])
+
+
+def restore(attached: Attached, path: Path, *, check_base: bool = True) -> None:
+    """Bring an adapter to a saved state, in place: parameters keep their identity.
+
+    Raises:
+        CheckpointError: as for loading, or the adapter was made with other options.
+    """
+    saved = read(path)
+    own = attached.options.model_dump(exclude={"layers"})
+    same_layers = set(saved.layers) == set(attached.layers)
+    if saved.options.model_dump(exclude={"layers"}) != own or not same_layers:
+        raise CheckpointError(f"{path} was saved by an adapter with other options or layers")
+    records = [layer.record for layer in attached.layers.values()]
+    events = check(saved, restore_engine(saved), attached.model, records, check_base)
+    try:
+        attached.engine.load_state_dict(saved.state)
+    except LayoutError as error:
+        raise CheckpointError(f"{path} does not fit the adapter's engine: {error}") from error
+    fill(attached, saved, events)
+    fill_routers(attached, saved)
+    if (tracker := tracker_of(attached)) is None:
+        attached.unfinished = saved.pending
+    else:
+        unfreeze_routers(attached)
+        tracker.load_state_dict(saved.pending)
+
+
+def _pending(attached: Attached) -> dict[str, Tensor]:
+    """The partial state of the current step, to save with an adapter."""
+    tracker = tracker_of(attached)
+    found = attached.unfinished if tracker is None else tracker.state_dict()
+    if found and several_processes():
+        warnings.warn(
+            "saved between micro-batches of an optimizer step: with several processes those are "
+            "left out, since each process has gradients of its own; go on from the beginning of "
+            "the step",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return {}
+    return found
