@@ -18,7 +18,7 @@ from torch import nn
 from drlora_core import AllocatorEngine, GrowthEvent
 from drlora_torch import merge, parameters
 from drlora_torch.attached import AdaptedLayer, Attached
-from drlora_torch.errors import AttachError
+from drlora_torch.errors import refuse_copy
 from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.options import AdapterOptions
@@ -37,10 +37,7 @@ class Adapter:
         state = self._attached
         return f"Adapter({state.name!r}, {len(state.layers)} layers, {len(state.events)} events)"
 
-    def __reduce__(self) -> str:
-        raise AttachError(
-            "an adapter can be neither copied nor pickled; use save_pretrained and load"
-        )
+    __reduce__ = refuse_copy
 
     # -- what it is ----------------------------------------------------------------------------
 
@@ -106,6 +103,14 @@ class Adapter:
         if self.is_active:
             parameters.unfreeze_lora(self._attached)
         return list(parameters.parameters_by_key(self._attached).values())
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """A and B of all layers, for a parameter group of their own."""
+        return parameters.lora_parameters(self._attached)
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """Router parameters that learn (now or after the warmup), by qualified name."""
+        return parameters.router_parameters(self._attached)
 
     def step(self, grad_scale: float = 1.0) -> GrowthEvent | None:
         """Close an optimizer step by hand; only with ``auto_step=False``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from drlora_core.errors import DRLoRAError
 
 
@@ -23,3 +25,11 @@ class DataError(DRLoRAError):
 
 class RunError(DRLoRAError):
     """A fine-tuning run that cannot start or be resumed where it was asked to."""
+
+
+def refuse_copy(_: object) -> NoReturn:
+    """Stand in for ``__reduce__`` of what must be neither copied nor pickled with a model."""
+    raise AttachError(
+        "a model with an adapter can be neither copied nor pickled: both models would count in "
+        "one engine; use save_pretrained and load, or detach() first"
+    )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora_torch.errors import ModelError
+from drlora_torch.errors import ModelError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, give_lora, undo_all
 from drlora_torch.models.declaration import Declaration
@@ -50,6 +50,8 @@ def install(
 
 class BlockHooks:
     """The hooks of one adapted block; ``handles`` take them out."""
+
+    __reduce__ = refuse_copy
 
     def __init__(
         self, declaration: Declaration, block: nn.Module, lora: ExpertLoRA, observer: Observer

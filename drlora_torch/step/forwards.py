@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from drlora_torch.errors import refuse_copy
+
 SENSES = {"pixel_values", "pixel_values_videos", "input_features"}
 
 
@@ -61,6 +63,8 @@ class ForwardWatch:
     models have two). A forward of the whole model starts afresh, so one that was interrupted
     without its end being seen (KeyboardInterrupt) leaves nothing behind.
     """
+
+    __reduce__ = refuse_copy
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
         self._model = model

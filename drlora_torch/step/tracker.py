@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from drlora_core import GrowthEvent
 from drlora_torch import parameters
 from drlora_torch.attached import Attached
-from drlora_torch.errors import AttachError
+from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.options import Newborn
 from drlora_torch.step import growth, hooks, newborn, samples
@@ -62,11 +62,7 @@ class StepTracker:
             self, StepTracker._before_step, StepTracker._after_step
         )
 
-    def __reduce__(self) -> str:
-        raise AttachError(
-            "a model with an adapter can be neither copied nor pickled: both models would count "
-            "in one engine; use save_pretrained and load, or detach() first"
-        )
+    __reduce__ = refuse_copy
 
     def remove(self) -> None:
         """Stop tracking: take all hooks out."""

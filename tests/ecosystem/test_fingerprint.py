@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import drlora_torch
-from drlora_torch.checkpoint import restore
+from drlora_torch.adapter import state_of
 from tests.torch import helpers, models
 from tests.torch.test_checkpoint import rewrite
 
@@ -31,8 +31,8 @@ def test_other_weights_of_the_same_shape(saved: Path) -> None:
     assert drlora_torch.load(other, saved, check_base=False).ranks()
     adapter = helpers.attach(models.build(seed=1))
     with pytest.raises(drlora_torch.CheckpointError, match="base model is another"):
-        restore(adapter, saved)
-    restore(adapter, saved, check_base=False)
+        adapter.restore(saved)
+    adapter.restore(saved, check_base=False)
 
 
 @pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
@@ -82,8 +82,8 @@ def test_for_use_only(saved: Path) -> None:
     spy = helpers.Spy(adapter)
     with torch.no_grad():
         model(**helpers.batch())
-    assert adapter.is_paused
+    assert state_of(adapter).paused
     with adapter.paused():
         pass
-    assert adapter.is_paused
+    assert state_of(adapter).paused
     assert spy.samples == []

@@ -11,7 +11,8 @@ import pytest
 from huggingface_hub import errors
 
 import drlora_torch
-from drlora_torch import hub
+from drlora_torch.adapter import state_of
+from drlora_torch.storage.model_card import model_card
 from tests.torch import helpers, models
 
 FILE = "drlora_adapter.safetensors"
@@ -129,11 +130,12 @@ def test_a_failed_push_keeps_the_files(
 
 def test_the_card_tells_ranks_and_configuration(adapter: drlora_torch.Adapter) -> None:
     adapter.model.config._name_or_path = "allenai/OLMoE-1B-7B-0924"
-    card = hub.card(adapter, "my-adapter")
+    card = model_card(state_of(adapter), "me/my-adapter")
     metadata = huggingface_hub.ModelCard(card).data
     assert metadata.base_model == "allenai/OLMoE-1B-7B-0924"
     assert metadata.library_name == "drlora"
     assert "# my-adapter" in card
+    assert 'drlora_torch.load(model, "me/my-adapter", trainable=False)' in card
     assert "Ranks after 4 optimizer steps" in card
     for name, ranks in adapter.ranks().items():
         row = next(line for line in card.splitlines() if line.startswith(f"| `{name}`"))
@@ -145,6 +147,6 @@ def test_the_card_tells_ranks_and_configuration(adapter: drlora_torch.Adapter) -
 
 def test_the_card_names_no_local_folder(adapter: drlora_torch.Adapter, tmp_path: Path) -> None:
     adapter.model.config._name_or_path = str(tmp_path)
-    card = hub.card(adapter, "x")
+    card = model_card(state_of(adapter), "x")
     assert str(tmp_path) not in card
     assert "base_model:" not in card

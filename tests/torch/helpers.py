@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import drlora_torch
 from drlora_core import AllocatorConfig, AllocatorEngine
+from drlora_torch.adapter import state_of
+from drlora_torch.lifecycle.residents import active_tracker
 from tests.torch import models
 
 CONFIG: dict[str, Any] = {
@@ -105,6 +107,11 @@ def adamw(adapter: drlora_torch.Adapter, lr: float = 1e-2, **options: Any) -> to
 
 def rank_history(adapter: drlora_torch.Adapter) -> dict[str, list[int]]:
     return {name: ranks.tolist() for name, ranks in adapter.ranks().items()}
+
+
+def pending(adapter: drlora_torch.Adapter) -> dict[str, Tensor]:
+    """What the running optimizer step has gathered so far."""
+    return active_tracker(state_of(adapter)).state_dict()
 
 
 def equal(left: Tensor, right: Tensor) -> bool:

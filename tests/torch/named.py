@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import drlora_torch
+from drlora_torch.adapter import state_of
+from drlora_torch.lifecycle.routers import trained_routers
 from tests.torch import helpers, models
 from tests.torch.conventions import families
 
@@ -74,13 +76,13 @@ def life(
     return copy.deepcopy(
         {
             "lora": [parameter.detach() for parameter in adapter.lora_parameters()],
-            "routers": adapter.trained_routers(),
+            "routers": trained_routers(state_of(adapter)),
             "tables": {
                 name: (layer.lora.table.owner, layer.lora.table.position)
                 for name, layer in adapter.layers.items()
             },
             "engine": adapter.engine.state_dict(),
-            "ages": adapter.newborn.ages,
+            "ages": state_of(adapter).ages,
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "skipped": adapter.skipped_steps,
         }

@@ -15,21 +15,25 @@ import pytest
 import torch
 from torch import Tensor
 
-import drlora_torch.adapter
-import drlora_torch.following
-import drlora_torch.optimizer
-from drlora_torch import checkpoint, pending, preparing
-from drlora_torch.adapter import Adapter
-from drlora_torch.importance import slot_importance
-from drlora_torch.initialization import RowGenerator
-from drlora_torch.layers import ExpertLoRA, SlotLoRA
-from drlora_torch.models.interface import Dispatch
-from drlora_torch.routing import Forward, ForwardWatch
-from drlora_torch.slots import SlotTable
-from drlora_torch.switching import RouterGuard
+from drlora_torch import parameters
+from drlora_torch.attached import Attached
+from drlora_torch.lifecycle import model as model_changes
+from drlora_torch.lifecycle import routers, running
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
+from drlora_torch.lora.rows import RowGenerator
+from drlora_torch.lora.slots import SlotTable
+from drlora_torch.step import growth, newborn, samples
+from drlora_torch.step.forwards import ForwardWatch, ModelCall
+from drlora_torch.step.importance import slot_importance
+from drlora_torch.step.routing import Routing
+from drlora_torch.step.tracker import StepTracker
+from drlora_torch.step.witness import GradientWitness
+from drlora_torch.storage import checkpoint
 from tests.torch import (
     test_amp,
     test_checkpoint,
+    test_counting,
     test_growth,
     test_life,
     test_named_adapters,
@@ -77,24 +81,25 @@ def rows_from_the_global_generator(self: RowGenerator, expert: int, dimension: i
     return torch.rand(self._width).numpy()
 
 
-def read_without_scale(self: Any, adapter: Adapter, optimizer: Any) -> None:
-    self._slots = {name: slot_importance(layer.lora) for name, layer in adapter.layers.items()}
+def read_without_scale(self: StepTracker, optimizer: Any) -> None:
+    layers = self.attached.layers
+    self._slots = {name: slot_importance(layer.lora) for name, layer in layers.items()}
 
 
-def observe_zeros(self: Adapter) -> None:
-    self.skipped_steps += 1
-    for name, layer in self.layers.items():
+def observe_zeros(attached: Attached, reason: str) -> None:
+    attached.skipped_steps += 1
+    for name, layer in attached.layers.items():
         size = layer.lora.table.num_experts
-        self.engine.observe(name, routing=np.zeros(size), importance=np.zeros(size))
+        attached.engine.observe(name, routing=np.zeros(size), importance=np.zeros(size))
 
 
-def fill_without_ages(adapter: Adapter, saved: Any) -> None:
-    fill(adapter, saved)
-    for ages in adapter.newborn.ages.values():
+def fill_without_ages(attached: Attached, saved: Any, events: Any) -> None:
+    fill(attached, saved, events)
+    for ages in attached.ages.values():
         ages[:] = -1
 
 
-fill = checkpoint._fill
+fill = checkpoint.fill
 
 
 def build_without_dropout(
@@ -112,17 +117,39 @@ def clear_only_A(self: SlotLoRA, slots: np.ndarray) -> None:
 
 
 def born_with_B(self: SlotLoRA, born: Any) -> None:
-    give_birth(self, born)
+    birth(self, born)
     with torch.no_grad():
         self.lora_B[torch.from_numpy(born.slots)] = 0.01
 
 
-give_birth = SlotLoRA.give_birth
+birth = SlotLoRA.birth
 
 
-def pending_without(kind: str) -> Callable[[Adapter], dict[str, Tensor]]:
-    whole = pending.of
-    return lambda adapter: {k: v for k, v in whole(adapter).items() if f"/{kind}/" not in k}
+def state_without(kind: str) -> Callable[[StepTracker], dict[str, Tensor]]:
+    return lambda tracker: {k: v for k, v in whole(tracker).items() if f"/{kind}/" not in k}
+
+
+whole = StepTracker.state_dict
+
+
+def count_at_once(
+    self: StepTracker, lora: Any, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> None:
+    """As if a forward counted, whether a backward pass follows or not."""
+    call = self._watch.running
+    self._reached(Routing(lora.name, 1, top_k_index, top_k_weights.detach(), call), output)
+
+
+def count_again(self: StepTracker, routing: Routing, gradient: Tensor) -> None:
+    routing.counted = False
+    reached(self, routing, gradient)
+
+
+reached = StepTracker._reached
+
+
+def no_gradient(self: GradientWitness, lora: list[Any]) -> bool:
+    return self.seen and not any(bool(p.grad.any()) for p in lora if p.grad is not None)
 
 
 def checkpointing_trains() -> None:
@@ -134,61 +161,69 @@ def checkpointing_trains() -> None:
 
 GUARDS: dict[str, tuple[Break, Check]] = {
     "recomputation counts": (
-        replace(torch._C, "_current_graph_task_id", lambda: -1),
-        lambda _: test_statistics.test_gradient_checkpointing_counts_once(True, True),
-    ),
-    "recomputation counts, not reentrant": (
-        replace(torch._C, "_current_graph_task_id", lambda: -1),
-        lambda _: test_statistics.test_gradient_checkpointing_counts_once(False, True),
+        replace(StepTracker, "routed", count_at_once),
+        lambda _: test_counting.test_gradient_checkpointing_counts_once(True, True),
     ),
     "padding counts": (
-        replace(Forward, "token_mask", nothing),
+        replace(ModelCall, "token_mask", nothing),
         lambda _: test_statistics.test_padding_does_not_count("olmoe", "left"),
     ),
+    "padding counts in checkpointed layers": (
+        replace(ForwardWatch, "checkpointed_call", nothing),
+        lambda _: test_counting.test_padding_does_not_count_in_checkpointed_layers(True),
+    ),
     "evaluation counts": (
-        replace(ForwardWatch, "current", lambda *_, **__: Forward(True, None)),
-        lambda _: test_statistics.test_what_must_not_count(),
+        replace(StepTracker, "routed", count_at_once),
+        lambda _: test_counting.test_what_must_not_count(),
+    ),
+    "a graph that is gone through twice counts twice": (
+        replace(StepTracker, "_reached", count_again),
+        lambda _: test_counting.test_a_second_backward_of_one_forward_counts_nothing(),
     ),
     "dropped gradients count": (
-        replace(Adapter, "gradients_dropped", lambda _: False),
-        lambda _: test_statistics.test_dropped_gradients_drop_their_tokens(),
+        replace(GradientWitness, "cleared", lambda *_: False),
+        lambda _: test_counting.test_dropped_gradients_drop_their_tokens(True),
+    ),
+    "zero gradients are taken for dropped ones": (
+        replace(GradientWitness, "cleared", no_gradient),
+        lambda _: test_counting.test_gradients_of_zero_are_not_dropped_ones(),
     ),
     "skipped steps count": (
-        replace(Adapter, "gradients_dropped", lambda _: False),
+        replace(GradientWitness, "cleared", lambda *_: False),
         lambda _: test_amp.test_a_skipped_step_updates_nothing(False, False),
     ),
     "skipped steps count if zero_grad comes late": (
-        replace(Adapter, "_overflowed", lambda _: False),
+        replace(GradientWitness, "cleared", lambda *_: False),
         lambda _: test_amp.test_a_skipped_step_updates_nothing(False, True),
     ),
     "fused steps are read scaled": (
-        replace(drlora_torch.following.OptimizerFollower, "_read", read_without_scale),
+        replace(StepTracker, "_read", read_without_scale),
         lambda _: test_amp.test_gradients_are_read_unscaled(True),
     ),
     "skipped fused steps count": (
-        replace(drlora_torch.following.OptimizerFollower, "_read", read_without_scale),
+        replace(StepTracker, "_read", read_without_scale),
         lambda _: test_amp.test_a_skipped_step_updates_nothing(True, False),
     ),
     "non-finite statistics enter the averages": (
-        replace(Adapter, "_skip_step", observe_zeros),
+        replace(samples, "_skip", observe_zeros),
         lambda _: test_amp.test_statistics_that_are_not_finite(float("nan")),
     ),
     "optimizer state of changed slots is kept": (
-        replace(drlora_torch.optimizer, "clear_state", nothing),
+        replace(growth, "clear_state", nothing),
         lambda _: test_optimizer.test_state_of_changed_slots_is_zeroed("adam"),
     ),
     "old momentum moves free slots": (
-        replace(drlora_torch.optimizer, "clear_state", nothing),
+        replace(growth, "clear_state", nothing),
         lambda _: test_optimizer.test_free_slots_stay_zero_after_pruning("sgd momentum"),
     ),
     "newborn rows are not corrected": (
-        replace(drlora_torch.optimizer.NewbornCorrection, "after_step", nothing),
+        replace(newborn, "correct", lambda *_: 0.0),
         lambda _: test_optimizer.test_newborn_rows_move_as_if_their_count_had_just_begun(
             test_optimizer._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
         ),
     ),
     "newborn rows do not age": (
-        replace(drlora_torch.optimizer.NewbornCorrection, "age", nothing),
+        replace(newborn, "grow_older", nothing),
         lambda _: test_optimizer.test_newborn_rows_move_as_if_their_count_had_just_begun(
             test_optimizer._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
         ),
@@ -210,7 +245,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: test_growth.test_random_streams_are_untouched("pooled"),
     ),
     "newborn dimensions have a B": (
-        replace(SlotLoRA, "give_birth", born_with_B),
+        replace(SlotLoRA, "birth", born_with_B),
         lambda _: test_growth.test_event_leaves_the_function_as_it_was("pooled"),
     ),
     "freed slots keep their B": (
@@ -224,47 +259,47 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         ),
     ),
     "detach leaves parameters frozen": (
-        replace(preparing, "freeze", lambda model: model.requires_grad_(False) and nothing),
+        replace(model_changes, "freeze", lambda model: model.requires_grad_(False) and nothing),
         lambda _: test_life.test_detach_restores_the_model("olmoe", "pooled"),
     ),
     "checkpoints of the base hold the LoRA": (
-        replace(preparing, "keep_out_of_checkpoints", lambda *_: nothing),
+        replace(model_changes, "keep_out_of_checkpoints", lambda *_: nothing),
         test_life.test_base_checkpoint_is_written_while_attached,
     ),
     "reentrant checkpointing trains nothing": (
-        replace(preparing, "let_checkpointing_reach_lora", lambda _: nothing),
+        replace(model_changes, "let_checkpointing_reach_lora", lambda _: nothing),
         lambda _: checkpointing_trains(),
     ),
     "routers stay frozen": (
-        replace(Adapter, "free_routers", nothing),
+        replace(parameters, "unfreeze_routers", nothing),
         lambda _: test_routers.test_routers_change_only_when_they_should("olmoe", "after_warmup"),
     ),
     "optimizers of resting adapters move the routers": (
-        replace(RouterGuard, "_before", nothing),
+        replace(routers.RouterGuard, "_before_step", nothing),
         lambda _: test_named_adapters.test_optimizers_of_resting_adapters_leave_the_routers_alone(),
     ),
     "routers are not exchanged": (
-        replace(Adapter, "show_routers", nothing),
+        replace(running, "show_routers", nothing),
         lambda _: test_named_life.test_detach_in_any_order_restores_the_model(("b", "c", "a")),
     ),
     "a switch keeps nothing of an unfinished step": (
-        replace(pending, "gathered", lambda _: {}),
+        replace(StepTracker, "state_dict", lambda _: {}),
         lambda path: test_named_adapters.test_micro_batches_of_several_may_take_turns(True, path),
     ),
     "ages are lost on resume": (
-        replace(checkpoint, "_fill", fill_without_ages),
+        replace(checkpoint, "fill", fill_without_ages),
         lambda path: test_checkpoint.test_resume_at_any_step(path, 5, "pooled", {}),
     ),
     "routing of an unfinished step is lost on resume": (
-        replace(pending, "of", pending_without("routing")),
+        replace(StepTracker, "state_dict", state_without("routing")),
         lambda path: test_pending.test_resume_at_any_micro_batch(path, {}),
     ),
     "gradients of an unfinished step are lost on resume": (
-        replace(pending, "of", pending_without("gradient")),
+        replace(StepTracker, "state_dict", state_without("gradient")),
         lambda path: test_pending.test_resume_at_any_micro_batch(path, {}),
     ),
     "importance of an unfinished step is lost on resume": (
-        replace(pending, "of", pending_without("importance")),
+        replace(StepTracker, "state_dict", state_without("importance")),
         test_pending.test_saved_before_a_step_is_closed_by_hand,
     ),
 }

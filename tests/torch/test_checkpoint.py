@@ -15,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import drlora_torch
-from drlora_torch import files
-from drlora_torch.checkpoint import restore
+from drlora_core import atomic
+from drlora_torch.adapter import state_of
+from drlora_torch.storage import adapter_file
 from tests.torch import helpers, models
 from tests.torch.test_life import Picture
 
-FILE = files.FILE_NAME
+FILE = adapter_file.FILE_NAME
 
 
 def trained(steps: int = 5, config: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -103,8 +104,8 @@ def test_resume_at_any_step(tmp_path: Path, stop: int, layout: str, options: Any
     assert helpers.rank_history(after) == helpers.rank_history(adapter)
     pairs = zip(after.parameters(), adapter.parameters(), strict=True)
     assert all(helpers.equal(a.detach(), b.detach()) for a, b in pairs)
-    assert [a.tolist() for a in after.newborn.ages.values()] == [
-        a.tolist() for a in adapter.newborn.ages.values()
+    assert [a.tolist() for a in state_of(after).ages.values()] == [
+        a.tolist() for a in state_of(adapter).ages.values()
     ]
 
 
@@ -121,7 +122,7 @@ def test_restore_in_place(tmp_path: Path) -> None:
     ranks = helpers.rank_history(adapter)
     model(**helpers.batch(9)).loss.backward()  # a step that was begun and is given up
     optimizer.zero_grad()
-    restore(adapter, tmp_path)
+    adapter.restore(tmp_path)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     assert all(a is b for a, b in zip(adapter.parameters(), parameters, strict=True))
     assert adapter.engine.step_count == 1
@@ -129,9 +130,9 @@ def test_restore_in_place(tmp_path: Path) -> None:
     assert helpers.rank_history(adapter) == ranks
     others = helpers.attach(models.build(), router="after_warmup", config={"gamma": 2.0})
     with pytest.raises(drlora_torch.CheckpointError, match="gamma"):
-        restore(others, tmp_path)
+        others.restore(tmp_path)
     with pytest.raises(drlora_torch.CheckpointError, match="other options"):
-        restore(helpers.attach(models.build()), tmp_path)
+        helpers.attach(models.build()).restore(tmp_path)
 
 
 # -- damage ------------------------------------------------------------------------------------
@@ -285,7 +286,9 @@ DAMAGED_TENSORS: list[tuple[Callable[..., None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "match"), DAMAGED_TENSORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("change", "match"), DAMAGED_TENSORS, ids=[str(i) for i in range(len(DAMAGED_TENSORS))]
+)
 def test_damaged_tensors(saved: Path, change: Callable[..., None], match: str) -> None:
     rewrite(saved, tensors=change)
     refused(saved, match)
@@ -294,7 +297,7 @@ def test_damaged_tensors(saved: Path, change: Callable[..., None], match: str) -
 DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
     (
         _set("version", to=3),
-        "format version 3; this drlora reads 1 and 2 .*newer",
+        "format version 3; this drlora reads 2 .*newer",
     ),
     *(
         (_set("version", to=garbage), "has format version .*; this drlora reads")
@@ -318,6 +321,9 @@ DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
     (_set("engine", "layers", to={}), "complete|layers"),
     (_set("layers", to={}), "unknown tensor"),
     (_set("layers", to=[]), "unknown tensor"),
+    (_set("events", to=[]), "growth events are incomplete"),
+    (_drop("events"), "growth events are incomplete"),
+    (_set("events", to=[{"step": 4}]), "complete|has shape|not torch.int64"),
 ]
 
 
@@ -369,7 +375,7 @@ def test_a_failed_save_leaves_the_old_adapter(
     if when == "replacing":
         monkeypatch.setattr(os, "replace", lambda *_: full({}, ""))
     else:
-        monkeypatch.setattr(files, "save_file", full)
+        monkeypatch.setattr(adapter_file, "save_file", full)
     with pytest.raises(drlora_torch.CheckpointError, match=r"No space left.* untouched"):
         adapter.save_pretrained(saved)
     monkeypatch.undo()
@@ -384,7 +390,7 @@ def test_an_interrupted_save_leaves_no_file(tmp_path: Path, monkeypatch: Any) ->
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_sync", interrupt)
+    monkeypatch.setattr(atomic, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         adapter.save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from drlora_core import AllocationRequest
-from drlora_torch.initialization import RowGenerator
+from drlora_torch.lora.rows import RowGenerator
 from tests.torch import helpers, models, reference
 
 

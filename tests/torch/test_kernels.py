@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import drlora_torch
-from drlora_torch.dispatch import Dispatch
 from drlora_torch.errors import AttachError
-from drlora_torch.kernels import Kernel, LoRAFactors, expert_linear
-from drlora_torch.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.slots import Layout, SlotTable
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.kernels import Kernel, LoRAFactors, expert_linear
+from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.lora.slots import Layout, SlotTable
 from tests.torch import helpers, models
 
 N, I, O = 5, 16, 24  # noqa: E741 - the letters of the legends

@@ -157,11 +157,11 @@ def test_engine_must_be_an_engine_of_these_layers() -> None:
 
 def test_a_failure_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer cannot be adapted; the first is taken out again."""
-    from drlora_torch.models import interface
+    from drlora_torch.models.interface import ExpertsInterface
 
     model, engine = models.build(), helpers.engine()
     picture = Picture(model)
-    install, calls = interface.install, []
+    install, calls = ExpertsInterface.install, []
 
     def fail_second(*args: Any) -> Any:
         calls.append(args)
@@ -169,7 +169,7 @@ def test_a_failure_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
             raise MemoryError("no more")
         return install(*args)
 
-    monkeypatch.setattr(interface, "install", fail_second)
+    monkeypatch.setattr(ExpertsInterface, "install", fail_second)
     with pytest.raises(MemoryError, match="no more"):
         drlora_torch.attach(model, engine)
     picture.assert_unchanged(model)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import drlora_torch
-from drlora_torch.files import FILE_NAME
+from drlora_torch.storage.adapter_file import FILE_NAME
 from tests.torch import helpers, named
 from tests.torch.named import FAMILIES, OF_EACH_KIND, life, outputs, same, several
 

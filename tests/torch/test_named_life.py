@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import drlora_torch
-from drlora_torch.checkpoint import restore
 from drlora_torch.integrations.trainer import DRLoRACallback
 from tests.torch import helpers, models, named
 from tests.torch.named import OF_EACH_KIND, life, outputs, same, several
@@ -130,7 +129,7 @@ def test_a_resting_adapter_is_restored_in_the_middle_of_a_step(tmp_path: Path) -
     helpers.step(model, helpers.adamw(adapters["a"]), 5)
     adapters["b"].activate()
     before, others = outputs(model), life(adapters["b"])
-    restore(adapters["a"], tmp_path)
+    adapters["a"].restore(tmp_path)
     assert torch.equal(outputs(model), before)
     assert same(life(adapters["b"]), others)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -223,11 +222,11 @@ def test_unknown_names_engines_in_use_and_other_roots() -> None:
 
 
 def test_a_failed_attach_leaves_the_active_one_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from drlora_torch.models import interface
+    from drlora_torch.models.interface import ExpertsInterface
 
     model, adapters = several(names="ab", router="trainable")
     picture, before = Picture(model), outputs(model)
-    install, calls = interface.install, []
+    install, calls = ExpertsInterface.install, []
 
     def fail_second(*args: Any) -> Any:
         calls.append(args)
@@ -235,7 +234,7 @@ def test_a_failed_attach_leaves_the_active_one_as_it_was(monkeypatch: pytest.Mon
             raise MemoryError("no more")
         return install(*args)
 
-    monkeypatch.setattr(interface, "install", fail_second)
+    monkeypatch.setattr(ExpertsInterface, "install", fail_second)
     with pytest.raises(MemoryError, match="no more"):
         helpers.attach(model, adapter_name="c")
     assert list(drlora_torch.adapters(model)) == ["a", "b"]

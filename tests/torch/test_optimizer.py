@@ -12,7 +12,8 @@ import transformers
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
 import drlora_torch
-from drlora_torch.optimizer import adam_ratio
+from drlora_torch.adapter import state_of
+from drlora_torch.step.newborn import adam_ratio
 from tests.torch import helpers, models
 
 PRUNE = {"policy": "prune", "r_init": 6}
@@ -197,7 +198,7 @@ def test_correction_ends_when_it_no_longer_matters() -> None:
     optimizer = helpers.adamw(adapter, betas=(0.5, 0.7))
     for seed in range(5):
         helpers.step(model, optimizer, seed)
-    ages = adapter.newborn.ages.values()
+    ages = state_of(adapter).ages.values()
     assert sorted({int(age) for each in ages for age in each}) == [-1, 1]
     for seed in range(19):  # 0.7^19 = 0.0011 is the last above a thousandth
         helpers.step(model, optimizer, seed)

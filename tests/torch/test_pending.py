@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 import drlora_torch
-from drlora_torch import pending
-from drlora_torch.checkpoint import restore
+from drlora_torch.adapter import state_of
+from drlora_torch.lifecycle.residents import active_tracker
+from drlora_torch.storage import checkpoint
 from tests.torch import helpers, models
-from tests.torch.test_checkpoint import FILE, LAYER, ROUTER, _at, _put, _set, refused, rewrite
+from tests.torch.test_checkpoint import FILE, LAYER, ROUTER, _at, _put, refused, rewrite
 
 STEPS, MICRO_BATCHES = 6, 3
 
@@ -148,7 +149,7 @@ def unfinished(tmp_path: Path) -> Path:
 def test_use_only_ignores_it(unfinished: Path) -> None:
     adapter = drlora_torch.load(models.build(), unfinished, trainable=False)
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
-    assert not any(counter.totals().any() for counter in adapter.counters.values())
+    assert helpers.pending(adapter) == {}
 
 
 def test_restore_replaces_what_was_begun(unfinished: Path, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_restore_replaces_what_was_begun(unfinished: Path, tmp_path: Path) -> No
     adapter.save_pretrained(tmp_path / "fresh")
     for number in range(1, 3):
         micro_batch(adapter.model, number)
-    restore(adapter, unfinished)
+    adapter.restore(unfinished)
     micro_batch(adapter.model, 1)
     have = held(adapter, tmp_path / "restored")
     straight = drlora_torch.load(models.build(), unfinished)
@@ -164,7 +165,7 @@ def test_restore_replaces_what_was_begun(unfinished: Path, tmp_path: Path) -> No
     want = held(straight, tmp_path / "straight")
     assert have.keys() == want.keys()
     assert all(helpers.equal(have[key], want[key]) for key in want)
-    restore(adapter, tmp_path / "fresh")
+    adapter.restore(tmp_path / "fresh")
     assert all(parameter.grad is None for parameter in adapter.parameters())
     assert held(adapter, tmp_path / "restored") == {}
 
@@ -192,11 +193,11 @@ def test_an_overflow_comes_back(tmp_path: Path) -> None:
 
 def test_several_processes_leave_it_out(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = drlora_torch.load(models.build(), unfinished)
-    monkeypatch.setattr(pending, "several_processes", lambda: True)
+    monkeypatch.setattr(checkpoint, "several_processes", lambda: True)
     with pytest.warns(RuntimeWarning, match="from the beginning of the step"):
         adapter.save_pretrained(unfinished)
     assert not any(key.startswith("pending/") for key in load_file(unfinished / FILE))
-    adapter.forget()
+    active_tracker(state_of(adapter)).forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter.save_pretrained(unfinished)
@@ -225,17 +226,3 @@ DAMAGED: list[tuple[Callable[..., None], str]] = [
 def test_damage(unfinished: Path, change: Callable[..., None], match: str) -> None:
     rewrite(unfinished, tensors=change)
     refused(unfinished, match)
-
-
-def test_version_1_is_read(tmp_path: Path) -> None:
-    """Its files were those of today without anything pending."""
-    adapter = helpers.attach(models.build())
-    optimizer = helpers.adamw(adapter)
-    for seed in range(5):
-        helpers.step(adapter.model, optimizer, seed)
-    adapter.save_pretrained(tmp_path / "old")
-    rewrite(tmp_path / "old", description=_set("version", to=1))
-    drlora_torch.load(models.build(), tmp_path / "old").save_pretrained(tmp_path / "again")
-    old, again = (load_file(tmp_path / name / FILE) for name in ("old", "again"))
-    assert old.keys() == again.keys()
-    assert all(helpers.equal(again[key], old[key]) for key in old)

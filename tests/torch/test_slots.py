@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora_torch.slots import FREE, Layout, SlotTable
+from drlora_torch.lora.slots import FREE, Layout, SlotTable
 
 R_MAX = 4
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drlora_torch.routing import token_mask
+from drlora_torch.step.forwards import flatten_mask
 from tests.torch import helpers, models
 from tests.torch.helpers import RouterLog, Spy
 
@@ -116,102 +116,6 @@ def test_accumulation_weighs_by_tokens() -> None:
         np.testing.assert_allclose(s, expected[name], **ROUNDING)
 
 
-@pytest.mark.parametrize("auto_step", [True, False])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_counts_once(reentrant: bool, auto_step: bool) -> None:
-    samples = []
-    for checkpointing in (False, True):
-        model, adapter, optimizer, spy = setup(auto_step=auto_step)
-        if checkpointing:
-            helpers.checkpoint_activations(model, reentrant=reentrant)
-        calls = RouterLog(adapter).calls
-        for seed in range(2):
-            model(**helpers.batch(seed), use_cache=False).loss.backward()
-        optimizer.step()
-        if not auto_step:
-            adapter.step()
-        samples.append(spy.samples[0])
-        recomputed = {len(each) for each in calls.values()}
-        assert recomputed == ({4} if checkpointing else {2})
-    plain, checkpointed = samples
-    for name, (phi, s, tokens) in plain.items():
-        assert np.array_equal(phi, checkpointed[name][0])
-        assert np.array_equal(s, checkpointed[name][1])
-        assert tokens == checkpointed[name][2] == 42
-
-
-def test_what_must_not_count() -> None:
-    """Evaluation, no_grad, generation, pauses and the base model between two training forwards."""
-    model, adapter, optimizer, spy = setup()
-    log = RouterLog(adapter)
-    ids = models.tokens(2, 5)
-    model(**helpers.batch()).loss.backward()
-    first = {name: list(calls) for name, calls in log.calls.items()}
-    model.eval()
-    model(ids)
-    with torch.no_grad():
-        model(ids)
-        model.train()(ids)
-        model.generate(ids, max_new_tokens=3, do_sample=False)
-    model.eval().generate(ids, max_new_tokens=3, do_sample=False)
-    model.train()
-    with torch.inference_mode():
-        model(ids)
-    with adapter.paused():
-        model(ids)
-    with adapter.disabled():
-        model(ids)
-    assert all(len(calls) > 8 for calls in log.calls.values())
-    optimizer.step()
-    for name, (phi, _, tokens) in spy.samples[0].items():
-        log.calls[name] = first[name]
-        assert tokens == 21
-        np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
-
-
-def test_paused_steps_do_not_count() -> None:
-    model, adapter, optimizer, spy = setup()
-    with adapter.paused():
-        helpers.step(model, optimizer)
-    assert adapter.engine.step_count == 0
-    helpers.step(model, optimizer, 1)
-    assert adapter.engine.step_count == 1
-    assert [tokens for _, _, tokens in spy.samples[0].values()] == [21, 21]
-
-
-@pytest.mark.parametrize("where", ["", "model", "model.layers.1"])
-def test_a_failed_forward_leaves_the_watch_in_order(where: str) -> None:
-    """Whatever fails, hooks of the user before ours included."""
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    model = models.build()
-    handle = model.get_submodule(where).register_forward_pre_hook(fail)
-    adapter = helpers.attach(model)
-    optimizer, spy = helpers.adamw(adapter), Spy(adapter)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model.eval()(models.tokens())
-    handle.remove()
-    model.train()
-    helpers.step(model, optimizer)
-    assert [tokens for _, _, tokens in spy.samples[0].values()] == [21, 21]
-    assert adapter.watch.current(training=True).counts
-
-
-def test_dropped_gradients_drop_their_tokens() -> None:
-    """A backward whose gradients are thrown away leaves no trace in the next step's phi."""
-    model, adapter, optimizer, spy = setup()
-    log = RouterLog(adapter)
-    model(**helpers.batch(0)).loss.backward()
-    optimizer.zero_grad()
-    model(**helpers.batch(1)).loss.backward()
-    optimizer.step()
-    for name, (phi, _, tokens) in spy.samples[0].items():
-        assert tokens == 21
-        np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
-
-
 def test_steps_by_hand_decide_as_automatic_ones() -> None:
     """Also with zero_grad before step, and with a scaled loss."""
     runs = []
@@ -271,25 +175,9 @@ def test_averages_of_the_engine_are_those_of_the_samples() -> None:
 def test_tokens_of_a_mask() -> None:
     """The last columns belong to the tokens; a mask of other tokens is none."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
-    assert token_mask(mask, 6).tolist() == [False, True, True, True, True, False]
-    assert token_mask(mask, 2).tolist() == [True, False]  # with a cache of two columns
-    assert token_mask(mask, 0).tolist() == []
-    assert token_mask(mask, 5) is None
-    assert token_mask(mask, 8) is None
-    assert token_mask(None, 6) is None
-    assert token_mask(mask[:0], 6) is None
-
-
-def test_training_in_evaluation_mode_is_noticed() -> None:
-    model = models.build()
-    adapter = helpers.attach(model)
-    optimizer = helpers.adamw(adapter)
-    model.eval()
-    model(**helpers.batch()).loss.backward()
-    with pytest.warns(RuntimeWarning, match="no token was counted"):
-        optimizer.step()
-    assert adapter.skipped_steps == 1
-    assert adapter.engine.step_count == 1
-    for name in adapter.layers:
-        assert not adapter.engine.routing_frequency(name).any()
-        assert adapter.engine.state_dict()["layers"][name]["routing_count"] == 0
+    assert flatten_mask(mask, 6).tolist() == [False, True, True, True, True, False]
+    assert flatten_mask(mask, 2).tolist() == [True, False]  # with a cache of two columns
+    assert flatten_mask(mask, 0).tolist() == []
+    assert flatten_mask(mask, 5) is None
+    assert flatten_mask(mask, 8) is None
+    assert flatten_mask(mask[:0], 6) is None

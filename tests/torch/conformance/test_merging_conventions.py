@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import drlora_torch
-from drlora_torch.models.stacked import Stacked
+from drlora_torch.models.fused import Fused
 from tests.torch import helpers
 from tests.torch.conventions.families import FAMILIES, batch, build
 
@@ -71,14 +71,14 @@ def test_weights_that_cannot_be_written_to_are_refused_before_any_is(
     model, adapter = adapted("dbrx")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     last = list(adapter.layers.values())[-1].experts
-    expert_weight = Stacked.expert_weight
+    expert_weight = Fused.expert_weight
 
-    def refuse(self: Stacked, module: Any, projection: str, expert: int) -> Tensor:
+    def refuse(self: Fused, module: Any, projection: str, expert: int) -> Tensor:
         if module is last and projection == "w2":
             raise drlora_torch.ModelError("these weights are quantised")
         return expert_weight(self, module, projection, expert)
 
-    monkeypatch.setattr(Stacked, "expert_weight", refuse)
+    monkeypatch.setattr(Fused, "expert_weight", refuse)
     with pytest.raises(drlora_torch.ModelError, match="these weights are quantised"):
         adapter.merge(keep_originals=keep)
     assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())

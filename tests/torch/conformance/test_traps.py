@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drlora_torch.routing import Forward
+from drlora_torch.step.forwards import ModelCall
 from tests.torch import helpers
 from tests.torch.conformance import tiny
 
@@ -29,14 +29,14 @@ def test_routing_weights_of_another_dtype_than_the_experts() -> None:
 def test_masks_of_layers_that_receive_some_of_the_tokens() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     kinds = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]])
-    forward = Forward(counts=True, mask=mask, length=4, kinds=kinds)
+    forward = ModelCall(mask=mask, length=4, kinds=kinds)
     assert forward.token_mask(8).tolist() == [True] * 6 + [False] * 2
     assert forward.token_mask(6).tolist() == [True] * 4 + [False] * 2
     assert forward.token_mask(2).tolist() == [True, True]
     assert forward.token_mask(4) is None  # another tower
-    assert Forward(counts=True, mask=mask, length=4).token_mask(6) is None
+    assert ModelCall(mask=mask, length=4).token_mask(6) is None
     halves = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]])  # cannot be told apart
-    assert Forward(counts=True, mask=mask, length=4, kinds=halves).token_mask(4) is None
+    assert ModelCall(mask=mask, length=4, kinds=halves).token_mask(4) is None
 
 
 class Beholder(nn.Module):
