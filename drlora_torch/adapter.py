@@ -231,17 +231,21 @@ class Adapter:
             name = repo_id or folder.resolve().name
             hub.upload(folder, name, private, lambda r: model_card.model_card(self._attached, r))
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
+    def restore(self, path: str | os.PathLike[str], *, check_base: bool = True) -> None:
         """Bring the adapter to a saved state, in place: parameters keep their identity.
 
         This is how a trainer resumes whose optimizer already holds :meth:`parameters`.
+
+        Args:
+            path: what :meth:`save_pretrained` wrote.
+            check_base: as for :func:`drlora_torch.load`.
 
         Raises:
             CheckpointError: as :func:`drlora_torch.load`, or the file was saved by an adapter with
                 other options. The adapter is left unchanged.
         """
         check_attached(self._attached)
-        checkpoint.restore(self._attached, Path(path))
+        checkpoint.restore(self._attached, Path(path), check_base=check_base)
 
     def merge_and_save(self, path: str | os.PathLike[str]) -> None:
         """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is.

@@ -98,6 +98,7 @@ class DRLoRALightningCallback(Callback):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / FILE_NAME).write_bytes(file.cpu().numpy().tobytes())
             self.adapter.restore(folder)
+        self._events = len(self.adapter.events)
         pending = [(parameter, parameter.grad) for parameter in self.adapter.parameters()]
         self._gradients = [(p, gradient) for p, gradient in pending if gradient is not None]
 

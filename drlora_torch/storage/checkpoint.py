@@ -189,7 +189,7 @@ def fill_routers(attached: Attached, saved: Saved) -> None:
         values.copy_(saved.tensors[f"router/{name}"])
 
 
-def restore(attached: Attached, path: Path, *, check_base: bool = True) -> None:
+def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
     """Bring an adapter to a saved state, in place: parameters keep their identity.
 
     Raises:

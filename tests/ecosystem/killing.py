@@ -23,7 +23,7 @@ import torch
 from transformers.optimization import Adafactor
 
 import drlora_torch
-from drlora_torch import files
+from drlora_torch.storage import adapter_file
 from tests.torch import helpers, models
 
 BATCHES, MICRO_BATCHES = 16, 2
@@ -123,7 +123,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What must not differ: losses, and every tensor and field of the final adapter."""
     last = newest(folder)
     assert last is not None
-    held, description = files.read(last)
+    held, description = adapter_file.read(last)
     del description["options"]["layers"]  # those that matched the user's patterns, after loading
     return {
         "losses": json.loads((last / "losses.json").read_text()),
