@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from drlora_core import LayoutError, StatisticError, UnknownLayerError
-from drlora_core.recording import Recording, RecordingWriter, chunks, from_routing_trace, load_trace
+from drlora_core.recording import Recording, RecordingWriter, from_routing_trace, load_trace, segment
 from drlora_core.replay import first_difference
 from tests.core import recorded
 
-pytest.importorskip("zarr")
 
 
 def arrays(**changes: Any) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""The running segment of a recording: steps in memory, written when it is full or flushed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from drlora_core.ema import IntArray
+from drlora_core.events import GrowthEvent
+from drlora_core.recording import folder as folders
+from drlora_core.recording import header as headers
+from drlora_core.recording import segment
+from drlora_core.recording.dimensions import follow, initial_order
+from drlora_core.recording.header import Header
+from drlora_core.recording.segment import Arrays
+
+FLUSH_SECONDS = 30.0
+"""Longest time that a step stays in memory only, if steps go on."""
+
+
+class RunningSegment:
+    """The end of a recording that grows.
+
+    Args:
+        folder: the recording.
+        header: its header.
+        steps: how many steps to keep; later ones are discarded.
+
+    Raises:
+        LayoutError: the recording is shorter, or damaged.
+    """
+
+    def __init__(self, folder: Path, header: Header, steps: int) -> None:
+        self.folder = folder
+        self.header = header
+        self._start, kept, events = folders.truncate(folder, header, steps)
+        self._count = self._written = steps - self._start
+        self._rows: Arrays = {}
+        for name, spec in header.step_arrays.items():
+            self._rows[name] = np.empty((header.segment_steps, *spec.columns), spec.dtype)
+            self._rows[name][: self._count] = kept.get(name, 0)
+        self._events = [event for event in events if event.step > self._start]
+        self._flushed_at = time.monotonic()
+        self.order: IntArray | None = None
+        """What the recording calls each rank dimension, [E, R]; policy ``prune`` only."""
+        if header.dimensions is not None:
+            self.order = initial_order(sum(header.layers.values()), header.dimensions)
+        self._follow(events)
+
+    @property
+    def steps(self) -> int:
+        """Steps recorded, those in memory too."""
+        return self._start + self._count
+
+    def new_row(self) -> Arrays:
+        """Return views of the next step's rows, emptied; they count after :meth:`append`."""
+        row = {name: rows[self._count] for name, rows in self._rows.items()}
+        for name, spec in self.header.step_arrays.items():
+            row[name][...] = spec.fill
+        return row
+
+    def append(self, event: GrowthEvent | None) -> None:
+        """Count the next step, with the event after it; write the segment if it is time.
+
+        Raises:
+            OSError: the disk refuses; the step does not count.
+        """
+        new = [] if event is None else [event]
+        count, events = self._count + 1, self._events + new
+        full = count == self.header.segment_steps
+        if full or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self._write(count, events)
+        self._count, self._events = count, events
+        self._follow(new)
+        if full:
+            self._start, self._count, self._written, self._events = self.steps, 0, 0, []
+
+    def flush(self) -> None:
+        """Write the steps that are in memory only."""
+        if self._count != self._written:
+            self._write(self._count, self._events)
+
+    def close(self) -> None:
+        """Flush, and mark the recording as complete."""
+        self.flush()
+        headers.write(self.folder, self.header.with_steps(self.steps))
+
+    def _write(self, count: int, events: list[GrowthEvent]) -> None:
+        arrays = {name: rows[:count] for name, rows in self._rows.items()}
+        path = folders.segment_path(self.folder, self._start)
+        segment.write(path, arrays, events, self.header)
+        self._written, self._flushed_at = count, time.monotonic()
+
+    def _follow(self, events: Iterable[GrowthEvent]) -> None:
+        for event in events:
+            if self.order is not None:
+                cut = np.concatenate([event.cut[name] for name in self.header.layers])
+                self.order = follow(self.order, cut)
