@@ -244,5 +244,5 @@ def _notes(header: headers.Header, steps: int) -> tuple[str, ...]:
             f"{header.segment_steps - 1} steps after step {steps} may be missing",
         )
     if header.steps != steps:
-        return (f"the recording was closed at step {header.steps}, but {steps} steps are there",)
+        return (f"the recording was closed at step {header.steps}, but has {steps} steps now",)
     return ()

@@ -115,7 +115,7 @@ def read(folder: Path) -> Header:
         raise FileNotFoundError(f"there is no recording at {folder}")
     if not file.is_file() and (folder / "zarr.json").exists():
         raise LayoutError(
-            f"{folder} is a Zarr store, which is no longer read; record the run again"
+            f"{folder} is a recording in Zarr, which this version no longer reads: record again"
         )
     if not file.is_file() or file.stat().st_size > HEADER_BYTES:
         raise LayoutError(f"{folder} is not a recording: it has no {FILE} that can be one's header")

@@ -66,10 +66,13 @@ def read(path: Path, header: Header, start: int) -> tuple[Arrays, list[GrowthEve
         except Exception as error:  # BadZipFile, zlib.error, EOFError, RuntimeError, MemoryError...
             raise LayoutError(f"{type(error).__name__}: {error}") from error
     steps = {name: arrays.pop(name) for name in header.step_arrays}
-    rows, at = {len(array) for array in steps.values()}, arrays["event_step"]
-    if len(rows) > 1 or rows == {0} or len({len(array) for array in arrays.values()}) > 1:
-        raise LayoutError("its arrays have different lengths, or no steps")
-    if ((at <= start) | (at > start + rows.pop())).any() or (np.diff(at) < 1).any():
+    for kind in (steps, arrays):
+        if len({len(array) for array in kind.values()}) > 1:
+            raise LayoutError("its arrays have different lengths")
+    rows, at = len(steps["presence"]), arrays["event_step"]
+    if not 1 <= rows <= header.segment_steps:
+        raise LayoutError(f"it has {rows} steps; accepted: 1 to {header.segment_steps}")
+    if ((at <= start) | (at > start + rows)).any() or (np.diff(at) < 1).any():
         raise LayoutError(f"it has events after steps {at.tolist()}, which are not its own")
     return steps, _unstacked(arrays, header)
 

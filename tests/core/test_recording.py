@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from drlora_core import LayoutError, StatisticError, UnknownLayerError
-from drlora_core.recording import Recording, RecordingWriter, from_routing_trace, load_trace, segment
+from drlora_core import AllocationRequest, LayoutError, StatisticError, UnknownLayerError
+from drlora_core.policies import rescored, walk
+from drlora_core.recording import Recording, RecordingWriter, from_routing_trace, load_trace
 from drlora_core.replay import first_difference
 from tests.core import recorded
-
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -66,6 +67,24 @@ def test_a_skipped_layer_is_recorded_as_skipped(tmp_path: Path) -> None:
     assert second.routing_at(6) is None
     assert second.importance_at(6) is None
     assert second.tokens[6] == -1
+
+
+class Reversed:
+    """A policy that is an object and no function."""
+
+    def __call__(self, request: AllocationRequest) -> np.ndarray:
+        return walk(-request.saliency, request)
+
+
+def test_the_policy_that_decided_is_named(tmp_path: Path) -> None:
+    for policy, name in ((Reversed(), "Reversed"), (rescored, "rescored"), (None, "greedy")):
+        engine = recorded.build(recorded.config(), policy=policy)
+        engine.record_to(tmp_path / name)
+        recorded.drive(engine, 1)
+        engine.record_to(None)
+        assert Recording.open(tmp_path / name).policy == name
+    recorded.record(tmp_path / "prune", policy="prune", r_init=8)
+    assert Recording.open(tmp_path / "prune").policy == "prune"
 
 
 def test_saving_an_opened_recording_gives_the_same_again(tmp_path: Path) -> None:
@@ -179,11 +198,11 @@ def test_a_step_that_the_disk_refused_can_be_repeated(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    for function in ("write", "set_length"):
+    for call in (lambda: recorded.drive(engine, 1), engine.step):
         with monkeypatch.context() as patch:
-            patch.setattr(chunks, function, full)
+            patch.setattr(os, "fsync", full)
             with pytest.raises(OSError, match="no space left"):
-                recorded.drive(engine, 1) if function == "write" else engine.step()
+                call()
         assert engine.step_count == 7
         assert Recording.open(tmp_path / "run").steps == 4
     engine.step()
@@ -203,6 +222,36 @@ def test_a_forked_child_does_not_write(tmp_path: Path) -> None:
     writer._process -= 1
     engine.record_to(None)
     assert Recording.open(tmp_path / "run").steps == 3
+
+
+def test_long_recordings_are_saved_in_several_segments(tmp_path: Path) -> None:
+    routing = np.random.default_rng(0).random((600, 3))
+    recording = Recording.from_arrays({"a": routing}, config=recorded.config())
+    recording.save(tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["00000001.npz", "00000257.npz", "00000513.npz", "recording.json"]
+    same(recording, Recording.open(tmp_path / "run"))
+    with pytest.raises(LayoutError, match="is not empty; choose a new path"):
+        recording.save(tmp_path / "run")
+
+
+def test_wide_steps_make_short_segments(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config(), {"wide": 200_000})
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 3)
+    assert Recording.open(tmp_path / "run").steps == 2  # 2 steps of 20 bytes an expert: 8 MB
+    engine.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 3
+
+
+def test_numpy_reads_a_segment(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run", policy="prune", r_init=8)
+    recording = Recording.open(tmp_path / "run")
+    with np.load(tmp_path / "run" / "00000001.npz", allow_pickle=False) as segment:
+        np.testing.assert_array_equal(segment["routing"], recording.routing)
+        np.testing.assert_array_equal(segment["dimensions"], recording.dimensions)
+        assert segment["event_step"].tolist() == [8, 12, 16]
+        assert segment["event_cut"].shape == (3, 10, 8)
 
 
 def test_dimensions_of_arrays_are_saved(tmp_path: Path) -> None:
