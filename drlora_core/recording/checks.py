@@ -44,10 +44,10 @@ def check(layers: Mapping[str, int], arrays: Mapping[str, Any], largest_rank: in
         shape = (presence.shape[0], columns)
         if array is not None and array.shape[:2] != shape:
             raise LayoutError(f"{name} of the recording has shape {array.shape}, not {shape}")
-    bits = header.SAMPLED | header.ROUTING | header.IMPORTANCE | header.DIMENSIONS
+    bits = header.SAMPLED + sum(header.BITS.values())
     wrong = {"presence": presence > bits, "tokens": arrays["tokens"] < header.UNKNOWN_TOKENS}
-    for name, bit in (("routing", header.ROUTING), ("importance", header.IMPORTANCE)):
-        given = np.repeat((presence & bit) > 0, sizes, axis=1)
+    for name in ("routing", "importance"):
+        given = np.repeat((presence & header.BITS[name]) > 0, sizes, axis=1)
         wrong[name] = given & ~((arrays[name] >= 0.0) & (arrays[name] < np.inf))
     if (ranks := arrays["ranks"]) is not None:
         wrong["ranks"] = (ranks < 1) | (ranks > (largest_rank or np.iinfo(np.int32).max))
@@ -75,7 +75,7 @@ def _describe(
 
 def join(
     given: Mapping[str, ByLayer | None], tokens: ArrayLike | None
-) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Put the layers' arrays side by side.
 
     Args:
@@ -100,12 +100,10 @@ def join(
         raise LayoutError(f"layers have different numbers of steps: {sorted(steps)}")
     flat = {what: np.concatenate(list(parts.values()), axis=1) for what, parts in by_name.items()}
     shape = (steps.pop(), len(shapes))
-    names = (("routing", header.ROUTING), ("importance", header.IMPORTANCE))
-    bits = header.SAMPLED | sum(bit for name, bit in names if name in flat)
-    bits |= header.DIMENSIONS if "dimensions" in flat else 0
+    bits = header.SAMPLED + sum(bit for name, bit in header.BITS.items() if name in flat)
     flat["presence"] = np.full(shape, bits, dtype=np.uint8)
     flat["tokens"] = _tokens(tokens, shape)
-    for name, _ in names:
+    for name in ("routing", "importance"):
         flat.setdefault(name, np.full((shape[0], sum(n for _, n in shapes.values())), np.nan))
     return {layer: experts for layer, (_, experts) in shapes.items()}, flat
 

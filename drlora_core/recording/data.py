@@ -50,11 +50,11 @@ class LayerRecord:
 
     def routing_at(self, row: int) -> FloatArray | None:
         """phi of one row (step ``row + 1``), or None if it was not given."""
-        return self.routing[row] if self.presence[row] & headers.ROUTING else None
+        return self.routing[row] if self.presence[row] & headers.BITS["routing"] else None
 
     def importance_at(self, row: int) -> FloatArray | None:
         """Mean importance of one row, or None if it was not given."""
-        return self.importance[row] if self.presence[row] & headers.IMPORTANCE else None
+        return self.importance[row] if self.presence[row] & headers.BITS["importance"] else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,23 +145,14 @@ class Recording:
             events += new
             for name, rows in arrays.items():
                 parts[name].append(rows)
-        whole = {name: np.concatenate(rows) for name, rows in parts.items()}
-        known = whole["ranks"].any()  # `save` writes zeros where ranks are unknown
+        fields: dict[str, Any] = {name: np.concatenate(rows) for name, rows in parts.items()}
+        ranks = fields.pop("ranks")
+        if ranks.any():  # `save` writes zeros where ranks are unknown
+            fields["ranks"] = ranks.astype(np.int64)
+        fields |= {"config": header.config, "policy": header.policy, "events": tuple(events)}
+        fields["notes"] = _notes(header, len(fields["presence"]))
         try:
-            return cls(
-                layers=header.layers,
-                routing=whole["routing"],
-                importance=whole["importance"],
-                presence=whole["presence"],
-                tokens=whole["tokens"],
-                ranks=whole["ranks"].astype(np.int64) if known else None,
-                dimensions=whole.get("dimensions"),
-                events=tuple(events),
-                config=header.config,
-                policy=header.policy,
-                notes=_notes(header, len(whole["presence"])),
-                path=path,
-            )
+            return cls(layers=header.layers, path=path, **fields)
         except DRLoRAError as error:
             raise type(error)(f"recording {path}: {error}") from error
 
@@ -192,24 +183,11 @@ class Recording:
             LayoutError: layers, steps or shapes that do not fit together.
             StatisticError: naming layer, step and value of the first impossible number.
         """
-        given = {
-            "routing": routing,
-            "importance": importance,
-            "ranks": ranks,
-            "dimensions": dimensions,
-        }
+        given = {"routing": routing, "importance": importance, "ranks": ranks}
+        given["dimensions"] = dimensions
         layers, arrays = checks.join(given, tokens)
-        return cls(
-            layers=layers,
-            routing=arrays["routing"],
-            importance=arrays["importance"],
-            presence=arrays["presence"],
-            tokens=arrays["tokens"],
-            ranks=arrays.get("ranks"),
-            dimensions=arrays.get("dimensions"),
-            config=config,
-            policy=None if config is None else config.policy,
-        )
+        policy = None if config is None else config.policy
+        return cls(layers=layers, config=config, policy=policy, **arrays)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording to a new path.

@@ -17,7 +17,7 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.errors import LayoutError
 
 FILE = "recording.json"
-SAMPLED, ROUTING, IMPORTANCE, DIMENSIONS = 1, 2, 4, 8
+SAMPLED, BITS = 1, {"routing": 2, "importance": 4, "dimensions": 8}
 """Bits of ``presence``: what a layer's sample of a step holds; 0 is a skipped layer."""
 UNKNOWN_TOKENS = -1
 SEGMENT_STEPS, SEGMENT_BYTES = 256, 8 * 2**20

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from drlora_core.ema import IntArray
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import folder as folders
 from drlora_core.recording import header as headers
@@ -44,10 +43,8 @@ class RunningSegment:
             self._rows[name][: self._count] = kept.get(name, 0)
         self._events = [event for event in events if event.step > self._start]
         self._flushed_at = time.monotonic()
-        self.order: IntArray | None = None
-        """What the recording calls each rank dimension, [E, R]; policy ``prune`` only."""
-        if header.dimensions is not None:
-            self.order = initial_order(sum(header.layers.values()), header.dimensions)
+        self.order = initial_order(sum(header.layers.values()), header.dimensions or 0)
+        """What the recording calls each rank dimension, int64 [E, R]; policy ``prune`` only."""
         self._follow(events)
 
     @property
@@ -96,6 +93,6 @@ class RunningSegment:
 
     def _follow(self, events: Iterable[GrowthEvent]) -> None:
         for event in events:
-            if self.order is not None:
+            if event.cut:
                 cut = np.concatenate([event.cut[name] for name in self.header.layers])
                 self.order = follow(self.order, cut)

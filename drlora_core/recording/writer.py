@@ -6,13 +6,13 @@ import atexit
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from drlora_core.config import AllocatorConfig
-from drlora_core.ema import FloatArray, IntArray
+from drlora_core.ema import IntArray
 from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import header as headers
@@ -62,17 +62,6 @@ class Source(Protocol):
         ...
 
 
-class Sample(NamedTuple):
-    """A layer's sample of the running step."""
-
-    routing: FloatArray | None
-    importance: FloatArray | None
-    """Mean over the active dimensions, [N]."""
-    dimensions: FloatArray | None
-    """[N, R]; policy ``prune`` only."""
-    tokens: int | None
-
-
 class RecordingWriter:
     """Writes what an engine tells it (as a :class:`Recorder`) to a folder.
 
@@ -100,7 +89,7 @@ class RecordingWriter:
         self._policy = policy
         self._segment_steps = chunk_steps
         self._running: RunningSegment | None = None
-        self._samples: dict[str, Sample] = {}
+        self._samples: dict[str, tuple[Arrays, int]] = {}
         self._process = os.getpid()
 
     def sample(
@@ -111,11 +100,17 @@ class RecordingWriter:
         tokens: int | None,
     ) -> None:
         """Take a copy of a layer's accepted sample; it is written with its step."""
-        phi, mean, dimensions = _copied(routing), _copied(importance), None
-        if mean is not None and mean.ndim == 2:
-            dimensions = mean if self._source.config.policy == "prune" else None
-            mean = mean_over_active(mean, self._source.ranks(name))
-        self._samples[name] = Sample(phi, mean, dimensions, tokens)
+        given = {"routing": routing, "importance": importance}
+        arrays = {
+            what: np.array(values, dtype=np.float64)
+            for what, values in given.items()
+            if values is not None
+        }
+        if importance is not None and arrays["importance"].ndim == 2:
+            if self._source.config.policy == "prune":
+                arrays["dimensions"] = arrays["importance"]
+            arrays["importance"] = mean_over_active(arrays["importance"], self._source.ranks(name))
+        self._samples[name] = arrays, headers.UNKNOWN_TOKENS if tokens is None else tokens
 
     def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
         """Append a step; a step that was recorded before is replaced, and all after it.
@@ -133,9 +128,15 @@ class RecordingWriter:
             part = slice(start, start + layer_ranks.size)
             start = part.stop
             row["ranks"][part] = layer_ranks
-            if name in self._samples:
-                order = None if self._running.order is None else self._running.order[part]
-                _fill(row, position, part, self._samples[name], layer_ranks, order)
+            if name not in self._samples:
+                continue
+            arrays, row["tokens"][position] = self._samples[name]
+            row["presence"][position] = headers.SAMPLED + sum(headers.BITS[what] for what in arrays)
+            for what, values in arrays.items():
+                row[what][part] = values
+            if "dimensions" in arrays:
+                order = self._running.order[part]
+                row["dimensions"][part] = to_recorded(arrays["dimensions"], layer_ranks, order)
         self._running.append(event)
         self._samples = {}
 
@@ -179,31 +180,3 @@ class RecordingWriter:
         if header.config != config:
             raise LayoutError(f"the recording {path} is of another configuration; use a new path")
         return RunningSegment(path, header, steps)
-
-
-def _copied(sample: ArrayLike | None) -> FloatArray | None:
-    return None if sample is None else np.array(sample, dtype=np.float64)
-
-
-def _fill(
-    row: Arrays,
-    position: int,
-    part: slice,
-    sample: Sample,
-    ranks: IntArray,
-    order: IntArray | None,
-) -> None:
-    """Write a layer's sample into the step's rows."""
-    bits = headers.SAMPLED
-    if sample.tokens is not None:
-        row["tokens"][position] = sample.tokens
-    if sample.routing is not None:
-        row["routing"][part] = sample.routing
-        bits |= headers.ROUTING
-    if sample.importance is not None:
-        row["importance"][part] = sample.importance
-        bits |= headers.IMPORTANCE
-    if sample.dimensions is not None and order is not None:
-        row["dimensions"][part] = to_recorded(sample.dimensions, ranks, order)
-        bits |= headers.DIMENSIONS
-    row["presence"][position] = bits
