@@ -11,7 +11,13 @@ import pytest
 
 from drlora_core import AllocationRequest, LayoutError, StatisticError, UnknownLayerError
 from drlora_core.policies import rescored, walk
-from drlora_core.recording import Recording, RecordingWriter, from_routing_trace, load_trace
+from drlora_core.recording import (
+    Recording,
+    RecordingWriter,
+    from_routing_trace,
+    load_trace,
+    running,
+)
 from drlora_core.replay import first_difference
 from tests.core import recorded
 
@@ -133,6 +139,19 @@ def test_saving_the_engine_state_flushes_the_recording(tmp_path: Path) -> None:
     engine.record_to(None)
 
 
+def test_slow_steps_are_written_before_the_segment_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 2)
+    assert Recording.open(tmp_path / "run").steps == 0
+    monkeypatch.setattr(running, "FLUSH_SECONDS", 0.0)
+    recorded.drive(engine, 3)
+    assert Recording.open(tmp_path / "run").steps == 5
+    engine.record_to(None)
+
+
 @pytest.mark.parametrize("policy", ["greedy", "prune"])
 @pytest.mark.parametrize("stop", [3, 8, 13])
 def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, policy: str) -> None:
@@ -152,15 +171,19 @@ def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, pol
     same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
 
-def test_going_back_in_a_run_discards_the_steps_after(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [0, 4, 5])
+def test_going_back_in_a_run_discards_the_steps_after(tmp_path: Path, start: int) -> None:
     recorded.record(tmp_path / "reference")
     engine = recorded.build(recorded.config())
     engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))
-    recorded.drive(engine, 5)
+    recorded.drive(engine, start)
     state = engine.state_dict()
-    recorded.drive(engine, 6)
+    recorded.drive(engine, 11 - start)
     engine.load_state_dict(state)
-    recorded.drive(engine, 15)
+    recorded.drive(engine, 1)
+    during = Recording.open(tmp_path / "run")
+    assert during.steps == start // 4 * 4 + (start == 5)
+    recorded.drive(engine, 19 - start)
     engine.record_to(None)
     same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
