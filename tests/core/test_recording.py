@@ -14,8 +14,6 @@ from drlora_core.policies import rescored, walk
 from drlora_core.recording import (
     Recording,
     RecordingWriter,
-    from_routing_trace,
-    load_trace,
     running,
 )
 from drlora_core.replay import first_difference

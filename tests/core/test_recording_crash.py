@@ -147,7 +147,7 @@ def lying_bomb(path: Path) -> bytes:
     content = bomb(path)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         size = archive.getinfo("tokens.npy").file_size.to_bytes(4, "little")
-    assert content.count(size) == 2
+    assert size in content
     return content.replace(size, (256).to_bytes(4, "little"))
 
 
