@@ -212,8 +212,8 @@ class AllocatorEngine:
     def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
         """Tell every accepted sample and step to a recorder from now on; None stops.
 
-        A path stands for a recording on disk (:mod:`drlora_core.recording`), created at the first
-        step and complete after ``record_to(None)`` or at the end of the process.
+        A path means a recording on disk (:mod:`drlora_core.recording`). It is created at the first
+        step, and complete after ``record_to(None)`` or at the end of the process.
         """
         if isinstance(recorder, (str, os.PathLike)):
             recorder = RecordingWriter(recorder, self, policy=self._policy_name())

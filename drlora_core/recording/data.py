@@ -78,11 +78,11 @@ class Recording:
     dimensions: FloatArray | None = None
     events: tuple[GrowthEvent, ...] = ()
     config: AllocatorConfig | None = None
-    """Configuration of the run; None where the data has another origin."""
+    """Configuration of the run; None for data that comes from elsewhere."""
     policy: str | None = None
-    """Name of the policy of the run; not ``config.policy`` if it was a callable of the user's."""
+    """Name of the policy of the run, which may be a callable in place of ``config.policy``."""
     notes: tuple[str, ...] = ()
-    """What was found while reading: a writer that is still at work or was killed."""
+    """What the reader found: say, that the writer is still at work or was killed."""
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Recording:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Recording:
-        """Read a recording into memory; one that is being written, too.
+        """Read a recording into memory, even while it is being written.
 
         Raises:
             LayoutError: not a recording, another version, damaged, or with holes.
@@ -145,7 +145,9 @@ class Recording:
             events += new
             for name, rows in arrays.items():
                 parts[name].append(rows)
-        fields: dict[str, Any] = {name: np.concatenate(rows) for name, rows in parts.items()}
+        fields: dict[str, Any] = {
+            name: np.ascontiguousarray(np.concatenate(rows)) for name, rows in parts.items()
+        }
         ranks = fields.pop("ranks")
         if ranks.any():  # `save` writes zeros where ranks are unknown
             fields["ranks"] = ranks.astype(np.int64)
@@ -167,7 +169,7 @@ class Recording:
         dimensions: Mapping[str, ArrayLike] | None = None,
         config: AllocatorConfig | None = None,
     ) -> Recording:
-        """Build a recording from anyone's statistics.
+        """Build a recording from statistics of any origin.
 
         Args:
             routing: phi by layer, float [T, N]; None if unknown (then replay with

@@ -33,7 +33,10 @@ def read_segments(folder: Path, header: Header) -> Iterator[tuple[Arrays, list[G
     for path in segment_paths(folder):
         readable = "no step before it is recorded"
         if steps:
-            readable = f"to read steps 1 to {steps}, move it and all later ones out of the folder"
+            readable = (
+                f"to read steps 1 to {steps}, move {path.name} and all later segments out of the "
+                f"folder"
+            )
         wanted = segment_path(folder, steps)
         if path != wanted:
             raise LayoutError(

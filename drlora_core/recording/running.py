@@ -1,4 +1,4 @@
-"""The running segment of a recording: steps in memory, written when it is full or flushed."""
+"""The last segment of a recording in progress: steps in memory, written to disk in one piece."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from drlora_core.recording.header import Header
 from drlora_core.recording.segment import Arrays
 
 FLUSH_SECONDS = 30.0
-"""Longest time that a step stays in memory only, if steps go on."""
+"""A step is written at the latest with the first step after this time."""
 
 
 class RunningSegment:
-    """The end of a recording that grows.
+    """The last segment of a recording, which is still being filled.
 
     Args:
         folder: the recording.
@@ -44,8 +44,8 @@ class RunningSegment:
         self._events = [event for event in events if event.step > self._start]
         self._flushed_at = time.monotonic()
         self.order = initial_order(sum(header.layers.values()), header.dimensions or 0)
-        """What the recording calls each rank dimension, int64 [E, R]; policy ``prune`` only."""
-        self._follow(events)
+        """What each rank dimension was numbered at the start, int64 [E, R]; R = 0: none recorded."""
+        self._apply_cuts(events)
 
     @property
     def steps(self) -> int:
@@ -53,7 +53,7 @@ class RunningSegment:
         return self._start + self._count
 
     def new_row(self) -> Arrays:
-        """Return views of the next step's rows, emptied; they count after :meth:`append`."""
+        """Return the next step's rows to fill; :meth:`append` counts them."""
         row = {name: rows[self._count] for name, rows in self._rows.items()}
         for name, spec in self.header.step_arrays.items():
             row[name][...] = spec.fill
@@ -71,7 +71,7 @@ class RunningSegment:
         if full or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self._write(count, events)
         self._count, self._events = count, events
-        self._follow(new)
+        self._apply_cuts(new)
         if full:
             self._start, self._count, self._written, self._events = self.steps, 0, 0, []
 
@@ -91,7 +91,7 @@ class RunningSegment:
         segment.write(path, arrays, events, self.header)
         self._written, self._flushed_at = count, time.monotonic()
 
-    def _follow(self, events: Iterable[GrowthEvent]) -> None:
+    def _apply_cuts(self, events: Iterable[GrowthEvent]) -> None:
         for event in events:
             if event.cut:
                 cut = np.concatenate([event.cut[name] for name in self.header.layers])

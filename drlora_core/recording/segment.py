@@ -27,17 +27,20 @@ NPY_HEADER_BYTES = 1024
 def write(path: Path, arrays: Arrays, events: Sequence[GrowthEvent], header: Header) -> None:
     """Write or replace a segment; ``numpy.load`` reads it.
 
-    Whole numbers hardly change from step to step and are compressed along the steps. Statistics
-    are noise to a compressor, which would take ten times as long as everything else.
+    Integers hardly change from step to step and are compressed along the steps. Floats are stored:
+    they hardly compress, and trying takes longer than the rest of a recording.
     """
     content = arrays | _stacked(events, header)
 
     def fill(part: Path) -> None:
         with zipfile.ZipFile(part, "w", compresslevel=1) as archive:
             for name, array in content.items():
-                noise = array.dtype.kind == "f"
-                member, method = io.BytesIO(), zipfile.ZIP_STORED if noise else zipfile.ZIP_DEFLATED
-                ordered = array if noise else np.asfortranarray(array)
+                floats = array.dtype.kind == "f"
+                member, method = (
+                    io.BytesIO(),
+                    zipfile.ZIP_STORED if floats else zipfile.ZIP_DEFLATED,
+                )
+                ordered = array if floats else np.asfortranarray(array)
                 np.lib.format.write_array(member, ordered, allow_pickle=False)
                 archive.writestr(f"{name}.npy", member.getbuffer(), method)
 

@@ -24,7 +24,7 @@ from drlora_core.saliency import mean_over_active
 
 
 class Recorder(Protocol):
-    """What the engine tells of each step."""
+    """Receives the samples and steps of an engine."""
 
     def sample(
         self,
@@ -33,7 +33,7 @@ class Recorder(Protocol):
         importance: ArrayLike | None,
         tokens: int | None,
     ) -> None:
-        """Take the sample of a layer, after it was accepted."""
+        """Take the sample of a layer, which the engine has accepted."""
         ...
 
     def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
@@ -41,16 +41,16 @@ class Recorder(Protocol):
         ...
 
     def flush(self) -> None:
-        """Make what was told durable; called when the engine's state is saved."""
+        """Write everything to disk; called when the engine's state is saved."""
         ...
 
     def close(self) -> None:
-        """Finish; called when the engine stops telling."""
+        """Finish; called when the engine stops recording."""
         ...
 
 
 class Source(Protocol):
-    """What the writer asks of an engine."""
+    """What the writer needs of an engine."""
 
     @property
     def config(self) -> AllocatorConfig:
@@ -63,11 +63,11 @@ class Source(Protocol):
 
 
 class RecordingWriter:
-    """Writes what an engine tells it (as a :class:`Recorder`) to a folder.
+    """Records an engine to a folder; a :class:`Recorder`.
 
-    The folder is made at the first step, when the engine knows its layers. On an engine that was
-    resumed, an existing recording of the same run is continued after the engine's last step
-    (later steps in it are discarded).
+    The folder is made at the first step, when the engine knows its layers. If the engine was
+    resumed, the recording at the path is continued after the engine's last step, and its later
+    steps are discarded.
 
     Args:
         path: where to write; a new or empty folder, or the recording to continue.

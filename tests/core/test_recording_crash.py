@@ -107,7 +107,7 @@ def test_a_damaged_segment_is_named_and_so_are_the_readable_steps(
     if steps == 0:
         assert "no step before it is recorded" in message
         return
-    assert f"to read steps 1 to {steps}, move it and all later ones out of the folder" in message
+    assert f"to read steps 1 to {steps}, move {file.name} and all later segments out" in message
     for name in SEGMENTS[number:]:
         (copy / name).unlink()
     part = Recording.open(copy)
