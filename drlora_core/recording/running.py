@@ -44,7 +44,7 @@ class RunningSegment:
         self._events = [event for event in events if event.step > self._start]
         self._flushed_at = time.monotonic()
         self.order = initial_order(sum(header.layers.values()), header.dimensions or 0)
-        """What each rank dimension was numbered at the start, int64 [E, R]; R = 0: none recorded."""
+        """Number of each rank dimension at the start, int64 [E, R]; R = 0 if none are recorded."""
         self._apply_cuts(events)
 
     @property
