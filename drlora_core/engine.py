@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,34 +27,9 @@ from drlora_core.errors import (
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy
 from drlora_core.pools import Pool
+from drlora_core.recording.writer import Recorder, RecordingWriter
 
 logger = logging.getLogger(__name__)
-
-
-class Recorder(Protocol):
-    """What the engine tells of each step; :mod:`drlora_core.recording` writes it to disk."""
-
-    def sample(
-        self,
-        name: str,
-        routing: ArrayLike | None,
-        importance: ArrayLike | None,
-        tokens: int | None,
-    ) -> None:
-        """Take the sample of a layer, after it was accepted."""
-        ...
-
-    def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
-        """Close an optimizer step; ``ranks`` are those that the samples were taken at."""
-        ...
-
-    def flush(self) -> None:
-        """Make what was told durable; called when the engine's state is saved."""
-        ...
-
-    def close(self) -> None:
-        """Finish; called when the engine stops telling."""
-        ...
 
 
 class AllocatorEngine:
@@ -237,20 +212,19 @@ class AllocatorEngine:
     def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
         """Tell every accepted sample and step to a recorder from now on; None stops.
 
-        A path stands for a recording on disk (:mod:`drlora_core.recording`), created at the first
-        sample and complete after ``record_to(None)`` or at the end of the process.
-
-        Raises:
-            DRLoRAError: a path was given and zarr is not installed.
+        A path means a recording on disk (:mod:`drlora_core.recording`). It is created at the first
+        step, and complete after ``record_to(None)`` or at the end of the process.
         """
         if isinstance(recorder, (str, os.PathLike)):
-            from drlora_core.recording import RecordingWriter
-
-            name = getattr(self._policy, "__name__", self.config.policy)
-            recorder = RecordingWriter(recorder, self, policy=name)
+            recorder = RecordingWriter(recorder, self, policy=self._policy_name())
         if self._recorder is not None and self._recorder is not recorder:
             self._recorder.close()
         self._recorder = recorder
+
+    def _policy_name(self) -> str:
+        if self._policy is None:
+            return self.config.policy
+        return str(getattr(self._policy, "__name__", type(self._policy).__name__))
 
     def _layer(self, name: str) -> layer.LayerState:
         try:

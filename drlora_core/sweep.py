@@ -127,7 +127,7 @@ def _in_processes(
     processes: int,
     advance: Callable[[], None],
 ) -> dict[str, Replay]:
-    context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of zarr, torch
+    context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of torch
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, mp_context=context, initializer=_share, initargs=(recording,)
     )

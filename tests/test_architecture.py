@@ -21,19 +21,18 @@ TORCH = sorted((ROOT / "drlora_torch").rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 400, 50
 
 # A module of the core imports from its own level and from those above it in this list. Whatever is
-# not named (recording, replay, plan ...) stands on the engine, below the command line.
+# not named (replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
     {"errors", "atomic", "timetable", "ema", "saliency"},
     {"config", "policies", "pruning", "pools", "layer"},
     {"events", "snapshot"},
+    {"recording"},
     {"engine"},
     set(),  # the unnamed ones
     {"__init__"},
     {"cli"},
 )
-UNNAMED = 4
-# Catalogue of exceptions: (module, what it imports inside a function) and why.
-UPWARD = {("engine", "recording")}  # engine.record_to(path) opens the writer for the user
+UNNAMED = 5
 OFF_LIMITS = {"torch", "transformers", "drlora_torch", "peft", "accelerate", "datasets", "trl"}
 MAY_IMPORT_TRANSFORMERS = ("models", "integrations", "finetune", "finetune.py", "cli.py")
 
@@ -79,7 +78,6 @@ def test_core_imports_only_what_is_below(path: Path) -> None:
         if (module := core_module(name)) is not None
         and module != own
         and level(module) > level(own)
-        and (own, module) not in UPWARD
     ]
     assert wrong == []
 
@@ -89,8 +87,7 @@ def test_core_has_no_import_cycle() -> None:
     for path in CORE:
         own = path.relative_to(ROOT / "drlora_core").parts[0].removesuffix(".py")
         modules = {core_module(name) for name, _ in imported(path)}
-        modules -= {own, None} | {module for importer, module in UPWARD if importer == own}
-        graph.setdefault(own, set()).update(module for module in modules if module)
+        graph.setdefault(own, set()).update(module for module in modules - {own} if module)
     while graph:
         leaves = {name for name, needs in graph.items() if not needs & set(graph)}
         assert leaves, f"these import each other: {sorted(graph)}"
@@ -133,16 +130,6 @@ def test_functions_are_short(path: Path) -> None:
         and (length := code_lines(node)) > FUNCTION_LINES
     ]
     assert long == []
-
-
-def test_exceptions_are_needed_and_lazy() -> None:
-    for own, module in UPWARD:
-        path = ROOT / "drlora_core" / f"{own}.py"
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        at_import = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-        lines = [line for name, line in imported(path) if core_module(name) == module]
-        assert lines, f"{own} no longer imports {module}: take it out of the catalogue"
-        assert not set(lines) & {node.lineno for node in at_import}
 
 
 def check_public_names(package: object) -> None:
@@ -193,7 +180,7 @@ WITHOUT_TORCH = """
     engine.add_layer("experts", num_experts=2)
     engine.observe("experts", routing=[0.1, 0.9], importance=[1.0, 1.0])
     print(engine.step().ranks["experts"].tolist())
-    print(sorted({"hypothesis", "zarr", "plotly", "typer", "rich"} & set(sys.modules)))
+    print(sorted({"hypothesis", "plotly", "typer", "rich"} & set(sys.modules)))
 """
 
 

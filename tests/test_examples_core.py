@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.core import recorded
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "03_policy_offline.py"
@@ -29,7 +27,6 @@ def test_the_offline_policy_compares_itself_with_the_papers() -> None:
 
 
 def test_the_offline_policy_runs_on_a_recording(tmp_path: Path) -> None:
-    pytest.importorskip("zarr")
     recorded.record(tmp_path / "run")
     assert "greedy: mean rank 4.00" in run(str(EXAMPLE), str(tmp_path / "run"))
 

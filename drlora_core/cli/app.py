@@ -24,7 +24,6 @@ EXTRAS = {
     **dict.fromkeys(
         ("torch", "transformers", "safetensors", "accelerate", "datasets", "trl"), "finetune"
     ),
-    **dict.fromkeys(("zarr", "numcodecs", "google_crc32c"), "record"),
     "plotly": "report",
 }
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)

@@ -16,6 +16,7 @@ from drlora_core.errors import DRLoRAError, LayoutError, near_misses
 from drlora_core.recording import Recording, load_trace
 from drlora_core.recording.traces import ImportanceChoice
 
+HEADERS = ("recording.json", "zarr.json")  # of today, and of those that `Recording.open` refuses
 SET_HELP = (
     "A field of the allocator's configuration, NAME=VALUE, such as r_target=16 or policy=rescored; "
     "may be repeated. Fields: " + ", ".join(AllocatorConfig.model_fields) + "."
@@ -71,13 +72,13 @@ def open_recording(path: Path, importance: ImportanceChoice = "ones") -> Recordi
 
 def find_recording(path: Path) -> Path:
     """Return the path itself if it is a recording, else the one recording directly in it."""
-    if not path.is_dir() or (path / "zarr.json").exists():
+    if not path.is_dir() or any((path / name).exists() for name in HEADERS):
         return path
-    found = sorted(child.parent for child in path.glob("*/zarr.json"))
+    found = sorted({child.parent for name in HEADERS for child in path.glob(f"*/{name}")})
     if len(found) == 1:
         return found[0]
     if not found:
-        raise LayoutError(f"{path} holds no recording (no directory in it has a zarr.json)")
+        raise LayoutError(f"{path} holds no recording (no directory in it has a recording.json)")
     names = ", ".join(child.name for child in found)
     raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
 

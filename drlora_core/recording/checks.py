@@ -1,155 +1,126 @@
-"""Checks of a recording's arrays, and building one from arrays by layer.
+"""Checks of a recording's arrays, and joining the arrays of its layers.
 
-Shapes: as in :mod:`drlora_core.recording.data`.
+Shapes: T steps, L layers, E experts of all layers one after the other, N experts of one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from drlora_core.config import AllocatorConfig
 from drlora_core.errors import LayoutError, StatisticError
-from drlora_core.recording import schema
-
-if TYPE_CHECKING:
-    from drlora_core.recording.data import Recording
+from drlora_core.recording import header
 
 ByLayer = Mapping[str, ArrayLike]
 
 
-def check(recording: Recording) -> None:
-    """Refuse arrays that do not fit together, holes, and values that no run can have.
+def slices(layers: Mapping[str, int]) -> dict[str, slice]:
+    """Where each layer's experts lie in the arrays over E."""
+    ends = np.cumsum(list(layers.values())).tolist()
+    sizes = layers.items()
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes, ends, strict=True)}
+
+
+def check(layers: Mapping[str, int], arrays: Mapping[str, Any], largest_rank: int | None) -> None:
+    """Refuse arrays that do not fit together, and values that no run can have.
+
+    Args:
+        layers: experts of each layer.
+        arrays: those of a recording by name; None where there is none.
+        largest_rank: r_max, where it is known.
 
     Raises:
         LayoutError: shapes.
         StatisticError: naming layer, step and value.
     """
-    steps, experts, layers = recording.steps, recording.num_experts, len(recording.layers)
-    if not recording.layers or min(recording.layers.values()) < 1:
+    if not layers or min(layers.values()) < 1:
         raise LayoutError("a recording needs at least one layer, and an expert in every layer")
-    wanted = {
-        "routing": (steps, experts),
-        "importance": (steps, experts),
-        "ranks": (steps, experts),
-        "tokens": (steps, layers),
-        "presence": (steps, layers),
-    }
-    for name, shape in wanted.items():
-        array = getattr(recording, name)
-        if array is not None and array.shape != shape:
+    presence, sizes = arrays["presence"], list(layers.values())
+    for name, array in arrays.items():
+        columns = len(layers) if name in ("tokens", "presence") else sum(sizes)
+        shape = (presence.shape[0], columns)
+        if array is not None and array.shape[:2] != shape:
             raise LayoutError(f"{name} of the recording has shape {array.shape}, not {shape}")
-    if (dimensions := recording.dimensions) is not None and dimensions.shape[:2] != wanted["ranks"]:
-        raise LayoutError(f"dimensions of the recording have shape {dimensions.shape}")
-    _check_values(recording)
+    bits = header.SAMPLED + sum(header.BITS.values())
+    wrong = {"presence": presence > bits, "tokens": arrays["tokens"] < header.UNKNOWN_TOKENS}
+    for name in ("routing", "importance"):
+        given = np.repeat((presence & header.BITS[name]) > 0, sizes, axis=1)
+        wrong[name] = given & ~((arrays[name] >= 0.0) & (arrays[name] < np.inf))
+    if (ranks := arrays["ranks"]) is not None:
+        wrong["ranks"] = (ranks < 1) | (ranks > (largest_rank or np.iinfo(np.int32).max))
+    if (values := arrays["dimensions"]) is not None:  # NaN: the dimension is not there (any more)
+        wrong["dimensions"] = (values < 0.0) | np.isinf(values)
+    for name, found in wrong.items():
+        if found.any():
+            raise StatisticError(_describe(layers, name, arrays[name], found))
 
 
-def _check_values(recording: Recording) -> None:
-    presence = recording.presence
-    bits = schema.SAMPLED | schema.ROUTING | schema.IMPORTANCE | schema.DIMENSIONS
-    _refuse_layers(recording, presence > bits, presence, "presence")
-    sizes = list(recording.layers.values())
-    for name, bit in (("routing", schema.ROUTING), ("importance", schema.IMPORTANCE)):
-        given = np.repeat((presence & bit) > 0, sizes, axis=1)
-        values = getattr(recording, name)
-        _refuse(recording, given & ~((values >= 0.0) & (values < np.inf)), values, name)
-    if recording.ranks is not None:
-        largest = np.iinfo(np.int32).max
-        if recording.config is not None:
-            largest = recording.config.r_max
-        wrong = (recording.ranks < 1) | (recording.ranks > largest)
-        _refuse(recording, wrong, recording.ranks, "ranks")
-    _refuse_layers(recording, recording.tokens < schema.UNKNOWN_TOKENS, recording.tokens, "tokens")
-    if recording.dimensions is not None:
-        values = recording.dimensions  # NaN: the dimension is not there (any more)
-        _refuse(recording, (values < 0.0) | np.isinf(values), values, "dimensions")
+def _describe(
+    layers: Mapping[str, int], what: str, values: NDArray[Any], wrong: NDArray[np.bool_]
+) -> str:
+    """Name the first wrong value."""
+    row, column, *rest = (int(number) for number in np.argwhere(wrong)[0])
+    value = values[(row, column, *rest)]
+    if what in ("tokens", "presence"):
+        layer, index = list(layers)[column], ""
+    else:
+        parts = slices(layers)
+        layer = next(name for name, part in parts.items() if column < part.stop)
+        index = str([column - parts[layer].start, *rest])
+    return f"layer {layer!r}, step {row + 1}: {what}{index} is {value}, which no run records"
 
 
-def _refuse(recording: Recording, wrong: NDArray[np.bool_], values: Any, what: str) -> None:
-    """Name the first wrong value of an array over [T, E, ...]."""
-    if not wrong.any():
-        return
-    row, expert, *rest = (int(number) for number in np.argwhere(wrong)[0])
-    for layer, part in recording.slices().items():
-        if part.start <= expert < part.stop:
-            index, value = [expert - part.start, *rest], values[(row, expert, *rest)]
-            raise StatisticError(
-                f"layer {layer!r}, step {row + 1}: {what}{index} is {value}, which no run records"
-            )
+def join(
+    given: Mapping[str, ByLayer | None], tokens: ArrayLike | None
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Put the layers' arrays side by side.
 
+    Args:
+        given: arrays [T, N] or [T, N, R] by name and layer.
+        tokens: counted tokens of each step, int [T].
 
-def _refuse_layers(recording: Recording, wrong: NDArray[np.bool_], values: Any, what: str) -> None:
-    """Name the first wrong value of an array over [T, L]."""
-    if wrong.any():
-        row, position = (int(number) for number in np.argwhere(wrong)[0])
-        layer = list(recording.layers)[position]
-        raise StatisticError(
-            f"layer {layer!r}, step {row + 1}: {what} is {values[row, position]}, "
-            f"which no run records"
-        )
-
-
-def build(
-    cls: type[Recording],
-    routing: ByLayer | None,
-    importance: ByLayer | None,
-    tokens: ArrayLike | None,
-    ranks: ByLayer | None,
-    dimensions: ByLayer | None,
-    config: AllocatorConfig | None,
-) -> Recording:
-    """See :meth:`Recording.from_arrays`."""
-    given = {"routing": routing, "importance": importance, "ranks": ranks, "dimensions": dimensions}
-    arrays = {
-        what: {name: _array(what, name, values) for name, values in by_layer.items()}
+    Returns:
+        Experts of each layer, and the arrays over all of them, with ``presence`` and ``tokens``.
+    """
+    by_name = {
+        what: {layer: _array(what, layer, values) for layer, values in by_layer.items()}
         for what, by_layer in given.items()
         if by_layer is not None
     }
-    if not any(arrays.values()):
+    if not any(by_name.values()):
         raise LayoutError("give routing or importance of at least one layer: {name: [steps, N]}")
-    first = next(iter(arrays.values()))
-    shapes = {name: array.shape[:2] for name, array in first.items()}
-    for what, by_layer in arrays.items():
+    shapes = {layer: array.shape[:2] for layer, array in next(iter(by_name.values())).items()}
+    for what, by_layer in by_name.items():
         _check_same_layers(what, by_layer, shapes)
     steps = {shape[0] for shape in shapes.values()}
     if len(steps) > 1:
         raise LayoutError(f"layers have different numbers of steps: {sorted(steps)}")
-    layers = {name: shape[1] for name, shape in shapes.items()}
-    flat = {what: _joined(what, by_layer) for what, by_layer in arrays.items()}
-    absent = np.full((steps.pop(), sum(layers.values())), np.nan)
-    return cls(
-        layers=layers,
-        routing=flat.get("routing", absent),
-        importance=flat.get("importance", absent.copy()),
-        presence=_presence(flat, absent.shape[0], len(layers)),
-        tokens=_tokens(tokens, absent.shape[0], len(layers)),
-        ranks=flat.get("ranks"),
-        dimensions=flat.get("dimensions"),
-        config=config,
-        policy=None if config is None else config.policy,
-    )
+    flat = {what: np.concatenate(list(parts.values()), axis=1) for what, parts in by_name.items()}
+    shape = (steps.pop(), len(shapes))
+    bits = header.SAMPLED + sum(bit for name, bit in header.BITS.items() if name in flat)
+    flat["presence"] = np.full(shape, bits, dtype=np.uint8)
+    flat["tokens"] = _tokens(tokens, shape)
+    for name in ("routing", "importance"):
+        flat.setdefault(name, np.full((shape[0], sum(n for _, n in shapes.values())), np.nan))
+    return {layer: experts for layer, (_, experts) in shapes.items()}, flat
 
 
-def _array(what: str, name: str, values: ArrayLike) -> NDArray[Any]:
+def _array(what: str, layer: str, values: ArrayLike) -> NDArray[Any]:
     try:
-        array = np.asarray(values, dtype=np.float64)
+        array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise StatisticError(f"layer {name!r}: {what} is not an array of numbers") from error
-    wanted = 3 if what == "dimensions" else 2
-    if array.ndim != wanted or 0 in array.shape:
-        raise LayoutError(
-            f"layer {name!r}: {what} has shape {array.shape}; accepted: [steps, experts"
-            + (", r_max]" if wanted == 3 else "]")
-        )
-    if what == "ranks":
-        whole = array.astype(np.int64)
-        if not (whole == array).all():
-            raise StatisticError(f"layer {name!r}: ranks are not whole numbers")
-        return whole
-    return array.copy()
+        raise StatisticError(f"layer {layer!r}: {what} is not an array of numbers") from error
+    accepted = "[steps, experts, r_max]" if what == "dimensions" else "[steps, experts]"
+    if array.ndim != accepted.count(",") + 1 or 0 in array.shape:
+        raise LayoutError(f"layer {layer!r}: {what} has shape {array.shape}; accepted: {accepted}")
+    if what != "ranks":
+        return array
+    if not (array.astype(np.int64) == array).all():
+        raise StatisticError(f"layer {layer!r}: ranks are not whole numbers")
+    return array.astype(np.int64)
 
 
 def _check_same_layers(
@@ -166,29 +137,16 @@ def _check_same_layers(
                 f"layer {name!r}: {what} has shape {array.shape}, not [steps, experts] = "
                 f"{list(shapes[name])}"
             )
-
-
-def _joined(what: str, by_layer: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    depths = {array.shape[2:] for array in by_layer.values()}
-    if len(depths) > 1:
+    if len(depths := {array.shape[2:] for array in by_layer.values()}) > 1:
         raise LayoutError(f"{what}: layers have different numbers of rank dimensions {depths}")
-    return np.concatenate(list(by_layer.values()), axis=1)
 
 
-def _presence(flat: Mapping[str, Any], steps: int, layers: int) -> NDArray[np.uint8]:
-    bits = schema.SAMPLED
-    bits |= schema.ROUTING if "routing" in flat else 0
-    bits |= schema.IMPORTANCE if "importance" in flat else 0
-    bits |= schema.DIMENSIONS if "dimensions" in flat else 0
-    return np.full((steps, layers), bits, dtype=np.uint8)
-
-
-def _tokens(tokens: ArrayLike | None, steps: int, layers: int) -> NDArray[np.int64]:
+def _tokens(tokens: ArrayLike | None, shape: tuple[int, int]) -> NDArray[np.int64]:
     if tokens is None:
-        return np.full((steps, layers), schema.UNKNOWN_TOKENS, dtype=np.int64)
+        return np.full(shape, header.UNKNOWN_TOKENS, dtype=np.int64)
     counts = np.asarray(tokens)
-    if counts.shape != (steps,) or counts.dtype.kind not in "iu":
+    if counts.shape != shape[:1] or counts.dtype.kind not in "iu":
         raise LayoutError(
-            f"tokens are {counts.dtype}{list(counts.shape)}; accepted: whole numbers [{steps}]"
+            f"tokens are {counts.dtype}{list(counts.shape)}; accepted: whole numbers [{shape[0]}]"
         )
-    return np.repeat(counts.astype(np.int64)[:, None], layers, axis=1)
+    return np.repeat(counts.astype(np.int64)[:, None], shape[1], axis=1)

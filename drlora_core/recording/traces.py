@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from drlora_core.ema import FloatArray
 from drlora_core.errors import LayoutError, StatisticError
 from drlora_core.recording.data import Recording
 
@@ -44,14 +45,12 @@ def from_routing_trace(
     """
     sums = np.asarray(weight_sum, dtype=np.float64)
     counts = np.asarray(tokens)
-    if sums.ndim != 3 or 0 in sums.shape:
+    whole = counts.dtype.kind in "iu"
+    if sums.ndim != 3 or 0 in sums.shape or counts.shape != sums.shape[:1] or not whole:
         raise LayoutError(
-            f"weight_sum has shape {sums.shape}; accepted: [steps, layers, experts], none of them 0"
-        )
-    if counts.shape != sums.shape[:1] or counts.dtype.kind not in "iu":
-        raise LayoutError(
-            f"tokens are {counts.dtype}{list(counts.shape)}; accepted: whole numbers "
-            f"[{sums.shape[0]}], one for each step of weight_sum"
+            f"weight_sum has shape {sums.shape}, tokens are {counts.dtype}{list(counts.shape)}; "
+            f"accepted: [steps, layers, experts], none of them 0, and whole numbers [steps], one "
+            f"for each step of weight_sum"
         )
     if (counts < 1).any():
         step = int(np.argmax(counts < 1))
@@ -68,9 +67,7 @@ def from_routing_trace(
     )
 
 
-def _importance(
-    choice: str, shape: tuple[int, ...], seed: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _importance(choice: str, shape: tuple[int, ...], seed: int) -> FloatArray:
     if choice == "ones":
         return np.ones(shape)
     if choice != "sampled":

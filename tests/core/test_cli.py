@@ -17,7 +17,6 @@ from drlora_core.recording import Recording
 from tests.core import recorded
 
 typer = pytest.importorskip("typer")
-pytest.importorskip("zarr")
 
 from drlora_core.cli import app as application  # noqa: E402
 from drlora_core.cli import common, main  # noqa: E402
@@ -68,7 +67,7 @@ def model(tmp_path: Path) -> Path:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "first"
     path.mkdir()
-    recorded.record(path / "recording.zarr")
+    recorded.record(path / "recording")
     return path
 
 
@@ -108,10 +107,19 @@ def test_replay_of_a_run_repeats_it(drlora: Any, run_dir: Path) -> None:
     assert result.code == 0
     assert "decisions identical to the recorded run: yes" in result.out
     assert "cannot know how they would have changed" in result.out
-    values = drlora("replay", run_dir / "recording.zarr", "--json").json
+    values = drlora("replay", run_dir / "recording", "--json").json
     assert values["identical_to_recorded"] is True
     assert [event["step"] for event in values["events"]] == [8, 12, 16]
     assert sum(values["final_ranks"]["first"]) == 24
+
+
+def test_a_run_recorded_in_zarr_is_refused(drlora: Any, tmp_path: Path) -> None:
+    (tmp_path / "recording").mkdir()
+    (tmp_path / "recording" / "zarr.json").write_text("{}")
+    result = drlora("replay", tmp_path)
+    assert result.code == 2
+    assert "recording in Zarr, which this version no longer reads: record again" in result.err
+    assert result.err.count("\n") == 1
 
 
 def test_replay_compares_policies_and_recordings(drlora: Any, run_dir: Path) -> None:
@@ -153,7 +161,7 @@ def test_replay_of_a_trace(drlora: Any, tmp_path: Path) -> None:
 
 
 def test_a_changed_record_is_told(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
-    recording = Recording.open(run_dir / "recording.zarr")
+    recording = Recording.open(run_dir / "recording")
     routing = recording.routing.copy()
     routing[2, 0] = 1e6
     vars(recording)["routing"] = routing
@@ -324,7 +332,6 @@ def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path
     assert no_torch.returncode == 0, no_torch.stderr
     for blocked, arguments, extra in [
         ({"typer"}, ["plan", model], "cli"),
-        ({"zarr"}, ["replay", run_dir], "record"),
         ({"plotly"}, ["report", run_dir, "-o", tmp_path / "x.html"], "report"),
         ({"torch"}, ["finetune"], "finetune"),
     ]:
@@ -337,7 +344,7 @@ def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path
 def test_importing_the_core_needs_no_extra() -> None:
     code = (
         "import sys, drlora_core; "
-        "heavy = {'zarr', 'typer', 'rich', 'plotly', 'torch', 'drlora_torch'} & set(sys.modules); "
+        "heavy = {'typer', 'rich', 'plotly', 'torch', 'drlora_torch'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -181,7 +181,6 @@ def lazy(request: AllocationRequest) -> IntArray:
 
 
 def test_stagnant_growth_is_found_in_a_live_run(tmp_path: Path) -> None:
-    pytest.importorskip("zarr")
     engine = recorded.build(settings(r_max=8), policy=lazy)
     engine.record_to(tmp_path / "run")
     recorded.drive(engine, 40)

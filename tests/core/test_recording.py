@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from drlora_core import LayoutError, StatisticError, UnknownLayerError
-from drlora_core.recording import Recording, RecordingWriter, chunks, from_routing_trace, load_trace
+from drlora_core import AllocationRequest, LayoutError, StatisticError, UnknownLayerError
+from drlora_core.policies import rescored, walk
+from drlora_core.recording import (
+    Recording,
+    RecordingWriter,
+    running,
+)
 from drlora_core.replay import first_difference
 from tests.core import recorded
-
-pytest.importorskip("zarr")
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -69,6 +73,24 @@ def test_a_skipped_layer_is_recorded_as_skipped(tmp_path: Path) -> None:
     assert second.tokens[6] == -1
 
 
+class Reversed:
+    """A policy that is an object and no function."""
+
+    def __call__(self, request: AllocationRequest) -> np.ndarray:
+        return walk(-request.saliency, request)
+
+
+def test_the_policy_that_decided_is_named(tmp_path: Path) -> None:
+    for policy, name in ((Reversed(), "Reversed"), (rescored, "rescored"), (None, "greedy")):
+        engine = recorded.build(recorded.config(), policy=policy)
+        engine.record_to(tmp_path / name)
+        recorded.drive(engine, 1)
+        engine.record_to(None)
+        assert Recording.open(tmp_path / name).policy == name
+    recorded.record(tmp_path / "prune", policy="prune", r_init=8)
+    assert Recording.open(tmp_path / "prune").policy == "prune"
+
+
 def test_saving_an_opened_recording_gives_the_same_again(tmp_path: Path) -> None:
     for policy, start in (("greedy", 2), ("prune", 8)):
         recorded.record(tmp_path / policy, policy=policy, r_init=start)
@@ -115,6 +137,19 @@ def test_saving_the_engine_state_flushes_the_recording(tmp_path: Path) -> None:
     engine.record_to(None)
 
 
+def test_slow_steps_are_written_before_the_segment_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 2)
+    assert Recording.open(tmp_path / "run").steps == 0
+    monkeypatch.setattr(running, "FLUSH_SECONDS", 0.0)
+    recorded.drive(engine, 3)
+    assert Recording.open(tmp_path / "run").steps == 5
+    engine.record_to(None)
+
+
 @pytest.mark.parametrize("policy", ["greedy", "prune"])
 @pytest.mark.parametrize("stop", [3, 8, 13])
 def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, policy: str) -> None:
@@ -134,15 +169,19 @@ def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, pol
     same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
 
-def test_going_back_in_a_run_discards_the_steps_after(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [0, 4, 5])
+def test_going_back_in_a_run_discards_the_steps_after(tmp_path: Path, start: int) -> None:
     recorded.record(tmp_path / "reference")
     engine = recorded.build(recorded.config())
     engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))
-    recorded.drive(engine, 5)
+    recorded.drive(engine, start)
     state = engine.state_dict()
-    recorded.drive(engine, 6)
+    recorded.drive(engine, 11 - start)
     engine.load_state_dict(state)
-    recorded.drive(engine, 15)
+    recorded.drive(engine, 1)
+    during = Recording.open(tmp_path / "run")
+    assert during.steps == start // 4 * 4 + (start == 5)
+    recorded.drive(engine, 19 - start)
     engine.record_to(None)
     same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
@@ -180,11 +219,11 @@ def test_a_step_that_the_disk_refused_can_be_repeated(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    for function in ("write", "set_length"):
+    for call in (lambda: recorded.drive(engine, 1), engine.step):
         with monkeypatch.context() as patch:
-            patch.setattr(chunks, function, full)
+            patch.setattr(os, "fsync", full)
             with pytest.raises(OSError, match="no space left"):
-                recorded.drive(engine, 1) if function == "write" else engine.step()
+                call()
         assert engine.step_count == 7
         assert Recording.open(tmp_path / "run").steps == 4
     engine.step()
@@ -204,6 +243,36 @@ def test_a_forked_child_does_not_write(tmp_path: Path) -> None:
     writer._process -= 1
     engine.record_to(None)
     assert Recording.open(tmp_path / "run").steps == 3
+
+
+def test_long_recordings_are_saved_in_several_segments(tmp_path: Path) -> None:
+    routing = np.random.default_rng(0).random((600, 3))
+    recording = Recording.from_arrays({"a": routing}, config=recorded.config())
+    recording.save(tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["00000001.npz", "00000257.npz", "00000513.npz", "recording.json"]
+    same(recording, Recording.open(tmp_path / "run"))
+    with pytest.raises(LayoutError, match="is not empty; choose a new path"):
+        recording.save(tmp_path / "run")
+
+
+def test_wide_steps_make_short_segments(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config(), {"wide": 200_000})
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 3)
+    assert Recording.open(tmp_path / "run").steps == 2  # 2 steps of 20 bytes an expert: 8 MB
+    engine.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 3
+
+
+def test_numpy_reads_a_segment(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run", policy="prune", r_init=8)
+    recording = Recording.open(tmp_path / "run")
+    with np.load(tmp_path / "run" / "00000001.npz", allow_pickle=False) as segment:
+        np.testing.assert_array_equal(segment["routing"], recording.routing)
+        np.testing.assert_array_equal(segment["dimensions"], recording.dimensions)
+        assert segment["event_step"].tolist() == [8, 12, 16]
+        assert segment["event_cut"].shape == (3, 10, 8)
 
 
 def test_dimensions_of_arrays_are_saved(tmp_path: Path) -> None:
@@ -295,52 +364,3 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
 def test_from_arrays_refuses(changes: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         Recording.from_arrays(**arrays(**changes))
-
-
-def test_a_routing_trace_becomes_phi(tmp_path: Path) -> None:
-    sums = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    recording = from_routing_trace(sums, np.array([2, 4]))
-    assert recording.layers == {"layers.0": 4, "layers.1": 4, "layers.2": 4}
-    np.testing.assert_array_equal(recording.layer("layers.2").routing, sums[:, 2] / [[2.0], [4.0]])
-    assert (recording.importance == 1.0).all()
-    np.savez(tmp_path / "trace.npz", weight_sum=sums, tokens=np.array([2, 4]))
-    sampled = [load_trace(tmp_path / "trace.npz", importance="sampled", seed=s) for s in (1, 1, 2)]
-    np.testing.assert_array_equal(sampled[0].importance, sampled[1].importance)
-    assert (sampled[0].importance != sampled[2].importance).all()
-    assert (sampled[0].importance > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("sums", "tokens", "error", "message"),
-    [
-        (np.ones((2, 3)), [1, 1], LayoutError, "accepted: .steps, layers, experts"),
-        (np.ones((2, 3, 4)), [1], LayoutError, "one for each step"),
-        (np.ones((2, 3, 4)), [1.0, 2.0], LayoutError, "whole numbers"),
-        (np.ones((2, 3, 4)), [1, 0], StatisticError, "step 2: tokens are 0"),
-        (
-            np.full((2, 3, 4), np.nan),
-            [1, 2],
-            StatisticError,
-            "'layers.0', step 1: routing.0. is nan",
-        ),
-    ],
-)
-def test_a_bad_trace_is_refused(sums: Any, tokens: Any, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        from_routing_trace(sums, tokens)
-
-
-def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "no.npz").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(LayoutError, match="not a routing trace"):
-        load_trace(tmp_path / "no.npz")
-    np.savez(tmp_path / "other.npz", weights=np.ones(3))
-    with pytest.raises(LayoutError, match="weight_sum"):
-        load_trace(tmp_path / "other.npz")
-    np.savez(tmp_path / "pickle.npz", weight_sum=np.array([{}], dtype=object), tokens=np.ones(1))
-    with pytest.raises(LayoutError, match="not a routing trace"):
-        load_trace(tmp_path / "pickle.npz")
-    with pytest.raises(OSError, match=r"missing\.npz"):
-        load_trace(tmp_path / "missing.npz")
-    with pytest.raises(LayoutError, match="accepted: 'ones' or 'sampled'"):
-        from_routing_trace(np.ones((1, 1, 1)), np.ones(1, dtype=int), importance="x")  # type: ignore[arg-type]

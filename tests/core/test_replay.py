@@ -39,7 +39,6 @@ ARRAYS = {"experts": np.array([[0.9, 0.1]] * 20)}
     ],
 )
 def test_a_live_run_is_repeated_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
-    pytest.importorskip("zarr")
     engine, events = recorded.record(tmp_path / "run", **changes)
     again = replay(Recording.open(tmp_path / "run"))
     assert first_difference(events, again.events) is None
@@ -111,7 +110,6 @@ def test_what_a_replay_needs_and_does_not_have_is_named(tmp_path: Path) -> None:
 
 
 def test_prune_is_replayed_by_the_identity_of_dimensions(tmp_path: Path) -> None:
-    pytest.importorskip("zarr")
     recorded.record(tmp_path / "run", policy="prune", r_init=8)
     recording = Recording.open(tmp_path / "run")
     assert recording.dimensions is not None

@@ -12,7 +12,6 @@ from drlora_core.report import event_rows, render
 from tests.core import recorded
 
 pytest.importorskip("plotly")
-pytest.importorskip("zarr")
 
 
 @pytest.fixture(scope="module")
