@@ -110,7 +110,7 @@ class StepTracker:
             return
         routing.counted = True
         begins = routing.number > self._newest_counted  # the first layer of a new backward pass
-        if begins and self._witness.cleared(self._lora_parameters()):
+        if begins and self._sums and self._witness.cleared(self._lora_parameters()):
             self.forget()
         self._newest_counted = self._forwards
         layer = self.attached.layers[routing.layer]
@@ -253,7 +253,8 @@ class StepTracker:
         ``pending/routing/{layer}`` float64 [N + 1]; ``pending/gradient/{key}``, of the shape of
         the parameter of that key; with ``auto_step=False`` also ``pending/importance/{key}`` [P].
         """
-        if self._reader is None and self._witness.cleared(self._lora_parameters()):
+        gathered = self._sums or self._witness.seen
+        if self._reader is None and gathered and self._witness.cleared(self._lora_parameters()):
             return {}  # the batch was dropped, as the next backward pass will notice
         found: dict[str, Tensor] = {}
         if self._sums:

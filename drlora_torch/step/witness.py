@@ -32,12 +32,11 @@ class GradientWitness:
         return bool(self._version)
 
     def cleared(self, parameters: list[nn.Parameter]) -> bool:
-        """True if the gradients of these parameters were dropped since they arrived.
+        """True if there is nothing in the gradients of these parameters that a backward pass left.
 
-        The first of them is the one that is watched.
+        To be asked only after one that reached the experts, and before the next arrives. The first
+        parameter is the one that is watched.
         """
-        if not self._version:
-            return False
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return True

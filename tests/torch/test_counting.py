@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from drlora_torch.adapter import state_of
 from drlora_torch.lifecycle.residents import active_tracker
+from drlora_torch.step import importance
 from tests.torch import helpers, models
 from tests.torch.helpers import RouterLog, Spy
-from tests.torch.test_statistics import padded, setup
+from tests.torch.test_statistics import ROUNDING, padded, setup
 
 
 @pytest.mark.parametrize("auto_step", [True, False])
@@ -295,3 +296,40 @@ def test_a_step_without_backward_through_the_experts_is_noticed() -> None:
     for name in adapter.layers:
         assert not adapter.engine.routing_frequency(name).any()
         assert adapter.engine.state_dict()["layers"][name]["routing_count"] == 0
+
+
+def test_a_step_by_hand_inside_paused_does_not_count() -> None:
+    model, adapter, optimizer, spy = setup(auto_step=False)
+    with adapter.paused():
+        helpers.step(model, optimizer)
+        assert adapter.step() is None
+    assert adapter.engine.step_count == 0
+    helpers.step(model, optimizer, 1)
+    adapter.step()
+    assert adapter.engine.step_count == 1
+    assert [tokens for _, _, tokens in spy.samples[0].values()] == [21, 21]
+
+
+def test_importance_is_read_after_a_backward_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several processes it is read at the end of a pass, which never came in the first."""
+    monkeypatch.setattr(importance, "several_processes", lambda: True)
+    model, adapter, optimizer, spy = setup(auto_step=False)
+
+    def fail(gradient: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[0].register_forward_hook(
+        lambda _, args, output: output.register_hook(fail) and None
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**helpers.batch(0)).loss.backward()
+    handle.remove()
+    optimizer.zero_grad()
+    model(**helpers.batch(1)).loss.backward()
+    expected = helpers.importance(adapter)
+    optimizer.step()
+    adapter.step()
+    for name, (_, s, tokens) in spy.samples[0].items():
+        assert tokens == 21
+        assert s.max() > 0
+        np.testing.assert_allclose(s, expected[name], **ROUNDING)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import drlora_torch
 from drlora_torch.errors import AttachError
+from drlora_torch.lora import kernels
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import Kernel, LoRAFactors, expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
@@ -139,3 +141,45 @@ def test_only_the_experts_break_the_graph() -> None:
     assert explained.break_reasons
     for broken in explained.break_reasons:
         assert "experts_forward" in broken.reason
+
+
+def test_slots_are_where_the_lora_is() -> None:
+    """On a GPU that is made up: an index on another device than the storage is an error there."""
+    lora = make_lora("ragged", [2, 1, 3, 0, 2])
+    lora.birth(lora.table.grow(torch.tensor([2, 0, 1, 1, 0]).numpy()))  # no longer side by side
+    on_cpu = lora.factors("up")
+    assert on_cpu is not None
+    assert sum(isinstance(slots, Tensor) for slots in on_cpu.slots) == 2
+    assert lora.factors("up").padded is on_cpu.padded  # type: ignore[union-attr]  # made once
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        storage = torch.empty(lora.table.num_slots, I, device="cuda")
+        owned = lora._owned_on(storage.device)
+        assert owned.padded.device == storage.device
+        for slots in owned.slots:
+            if isinstance(slots, Tensor):
+                assert storage.index_select(0, slots).device == storage.device
+
+
+@pytest.mark.parametrize(("capability", "grouped"), [((7, 5), False), ((8, 0), True)])
+def test_auto_takes_grouped_where_the_gpu_can(
+    capability: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformers checks it for its own grouped experts."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen = kernels.choose(Kernel.AUTO, FakeWeight(torch.device("cuda", 0)))
+    assert chosen is (Kernel.GROUPED if grouped else Kernel.RAGGED)
+    assert kernels.choose(Kernel.AUTO, FakeWeight(torch.device("cpu"))) is Kernel.RAGGED
+    assert kernels.choose(Kernel.RAGGED, FakeWeight(torch.device("cuda", 0))) is Kernel.RAGGED
+
+
+class FakeWeight:
+    """What is asked of a weight."""
+
+    dtype = torch.bfloat16
+    shape = (4, 16, 32)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def element_size(self) -> int:
+        return 2

@@ -42,10 +42,15 @@ def expert_linear(
         Sorted rows [S, O] in the dtype of ``inputs``, sentinel rows 0 before the bias; with
         ``routing_weights`` [T, O] in the dtype that inputs and weights promote to.
     """
-    wanted = Kernel.AUTO if lora is None else lora.kernel
-    if wanted is Kernel.AUTO:
-        fast = grouped.is_fast_on(weight.device) and grouped.supports(weight)
-        wanted = Kernel.GROUPED if fast else Kernel.RAGGED
+    wanted = choose(Kernel.AUTO if lora is None else lora.kernel, weight)
     kernel = grouped.expert_linear if wanted is Kernel.GROUPED else ragged.expert_linear
     matrices = weight if transposed else weight.transpose(1, 2)
     return kernel(inputs, matrices, bias, lora, dispatch, gather, routing_weights)
+
+
+def choose(wanted: Kernel, weight: Tensor) -> Kernel:
+    """The kernel for a weight: the one asked for, or the faster one of those that take it."""
+    if wanted is not Kernel.AUTO:
+        return wanted
+    fast = grouped.is_fast_on(weight.device) and grouped.supports(weight)
+    return Kernel.GROUPED if fast else Kernel.RAGGED

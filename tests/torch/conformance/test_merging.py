@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -259,6 +260,49 @@ def test_experts_without_rank_keep_their_bits() -> None:
     lora.clear(lora.table.cut(cut))
     adapter.merge()
     assert bool(torch.signbit(model.get_submodule(name).down_proj[2, 0, 0]))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_merge_that_fails_half_way_restores_the_weights(
+    keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = adapted("olmoe")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lora = adapter.layers["model.layers.1.mlp.experts"].lora
+    delta_weight, calls = lora.delta_weight, []
+
+    def fail_at_last(projection: str, expert: int) -> Tensor:
+        calls.append(expert)
+        if len(calls) == 12:
+            raise MemoryError("no more")
+        return delta_weight(projection, expert)
+
+    monkeypatch.setattr(lora, "delta_weight", fail_at_last)
+    with pytest.raises(MemoryError, match="no more"):
+        adapter.merge(keep_originals=keep)
+    assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert adapter.parameters()
+
+
+def test_old_shards_stay_until_the_new_ones_are_in_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One I/O error while files are exchanged: the older checkpoint is there, whole."""
+    model, adapter = adapted("olmoe")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == "model.safetensors" and Path(target).parent == tmp_path:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(drlora_torch.CheckpointError, match=r"Input/output.* untouched"):
+        adapter.merge_and_save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert len(before) > 3
 
 
 def test_a_failure_while_writing_restores_the_weights(

@@ -303,3 +303,20 @@ def test_modules_with_hooks_of_accelerate(family: str) -> None:
     assert not torch.allclose(logits(model, family), before, rtol=1e-3)
     adapter.detach()
     assert torch.equal(logits(model, family), before)
+
+
+@pytest.mark.parametrize("family", ["llama4", "dbrx", "jetmoe"])
+def test_both_kernels_multiply_weights_wherever_a_convention_keeps_them(family: str) -> None:
+    outputs = {}
+    for kernel in ("ragged", "grouped"):
+        model = build(family, torch.float32).eval()
+        helpers.uneven(helpers.attach(model, kernel=kernel, layers=CASES[family].patterns))
+        with torch.no_grad():
+            outputs[kernel] = model(**batch(family)).logits
+    torch.testing.assert_close(outputs["grouped"], outputs["ragged"], rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_is_refused_for_linears() -> None:
+    model = build("switch_transformers", torch.float32)
+    with pytest.raises(drlora_torch.AttachError, match=r"one Linear per expert.*kernel='ragged'"):
+        helpers.attach(model, kernel="grouped")
