@@ -16,12 +16,13 @@ import numpy as np
 from torch import nn
 
 from drlora_core import AllocatorEngine, GrowthEvent
-from drlora_torch import merge, parameters
+from drlora_torch import merge
 from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import refuse_copy
 from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.options import AdapterOptions
+from drlora_torch.step import parameters
 from drlora_torch.storage import checkpoint, hub, model_card
 from drlora_torch.storage.peft import exporting, importing
 from drlora_torch.storage.peft.exporting import ExportReport

@@ -1,19 +1,9 @@
 """Merging: W + s B A written into the expert weights, and taken out again.
 
-States of an adapter, and what leads from one to the next::
-
-    attached --merge()--> merged --unmerge()--> attached
-    attached --merge(keep_originals=False)--> gone
-    attached --detach()--> gone
-    attached --merge_and_save(path)--> attached
-
-*Attached*: the LoRA is in the model, statistics are taken, everything works. *Merged*: the model
-is a plain one with other weights, nothing of ours is in it; the adapter keeps the LoRA, the
-engine, and a copy of every weight it wrote to; only ``unmerge``, ``ranks`` and what only reads
-work, the rest raises :class:`drlora_torch.AttachError`. *Gone*: the adapter has ended.
-
-``unmerge`` copies the kept weights back, so it is exact: subtracting s B A again would leave
-rounding errors.
+A merged model is a plain one with other weights, without a trace of the adapter. The adapter keeps
+its LoRA, its engine and a copy of every weight it wrote to; until ``unmerge`` it can only be read.
+``unmerge`` copies those weights back, so it is exact: subtracting s B A again would leave rounding
+errors.
 
 Shape letters: I input and O output features.
 """
@@ -37,19 +27,15 @@ from drlora_torch.errors import AttachError, CheckpointError, ModelError
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached
 from drlora_torch.lifecycle.routers import show_routers
 from drlora_torch.models.conventions import convention_of
-from drlora_torch.parameters import lora_parameters
 from drlora_torch.step import hooks
+from drlora_torch.step.parameters import lora_parameters
 
 Layers = Mapping[str, AdaptedLayer]
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def merge(attached: Attached, *, keep_originals: bool) -> None:
-    """Write W + s B A into the weights, and take the LoRA out; routers stay trained.
-
-    Raises:
-        AttachError: the adapter is not attached, or others are.
-    """
+    """Write W + s B A into the weights, and take the LoRA out; routers stay trained."""
     check_attached(attached)
     residents = Residents.of(attached.model)
     others = [name for name in residents.by_name if name != attached.name]
@@ -68,11 +54,7 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
 
 
 def unmerge(attached: Attached) -> None:
-    """Bring back the weights of before :func:`merge`, bit for bit, and the LoRA with them.
-
-    Raises:
-        AttachError: the adapter is not merged, or the model has changed since.
-    """
+    """Bring back the weights of before :func:`merge`, bit for bit, and the LoRA with them."""
     merged = attached.merged
     if merged is None:
         raise AttachError(
@@ -96,13 +78,7 @@ def unmerge(attached: Attached) -> None:
 
 
 def merge_and_save(attached: Attached, path: Path) -> None:
-    """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is.
-
-    Raises:
-        AttachError: the adapter is not active, or disabled.
-        CheckpointError: nothing could be written.
-        ModelError: the model is none of Transformers.
-    """
+    """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is."""
     active_tracker(attached)
     if not attached.enabled:
         raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
@@ -160,11 +136,7 @@ def restore(layers: Layers, originals: Mapping[ExpertWeight, Original]) -> None:
 
 @torch.no_grad()
 def check_unmergeable(layers: Layers, originals: Mapping[ExpertWeight, Original]) -> None:
-    """Refuse to put weights back where others than the merged ones are by now.
-
-    Raises:
-        AttachError: the weights were trained, loaded or converted after ``merge``.
-    """
+    """Refuse to put weights back over others than the merged ones."""
     for place, original in originals.items():
         weight = _weight(layers, place)
         same_kind = (weight.dtype, weight.shape) == (original.values.dtype, original.values.shape)

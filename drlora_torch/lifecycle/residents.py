@@ -17,7 +17,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.lifecycle import model as model_changes
 from drlora_torch.lifecycle.running import Running
-from drlora_torch.parameters import lora_parameters
+from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.step.tracker import StepTracker
 
 ATTRIBUTE = "_drlora_adapters"  # of the model, while it has adapters

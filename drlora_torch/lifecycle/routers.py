@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
-from drlora_torch.parameters import lora_parameters, router_parameters
 from drlora_torch.step import hooks
+from drlora_torch.step.parameters import lora_parameters, router_parameters
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle.routers import RouterGuard, show_routers
 from drlora_torch.models.conventions import convention_of
-from drlora_torch.parameters import (
+from drlora_torch.step.parameters import (
     freeze_all,
     lora_parameters,
     router_parameters,

@@ -12,11 +12,7 @@ from drlora_torch.lifecycle.routers import show_routers
 
 @contextlib.contextmanager
 def disabled(attached: Attached) -> Iterator[None]:
-    """Inside, the model is the base model, routers included; nothing is counted.
-
-    Raises:
-        AttachError: the adapter is not the active one.
-    """
+    """Inside, the model is the base model, routers included; nothing is counted."""
     active_tracker(attached)
     before, attached.enabled = attached.enabled, False
     show_routers(attached, False)

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from drlora_core import GrowthEvent
-from drlora_torch import parameters
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.options import Newborn
-from drlora_torch.step import growth, hooks, newborn, samples
+from drlora_torch.step import growth, hooks, newborn, parameters, samples
 from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices

@@ -26,7 +26,7 @@ from drlora_torch.lifecycle.residents import tracker_of
 from drlora_torch.lifecycle.routers import trained_routers
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
-from drlora_torch.parameters import unfreeze_routers
+from drlora_torch.step.parameters import unfreeze_routers
 from drlora_torch.step.processes import several_processes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint, history
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from drlora_torch import parameters
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle import model as model_changes
 from drlora_torch.lifecycle import routers, running
@@ -23,7 +22,7 @@ from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import SlotTable
-from drlora_torch.step import growth, newborn, samples
+from drlora_torch.step import growth, newborn, parameters, samples
 from drlora_torch.step.forwards import ForwardWatch, ModelCall
 from drlora_torch.step.importance import slot_importance
 from drlora_torch.step.routing import Routing

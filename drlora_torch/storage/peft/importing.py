@@ -21,7 +21,7 @@ from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lifecycle.routers import trained_routers
 from drlora_torch.lora.layers import ProjectionShape
-from drlora_torch.parameters import router_parameters
+from drlora_torch.step.parameters import router_parameters
 from drlora_torch.storage.peft import files, per_expert, scaling, stacked
 from drlora_torch.storage.peft.factors import Factors, of_rank
 from drlora_torch.storage.peft.names import PREFIX, joined, own_name
