@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 import drlora_torch
-from drlora_torch.integrations.figures import rank_entropy
+from drlora_torch.integrations.metrics import rank_entropy
 from drlora_torch.integrations.trainer import DRLoRACallback, last_checkpoint
 from tests.ecosystem import trainers
 from tests.torch import helpers

@@ -1,0 +1,81 @@
+"""Measure one training of this process: seconds, tokens, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+MIB = 2**20
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Peak memory since this object was made.
+
+    On a GPU that is what torch has allocated there. On a CPU it is the resident memory of the
+    process, whose peak only Linux can reset; elsewhere it is the largest of the samples.
+
+    Attributes:
+        source: what is measured, as tables show it.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()  # what an earlier training left behind
+        self._sampled = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.source = "GPU"
+            return
+        self.source = "process, sampled"
+        with contextlib.suppress(OSError):
+            CLEAR_REFS.write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
+            self.source = "process"
+        self.sample()
+
+    def sample(self) -> None:
+        """Look at the memory now."""
+        if self.source == "process, sampled":
+            self._sampled = max(self._sampled, psutil.Process().memory_info().rss)
+
+    def mebibytes(self) -> float:
+        """Return the peak in MiB."""
+        if self.source == "GPU":
+            return torch.cuda.max_memory_allocated() / MIB
+        self.sample()
+        if self.source == "process":
+            match = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())
+            assert match is not None
+            return int(match[1]) / 1024
+        return self._sampled / MIB
+
+
+class Meter(TrainerCallback):
+    """Measures a training from its first step in this process to its last.
+
+    What an earlier process did before a resume counts neither as tokens nor as seconds.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start; the Trainer has loaded its checkpoint by now."""
+        self._memory = PeakMemory()
+        self._tokens = state.num_input_tokens_seen
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sample the memory."""
+        self._memory.sample()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds = time.perf_counter() - self._started
+        self.tokens = state.num_input_tokens_seen - self._tokens
+        self.peak_memory_mb = self._memory.mebibytes()
+        self.memory_source = self._memory.source
