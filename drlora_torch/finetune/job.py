@@ -97,7 +97,7 @@ def _train(
     console: Console,
 ) -> RunResult:
     """Train one method, or continue it from its last checkpoint, and write its files."""
-    from drlora_torch.finetune.training import build_trainer
+    from drlora_torch.finetune.training import build_trainer, train
 
     checkpoints = output / folder.CHECKPOINTS
     recorder = RecordingWriter(output / folder.RECORDING, adapter.engine, policy=options.policy)
@@ -108,7 +108,7 @@ def _train(
             options, adapter, tokenizer, rows, checkpoints, recorder, [meter, progress]
         )
         before = _held_out_loss(trainer, console)
-        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        train(trainer, adapter, last_checkpoint(checkpoints))
         after = _held_out_loss(trainer, console)
     finally:
         progress.close()

@@ -63,6 +63,13 @@ class Meter(TrainerCallback):
     What an earlier process did before a resume counts neither as tokens nor as seconds.
     """
 
+    tokens = 0
+    """Input tokens, without padding."""
+    seconds = 0.0
+    peak_memory_mb: float | None = None
+    """In MiB; None before the end of a training."""
+    memory_source: str | None = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start; the Trainer has loaded its checkpoint by now."""
         self._memory = PeakMemory()

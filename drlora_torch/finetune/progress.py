@@ -56,8 +56,12 @@ class RichProgress(TrainerCallback):
                 f"loss {loss}  rank {rank}"
             )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
+        self.close()
+
     def close(self) -> None:
-        """Stop drawing and leave the bar on the screen; a second call does nothing."""
+        """Stop drawing, also after an error; a second call does nothing."""
         self._progress.stop()
 
 

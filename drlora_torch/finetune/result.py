@@ -32,9 +32,9 @@ class RunResult(BaseModel):
     """Training tokens per second, without padding; None if there was nothing left to train."""
     seconds: float
     """Duration of the training alone."""
-    peak_memory_mb: float
-    """Peak memory during the training, in MiB."""
-    memory_source: str
+    peak_memory_mb: float | None
+    """Peak memory during the training, in MiB; None if there was nothing left to train."""
+    memory_source: str | None
     """What ``peak_memory_mb`` measures: ``GPU``, ``process`` or ``process, sampled``."""
     budget: int
     """Total rank allowed."""
@@ -67,11 +67,9 @@ def _summary(results: list[RunResult]) -> Table:
         "held-out loss before": [f"{r.loss_before:.4f}" for r in results],
         "held-out loss after": [f"{r.loss_after:.4f}" for r in results],
         "total rank / budget": [f"{r.total_rank} / {r.budget}" for r in results],
-        "tokens per second": [_rounded(r.tokens_per_second) for r in results],
+        "tokens per second": [_number(r.tokens_per_second) for r in results],
         "training seconds": [f"{r.seconds:.1f}" for r in results],
-        f"peak memory ({results[0].memory_source})": [
-            f"{r.peak_memory_mb:,.0f} MiB" for r in results
-        ],
+        _memory_label(results): [_number(r.peak_memory_mb) for r in results],
     }
     if any(r.skipped_steps for r in results):
         rows["steps without statistics"] = [str(r.skipped_steps) for r in results]
@@ -80,7 +78,12 @@ def _summary(results: list[RunResult]) -> Table:
     return table
 
 
-def _rounded(value: float | None) -> str:
+def _memory_label(results: list[RunResult]) -> str:
+    sources = [r.memory_source for r in results if r.memory_source is not None]
+    return ", ".join(["peak memory in MiB", *dict.fromkeys(sources)])
+
+
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from drlora_core.recording import RecordingWriter
 from drlora_torch import Adapter
+from drlora_torch.checkpoint import restore
 from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.integrations.trainer import DRLoRACallback
@@ -87,6 +89,20 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def train(trainer: AdapterTrainer, adapter: Adapter, checkpoint: str | None) -> None:
+    """Train to the last step, from a checkpoint if there is one.
+
+    A checkpoint of the last step is only restored: the Trainer would make one more step from it.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step >= trainer.args.max_steps:
+            restore(adapter, checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _arguments(options: FinetuneOptions, folder: Path) -> SFTConfig:
