@@ -20,15 +20,15 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """Peak memory since this object was made.
 
-    On a GPU that is what torch has allocated there. On a CPU it is the resident memory of the
-    process, whose peak only Linux can reset; elsewhere it is the largest of the samples.
+    With a GPU it is the memory that torch allocated there. Otherwise it is the resident memory of
+    the process; only Linux can reset its peak, so elsewhere it is the largest of the samples.
 
     Attributes:
-        source: what is measured, as tables show it.
+        source: ``GPU``, ``process`` or ``process, sampled``.
     """
 
     def __init__(self) -> None:
-        gc.collect()  # what an earlier training left behind
+        gc.collect()  # frees what an earlier training left behind
         self._sampled = 0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -41,7 +41,7 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> None:
-        """Look at the memory now."""
+        """Take a sample, where the peak cannot be reset."""
         if self.source == "process, sampled":
             self._sampled = max(self._sampled, psutil.Process().memory_info().rss)
 

@@ -25,7 +25,7 @@ class FinetuneOptions(BaseModel):
     Example:
         >>> options = FinetuneOptions(model="my-model", data="my.jsonl", steps=100)
         >>> options.allocator_config().growth_steps
-        (8, 11, 14, 17, 20, 23)
+        (7, 9, 11, 13, 15, 17, 19, 21)
         >>> FinetuneOptions.model_validate_json(options.model_dump_json()) == options
         True
     """

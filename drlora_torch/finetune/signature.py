@@ -19,7 +19,7 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 def add_finetune_options(command: Command) -> Command:
     """Replace the ``**options`` of a typer command by one parameter per field.
 
-    Each is None unless the user gives it, so that the defaults stay in one place.
+    A parameter that the user does not give is None, so that defaults are declared only once.
     """
     own = [
         parameter
@@ -38,7 +38,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     if name in ARGUMENTS:
         given = typer.Argument(help=text)
     elif kind is bool:
-        given = typer.Option(f"--{name.replace('_', '-')}", help=text)  # no --no-... beside it
+        given = typer.Option(f"--{name.replace('_', '-')}", help=text)  # without a --no-... form
     else:
         given = typer.Option(help=text)
     return inspect.Parameter(
@@ -59,7 +59,9 @@ def help_text(name: str, field: FieldInfo) -> str:
     notes = []
     if field.default is not None and not field.is_required() and field.annotation is not bool:
         shipped = embedded_defaults().get(name)
-        notes.append(f"default: {field.default}" + (f", shipped model: {shipped}" * bool(shipped)))
+        notes.append(f"default: {field.default}")
+        if shipped is not None:
+            notes[0] += f", shipped model: {shipped}"
     limits = [
         f"{words} {value:g}"
         for bound, words in BOUNDS.items()

@@ -118,14 +118,16 @@ def test_compare_trains_static_lora_at_the_same_budget_from_the_same_base(
     assert uniform.loss_before == ours.loss_before  # the first run left no trace in the model
 
 
+@pytest.mark.parametrize("changes", [{}, {"router": "after_warmup", "dropout": 0.2}])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    changes: dict[str, Any],
     moe_folder: Path,
     sums: Path,
     tmp_path: Path,
     console: Console,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = options_for(moe_folder, sums)
+    options = options_for(moe_folder, sums, **changes)
     (whole,) = job.run(options, tmp_path / "whole", console)
 
     kill(monkeypatch, 7, options, tmp_path / "stopped")
