@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,9 @@ def _train(
     from drlora_torch.finetune.training import build_trainer, train
 
     checkpoints = output / folder.CHECKPOINTS
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint is None:  # a run that stopped before its first one starts again
+        shutil.rmtree(output / folder.RECORDING, ignore_errors=True)
     recorder = RecordingWriter(output / folder.RECORDING, adapter.engine, policy=options.policy)
     adapter.engine.record_to(recorder)
     meter, progress = Meter(), RichProgress(result.method_name(options.policy), console)
@@ -108,7 +112,7 @@ def _train(
             options, adapter, tokenizer, rows, checkpoints, recorder, [meter, progress]
         )
         before = _held_out_loss(trainer, console)
-        train(trainer, adapter, last_checkpoint(checkpoints))
+        train(trainer, adapter, checkpoint)
         after = _held_out_loss(trainer, console)
     finally:
         progress.close()

@@ -140,6 +140,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert recorded.steps == 12
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = options_for(moe_folder, sums, steps=4, save_every=4)
+    (whole,) = job.run(options, tmp_path / "whole", console)
+    stopped = tmp_path / "stopped"
+    kill(monkeypatch, 3, options, stopped)
+    assert list((stopped / "recording").iterdir())
+    (again,) = job.run(options, stopped, console, resume=True)
+    assert losses(stopped) == losses(tmp_path / "whole")
+    assert again.ranks == whole.ranks
+    assert Recording.open(stopped / "recording").steps == 4
+
+
 def test_speed_after_a_resume_is_that_of_the_process_that_finished(
     moe_folder: Path,
     sums: Path,
