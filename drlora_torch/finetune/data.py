@@ -15,30 +15,33 @@ HELD_OUT_SPLITS = ("validation", "test")
 def load_rows(options: FinetuneOptions) -> tuple[Any, Any]:
     """Load training and held-out rows, both ``datasets.Dataset``.
 
-    Without ``eval_data``, the held-out rows are the validation or test split of the data, or a
-    seeded random part of the training rows if there is no such split.
+    The held-out rows are the validation or test split of ``eval_data``, or its first split if it
+    has neither. Without ``eval_data`` they are the validation or test split of ``data``, or a
+    seeded random part of its training rows.
 
     Raises:
         DataError: the data cannot be read, are empty, or have none of the accepted columns.
     """
     splits = _read(options.data)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    train = _columns(splits.get("train", next(iter(splits.values()))), options.data)
     if options.eval_data is not None:
-        held_out = next(iter(_read(options.eval_data).values()))
-        return _columns(train, options.data), _columns(held_out, options.eval_data)
-    for split in HELD_OUT_SPLITS:
-        if split in splits:
-            return _columns(train, options.data), _columns(splits[split], options.data)
-    train = _columns(train, options.data)
+        others = _read(options.eval_data)
+        held_out = _held_out_split(others) or next(iter(others.values()))
+        return train, _columns(held_out, options.eval_data)
+    if (held_out := _held_out_split(splits)) is not None:
+        return train, _columns(held_out, options.data)
     if len(train) < 2:
         raise DataError(
             f"{options.data} has {len(train)} row; at least 2 are needed to hold one out, "
             "or use --eval-data"
         )
-    parts = train.train_test_split(
-        test_size=max(1, round(len(train) * options.eval_fraction)), seed=options.seed
-    )
+    wanted = max(1, round(len(train) * options.eval_fraction))
+    parts = train.train_test_split(test_size=min(wanted, len(train) - 1), seed=options.seed)
     return parts["train"], parts["test"]
+
+
+def _held_out_split(splits: Any) -> Any:
+    return next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
 
 
 def _read(name: str) -> Any:
