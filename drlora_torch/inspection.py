@@ -1,4 +1,4 @@
-"""What ``drlora inspect`` shows of a model: its MoE layers and what their LoRA would take."""
+"""Output of ``drlora inspect``: the MoE layers of a model and the size of their LoRA."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from drlora_torch.models.discovery import discover
-from drlora_torch.models.records import MoELayer
+from drlora_torch import MoELayer, discover
 
 COLUMNS = ("layers", "experts", "router", "adapted as", "LoRA")
 
 
 def lora_parameters(layer: MoELayer, rank: int) -> int:
-    """Parameters of the LoRA of a layer at a mean rank r: N r (in + out), over the projections.
+    """Return the number of LoRA parameters of a layer: N r (in + out), summed over projections.
+
+    r is the mean rank.
 
     Example:
         >>> from drlora_torch.lora.layers import ProjectionShape
@@ -33,7 +34,7 @@ def lora_parameters(layer: MoELayer, rank: int) -> int:
 
 
 def inspect(model: nn.Module, rank: int) -> list[dict[str, Any]]:
-    """Return the records of :func:`drlora_torch.discover` with the size of their LoRA."""
+    """Return the records of :func:`drlora_torch.discover` as dicts, with the size of their LoRA."""
     return [
         {**dataclasses.asdict(layer), "lora_parameters": lora_parameters(layer, rank)}
         for layer in discover(model)
@@ -41,7 +42,7 @@ def inspect(model: nn.Module, rank: int) -> list[dict[str, Any]]:
 
 
 def show(title: str, model: nn.Module, rank: int, console: Console) -> None:
-    """Print the layers as a table, layers of one kind in one row, and what they come to."""
+    """Print the layers as a table, one row per kind of layer, and the total size of the LoRA."""
     layers = discover(model)
     if not layers:
         console.print(f"{title} has no mixture-of-experts layers that drlora knows")
@@ -58,7 +59,7 @@ def show(title: str, model: nn.Module, rank: int, console: Console) -> None:
 
 
 def _kinds(layers: Sequence[MoELayer]) -> list[list[MoELayer]]:
-    """Group layers that differ in the numbers of their names alone."""
+    """Group layers that differ only in the numbers in their names."""
     kinds: dict[str, list[MoELayer]] = {}
     for layer in layers:
         router = _pattern(layer.router or "")

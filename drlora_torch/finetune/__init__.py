@@ -1,1 +1,1 @@
-"""The main job: fine-tune a mixture-of-experts model with dynamic ranks."""
+"""Fine-tune a mixture-of-experts model with dynamic ranks: ``drlora finetune``."""

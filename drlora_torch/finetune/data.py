@@ -1,4 +1,4 @@
-"""Load the rows to train on and to test on, with ``datasets``."""
+"""Load training and held-out rows with ``datasets``."""
 
 from __future__ import annotations
 
@@ -15,43 +15,50 @@ HELD_OUT_SPLITS = ("validation", "test")
 def load_rows(options: FinetuneOptions) -> tuple[Any, Any]:
     """Load training and held-out rows, both ``datasets.Dataset``.
 
-    Without ``eval_data``, the held-out rows are the validation or test split of a dataset from the
-    hub, else a seeded random part of the training rows.
+    The held-out rows are the validation or test split of ``eval_data``, or its first split if it
+    has neither. Without ``eval_data`` they are the validation or test split of ``data``, or a
+    seeded random part of its training rows.
 
     Raises:
-        DataError: the data cannot be read, is empty, or has none of the known columns.
+        DataError: the data cannot be read, are empty, or have none of the accepted columns.
     """
     splits = _read(options.data)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    train = _columns(splits.get("train", next(iter(splits.values()))), options.data)
     if options.eval_data is not None:
-        held_out = next(iter(_read(options.eval_data).values()))
-        return _columns(train, options.data), _columns(held_out, options.eval_data)
-    for split in HELD_OUT_SPLITS:
-        if split in splits:
-            return _columns(train, options.data), _columns(splits[split], options.data)
-    train = _columns(train, options.data)
+        others = _read(options.eval_data)
+        held_out = _held_out_split(others) or next(iter(others.values()))
+        return train, _columns(held_out, options.eval_data)
+    if (held_out := _held_out_split(splits)) is not None:
+        return train, _columns(held_out, options.data)
     if len(train) < 2:
         raise DataError(
             f"{options.data} has {len(train)} row; at least 2 are needed to hold one out, "
-            "or give --eval-data"
+            "or use --eval-data"
         )
-    parts = train.train_test_split(
-        test_size=max(1, round(len(train) * options.eval_fraction)), seed=options.seed
-    )
+    wanted = max(1, round(len(train) * options.eval_fraction))
+    parts = train.train_test_split(test_size=min(wanted, len(train) - 1), seed=options.seed)
     return parts["train"], parts["test"]
 
 
+def _held_out_split(splits: Any) -> Any:
+    return next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+
+
 def _read(name: str) -> Any:
-    """Read a file or a dataset id into a ``DatasetDict``."""
+    """Load a file or a dataset id as a ``DatasetDict``."""
     import datasets
 
     arguments = _file_arguments(name) if is_local(name) else (name, {})
     try:
         splits = datasets.load_dataset(arguments[0], **arguments[1])
-    except Exception as error:  # builders, hub clients and parsers all raise their own
+    except Exception as error:  # builders, hub clients and parsers have their own errors
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n")[0] or type(cause).__name__
-        what = "could not be read" if is_local(name) else "is neither a file nor a dataset here"
+        what = (
+            "could not be read"
+            if is_local(name)
+            else "is neither a file nor a dataset that can be loaded"
+        )
         raise DataError(f"data {name!r} {what}: {reason}") from error
     if not splits or all(len(rows) == 0 for rows in splits.values()):
         raise DataError(f"data {name!r} has no rows")
@@ -74,7 +81,7 @@ def _file_arguments(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _columns(rows: Any, name: str) -> Any:
-    """Keep the columns of the first format that the rows have."""
+    """Select the columns of the first format that fits the rows."""
     for columns in FORMATS:
         if set(columns) <= set(rows.column_names):
             return rows.select_columns(list(columns))
@@ -83,7 +90,7 @@ def _columns(rows: Any, name: str) -> Any:
 
 
 def check_template(rows: Any, tokenizer: Any, model: str) -> None:
-    """Refuse chat messages for a tokenizer that cannot lay them out.
+    """Refuse chat messages if the tokenizer cannot format them.
 
     Raises:
         DataError: the tokenizer has no chat template.

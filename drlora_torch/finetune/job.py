@@ -1,30 +1,29 @@
-"""Run the main job from options to files."""
+"""Run a fine-tuning job, from its options to the files in its folder."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
-import warnings
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import nn
 
+import drlora_torch
 from drlora_core import AllocatorEngine
 from drlora_core.recording import RecordingWriter
-from drlora_torch.adapter import Adapter
-from drlora_torch.api import attach
-from drlora_torch.finetune import data, folder, model, result
+from drlora_torch.finetune import data, folder, result
+from drlora_torch.finetune.meter import Meter
+from drlora_torch.finetune.model import load_model, load_tokenizer
 from drlora_torch.finetune.options import FinetuneOptions
-from drlora_torch.finetune.progress import RichProgress, silence
+from drlora_torch.finetune.progress import RichProgress, quiet_libraries
 from drlora_torch.finetune.result import RunResult
-from drlora_torch.models.discovery import choose_layers, discover
+from drlora_torch.integrations.trainer import last_checkpoint
 
-# Errors of `datasets` reach us as exceptions, and are said once, by us.
-LOUD = {"trl": logging.ERROR, "accelerate": logging.ERROR, "datasets": logging.CRITICAL}
+ATTACH_OPTIONS = {"alpha", "dropout", "layout", "router"}
+"""Options that :func:`drlora_torch.attach` takes under the same name."""
 FILES = (folder.ADAPTER, folder.METRICS, folder.RECORDING)
 
 
@@ -33,134 +32,110 @@ def run(
     output: Path,
     console: Console,
     *,
-    compare: str | None = None,
+    compare: Literal["uniform"] | None = None,
     resume: bool = False,
 ) -> list[RunResult]:
-    """Fine-tune, evaluate, save and show; with ``compare="uniform"`` static LoRA as well.
+    """Fine-tune, evaluate, save and print the results.
 
     Args:
-        options: what to do.
-        output: folder of the run; must not exist unless ``resume``.
-        console: where progress and tables go.
-        compare: a second method to train at the same budget.
-        resume: go on from the last checkpoint in ``output``.
+        options: the options of the run.
+        output: folder of the run; it must not exist unless ``resume``.
+        console: where progress and tables are printed.
+        compare: ``uniform`` trains static LoRA with the same budget too.
+        resume: continue from the last checkpoint in ``output``.
 
     Returns:
-        The result of each method, the main one first.
+        The result of each method, DR-LoRA first.
 
     Raises:
-        DRLoRAError: model, data, configuration or folder do not fit; nothing was overwritten.
+        DRLoRAError: the model, the data or the folder does not fit; nothing was overwritten.
+        pydantic.ValidationError: impossible ranks or an impossible growth window.
     """
-    config = options.allocator_config()  # refuse an impossible window before anything is loaded
-    with _quiet():
+    config = options.allocator_config()  # refuses an impossible window before anything is loaded
+    with quiet_libraries():
         with console.status("loading model and data"):
-            loaded, tokenizer = model.load(options)
-            choose_layers(loaded, discover(loaded))
+            model, tokenizer = (
+                load_model(options.model, options.dtype),
+                load_tokenizer(options.model),
+            )
             rows = data.load_rows(options)
         data.check_template(rows[0], tokenizer, options.model)
-        if not resume:
-            folder.create(output, options, compare)
-        console.print(
-            f"{options.model}: {len(rows[0])} rows to train on, {len(rows[1])} held out; "
-            f"{options.steps} steps, rank {config.starting_rank} to {config.r_target} on average "
-            f"(at most {config.r_max}) in {config.num_events} events"
-        )
-        results = [_train(options, loaded, tokenizer, rows, output, console)]
+        with _attached(model, options) as adapter:
+            if not resume:
+                folder.create(output, folder.SavedRun(options=options, compare=compare))
+            console.print(
+                f"{options.model}: {len(rows[0])} training rows, {len(rows[1])} held out; "
+                f"{options.steps} steps, mean rank {config.starting_rank} to {config.r_target} "
+                f"(largest {config.r_max}) in {config.num_events} events"
+            )
+            results = [_train(options, adapter, tokenizer, rows, output, console)]
         if compare is not None:
-            other = options.uniform()
-            results.append(_train(other, loaded, tokenizer, rows, output / compare, console))
+            static = options.uniform()
+            with _attached(model, static) as adapter:
+                results.append(_train(static, adapter, tokenizer, rows, output / compare, console))
     folder.write_json(output / folder.RESULT, [each.model_dump() for each in results])
     result.show(console, results, output)
     return results
 
 
+@contextlib.contextmanager
+def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[drlora_torch.Adapter]:
+    """Attach an adapter; on leaving, the model is as before."""
+    engine = AllocatorEngine(options.allocator_config())
+    adapter = drlora_torch.attach(model, engine, **options.model_dump(include=ATTACH_OPTIONS))
+    try:
+        yield adapter
+    finally:
+        adapter.detach()
+
+
 def _train(
     options: FinetuneOptions,
-    loaded: nn.Module,
+    adapter: drlora_torch.Adapter,
     tokenizer: Any,
     rows: tuple[Any, Any],
     output: Path,
     console: Console,
 ) -> RunResult:
-    """Train one method; the model leaves as it came."""
-    from drlora_torch.finetune.training import build_trainer
+    """Train one method, or continue it from its last checkpoint, and write its files."""
+    from drlora_torch.finetune.training import build_trainer, train
 
-    adapter = attach(
-        loaded,
-        AllocatorEngine(options.allocator_config()),
-        alpha=options.alpha,
-        router=options.router,
-        layout=options.layout,
-        dropout=options.dropout,
-    )
+    checkpoints = output / folder.CHECKPOINTS
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint is None:  # a run that stopped before its first one starts again
+        shutil.rmtree(output / folder.RECORDING, ignore_errors=True)
     recorder = RecordingWriter(output / folder.RECORDING, adapter.engine, policy=options.policy)
     adapter.engine.record_to(recorder)
-    progress = RichProgress(result.method_name(options.policy), console)
+    meter, progress = Meter(), RichProgress(result.method_name(options.policy), console)
     try:
-        checkpoints = output / folder.CHECKPOINTS
-        trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [progress])
-        trainer.recorder = recorder
-        silence(trainer)
-        before = _held_out_loss(trainer, console)
-        started = time.perf_counter()
-        last = folder.last_checkpoint(output)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        seconds = time.perf_counter() - started
-        after = _held_out_loss(trainer, console)
-        adapter.save_pretrained(output / folder.ADAPTER)
-        folder.write_metrics(output / folder.METRICS, trainer.state.log_history)
-        tokens = [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
-        return RunResult(
-            method=options.policy,
-            loss_before=before,
-            loss_after=after,
-            tokens_per_second=max(tokens, default=0.0) / seconds,
-            seconds=seconds,
-            peak_memory_mb=result.peak_memory_mb(),
-            files=[str(output / name) for name in FILES],
-            **_allocation(adapter),
+        trainer = build_trainer(
+            options, adapter, tokenizer, rows, checkpoints, recorder, [meter, progress]
         )
+        before = _held_out_loss(trainer, console)
+        train(trainer, adapter, checkpoint)
+        after = _held_out_loss(trainer, console)
     finally:
         progress.close()
         adapter.engine.record_to(None)
-        adapter.detach()
+    adapter.save_pretrained(output / folder.ADAPTER)
+    folder.write_metrics(output / folder.METRICS, trainer.state.log_history)
+    ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
+    return RunResult(
+        method=options.policy,
+        loss_before=before,
+        loss_after=after,
+        tokens_per_second=meter.tokens / meter.seconds if meter.tokens else None,
+        seconds=meter.seconds,
+        peak_memory_mb=meter.peak_memory_mb,
+        memory_source=meter.memory_source,
+        budget=sum(adapter.engine.budget(name) for name in ranks),
+        total_rank=sum(map(sum, ranks.values())),
+        skipped_steps=adapter.skipped_steps,
+        ranks=ranks,
+        files=[str(output / name) for name in FILES],
+    )
 
 
 def _held_out_loss(trainer: Any, console: Console) -> float:
     with console.status("held-out loss"):
         return float(trainer.evaluate()["eval_loss"])
-
-
-def _allocation(adapter: Adapter) -> dict[str, Any]:
-    """The fields of a result that tell of ranks."""
-    ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
-    return {
-        "budget": sum(adapter.engine.budget(name) for name in ranks),
-        "total_rank": sum(map(sum, ranks.values())),
-        "skipped_steps": adapter.skipped_steps,
-        "ranks": ranks,
-    }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and notices out of the output; errors still come through."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    before = {name: logging.getLogger(name).level for name in LOUD}
-    for name, level in LOUD.items():
-        logging.getLogger(name).setLevel(level)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            yield
-        finally:
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
-            datasets.enable_progress_bars()
-            transformers_logging.enable_progress_bar()

@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from drlora_torch.errors import ModelError
-from drlora_torch.finetune.options import FinetuneOptions, is_local
+from drlora_torch.finetune.options import is_local
 
 
 def load_model(name: str, dtype: str = "auto") -> nn.Module:
     """Load a causal language model from a folder or by its id on the Hugging Face Hub.
 
-    ``auto`` takes the dtype of the checkpoint, but float32 on a CPU, where half precision is slow.
+    Args:
+        name: folder or id.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: float32 on a CPU, where half
+            precision is slow, and the dtype of the checkpoint on a GPU.
 
     Raises:
         ModelError: there is no such model, or it cannot be read.
@@ -24,39 +27,29 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
 
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
-    chosen = dtype if dtype == "auto" else _dtype(dtype)
-    model: nn.Module = _fetch(AutoModelForCausalLM, name, dtype=chosen)
+    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
     return model
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer that belongs to a model.
+    """Load the tokenizer of a model.
 
     Raises:
         ModelError: there is none.
     """
     from transformers import AutoTokenizer
 
-    return _fetch(AutoTokenizer, name)
+    return _load(AutoTokenizer, name)
 
 
-def load(options: FinetuneOptions) -> tuple[nn.Module, Any]:
-    """Load the model and tokenizer of a run."""
-    return load_model(options.model, options.dtype), load_tokenizer(options.model)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _fetch(loader: Any, name: str, **arguments: Any) -> Any:
-    if is_local(name) and not (Path(name).expanduser() / "config.json").is_file():
+def _load(loader: Any, name: str, **arguments: Any) -> Any:
+    local = is_local(name)
+    source = str(Path(name).expanduser()) if local else name
+    if local and not Path(source, "config.json").is_file():
         raise ModelError(f"{name!r} is not the folder of a model: it has no config.json")
-    source = str(Path(name).expanduser()) if is_local(name) else name
     try:
         return loader.from_pretrained(source, **arguments)
-    except Exception as error:  # the hub client, safetensors and configs raise their own kinds
+    except Exception as error:  # the hub client, safetensors and configurations have their own
         reason = str(error).strip().split("\n")[0]
-        where = "" if is_local(name) else " and is not a folder here"
+        where = "" if local else " and is not a local folder"
         raise ModelError(f"model {name!r} could not be loaded{where}: {reason}") from error

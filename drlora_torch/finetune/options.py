@@ -1,4 +1,4 @@
-"""Options of a fine-tuning run, validated once and saved with it."""
+"""Options of a fine-tuning run: the command line and configuration files follow these fields."""
 
 from __future__ import annotations
 
@@ -8,71 +8,129 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from drlora_core import AllocatorConfig
+from drlora_core.config import PolicyName, ScopeName, TimetableName
 from drlora_torch.embedded import MODEL_DIR, TEST_FILE, TRAIN_FILE
 
 
 class FinetuneOptions(BaseModel):
-    """What ``drlora finetune`` does; the command line has one option per field."""
+    """Options of ``drlora finetune``, each declared once: type, default, range and help text.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    The command line has one option per field (:mod:`drlora_torch.finetune.signature`), and the
+    folder of a run keeps them as JSON. Fields that :class:`drlora_core.AllocatorConfig` or
+    :func:`drlora_torch.attach` have too are passed on by name.
 
-    model: str
-    data: str
-    eval_data: str | None = None
-    eval_fraction: float = Field(0.05, gt=0.0, lt=1.0)
-    steps: int = Field(200, ge=1)
-    batch_size: int = Field(16, ge=1)
-    accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-4, gt=0.0)
-    max_length: int = Field(512, ge=2)
-    seed: int = Field(0, ge=0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    r_init: int = Field(8, ge=1)
-    r_target: int = Field(16, ge=1)
-    r_max: int = Field(32, ge=1)
-    alpha: float | None = Field(None, gt=0.0)
-    gamma: float = Field(1.0, ge=0.0)
-    timetable: Literal["early", "late"] = "early"
-    warmup_steps: int | None = Field(None, ge=0)
-    growth_interval: int | None = Field(None, ge=1)
-    growth_end: int | None = Field(None, ge=0)
-    max_growth: int | None = Field(None, ge=1)
-    policy: str = "greedy"
-    scope: str = "layer"
-    router: Literal["frozen", "after_warmup", "trainable"] = "frozen"
-    layout: Literal["pooled", "masked"] = "pooled"
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    gradient_checkpointing: bool = False
-    save_every: int | None = Field(None, ge=1)
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) for unknown fields and values out of range.
+
+    Example:
+        >>> options = FinetuneOptions(model="my-model", data="my.jsonl", steps=100)
+        >>> options.allocator_config().growth_steps
+        (7, 9, 11, 13, 15, 17, 19, 21)
+        >>> FinetuneOptions.model_validate_json(options.model_dump_json()) == options
+        True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(description="Hugging Face id or local folder of a mixture-of-experts model.")
+    data: str = Field(
+        description="Training data: a .jsonl, .json or .txt file, or a dataset id, with columns "
+        "text, prompt and completion, or messages."
+    )
+    eval_data: str | None = Field(
+        None,
+        description="Held-out data, in the same formats as DATA. If not given, the validation or "
+        "test split of DATA, or a random part of it.",
+    )
+    eval_fraction: float = Field(
+        0.05, gt=0.0, lt=1.0, description="Fraction of DATA to hold out if it has no split for it."
+    )
+    steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(16, ge=1, description="Rows per device and forward pass.")
+    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate of AdamW.")
+    max_length: int = Field(512, ge=2, description="Longest row in tokens; the rest is cut off.")
+    seed: int = Field(0, ge=0, description="Seed of the data order, the rows of A and the policy.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Data type of the base model; auto is float32 on a CPU and that of the "
+        "checkpoint on a GPU.",
+    )
+    r_init: int = Field(8, ge=1, description="Rank of every expert at the start.")
+    r_target: int = Field(16, ge=1, description="Mean rank at the end, which is the budget.")
+    r_max: int = Field(32, ge=1, description="Largest rank of one expert.")
+    alpha: float | None = Field(
+        None,
+        gt=0.0,
+        description="Scale the LoRA update by alpha / r_target. If not given, 2 * r_target.",
+    )
+    gamma: float = Field(1.0, ge=0.0, description="Exponent of the rank penalty in the saliency.")
+    timetable: TimetableName = Field(
+        "early",
+        description="Ranks grow between 5 and 25 % (early) or 10 and 60 % (late) of the steps.",
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Optimizer steps before growth. If not given, by the timetable."
+    )
+    growth_interval: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps from one growth event to the next. If not given, as many as "
+        "make at most 8 events.",
+    )
+    growth_end: int | None = Field(
+        None,
+        ge=0,
+        description="Last optimizer step of growth. If not given, by the timetable.",
+    )
+    max_growth: int | None = Field(
+        None,
+        ge=1,
+        description="Most ranks that an expert gains per event. If not given, an expert that wins "
+        "every event reaches r_max at the last one.",
+    )
+    policy: PolicyName = Field("greedy", description="How the new ranks go to the experts.")
+    scope: ScopeName = Field(
+        "layer", description="Whether each layer has a quota of its own or all layers share one."
+    )
+    router: Literal["frozen", "after_warmup", "trainable"] = Field(
+        "frozen",
+        description="Whether the routers are trained; after_warmup: from step warmup_steps on.",
+    )
+    layout: Literal["pooled", "masked"] = Field(
+        "pooled",
+        description="Storage of the ranks: shared by the experts (pooled) or r_max for each "
+        "(masked).",
+    )
+    dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Dropout probability on the LoRA inputs."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps between checkpoints. If not given, a quarter of the steps.",
+    )
 
     def allocator_config(self) -> AllocatorConfig:
-        """The allocation of this run; a window that is not given follows from the steps."""
-        given = {
-            "warmup_steps": self.warmup_steps,
-            "growth_interval": self.growth_interval,
-            "growth_end": self.growth_end,
-            "max_growth": self.max_growth,
-        }
-        return AllocatorConfig.for_training(
-            self.steps,
-            timetable=self.timetable,
-            r_init=self.r_init,
-            r_target=self.r_target,
-            r_max=self.r_max,
-            gamma=self.gamma,
-            policy=self.policy,
-            scope=self.scope,
-            seed=self.seed,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        """Return the allocator's configuration; a window that is not given follows the steps.
+
+        Raises:
+            pydantic.ValidationError: the ranks or the window are impossible.
+        """
+        shared = set(AllocatorConfig.model_fields)
+        fields = self.model_dump(include=shared, exclude_none=True)
+        return AllocatorConfig.for_training(self.steps, timetable=self.timetable, **fields)
 
     def uniform(self) -> FinetuneOptions:
-        """The same run with static LoRA at the same budget, to compare with."""
+        """Return the options of static LoRA at the same budget, to compare with."""
         return self.model_copy(update={"policy": "uniform", "scope": "layer"})
 
 
 def embedded_defaults() -> dict[str, object]:
-    """Options of the run without arguments: the shipped model and task."""
+    """Return the options of a run without arguments: the shipped model and task."""
     return {
         "model": str(MODEL_DIR),
         "data": str(TRAIN_FILE),
@@ -86,11 +144,11 @@ def embedded_defaults() -> dict[str, object]:
 
 
 def is_local(name: str) -> bool:
-    """True if a model or data argument is meant as a path rather than as an id of a hub."""
+    """Return True if a model or data argument is a path rather than an id on a hub."""
     path = Path(name).expanduser()
     return (
         path.exists()
         or path.is_absolute()
         or name.startswith(("./", "../", "~"))
-        or bool(path.suffix in {".jsonl", ".json", ".txt"})
+        or path.suffix in {".jsonl", ".json", ".txt"}
     )

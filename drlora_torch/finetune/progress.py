@@ -1,20 +1,25 @@
-"""The progress bar of a run: step, loss and active rank."""
+"""Output of a run while it trains."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainerCallback
+
+# Errors of `datasets` reach us as exceptions, which we report ourselves.
+LEVELS = {"trl": logging.ERROR, "accelerate": logging.ERROR, "datasets": logging.CRITICAL}
 
 
 class RichProgress(TrainerCallback):
-    """One line that says how far the training is and what it has come to.
+    """Progress bar with the step, the loss and the total rank.
 
-    Where there is no terminal a line is printed every tenth of the run instead.
+    Without a terminal it prints a line after each tenth of the steps instead.
     """
 
     def __init__(self, label: str, console: Console) -> None:
@@ -39,7 +44,7 @@ class RichProgress(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Take loss and rank from what the Trainer logs at every step."""
+        """Show the loss and rank that the Trainer logs at every step."""
         if not logs or "loss" not in logs:
             return
         loss, rank = f"{float(logs['loss']):.4f}", str(logs.get("total_rank", "-"))
@@ -56,12 +61,31 @@ class RichProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Stop drawing; harmless if already stopped."""
-        with contextlib.suppress(Exception):
-            self._progress.stop()
+        """Stop drawing, also after an error; a second call does nothing."""
+        self._progress.stop()
 
 
-def silence(trainer: Trainer) -> None:
-    """Take the Trainer's own printing away; ours says it."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the libraries' progress bars and notices; errors still show."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    levels = {name: logging.getLogger(name).level for name in LEVELS}
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+        datasets.enable_progress_bars()

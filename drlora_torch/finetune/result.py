@@ -1,49 +1,49 @@
-"""What a run came to, and how it is shown."""
+"""Results of a run, and the tables that show them."""
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-METHODS = {"uniform": "uniform LoRA"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 64  # experts that fit on a line
 
 
 class RunResult(BaseModel):
-    """Figures of one finished training."""
+    """Figures of one finished training.
+
+    Speed, time and memory are those of the process that finished it, without what a process that
+    was stopped earlier did.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     method: str
+    """Name of the policy."""
     loss_before: float
-    """Held-out loss of the base model, nats per token."""
+    """Held-out loss of the base model, in nats per token."""
     loss_after: float
-    tokens_per_second: float
-    """Training tokens, padding left out, over the time of training."""
+    """Held-out loss after the training, in nats per token."""
+    tokens_per_second: float | None
+    """Training tokens per second, without padding; None if there was nothing left to train."""
     seconds: float
-    """Of training alone."""
-    peak_memory_mb: float
-    """Of the process, or of the GPU where there is one."""
+    """Duration of the training alone."""
+    peak_memory_mb: float | None
+    """Peak memory during the training, in MiB; None if there was nothing left to train."""
+    memory_source: str | None
+    """What ``peak_memory_mb`` measures: ``GPU``, ``process`` or ``process, sampled``."""
     budget: int
-    """Total rank that was allowed."""
+    """Total rank allowed."""
     total_rank: int
     skipped_steps: int
+    """Optimizer steps whose statistics were not finite, so that they were ignored."""
     ranks: dict[str, list[int]]
+    """Final rank of each expert, by layer."""
     files: list[str]
-
-
-def peak_memory_mb() -> float:
-    """Highest memory of the GPU, or of this process, so far, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def show(console: Console, results: list[RunResult], folder: Path) -> None:
@@ -59,7 +59,7 @@ def show(console: Console, results: list[RunResult], folder: Path) -> None:
 
 
 def _summary(results: list[RunResult]) -> Table:
-    table = Table(title="Fine-tuning", show_lines=False)
+    table = Table(title="Fine-tuning")
     table.add_column("")
     for result in results:
         table.add_column(method_name(result.method), justify="right")
@@ -67,31 +67,39 @@ def _summary(results: list[RunResult]) -> Table:
         "held-out loss before": [f"{r.loss_before:.4f}" for r in results],
         "held-out loss after": [f"{r.loss_after:.4f}" for r in results],
         "total rank / budget": [f"{r.total_rank} / {r.budget}" for r in results],
-        "tokens per second": [f"{r.tokens_per_second:,.0f}" for r in results],
+        "tokens per second": [_number(r.tokens_per_second) for r in results],
         "training seconds": [f"{r.seconds:.1f}" for r in results],
-        "peak memory": [f"{r.peak_memory_mb:,.0f} MiB" for r in results],
+        _memory_label(results): [_number(r.peak_memory_mb) for r in results],
     }
+    if any(r.skipped_steps for r in results):
+        rows["steps without statistics"] = [str(r.skipped_steps) for r in results]
     for label, values in rows.items():
         table.add_row(label, *values)
     return table
 
 
+def _memory_label(results: list[RunResult]) -> str:
+    sources = [r.memory_source for r in results if r.memory_source is not None]
+    return ", ".join(["peak memory in MiB", *dict.fromkeys(sources)])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
 def _ranks(result: RunResult) -> Table:
     names = _distinct_parts(list(result.ranks))
-    table = Table(title=f"Ranks per layer, {method_name(result.method)}")
-    for column, justify in (
-        ("layer", "left"),
-        ("min", "right"),
-        ("mean", "right"),
-        ("max", "right"),
-        ("top experts", "left"),
-        ("rank of each expert", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = Table(
+        "layer",
+        *(Column(name, justify="right") for name in ("min", "mean", "max")),
+        "top experts",
+        "rank of each expert",
+        title=f"Ranks per layer, {method_name(result.method)}",
+    )
     highest = max(max(ranks) for ranks in result.ranks.values())
     for name, listed in zip(names, result.ranks.values(), strict=True):
         ranks = np.array(listed)
-        top = np.lexsort((np.arange(ranks.size), -ranks))[:3]
+        top = np.argsort(-ranks, kind="stable")[:3]
         table.add_row(
             name,
             str(ranks.min()),
@@ -104,12 +112,12 @@ def _ranks(result: RunResult) -> Table:
 
 
 def method_name(policy: str) -> str:
-    """Name a method as tables show it."""
-    return METHODS.get(policy, f"DR-LoRA, {policy}")
+    """Return the name of a method as tables show it."""
+    return "uniform LoRA" if policy == "uniform" else f"DR-LoRA, {policy}"
 
 
 def _distinct_parts(names: list[str]) -> list[str]:
-    """Leave out what dotted names have in common at the end: ``model.layers.0`` is enough."""
+    """Cut the end that all dotted names share: ``model.layers.0`` is enough."""
     parts = [name.split(".") for name in names]
     while len({tuple(part[-1:]) for part in parts}) == 1 and all(len(p) > 1 for p in parts):
         parts = [part[:-1] for part in parts]

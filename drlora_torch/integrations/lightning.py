@@ -1,4 +1,4 @@
-"""Callback for Lightning's Trainer, of ``pytorch_lightning`` and of ``lightning.pytorch``."""
+"""Callback for the Trainer of ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from drlora_torch.adapter import Adapter, state_of
+from drlora_torch import Adapter
+from drlora_torch.checkpoint import restore
 from drlora_torch.errors import CheckpointError
-from drlora_torch.integrations.figures import rank_metrics, top_experts
-from drlora_torch.lifecycle.residents import active_tracker
-from drlora_torch.storage.adapter_file import FILE_NAME
+from drlora_torch.files import FILE_NAME
+from drlora_torch.integrations.metrics import rank_metrics, top_experts
 
 KEY = "drlora_adapter"
 
 
 class DRLoRALightningCallback(Callback):
-    """Checkpoints and logs an adapter beside Lightning's own states and losses.
+    """Checkpoints an adapter and logs its ranks with Lightning's own states and losses.
 
-    Training itself needs no callback: ``attach`` follows the optimizer of the LightningModule. With
-    it,
+    Training itself needs no callback: ``attach`` follows the optimizer of the LightningModule. The
+    callback
 
-    - every checkpoint holds the adapter, and ``trainer.fit(module, ckpt_path=...)`` brings it back,
-      so that losses and ranks are those of a run without the stop, between the micro-batches of an
-      accumulation too (with ``save_weights_only=True`` Lightning asks no callback, so such a
-      checkpoint holds no adapter);
-    - each growth event logs total and largest rank, entropy of the ranks, skipped updates and the
-      top expert of every layer, to all loggers;
-    - the end of training writes the adapter to ``dirpath``.
+    - puts the adapter into every checkpoint and restores it on
+      ``trainer.fit(module, ckpt_path=...)``, so that losses and ranks are those of a run without
+      the stop, also between the micro-batches of an accumulation (with ``save_weights_only=True``
+      Lightning calls no callback, so the checkpoint holds no adapter);
+    - logs the metrics of :func:`~drlora_torch.integrations.metrics.rank_metrics` and the top expert
+      of each layer after each growth event, to all loggers;
+    - writes the adapter to ``dirpath`` at the end of training.
 
-    A LightningModule must be in training mode to be counted; models of ``from_pretrained`` come in
-    evaluation mode, which Lightning keeps: call ``model.train()``.
+    Only a model in training mode is counted. Models of ``from_pretrained`` are in evaluation mode,
+    which Lightning keeps: call ``model.train()``.
 
     Args:
         adapter: the adapter of the module's model.
@@ -52,15 +52,15 @@ class DRLoRALightningCallback(Callback):
         self.dirpath = Path(dirpath)
         self._events = len(adapter.events)
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
-        adapter.parameters()  # require gradients again if get_peft_model came after attach
+        adapter.parameters()  # PEFT's get_peft_model may have frozen them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the gradients of an unfinished step again, which the first validation has cleared.
+        """Set the gradients of an unfinished step again: the first validation has cleared them.
 
         Raises:
-            AttachError: another adapter of the model is active, so that one would be trained.
+            AttachError: the adapter is not the active one, so another would be trained.
         """
-        active_tracker(state_of(self.adapter))
+        self.adapter.check_active()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._gradients = []
@@ -72,9 +72,9 @@ class DRLoRALightningCallback(Callback):
         if len(self.adapter.events) == self._events:
             return
         self._events = len(self.adapter.events)
-        figures = rank_metrics(self.adapter) | top_experts(self.adapter)
+        metrics = rank_metrics(self.adapter) | top_experts(self.adapter)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -88,17 +88,20 @@ class DRLoRALightningCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Bring the adapter to the checkpoint that Lightning loads."""
+        """Restore the adapter from the checkpoint that Lightning loads.
+
+        Raises:
+            CheckpointError: the checkpoint holds no adapter, or one that does not fit.
+        """
         file = checkpoint.get(KEY)
         if not isinstance(file, Tensor):
             raise CheckpointError(
-                "the checkpoint holds no adapter; was DRLoRALightningCallback among the callbacks "
-                "of the run that wrote it?"
+                "the checkpoint holds no adapter; the run that wrote it needs "
+                "DRLoRALightningCallback among its callbacks"
             )
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / FILE_NAME).write_bytes(file.cpu().numpy().tobytes())
-            self.adapter.restore(folder)
-        self._events = len(self.adapter.events)
+            restore(self.adapter, folder)
         pending = [(parameter, parameter.grad) for parameter in self.adapter.parameters()]
         self._gradients = [(p, gradient) for p, gradient in pending if gradient is not None]
 

@@ -81,7 +81,7 @@ def test_bad_runs_are_one_sentence(
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "options.json").write_bytes((finished / "options.json").read_bytes())
     for arguments, match in (
-        ([str(finished), "--output", str(tmp_path / "taken")], "exists; give another"),
+        ([str(finished), "--output", str(tmp_path / "taken")], "exists; use another"),
         ([str(tmp_path / "empty")], "not the folder of a run"),
         ([str(tmp_path / "broken")], "cannot be read"),
         ([str(tmp_path / "young")], "has saved no adapter yet"),

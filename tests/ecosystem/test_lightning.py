@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 
 import drlora_torch
-from drlora_torch.integrations.figures import rank_metrics, top_experts
 from drlora_torch.integrations.lightning import DRLoRALightningCallback
+from drlora_torch.integrations.metrics import rank_metrics, top_experts
 from tests.torch import helpers, models
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 import drlora_torch
-from drlora_torch.integrations.figures import rank_entropy
-from drlora_torch.integrations.trainer import DRLoRACallback, last_checkpoint
+from drlora_torch.integrations.metrics import rank_entropy
+from drlora_torch.integrations.trainer import (
+    DRLoRACallback,
+    last_checkpoint,
+    move_reporters_last,
+)
 from tests.ecosystem import trainers
 from tests.torch import helpers
 
@@ -22,7 +27,7 @@ FILE = "drlora_adapter.safetensors"
 
 
 class Reporter(TrainerCallback):
-    """Stands where TensorBoard's and wandb's callbacks stand: before the user's."""
+    """Keeps what it is given to log, as TensorBoard's and wandb's callbacks do."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -184,12 +189,12 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path) -> None:
 # -- logs --------------------------------------------------------------------------------------
 
 
-def test_ranks_are_logged_to_everyone(tmp_path: Path) -> None:
+def test_ranks_are_logged_to_later_callbacks(tmp_path: Path) -> None:
     trainer, adapter = trainers.build(
         tmp_path, logging_steps=5, eval_strategy="steps", eval_steps=4
     )
     reporter = Reporter()
-    trainer.callback_handler.callbacks.insert(0, reporter)
+    trainer.add_callback(reporter)
     trainer.train()
     for rows in (reporter.seen, trainer.state.log_history):
         trained = {row["step"]: row for row in rows if "loss" in row}
@@ -204,6 +209,28 @@ def test_ranks_are_logged_to_everyone(tmp_path: Path) -> None:
             assert f"top_expert/{name}" not in trained[5]
         assert all("total_rank" not in row for row in rows if "eval_loss" in row)
     assert not (tmp_path / FILE).exists()  # nothing is saved where the user wants nothing saved
+
+
+def test_reporters_can_be_moved_behind_the_callback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Reporter)
+    trainer, _ = trainers.build(tmp_path, report_to="tensorboard")
+    move_reporters_last(trainer)
+    trainer.train()
+    reporter = trainer.pop_callback(Reporter)
+    rows = [row for row in reporter.seen if "loss" in row]
+    assert len(rows) == trainers.STEPS
+    assert all("total_rank" in row for row in rows)
+    move_reporters_last(trainer)  # nothing left to move
+    assert trainer.pop_callback(Reporter) is None
+
+
+def test_training_leaves_the_order_of_callbacks(tmp_path: Path) -> None:
+    trainer, _ = trainers.build(tmp_path)
+    before = list(trainer.callback_handler.callbacks)
+    trainer.train()
+    assert trainer.callback_handler.callbacks == before
 
 
 def test_log_history_stays_json(tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ def test_resume_needs_an_unfinished_run_and_no_other_options(
     assert "has no options.json" in refused(["finetune", "--resume", str(tmp_path)], capsys)
     said = refused(["finetune", "--resume", str(tmp_path), "--steps", "3"], capsys)
     assert "leave out steps" in said
+    said = refused(["finetune", "--resume", str(tmp_path), "--compare", "uniform"], capsys)
+    assert "leave out compare" in said
 
 
 def test_a_model_needs_data(moe_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -13,7 +16,7 @@ import drlora_torch
 from drlora_core import AllocatorConfig
 from drlora_core.recording import Recording
 from drlora_core.replay import replay
-from drlora_torch.finetune import job
+from drlora_torch.finetune import job, result
 from drlora_torch.finetune.model import load_model
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.progress import RichProgress
@@ -43,9 +46,32 @@ def console() -> Console:
     return Console(quiet=True)
 
 
-def losses(folder: Path) -> dict[int, float]:
+def training_rows(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return [row for row in rows if "loss" in row]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in training_rows(folder)}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(
+    monkeypatch: pytest.MonkeyPatch, step: int, options: FinetuneOptions, folder: Path
+) -> None:
+    """Start a run that dies after a step."""
+
+    def die(self: RichProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RichProgress, "on_step_end", die, raising=False)
+        with pytest.raises(Killed):
+            job.run(options, folder, Console(quiet=True))
 
 
 def test_it_learns_and_meets_the_budget_with_unequal_ranks(
@@ -92,27 +118,19 @@ def test_compare_trains_static_lora_at_the_same_budget_from_the_same_base(
     assert uniform.loss_before == ours.loss_before  # the first run left no trace in the model
 
 
+@pytest.mark.parametrize("changes", [{}, {"router": "after_warmup", "dropout": 0.2}])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    changes: dict[str, Any],
     moe_folder: Path,
     sums: Path,
     tmp_path: Path,
     console: Console,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = options_for(moe_folder, sums)
+    options = options_for(moe_folder, sums, **changes)
     (whole,) = job.run(options, tmp_path / "whole", console)
 
-    class Killed(BaseException):
-        pass
-
-    def die(self: RichProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 7:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RichProgress, "on_step_end", die, raising=False)
-        with pytest.raises(Killed):
-            job.run(options, tmp_path / "stopped", console)
+    kill(monkeypatch, 7, options, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "adapter").exists()
     (resumed,) = job.run(options, tmp_path / "stopped", console, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -120,6 +138,88 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert resumed.loss_after == whole.loss_after
     recorded = Recording.open(tmp_path / "stopped" / "recording")
     assert recorded.steps == 12
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = options_for(moe_folder, sums, steps=4, save_every=4)
+    (whole,) = job.run(options, tmp_path / "whole", console)
+    stopped = tmp_path / "stopped"
+    kill(monkeypatch, 3, options, stopped)
+    assert list((stopped / "recording").iterdir())
+    (again,) = job.run(options, stopped, console, resume=True)
+    assert losses(stopped) == losses(tmp_path / "whole")
+    assert again.ranks == whole.ranks
+    assert Recording.open(stopped / "recording").steps == 4
+
+
+def test_speed_after_a_resume_is_that_of_the_process_that_finished(
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "run"
+    options = options_for(moe_folder, sums)
+    kill(monkeypatch, 10, options, output)
+    (resumed,) = job.run(options, output, console, resume=True)  # steps 9 to 12
+    seen = {row["step"]: row["num_input_tokens_seen"] for row in training_rows(output)}
+    assert resumed.tokens_per_second is not None
+    tokens = resumed.tokens_per_second * resumed.seconds
+    assert tokens == pytest.approx(seen[12] - seen[8], rel=1e-9)
+    assert 0 < seen[12] - seen[8] < seen[8]
+
+
+def test_a_finished_training_is_not_trained_further(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    """As when a run stops in the second of its two methods and is resumed."""
+    output = tmp_path / "run"
+    options = options_for(moe_folder, sums, steps=4)
+    (first,) = job.run(options, output, console)
+    before = (output / "adapter" / "drlora_adapter.safetensors").read_bytes()
+    rows = training_rows(output)
+    (again,) = job.run(options, output, console, resume=True)
+    assert training_rows(output) == rows
+    assert (output / "adapter" / "drlora_adapter.safetensors").read_bytes() == before
+    assert Recording.open(output / "recording").steps == 4
+    assert again.loss_after == first.loss_after
+    assert again.ranks == first.ranks
+    assert again.tokens_per_second is again.peak_memory_mb is None
+    shown = Console(record=True, file=io.StringIO())
+    result.show(shown, [first, again], output)
+    for label in ("tokens per second", "peak memory in MiB, "):
+        (row,) = [line for line in shown.export_text(clear=False).splitlines() if label in line]
+        assert row.split("│")[2].strip() != "-"
+        assert row.split("│")[3].strip() == "-"
+
+
+def test_peak_memory_is_that_of_the_training_alone(
+    moe_folder: Path, sums: Path, tmp_path: Path, console: Console
+) -> None:
+    earlier = np.ones(2**25)  # 256 MiB
+    high = psutil.Process().memory_info().rss / 2**20
+    del earlier
+    (trained,) = job.run(options_for(moe_folder, sums, steps=4), tmp_path / "run", console)
+    assert trained.peak_memory_mb is not None
+    assert 0 < trained.peak_memory_mb < high - 128
+
+
+def test_the_bar_shows_loss_and_rank_on_a_terminal(
+    moe_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=120)
+    (trained,) = job.run(options_for(moe_folder, sums, steps=4), tmp_path / "run", terminal)
+    last = training_rows(tmp_path / "run")[-1]
+    assert trained.total_rank == 32
+    assert f"loss {last['loss']:.4f}  rank 32" in screen.getvalue()
 
 
 def test_a_failing_write_leaves_the_last_checkpoint(

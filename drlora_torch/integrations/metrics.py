@@ -1,14 +1,14 @@
-"""The figures of an allocation that are logged beside the loss."""
+"""Metrics of an allocation, logged beside the loss."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from drlora_torch.adapter import Adapter
+from drlora_torch import Adapter
 
 
 def rank_metrics(adapter: Adapter) -> dict[str, float]:
-    """Total, largest and skipped: a few numbers that say how far the allocation is."""
+    """Return the total rank, largest rank, mean entropy of the ranks, and skipped steps."""
     ranks = adapter.ranks().values()
     return {
         "total_rank": int(sum(layer.sum() for layer in ranks)),
@@ -19,7 +19,12 @@ def rank_metrics(adapter: Adapter) -> dict[str, float]:
 
 
 def rank_entropy(ranks: np.ndarray) -> float:
-    """Shannon entropy of a layer's ranks over that of equal ranks: 1 is uniform, 0 one expert.
+    """Return the Shannon entropy of a layer's ranks, divided by that of equal ranks.
+
+    It is 1 if all ranks are equal and 0 if one expert has them all.
+
+    Args:
+        ranks: int array [N].
 
     Example:
         >>> rank_entropy(np.array([3, 3])), rank_entropy(np.array([6, 0]))
@@ -32,7 +37,7 @@ def rank_entropy(ranks: np.ndarray) -> float:
 
 
 def top_experts(adapter: Adapter) -> dict[str, float]:
-    """Index and rank of each layer's expert of the largest rank, the first of equals."""
+    """Return index and rank of the expert with the largest rank in each layer (first of equals)."""
     found: dict[str, float] = {}
     for name, ranks in adapter.ranks().items():
         found[f"top_expert/{name}"] = int(ranks.argmax())

@@ -1,0 +1,72 @@
+"""Command-line parameters made from the fields of :class:`FinetuneOptions`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic.fields import FieldInfo
+
+from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+
+Command = TypeVar("Command", bound=Callable[..., None])
+ARGUMENTS = ("model", "data")  # positional on the command line; every other field is an option
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def add_finetune_options(command: Command) -> Command:
+    """Replace the ``**options`` of a typer command by one parameter per field.
+
+    A parameter that the user does not give is None, so that defaults are declared only once.
+    """
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    fields = [_parameter(*item) for item in FinetuneOptions.model_fields.items()]
+    command.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    text = help_text(name, field)
+    kind: Any = field.annotation
+    given: Any
+    if name in ARGUMENTS:
+        given = typer.Argument(help=text)
+    elif kind is bool:
+        given = typer.Option(f"--{name.replace('_', '-')}", help=text)  # without a --no-... form
+    else:
+        given = typer.Option(help=text)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, given],
+    )
+
+
+def help_text(name: str, field: FieldInfo) -> str:
+    """Return the description of a field with its default and range.
+
+    Example:
+        >>> help_text("steps", FinetuneOptions.model_fields["steps"])
+        'Optimizer steps. [default: 200; at least 1]'
+    """
+    notes = []
+    if field.default is not None and not field.is_required() and field.annotation is not bool:
+        shipped = embedded_defaults().get(name)
+        notes.append(f"default: {field.default}")
+        if shipped is not None:
+            notes[0] += f", shipped model: {shipped}"
+    limits = [
+        f"{words} {value:g}"
+        for bound, words in BOUNDS.items()
+        for constraint in field.metadata
+        if (value := getattr(constraint, bound, None)) is not None
+    ]
+    notes += [" and ".join(limits)] if limits else []
+    return f"{field.description} [{'; '.join(notes)}]" if notes else str(field.description)
