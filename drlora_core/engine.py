@@ -1,4 +1,4 @@
-"""The allocation engine: the one stateful object of drlora_core, a thin shell over pure functions.
+"""The allocation engine: the only stateful object of drlora_core, a thin shell over pure functions.
 
 Shapes: N experts of a layer, R = r_max rank dimensions.
 """
@@ -26,7 +26,7 @@ from drlora_core.errors import (
 )
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy
-from drlora_core.pools import Pool
+from drlora_core.pools import Pool, make_pools
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ class Recorder(Protocol):
 
 
 class AllocatorEngine:
-    """Gathers statistics of experts and decides, at growth events, which of them get rank.
+    """Collects statistics of experts and decides at growth events which experts get rank.
 
     Args:
-        config: the validated configuration.
-        policy: a callable of your own in place of ``config.policy``; see
+        config: the configuration.
+        policy: your own callable, which replaces ``config.policy``; see
             :class:`drlora_core.policies.Policy`.
 
     Example:
@@ -89,11 +89,11 @@ class AllocatorEngine:
         self._recorder: Recorder | None = None
 
     def add_layer(self, name: str, num_experts: int) -> None:
-        """Announce a layer; all layers are added before the first step.
+        """Add a layer; all layers are added before the first sample.
 
         Raises:
-            LayoutError: the name is taken or no str, ``num_experts < 1``, or the first
-                sample was already taken.
+            LayoutError: the name is taken or not a str, ``num_experts`` is not a whole number
+                above 0, or a sample was already taken.
         """
         if not isinstance(name, str):
             raise LayoutError(f"a layer name must be a str, got {name!r}")
@@ -104,8 +104,10 @@ class AllocatorEngine:
         if num_experts < 1:
             raise LayoutError(f"num_experts must be at least 1, got {num_experts}")
         if self._step or any(state.observed for state in self._layers.values()):
-            raise LayoutError(f"layer {name!r} comes too late: add all layers before observing")
-        self._layers[name] = layer.initial(self.config, int(num_experts))
+            raise LayoutError(
+                f"layer {name!r} comes too late: add all layers before the first sample"
+            )
+        self._layers[name] = layer.make_state(self.config, int(num_experts))
         self._carry = (0,) * len(self._pools())
         self._report_shortfall(name, int(num_experts))
 
@@ -117,7 +119,7 @@ class AllocatorEngine:
         importance: ArrayLike | None,
         tokens: int | None = None,
     ) -> None:
-        """Take a layer's sample of the running optimizer step, once per step.
+        """Take a layer's sample of the current optimizer step, once per step.
 
         Args:
             name: the layer.
@@ -127,7 +129,7 @@ class AllocatorEngine:
             tokens: counted tokens behind the sample; only written to a recording.
 
         Raises:
-            UnknownLayerError, StatisticError, StepOrderError: the engine is left unchanged.
+            UnknownLayerError, StatisticError, StepOrderError: the engine is unchanged.
         """
         state = self._layer(name)
         if state.observed:
@@ -145,7 +147,7 @@ class AllocatorEngine:
             self._recorder.sample(name, routing, importance, tokens)
 
     def skip(self, name: str) -> None:
-        """Let the running step pass without a sample of this layer (say, after a NaN).
+        """Close the current step for this layer without a sample (say, after a NaN).
 
         Raises:
             UnknownLayerError, StepOrderError: as :meth:`observe`.
@@ -160,7 +162,7 @@ class AllocatorEngine:
 
         Raises:
             StepOrderError: there is no layer, or one was not observed.
-            PolicyError: the policy broke its contract. The engine is left unchanged.
+            PolicyError: the policy broke its contract; the engine is unchanged.
         """
         self._check_observed()
         ranks_before = {name: state.ranks for name, state in self._layers.items()}
@@ -171,14 +173,14 @@ class AllocatorEngine:
             )
         if self._recorder is not None:
             self._recorder.step(self._step + 1, ranks_before, event)
-        self._layers = {name: layer.awaiting(state) for name, state in layers.items()}
+        self._layers = {name: layer.begin_step(state) for name, state in layers.items()}
         self._carry = carry
         self._step += 1
         return event
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps made, t."""
+        """Number of optimizer steps so far, t."""
         return self._step
 
     @property
@@ -211,28 +213,25 @@ class AllocatorEngine:
         return self._layer(name).num_experts * self.config.r_target
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: plain arrays and JSON values, independent copies.
+        """Return the whole state as plain arrays and JSON values, all of them copies.
 
-        A recording is flushed, so that a run resumed from this state can continue it.
+        This flushes a recording, so that a run resumed from this state can continue it.
         """
         if self._recorder is not None:
             self._recorder.flush()
         return snapshot.to_dict(self.config, self._layers, self._carry, self._step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state. An engine without layers takes the layers of the state.
+        """Restore a saved state. An engine without layers takes the layers of the state.
 
         Raises:
             LayoutError: other layers, configuration or version, or damaged values; the engine is
-                left unchanged.
+                unchanged.
         """
         loaded = snapshot.from_dict(state, self.config)
         if self._layers:
             snapshot.check_layout(loaded.layers, self._layers)
-        self._layers, self._step = dict(loaded.layers), loaded.step
-        if len(loaded.carry) != len(self._pools()):
-            raise AssertionError("snapshot.from_dict lets only matching pools through")
-        self._carry = loaded.carry
+        self._layers, self._step, self._carry = dict(loaded.layers), loaded.step, loaded.carry
 
     def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
         """Tell every accepted sample and step to a recorder from now on; None stops.
@@ -277,7 +276,7 @@ class AllocatorEngine:
         )
 
     def _pools(self) -> list[Pool]:
-        return events.pools(self.config, self._layers)
+        return make_pools(self.config, {name: s.num_experts for name, s in self._layers.items()})
 
     def _report_shortfall(self, name: str, num_experts: int) -> None:
         config = self.config

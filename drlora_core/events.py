@@ -21,7 +21,7 @@ Layers = Mapping[str, LayerState]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class GrowthEvent:
-    """What was decided at one event; all mappings are by layer name, arrays are [N]."""
+    """The decision of one event; all mappings are by layer name, arrays are [N]."""
 
     step: int
     """Optimizer step after which it happened, counted from 1."""
@@ -34,24 +34,16 @@ class GrowthEvent:
     saliency: Mapping[str, FloatArray]
     """S before the event, by which experts were ordered, float64."""
     unplaced: int
-    """Rank units of the quota that limits left over, carried to the next event (all layers)."""
+    """Rank units that limits left over, carried to the next event (all layers)."""
     cut: Mapping[str, NDArray[np.bool_]]
     """Policy ``prune`` only: the dimensions cut, bool [N, r_max], numbered as before the event."""
-
-
-def pools(config: AllocatorConfig, layers: Layers) -> list[Pool]:
-    """Who shares a quota: each layer for itself, or all layers (scope ``global``)."""
-    sizes = {name: state.num_experts for name, state in layers.items()}
-    if config.scope == "global" and sizes:
-        return [Pool(tuple(sizes), tuple(sizes.values()))]
-    return [Pool((name,), (size,)) for name, size in sizes.items()]
 
 
 def decide(
     config: AllocatorConfig,
     policy: Policy | None,
     layers: Layers,
-    all_pools: list[Pool],
+    pools: list[Pool],
     carry: tuple[int, ...],
     index: int,
     step: int,
@@ -59,7 +51,7 @@ def decide(
     """Decide event ``index`` (from 1) after optimizer step ``step``.
 
     Returns:
-        The event, the layers' states after it, and what each pool carries to the next event.
+        The event, the new states of the layers, and the units that each pool carries over.
     """
     signals = {name: layer.signals(state, config) for name, state in layers.items()}
     scores = {
@@ -68,7 +60,7 @@ def decide(
     after: dict[str, LayerState] = {}
     cut: dict[str, NDArray[np.bool_]] = {}
     left_over = []
-    for number, (pool, carried) in enumerate(zip(all_pools, carry, strict=True)):
+    for number, (pool, carried) in enumerate(zip(pools, carry, strict=True)):
         members = {name: layers[name] for name in pool.names}
         if policy is None:
             pruned, cut_here = _prune(config, members, index)
@@ -103,21 +95,21 @@ def _grow(
     request: AllocationRequest,
     index: int,
 ) -> tuple[dict[str, LayerState], int]:
-    """Spread a pool's quota; return the layers after it, and what is left over."""
+    """Spread a pool's quota; return the new states and the units left over."""
     if config.scope == "global":
         floors, capacities = _bounds(config, pool, request.ranks, index)
         growth = allocate(policy, request, pool, floors, capacities)
     else:
         growth = run_policy(policy, request, pool.describe())
     after = {
-        name: layer.grown(state, growth[part])
+        name: layer.grow(state, growth[part])
         for (name, state), part in zip(members.items(), pool.slices(), strict=True)
     }
     return after, request.quota - int(growth.sum())
 
 
 def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
-    """Quota of event k without what was carried: Q per layer, or the even schedule's share."""
+    """Quota of event k without carried units: Q per layer, or the even schedule's share."""
     if config.policy == "uniform":
         return 0
     if config.quota is not None:
@@ -156,7 +148,7 @@ def _request(
 def _bounds(
     config: AllocatorConfig, pool: Pool, ranks: IntArray, index: int
 ) -> tuple[IntArray, IntArray]:
-    """Scope ``global``: the least and the most each layer may get at this event, [layers]."""
+    """Scope ``global``: the fewest and the most units each layer may get, [layers]."""
     totals = np.array([ranks[part].sum() for part in pool.slices()])
     sizes = np.array(pool.sizes)
     share = [
@@ -171,7 +163,7 @@ def _bounds(
 def _prune(
     config: AllocatorConfig, members: Layers, index: int
 ) -> tuple[dict[str, LayerState], dict[str, NDArray[np.bool_]]]:
-    """Cut the pool's least important dimensions down to the cubic schedule's total."""
+    """Cut the pool's least important dimensions, down to the cubic schedule's total."""
     states = list(members.values())
     ranks = np.concatenate([state.ranks for state in states])
     averages = np.concatenate([layer.dimension_importance(state, config) for state in states])

@@ -19,7 +19,7 @@ from drlora_core.saliency import active_dimensions, mean_over_active, saliency
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LayerState:
-    """Everything the engine remembers of a layer. Arrays are replaced, never written to."""
+    """The state of one layer. Arrays are replaced, never modified in place."""
 
     ranks: IntArray  # [N]
     routing: FloatArray  # [N], moving average of phi, not bias-corrected
@@ -27,7 +27,7 @@ class LayerState:
     importance: FloatArray  # [N], moving average of mean s_j, not bias-corrected
     importance_count: IntArray  # [N], updates of `importance` since start or reset
     dimensions: FloatArray | None  # [N, R], moving average of s_j; policy `prune` only
-    observed: bool  # a sample of the running step has been taken (or skipped)
+    observed: bool  # the current step's sample was taken or skipped
 
     @property
     def num_experts(self) -> int:
@@ -35,8 +35,8 @@ class LayerState:
         return self.ranks.size
 
 
-def initial(config: AllocatorConfig, num_experts: int) -> LayerState:
-    """Every expert at the starting rank, every average at 0."""
+def make_state(config: AllocatorConfig, num_experts: int) -> LayerState:
+    """Make the first state: every expert at the starting rank, every average at 0."""
     dimensions = np.zeros((num_experts, config.r_max)) if config.policy == "prune" else None
     return LayerState(
         ranks=np.full(num_experts, config.starting_rank, dtype=np.int64),
@@ -55,7 +55,7 @@ def observe(
     routing: ArrayLike | None,
     importance: ArrayLike | None,
 ) -> LayerState:
-    """Take one sample of phi [N] and of importance [N] or [N, R] into the averages.
+    """Update the averages with one sample of phi [N] and of importance [N] or [N, R].
 
     Raises:
         StatisticError: missing, wrongly shaped, negative or non-finite samples.
@@ -76,14 +76,14 @@ def observe(
             dimensions = ema.update(dimensions, sample, config.importance_decay)
     elif config.use_importance or dimensions is not None:
         raise StatisticError("importance is missing; it may be None only with use_importance=False")
-    # Not dataclasses.replace: this runs for every layer at every step, and it takes longer.
+    # dataclasses.replace is slower, and this runs for every layer at every step.
     return LayerState(
         state.ranks, frequency, frequency_count, average, count, dimensions, observed=True
     )
 
 
-def awaiting(state: LayerState) -> LayerState:
-    """Return the same state at the beginning of a step."""
+def begin_step(state: LayerState) -> LayerState:
+    """Mark the layer as not yet observed."""
     return LayerState(
         state.ranks,
         state.routing,
@@ -158,7 +158,7 @@ def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArr
 
 
 def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:
-    """f and g as the saliency uses them: 1 where the configuration switches one off."""
+    """Return f and g as the saliency uses them: 1 where the configuration switches one off."""
     size = state.num_experts
     return (
         routing_frequency(state, config) if config.use_routing else np.ones(size),
@@ -172,7 +172,7 @@ def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
     return saliency(routing, importance, state.ranks, config.gamma)
 
 
-def grown(state: LayerState, growth: IntArray) -> LayerState:
+def grow(state: LayerState, growth: IntArray) -> LayerState:
     """Add growth [N] to the ranks; g and its count restart for the experts that grew, f stays."""
     unchanged = growth == 0
     return LayerState(

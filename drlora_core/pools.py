@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 
+from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.policies import AllocationRequest, Policy, run_policy
 
@@ -34,6 +36,13 @@ class Pool:
     def describe(self) -> str:
         """Name the pool in error messages."""
         return f"layer {self.names[0]!r}" if len(self.names) == 1 else f"{len(self.names)} layers"
+
+
+def make_pools(config: AllocatorConfig, sizes: Mapping[str, int]) -> list[Pool]:
+    """Make a pool of each layer, or one of all layers (scope ``global``), from expert counts."""
+    if config.scope == "global" and sizes:
+        return [Pool(tuple(sizes), tuple(sizes.values()))]
+    return [Pool((name,), (size,)) for name, size in sizes.items()]
 
 
 def layer_means(values: FloatArray, pool: Pool) -> FloatArray:

@@ -1,8 +1,8 @@
-"""Replay: drive a fresh engine with recorded statistics.
+"""Replay: drive a new engine with recorded statistics.
 
-A replay cannot know how the statistics would have changed under other ranks. With the recording's
-own configuration and policy it repeats the run's decisions exactly; with another one it tells what
-that policy would have decided from the statistics of *this* run.
+With the recording's own configuration and policy, a replay repeats the run's decisions exactly.
+With others, it shows what they would have decided from the statistics of *this* run: a replay
+cannot know how the statistics would have changed under other ranks.
 
 Shapes: T steps, K events, N experts of a layer.
 """
@@ -20,24 +20,24 @@ from drlora_core.ema import FloatArray, IntArray
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError, StatisticError, UnknownLayerError, near_misses
 from drlora_core.events import GrowthEvent
-from drlora_core.policies import Policy
+from drlora_core.policies import Policy, policy_name
 from drlora_core.recording.data import LayerRecord, Recording
 from drlora_core.recording.dimensions import follow, from_recorded, initial_order
 from drlora_core.saliency import active_dimensions
 
 CAVEAT = (
-    "A replay takes the statistics as recorded: it cannot know how they would have changed under "
+    "A replay uses the statistics as recorded: it cannot know how they would have changed under "
     "other ranks."
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replay:
-    """What an engine decided on a recording."""
+    """The decisions of an engine on a recording."""
 
     config: AllocatorConfig
     policy: str
-    """Name of the policy that decided."""
+    """Name of the policy: that of the configuration, or of the callable."""
     layers: dict[str, int]
     """Experts of each layer."""
     steps: int
@@ -63,17 +63,17 @@ class Replay:
 def replay(
     recording: Recording, config: AllocatorConfig | None = None, policy: Policy | None = None
 ) -> Replay:
-    """Drive a fresh engine with a recording's statistics.
+    """Drive a new engine with a recording's statistics.
 
     A replay cannot know how the statistics would have changed under other ranks.
 
     Args:
         recording: the statistics.
         config: default: that of the recorded run.
-        policy: a callable in place of ``config.policy``.
+        policy: a callable that replaces ``config.policy``.
 
     Raises:
-        LayoutError: no configuration is known, or what the policy needs was not recorded.
+        LayoutError: no configuration is known, or the policy needs what was not recorded.
         StatisticError, PolicyError: naming layer, step and value.
 
     Example:
@@ -96,7 +96,7 @@ def replay(
     events = _drive(engine, recording)
     return Replay(
         config=config,
-        policy=config.policy if policy is None else getattr(policy, "__name__", "own policy"),
+        policy=config.policy if policy is None else policy_name(policy),
         layers=dict(recording.layers),
         steps=recording.steps,
         events=tuple(events),
@@ -120,7 +120,7 @@ def _check_dimensions(recording: Recording, config: AllocatorConfig) -> None:
 
 
 def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
-    """Feed every step; return the events."""
+    """Feed every recorded step to the engine; return the events."""
     prunes = engine.config.policy == "prune"
     records = [recording.layer(name) for name in recording.layers]
     orders = {
@@ -149,7 +149,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
 def _dimensions(
     record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
 ) -> FloatArray | None:
-    """Importance of the dimensions that the replay has kept, in its numbering, [N, R]."""
+    """Return the importance of the dimensions that the replay kept, in its numbering, [N, R]."""
     if record.dimensions is None or record.importance_at(row) is None:
         return None
     sample = from_recorded(record.dimensions[row], order)
@@ -158,16 +158,21 @@ def _dimensions(
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])
         raise StatisticError(
             f"layer {record.name!r}, step {row + 1}: dimension {int(order[expert, dimension])} of "
-            f"expert {expert} was not recorded (the run had cut it), but this replay keeps it; "
-            f"policy 'prune' can be replayed on what the run kept, not on more"
+            f"expert {expert} was not recorded (the run had cut it), but this replay keeps it; a "
+            f"replay of policy 'prune' must cut at least the dimensions that the run cut"
         )
     return sample
+
+
+def repeats_run(recording: Recording, result: Replay) -> bool:
+    """Tell whether a replay used the run's own configuration and policy."""
+    return result.config == recording.config and recording.policy in (result.policy, None)
 
 
 def first_difference(
     recorded: tuple[GrowthEvent, ...], replayed: tuple[GrowthEvent, ...]
 ) -> str | None:
-    """Name the first decision in which two lists of events differ; None if they are identical."""
+    """Describe the first difference between two lists of events; None if they are identical."""
     for ours, theirs in zip(recorded, replayed, strict=False):
         if (ours.step, ours.index, ours.unplaced) != (theirs.step, theirs.index, theirs.unplaced):
             return (

@@ -169,7 +169,7 @@ def test_report(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
     assert result.code == 0
     assert "wrote " in result.out
     page = (tmp_path / "page.html").read_text()
-    assert "repeats the run&#x27;s decisions exactly" in page
+    assert "repeats the run&#39;s decisions exactly" in page
     assert "<h2>Diagnostics</h2>" in page
     assert 'src="http' not in page
     assert drlora("report", run_dir).code == 0
@@ -229,7 +229,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, register: Any) -> None:
                 raise register
             return register
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Entry()])
+    def entry_points(group: str) -> list[Entry]:
+        return [Entry()] if group == application.ENTRY_POINTS else []
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 def other_commands(app: Any) -> None:
@@ -344,8 +347,8 @@ def test_importing_the_core_needs_no_extra() -> None:
 
 
 def test_small_helpers() -> None:
-    assert common.shown(None) == "-"
-    assert common.shown(float("nan")) == "-"
-    assert common.shown(True) == "yes"
-    assert common.binary(1536) == "1.50 KiB"
-    assert common.binary(5 * 2**50) == "5120.00 TiB"
+    assert common.format_cell(None) == "-"
+    assert common.format_cell(float("nan")) == "-"
+    assert common.format_cell(True) == "yes"
+    assert common.format_bytes(1536) == "1.50 KiB"
+    assert common.format_bytes(5 * 2**50) == "5120.00 TiB"

@@ -12,6 +12,7 @@ from drlora_core.report import event_rows, render
 from tests.core import recorded
 
 pytest.importorskip("plotly")
+pytest.importorskip("jinja2")
 pytest.importorskip("zarr")
 
 
@@ -60,7 +61,7 @@ def test_a_page_says_what_differs_and_what_was_torn(recording: Recording) -> Non
     changed = Recording(**(fields | {"routing": routing, "notes": ("torn tail",)}))
     page = render(changed)
     assert "The replay differs from the run: step 8" in page
-    assert "<p class=note>torn tail</p>" in page
+    assert '<p class="note">torn tail</p>' in page
 
 
 def test_a_run_without_events_has_a_page() -> None:
