@@ -219,7 +219,7 @@ class AllocatorEngine:
         """
         if self._recorder is not None:
             self._recorder.flush()
-        return snapshot.to_dict(self.config, self._layers, self._carry, self._step)
+        return snapshot.save_state(self.config, self._layers, self._carry, self._step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state. An engine without layers takes the layers of the state.
@@ -228,10 +228,10 @@ class AllocatorEngine:
             LayoutError: other layers, configuration or version, or damaged values; the engine is
                 unchanged.
         """
-        loaded = snapshot.from_dict(state, self.config)
+        layers, carry, step = snapshot.load_state(state, self.config)
         if self._layers:
-            snapshot.check_layout(loaded.layers, self._layers)
-        self._layers, self._step, self._carry = dict(loaded.layers), loaded.step, loaded.carry
+            snapshot.check_layout(layers, self._layers)
+        self._layers, self._carry, self._step = layers, carry, step
 
     def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
         """Tell every accepted sample and step to a recorder from now on; None stops.

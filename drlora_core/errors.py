@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import ValidationError
+
 
 class DRLoRAError(ValueError):
     """Base class of every error that drlora raises on purpose."""
@@ -51,6 +53,19 @@ def near_misses(name: str, known: Iterable[str]) -> str:
         return "there are none yet"
     shown = ", ".join(repr(known_name) for known_name in names[:5])
     return f"known: {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """Describe the first error that pydantic found, and count the others."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    text = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    if isinstance(value, (int, float, str)) and repr(value) not in text:
+        text += f", got {value!r}"
+    if (more := error.error_count() - 1) > 0:
+        text += f" (and {more} more)"
+    return f"{place}: {text}" if place else text
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -76,7 +76,6 @@ def observe(
             dimensions = ema.update(dimensions, sample, config.importance_decay)
     elif config.use_importance or dimensions is not None:
         raise StatisticError("importance is missing; it may be None only with use_importance=False")
-    # dataclasses.replace is slower, and this runs for every layer at every step.
     return LayerState(
         state.ranks, frequency, frequency_count, average, count, dimensions, observed=True
     )
@@ -84,15 +83,7 @@ def observe(
 
 def begin_step(state: LayerState) -> LayerState:
     """Mark the layer as not yet observed."""
-    return LayerState(
-        state.ranks,
-        state.routing,
-        state.routing_count,
-        state.importance,
-        state.importance_count,
-        state.dimensions,
-        observed=False,
-    )
+    return dataclasses.replace(state, observed=False)
 
 
 def _importance_sample(
@@ -175,12 +166,9 @@ def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
 def grow(state: LayerState, growth: IntArray) -> LayerState:
     """Add growth [N] to the ranks; g and its count restart for the experts that grew, f stays."""
     unchanged = growth == 0
-    return LayerState(
-        state.ranks + growth,
-        state.routing,
-        state.routing_count,
-        np.where(unchanged, state.importance, 0.0),
-        np.where(unchanged, state.importance_count, 0),
-        state.dimensions,
-        state.observed,
+    return dataclasses.replace(
+        state,
+        ranks=state.ranks + growth,
+        importance=np.where(unchanged, state.importance, 0.0),
+        importance_count=np.where(unchanged, state.importance_count, 0),
     )

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from drlora_core.cli.plan import plan
 from drlora_core.cli.replay import replay_command
 from drlora_core.cli.report import report
-from drlora_core.errors import DRLoRAError
+from drlora_core.errors import DRLoRAError, describe_validation_error
 from drlora_core.replay import CAVEAT
 
 ENTRY_POINTS = "drlora.commands"
@@ -62,12 +62,7 @@ class Group(TyperGroup):
 def sentence(error: Exception) -> str:
     """Describe an error in one line."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        text = f"{place}: {text}" if place else text
-        if (more := error.error_count() - 1) > 0:
-            text += f" (and {more} more)"
+        text = describe_validation_error(error)
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.strerror}: {error.filename}"
     else:
