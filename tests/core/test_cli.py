@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from drlora_core import DRLoRAError
+from drlora_core.model_shape import LayerShape, ModelShape
 from drlora_core.recording import Recording
 from tests.core import recorded
 
@@ -244,6 +245,33 @@ def other_commands(app: Any) -> None:
     app.command()(fails)
 
 
+def test_plan_uses_a_reader_of_another_package(
+    drlora: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    layer = LayerShape(0, 4, {"up_proj": (2, 3)})
+
+    class Missing:
+        def load(self) -> Any:
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    class Reader:
+        def load(self) -> Any:
+            return lambda source: ModelShape(f"read from {source}", 1, (layer,), 99)
+
+    def entry_points(group: str) -> list[Any]:
+        return [Missing(), *readers] if group == "drlora.shapes" else []
+
+    readers: list[Any] = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    assert "olmoe: 16 MoE layers of 16" in drlora("plan", model).out
+    missing = drlora("plan", "owner/model")
+    assert "No such file or directory: owner/model" in missing.err
+    readers.append(Reader())
+    assert f"read from {model}: 1 MoE layers" in drlora("plan", model).out.replace("\n", "")
+    assert "read from owner/model: 1 MoE layers" in drlora("plan", "owner/model").out
+    assert "olmoe: 16 MoE layers" in drlora("plan", model, "--gated").out
+
+
 def test_registered_commands_have_the_same_errors(
     drlora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +357,8 @@ def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path
         ({"typer"}, ["plan", model], "cli"),
         ({"zarr"}, ["replay", run_dir], "record"),
         ({"plotly"}, ["report", run_dir, "-o", tmp_path / "x.html"], "report"),
+        ({"jinja2"}, ["report", run_dir, "-o", tmp_path / "x.html"], "report"),
+        ({"scipy"}, ["replay", run_dir], "cli"),
         ({"torch"}, ["finetune"], "finetune"),
     ]:
         result = without(blocked, *arguments)
@@ -340,7 +370,8 @@ def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path
 def test_importing_the_core_needs_no_extra() -> None:
     code = (
         "import sys, drlora_core; "
-        "heavy = {'zarr', 'typer', 'rich', 'plotly', 'torch', 'drlora_torch'} & set(sys.modules); "
+        "heavy = {'zarr', 'typer', 'rich', 'plotly', 'scipy', 'jinja2', 'torch', 'drlora_torch'}; "
+        "heavy &= set(sys.modules); "
         "assert not heavy, heavy"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -44,12 +44,16 @@ def test_event_rows_add_up(recording: Recording) -> None:
     assert rows[-1]["mean rank"] == 4.0
 
 
-def test_a_page_of_a_replay_under_other_settings_and_with_odd_names() -> None:
-    routing = {"<script>": np.random.default_rng(0).random((20, 4))}
+def test_a_page_of_a_replay_under_other_settings_and_with_hostile_names() -> None:
+    hostile = "</script><script>alert('x')</script>"
+    routing = {hostile: np.random.default_rng(0).random((20, 4))}
+    routing[hostile][:, 0] = 0.0  # a finding names the layer
     recording = Recording.from_arrays(routing)
-    page = render(recording, recorded.config(use_importance=False), title="a & b")
-    assert "<script>'" not in page
-    assert "a &amp; b" in page
+    config = recorded.config(use_importance=False, scope="global", r_max=6)
+    page = render(recording, config, title=f"a & b {hostile}")
+    assert hostile not in page
+    assert "<script>alert" not in page
+    assert "<h1>a &amp; b &lt;/script&gt;" in page
     assert "Experts by final rank" in page
     assert "cannot know how they would have changed" in page
 
@@ -62,6 +66,13 @@ def test_a_page_says_what_differs_and_what_was_torn(recording: Recording) -> Non
     page = render(changed)
     assert "The replay differs from the run: step 8" in page
     assert '<p class="note">torn tail</p>' in page
+
+
+def test_a_page_names_the_policy_of_the_run(recording: Recording) -> None:
+    fields = {name: getattr(recording, name) for name in vars(recording)}
+    page = render(Recording(**(fields | {"policy": "Lazy"})))
+    assert "policy greedy. The run itself used policy Lazy." in page
+    assert "repeats the run" not in page
 
 
 def test_a_run_without_events_has_a_page() -> None:
