@@ -99,10 +99,9 @@ class AllocatorEngine:
             raise LayoutError(f"a layer name must be a str, got {name!r}")
         if name in self._layers:
             raise LayoutError(f"layer {name!r} was already added; names must be unique")
-        if not isinstance(num_experts, (int, np.integer)) or isinstance(num_experts, bool):
-            raise LayoutError(f"num_experts must be a whole number, got {num_experts!r}")
-        if num_experts < 1:
-            raise LayoutError(f"num_experts must be at least 1, got {num_experts}")
+        whole = isinstance(num_experts, (int, np.integer)) and not isinstance(num_experts, bool)
+        if not whole or num_experts < 1:
+            raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
         if self._step or any(state.observed for state in self._layers.values()):
             raise LayoutError(
                 f"layer {name!r} comes too late: add all layers before the first sample"
@@ -282,18 +281,11 @@ class AllocatorEngine:
         config = self.config
         if config.quota is None or config.policy in ("uniform", "prune"):
             return
-        most = num_experts * (config.max_growth or config.r_max)
-        per_event = min(config.quota, most)
-        planned = per_event * config.num_events
-        needed = num_experts * (config.r_target - config.r_init)
-        if planned < needed:
+        quota = min(config.quota, num_experts * (config.max_growth or config.r_max))
+        planned, start = quota * config.num_events, num_experts * config.r_init
+        budget = num_experts * config.r_target
+        if start + planned < budget:
             logger.warning(
-                "layer %r: quota %d x %d events = %d < %d needed; total rank will end at %d of %d",
-                name,
-                per_event,
-                config.num_events,
-                planned,
-                needed,
-                num_experts * config.r_init + planned,
-                num_experts * config.r_target,
+                f"layer {name!r}: quota {quota} x {config.num_events} events = {planned} < "
+                f"{budget - start} needed; total rank will end at {start + planned} of {budget}"
             )

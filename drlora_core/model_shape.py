@@ -111,17 +111,14 @@ def read_model_config(
     else:
         up = {"up_proj": (hidden, width)}
     projections = up | {"down_proj": (width, hidden)}
-    counts = experts if isinstance(experts, list) else [experts] * total
-    if len(counts) != total:
-        raise LayoutError(f"{path}: {name} lists {len(counts)} layers, there are {total}")
     indices = _moe_layers(path, config, total) if moe_layers is None else range(moe_layers)
     if len(indices) > total:
         raise LayoutError(f"{moe_layers} MoE layers are given, but {path} has {total} layers")
-    found = {index: _positive(path, name or "num_experts", counts[index]) for index in indices}
-    layers = [LayerShape(index, size, projections) for index, size in found.items() if size > 1]
-    if not layers:
+    experts = _positive(path, name or "num_experts", experts)
+    if not indices or experts == 1:
         raise LayoutError(f"{path} has no MoE layer: every layer is dense; use --moe-layers")
-    return ModelShape(kind, total, tuple(layers))
+    layers = tuple(LayerShape(index, experts, projections) for index in indices)
+    return ModelShape(kind, total, layers)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ of each of its projections.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from drlora_core import timetable
 from drlora_core.config import AllocatorConfig
@@ -44,7 +44,7 @@ class PlannedEvent:
     """Rank units placed (policy ``prune``: cut, negative)."""
     total: int
     """Total rank of the layer after the event."""
-    mean: float
+    mean_rank: float
     """Mean rank of its experts after the event."""
 
 
@@ -64,19 +64,6 @@ class Plan:
     """Events of a layer, by its number of experts."""
     budget_met: dict[int, int | None]
     """Step after which a layer's budget is met, by its number of experts; None: never."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {
-            "shape": dataclasses.asdict(self.shape),
-            "config": self.config.model_dump(mode="json"),
-            "storages": [dataclasses.asdict(storage) for storage in self.storages],
-            "timetable": {
-                size: [dataclasses.asdict(event) for event in events]
-                for size, events in self.timetable.items()
-            },
-        }
 
 
 def make_plan(shape: ModelShape, config: AllocatorConfig, dtype: DType = "float32") -> Plan:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,8 @@ CAVEAT = (
     "A replay uses the statistics as recorded: it cannot know how they would have changed under "
     "other ranks."
 )
+DECISIONS = {"ranks": "rank", "deltas": "growth", "saliency": "saliency", "cut": "cut"}
+"""Fields of an event, and what they are called in `first_difference`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,8 +180,9 @@ def first_difference(
                 f"event {ours.index} after step {ours.step} left {ours.unplaced} units, the other "
                 f"is event {theirs.index} after step {theirs.step} and left {theirs.unplaced}"
             )
-        for name, ranks in ours.ranks.items():
-            for what, one, two in _decisions(name, ranks, ours, theirs):
+        for name in ours.ranks:
+            for field, what in DECISIONS.items():
+                one, two = (getattr(event, field).get(name) for event in (ours, theirs))
                 if not np.array_equal(one, two):
                     index = tuple(int(number) for number in np.argwhere(one != two)[0])
                     return (
@@ -190,16 +192,3 @@ def first_difference(
     if len(recorded) != len(replayed):
         return f"{len(recorded)} events and {len(replayed)}"
     return None
-
-
-def _decisions(
-    name: str, ranks: IntArray, ours: GrowthEvent, theirs: GrowthEvent
-) -> list[tuple[str, Any, Any]]:
-    pairs: list[tuple[str, Any, Any]] = [
-        ("rank", ranks, theirs.ranks[name]),
-        ("growth", ours.deltas[name], theirs.deltas[name]),
-        ("saliency", ours.saliency[name], theirs.saliency[name]),
-    ]
-    if ours.cut or theirs.cut:
-        pairs.append(("cut", ours.cut[name], theirs.cut[name]))
-    return pairs

@@ -140,7 +140,7 @@ def test_no_import_circle(packages: list[str]) -> None:
         ("import json\nfrom fake import run", None),  # through __init__
     ],
 )
-def test_a_circle_of_imports_is_found(tmp_path: Path, source: str, circle: str | None) -> None:
+def test_a_circle_of_imports_is_found(tmp_path: Path, source: str, circle: set[str] | None) -> None:
     """One import of a clean tree is turned around."""
     (tmp_path / "fake" / "part").mkdir(parents=True)
     files = {

@@ -38,17 +38,13 @@ def build_config(
     """Read a configuration from a JSON file (or the base) and apply ``NAME=VALUE`` settings.
 
     Raises:
-        DRLoRAError: an unreadable file or setting.
-        pydantic.ValidationError: a value that the configuration refuses.
+        DRLoRAError: a setting with an unknown name or without a value.
+        pydantic.ValidationError: the file is not a configuration, or it refuses a value.
+        OSError: the file cannot be read.
     """
     values: dict[str, Any] = dict(base)
     if file is not None:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DRLoRAError(f"{file} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise DRLoRAError(f"{file} does not hold an allocator's configuration, a JSON object")
+        values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
     for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:

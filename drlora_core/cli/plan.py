@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from drlora_core.model_shape import ModelShape, read_json, read_model_config
 from drlora_core.plan import BYTES, DType, Plan, make_plan
 
 SHOWN_EVENTS = 12
+SIZES = ("weights", "gradients", "adam", "total")
 SHAPE_READERS = "drlora.shapes"
 
 
@@ -54,7 +56,7 @@ def plan(
     }
     made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), kind)
     if as_json:
-        common.emit(made.to_dict())
+        common.emit(made)
     else:
         _show(made)
 
@@ -115,18 +117,11 @@ def _show_model(made: Plan) -> None:
 
 
 def _show_memory(made: Plan) -> None:
-    rows = [
-        {
-            "LoRA": storage.name,
-            "rank": storage.rank,
-            "parameters": storage.parameters,
-            "weights": common.format_bytes(storage.weights),
-            "gradients": common.format_bytes(storage.gradients),
-            "Adam": common.format_bytes(storage.adam),
-            "total": common.format_bytes(storage.total),
-        }
-        for storage in made.storages
-    ]
+    rows = []
+    for storage in made.storages:
+        row: dict[str, Any] = dataclasses.asdict(storage)
+        sizes = {name: common.format_bytes(row[name]) for name in SIZES}
+        rows.append(row | sizes)
     common.table(
         f"Memory of the LoRA ({made.dtype})",
         rows,
@@ -138,16 +133,7 @@ def _show_memory(made: Plan) -> None:
 
 def _show_timetable(made: Plan, size: int) -> None:
     """Show the events of a layer of ``size`` experts."""
-    rows = [
-        {
-            "event": event.index,
-            "step": event.step,
-            "quota per layer": event.quota,
-            "layer total": event.total,
-            "mean rank": event.mean,
-        }
-        for event in made.timetable[size]
-    ]
+    rows = [dataclasses.asdict(event) for event in made.timetable[size]]
     note = None
     if (left_out := len(rows) - SHOWN_EVENTS) > 0:
         rows = rows[: SHOWN_EVENTS // 2] + rows[-SHOWN_EVENTS // 2 :]

@@ -104,9 +104,9 @@ MISUSE: list[tuple[str, Action, type[Exception], str]] = [
         "half expert",
         lambda e: e.add_layer("new", cast(Any, 1.5)),
         LayoutError,
-        "whole number, got 1.5",
+        "whole number above 0, got 1.5",
     ),
-    ("true experts", lambda e: e.add_layer("new", True), LayoutError, "whole number, got True"),
+    ("true experts", lambda e: e.add_layer("new", True), LayoutError, "whole number above 0, got True"),
 ]
 
 
@@ -256,7 +256,7 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     (
         "count type",
         changed(".routing_count", True),
-        "routing_count: must be a whole number, got True",
+        "routing_count: must be a whole number above 0, got True",
     ),
     ("observed", changed(".observed", "no"), "observed: Input should be a valid boolean, got 'no'"),
     ("rank low", changed(".ranks", lambda a: a * 0), r"ranks lie in 0\.\.0, not 1\.\.4"),
