@@ -172,7 +172,9 @@ class AllocatorEngine:
             )
         if self._recorder is not None:
             self._recorder.step(self._step + 1, ranks_before, event)
-        self._layers = {name: layer.begin_step(state) for name, state in layers.items()}
+        self._layers = {
+            name: dataclasses.replace(state, observed=False) for name, state in layers.items()
+        }
         self._carry = carry
         self._step += 1
         return event
@@ -208,7 +210,7 @@ class AllocatorEngine:
         return layer.rank_importance(self._layer(name), self.config)
 
     def budget(self, name: str) -> int:
-        """Total rank that a layer may reach, N * r_target (scope ``global``: on average)."""
+        """Total rank of a layer at the end, N * r_target (scope ``global``: on average)."""
         return self._layer(name).num_experts * self.config.r_target
 
     def state_dict(self) -> dict[str, Any]:

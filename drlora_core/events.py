@@ -69,9 +69,9 @@ def decide(
             left_over.append(0)
         else:
             ranks = np.concatenate([state.ranks for state in members.values()])
-            available = quota_of(config, pool, index) + carried
+            available = event_quota(config, pool, index) + carried
             quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
-            request = _request(config, pool, ranks, quota, signals, scores, step, number)
+            request = _make_request(config, pool, ranks, quota, signals, scores, step, number)
             grown, left = _grow(config, policy, members, pool, request, index)
             after |= grown
             left_over.append(left)
@@ -97,7 +97,7 @@ def _grow(
 ) -> tuple[dict[str, LayerState], int]:
     """Spread a pool's quota; return the new states and the units left over."""
     if config.scope == "global":
-        floors, capacities = _bounds(config, pool, request.ranks, index)
+        floors, capacities = _compute_bounds(config, pool, request.ranks, index)
         growth = allocate(policy, request, pool, floors, capacities)
     else:
         growth = run_policy(policy, request, pool.describe())
@@ -108,7 +108,7 @@ def _grow(
     return after, request.quota - int(growth.sum())
 
 
-def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
+def event_quota(config: AllocatorConfig, pool: Pool, index: int) -> int:
     """Quota of event k without carried units: Q per layer, or the even schedule's share."""
     if config.policy == "uniform":
         return 0
@@ -118,7 +118,7 @@ def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
     return timetable.even_quota(index, config.num_events, budget)
 
 
-def _request(
+def _make_request(
     config: AllocatorConfig,
     pool: Pool,
     ranks: IntArray,
@@ -145,14 +145,14 @@ def _request(
     )
 
 
-def _bounds(
+def _compute_bounds(
     config: AllocatorConfig, pool: Pool, ranks: IntArray, index: int
 ) -> tuple[IntArray, IntArray]:
     """Scope ``global``: the fewest and the most units each layer may get, [layers]."""
     totals = np.array([ranks[part].sum() for part in pool.slices()])
     sizes = np.array(pool.sizes)
     share = [
-        quota_of(config, Pool((name,), (size,)), index)
+        event_quota(config, Pool((name,), (size,)), index)
         for name, size in zip(pool.names, pool.sizes, strict=True)
     ]
     capacities = sizes * config.mean_rank_ceiling - totals

@@ -62,7 +62,7 @@ def observe(
     """
     frequency, frequency_count = state.routing, state.routing_count
     if routing is not None:
-        phi = _checked("routing", _numbers("routing", routing), [(state.num_experts,)])
+        phi = _check("routing", _to_floats("routing", routing), [(state.num_experts,)])
         frequency = ema.update(frequency, phi, config.routing_decay)
         frequency_count += 1
     elif config.use_routing:
@@ -81,33 +81,28 @@ def observe(
     )
 
 
-def begin_step(state: LayerState) -> LayerState:
-    """Mark the layer as not yet observed."""
-    return dataclasses.replace(state, observed=False)
-
-
 def _importance_sample(
     state: LayerState, config: AllocatorConfig, importance: ArrayLike
 ) -> tuple[FloatArray, FloatArray]:
     """Return the mean over each expert's dimensions, [N], and the checked sample."""
     per_dimension = (state.num_experts, config.r_max)
-    sample = _numbers("importance", importance)
+    sample = _to_floats("importance", importance)
     if sample.shape == per_dimension:
         active = active_dimensions(state.ranks, config.r_max)
-        sample = _checked("importance", np.where(active, sample, 0.0), [per_dimension])
+        sample = _check("importance", np.where(active, sample, 0.0), [per_dimension])
         with np.errstate(over="ignore"):
             mean = mean_over_active(sample, state.ranks)
-        return _checked("mean importance", mean, [mean.shape]), sample
+        return _check("mean importance", mean, [mean.shape]), sample
     if state.dimensions is not None:
         raise StatisticError(
             f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
             f"dimension, shape {per_dimension} = (num_experts, r_max)"
         )
-    sample = _checked("importance", sample, [(state.num_experts,), per_dimension])
+    sample = _check("importance", sample, [(state.num_experts,), per_dimension])
     return sample, sample
 
 
-def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
+def _to_floats(kind: str, sample: ArrayLike) -> FloatArray:
     try:
         values = np.asarray(sample)
         if values.dtype.kind in "SUc":
@@ -117,7 +112,7 @@ def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
         raise StatisticError(f"{kind} is not an array of numbers: {error}") from error
 
 
-def _checked(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> FloatArray:
+def _check(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> FloatArray:
     if values.shape not in shapes:
         accepted = " or ".join(str(shape) for shape in shapes)
         raise StatisticError(f"{kind} has shape {values.shape}; accepted: {accepted}")

@@ -6,7 +6,7 @@ import numpy as np
 
 from drlora_core.comparison import total_variation
 from drlora_core.diagnostics.subject import Finding, NotCheckedError, Subject, Thresholds
-from drlora_core.events import quota_of
+from drlora_core.events import event_quota
 from drlora_core.pools import make_pools
 
 
@@ -73,7 +73,7 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
         placed = sum(int(event.deltas[name].sum()) for event in last for name in pool.names)
         total = sum(int(subject.ranks[name].sum()) for name in pool.names)
         left = pool.num_experts * config.r_target - total
-        due = sum(quota_of(config, pool, event.index) for event in last)
+        due = sum(event_quota(config, pool, event.index) for event in last)
         if placed == 0 and left > 0 and due > 0:
             stuck[pool.names[0] if len(pool.names) == 1 else "all layers"] = left
     if not stuck:

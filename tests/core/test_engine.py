@@ -99,14 +99,19 @@ MISUSE: list[tuple[str, Action, type[Exception], str]] = [
     ("late layer", lambda e: e.add_layer("new", 2), LayoutError, "'new' comes too late"),
     ("layer again", lambda e: e.add_layer(FIRST, 2), LayoutError, "already added"),
     ("unnamed layer", lambda e: e.add_layer(cast(Any, 3), 2), LayoutError, "must be a str, got 3"),
-    ("no experts", lambda e: e.add_layer("new", 0), LayoutError, "at least 1, got 0"),
+    ("no experts", lambda e: e.add_layer("new", 0), LayoutError, "whole number above 0, got 0"),
     (
         "half expert",
         lambda e: e.add_layer("new", cast(Any, 1.5)),
         LayoutError,
         "whole number above 0, got 1.5",
     ),
-    ("true experts", lambda e: e.add_layer("new", True), LayoutError, "whole number above 0, got True"),
+    (
+        "true experts",
+        lambda e: e.add_layer("new", True),
+        LayoutError,
+        "whole number above 0, got True",
+    ),
 ]
 
 
@@ -256,7 +261,7 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     (
         "count type",
         changed(".routing_count", True),
-        "routing_count: must be a whole number above 0, got True",
+        "routing_count: must be a whole number, got True",
     ),
     ("observed", changed(".observed", "no"), "observed: Input should be a valid boolean, got 'no'"),
     ("rank low", changed(".ranks", lambda a: a * 0), r"ranks lie in 0\.\.0, not 1\.\.4"),
