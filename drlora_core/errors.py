@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 
 class DRLoRAError(ValueError):
-    """Base class of every error that drlora raises on purpose."""
+    """Base class of every error of drlora."""
 
 
 class TimetableError(DRLoRAError):

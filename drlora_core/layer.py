@@ -69,7 +69,7 @@ def observe(
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
     average, count, dimensions = state.importance, state.importance_count, state.dimensions
     if importance is not None:
-        mean, sample = _importance_sample(state, config, importance)
+        mean, sample = _check_importance(state, config, importance)
         average = ema.update(average, mean, config.importance_decay)
         count = count + 1
         if dimensions is not None:
@@ -81,7 +81,7 @@ def observe(
     )
 
 
-def _importance_sample(
+def _check_importance(
     state: LayerState, config: AllocatorConfig, importance: ArrayLike
 ) -> tuple[FloatArray, FloatArray]:
     """Return the mean over each expert's dimensions, [N], and the checked sample."""
@@ -127,12 +127,12 @@ def _check(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> Floa
 
 def routing_frequency(state: LayerState, config: AllocatorConfig) -> FloatArray:
     """f_i = average / (1 - beta_f^n), float64 [N]; 0 before the first sample."""
-    return ema.corrected(state.routing, state.routing_count, config.routing_decay)
+    return ema.correct_bias(state.routing, state.routing_count, config.routing_decay)
 
 
 def rank_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
     """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample."""
-    return ema.corrected(state.importance, state.importance_count, config.importance_decay)
+    return ema.correct_bias(state.importance, state.importance_count, config.importance_decay)
 
 
 def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
@@ -140,7 +140,7 @@ def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArr
     if state.dimensions is None:
         raise AssertionError("only policy 'prune' averages single dimensions")
     counts = state.importance_count[:, None]  # layers may have skipped different steps
-    return ema.corrected(state.dimensions, counts, config.importance_decay)
+    return ema.correct_bias(state.dimensions, counts, config.importance_decay)
 
 
 def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:

@@ -20,8 +20,8 @@ HIDDEN = ("moe_latent_size", "hidden_size")
 INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")
 LAYERS = ("num_hidden_layers",)
 UNGATED = ("nemotron_h",)
-# Fields by which some families say which layers are MoE layers, in ways that this reader does not
-# know, and the values that mean nothing.
+# Fields by which some families choose their MoE layers, which this reader does not interpret; and
+# the value that changes nothing.
 OTHER_RULES = {
     "moe_layer_freq": 1,
     "interleave_moe_layer_step": 1,

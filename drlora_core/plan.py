@@ -1,4 +1,4 @@
-"""What a run will need: parameters, memory and growth timetable, worked out from a model's shape.
+"""What a run will need: parameters, memory and growth timetable, computed from a model's shape.
 
 A rank slot of a projection has a row of A [in] and a column of B [out]; a slot of an expert has one
 of each of its projections.
@@ -67,7 +67,7 @@ class Plan:
 
 
 def make_plan(shape: ModelShape, config: AllocatorConfig, dtype: DType = "float32") -> Plan:
-    """Work out a plan."""
+    """Compute the plan of a model under a configuration."""
     timetables = {
         size: planned_events(config, size)
         for size in sorted({layer.num_experts for layer in shape.layers})

@@ -147,7 +147,7 @@ def proportional(request: AllocationRequest) -> IntArray:
     left = int(min(request.quota, request.limits.sum()))
     open_ = request.limits > 0
     while True:
-        shares = left * _normalised(np.where(open_, request.saliency, 0.0), open_)
+        shares = left * _normalize(np.where(open_, request.saliency, 0.0), open_)
         full = open_ & (shares >= request.limits)
         growth[full] = request.limits[full]
         left -= int(request.limits[full].sum())
@@ -162,7 +162,7 @@ def proportional(request: AllocationRequest) -> IntArray:
     return growth + whole + walk(np.round(shares - whole, 9), remainders)
 
 
-def _normalised(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:
+def _normalize(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:
     """Divide weights by their sum; equal shares for the open experts where all weights are 0."""
     if not open_.any():
         return np.zeros_like(weights)

@@ -79,10 +79,10 @@ def allocate(
         limits=request.limits - growth,
     )
     used = np.array([growth[part].sum() for part in pool.slices()])
-    return growth + _under_capacities(policy, rest, pool, capacities - used)
+    return growth + _allocate_under_capacities(policy, rest, pool, capacities - used)
 
 
-def _under_capacities(
+def _allocate_under_capacities(
     policy: Policy, request: AllocationRequest, pool: Pool, capacities: IntArray
 ) -> IntArray:
     """Run the policy on all experts; cap layers that exceed their capacity, share out the rest."""

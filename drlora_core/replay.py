@@ -137,7 +137,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
                 continue
             importance = record.importance_at(row)
             if prunes:
-                importance = _dimensions(record, row, engine, orders[record.name])
+                importance = _read_dimensions(record, row, engine, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
         event = engine.step()
         if event is not None:
@@ -147,7 +147,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
     return events
 
 
-def _dimensions(
+def _read_dimensions(
     record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
 ) -> FloatArray | None:
     """Return the importance of the dimensions that the replay kept, in its numbering, [N, R]."""

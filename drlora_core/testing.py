@@ -158,7 +158,7 @@ def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 10
 
 
 def _draw_request(draw: Any) -> tuple[AllocationRequest, bool]:
-    """Draw a request, half of them with many ties, half with scores that all differ."""
+    """Draw a request: with many ties (then also return True), or with scores that all differ."""
     from hypothesis import strategies as st
 
     size = draw(st.integers(1, 8))

@@ -55,11 +55,11 @@ class Group(TyperGroup):
         except USER_ERRORS as error:
             if os.environ.get("DRLORA_DEBUG"):
                 raise
-            typer.echo(f"drlora: {sentence(error)}", err=True)
+            typer.echo(f"drlora: {describe_error(error)}", err=True)
             raise typer.Exit(2) from None
 
 
-def sentence(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Describe an error in one line."""
     if isinstance(error, ValidationError):
         text = describe_validation_error(error)
@@ -99,7 +99,7 @@ def _register_others(app: typer.Typer) -> list[str]:
             entry.load()(theirs)
             typer.main.get_command(theirs)  # reads their signatures, which may fail too
         except Exception as error:  # our own commands must work whatever fails there
-            reason = f"{type(error).__name__}: {sentence(error)}"
+            reason = f"{type(error).__name__}: {describe_error(error)}"
             if isinstance(error, ModuleNotFoundError):
                 reason = f"the missing library {error.name}"
             hint = f' (pip install "drlora[{entry.name}]")' if entry.name == "torch" else ""
@@ -128,7 +128,7 @@ def run(arguments: list[str] | None) -> None:
         if os.environ.get("DRLORA_DEBUG"):
             raise
         typer.echo(
-            f"drlora: internal error: {type(error).__name__}: {sentence(error)} "
+            f"drlora: internal error: {type(error).__name__}: {describe_error(error)} "
             f"(DRLORA_DEBUG=1 shows the traceback)",
             err=True,
         )

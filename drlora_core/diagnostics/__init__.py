@@ -1,4 +1,4 @@
-"""Diagnostics: known problems of rank allocation, looked for in an engine or a recording.
+"""Diagnostics: checks of an engine or a recording for known problems of rank allocation.
 
 docs/diagnostics.md describes every finding.
 """

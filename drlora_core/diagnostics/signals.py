@@ -60,7 +60,7 @@ def never_routed(subject: Subject, limits: Thresholds) -> Finding | None:
 
 
 def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
-    """Rank belongs to experts that the router uses less than when they were chosen."""
+    """The router uses experts with much rank less than before the first event."""
     recording = _need_recording(subject)
     if not subject.events:
         raise NotCheckedError("there was no growth event yet")

@@ -136,7 +136,7 @@ events_grow = events._grow
 policies_walk = policies.walk
 
 BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
-    ("greedy", ema, "corrected", no_bias_correction),
+    ("greedy", ema, "correct_bias", no_bias_correction),
     ("greedy", ema, "update", swapped_decay),
     ("greedy", layer, "grow", no_reset),
     ("greedy", layer, "grow", count_not_reset),
@@ -154,7 +154,7 @@ BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("proportional", policies, "walk", ties_to_the_later_expert),
     ("prune", pruning, "least_important", cut_by_threshold),
     ("prune", pruning, "compact", cut_without_compaction),
-    ("prune", ema, "corrected", no_bias_correction),
+    ("prune", ema, "correct_bias", no_bias_correction),
 ]
 
 
