@@ -15,7 +15,8 @@ from typing import Any
 
 from drlora_core.errors import LayoutError
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Field names, the most specific first.
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 HIDDEN = ("moe_latent_size", "hidden_size")
 INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")
 LAYERS = ("num_hidden_layers",)
@@ -93,18 +94,17 @@ def read_model_config(
     """
     path = Path(path)
     values = read_json(path)
-    config = values.get("text_config") or values
-    name = next((name for name in EXPERTS if config.get(name)), None)
-    experts = num_experts if num_experts is not None else config.get(name or "")
-    if experts is None:
-        raise LayoutError(
-            f"{path} names no experts (none of {', '.join(EXPERTS)}): a dense model, or a field "
-            f"this reader does not know; use --num-experts, or install drlora[torch]"
-        )
-    unknown = None if any(config.get(field) for field in LAYERS) else moe_layers
-    total = _size(path, config, LAYERS, "--moe-layers", unknown)
-    hidden = _size(path, config, HIDDEN, "--hidden-size", hidden_size)
-    width = _size(path, config, INTERMEDIATE, "--intermediate-size", intermediate_size)
+    config = dict(values.get("text_config") or values)
+    given = ((EXPERTS, num_experts), (HIDDEN, hidden_size), (INTERMEDIATE, intermediate_size))
+    for names, value in given:
+        if value is not None:
+            config = {k: v for k, v in config.items() if k not in names} | {names[-1]: value}
+    if config.get("num_hidden_layers") is None:
+        config["num_hidden_layers"] = moe_layers
+    experts = _size(path, config, EXPERTS, "--num-experts")
+    total = _size(path, config, LAYERS, "--moe-layers")
+    hidden = _size(path, config, HIDDEN, "--hidden-size")
+    width = _size(path, config, INTERMEDIATE, "--intermediate-size")
     kind = str(values.get("model_type", "unknown"))
     if gated if gated is not None else kind not in UNGATED:
         up = {"gate_up_proj": (hidden, 2 * width)}
@@ -114,7 +114,6 @@ def read_model_config(
     indices = _moe_layers(path, config, total) if moe_layers is None else range(moe_layers)
     if len(indices) > total:
         raise LayoutError(f"{moe_layers} MoE layers are given, but {path} has {total} layers")
-    experts = _positive(path, name or "num_experts", experts)
     if not indices or experts == 1:
         raise LayoutError(f"{path} has no MoE layer: every layer is dense; use --moe-layers")
     layers = tuple(LayerShape(index, experts, projections) for index in indices)
@@ -138,15 +137,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _size(
-    path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str, given: int | None
-) -> int:
-    if given is not None:
-        return _positive(path, option, given)
+def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str) -> int:
     for name in names:
         if config.get(name) is not None:
             return _positive(path, name, config[name])
-    raise LayoutError(f"{path} has no field {' or '.join(names)}; use {option}")
+    raise LayoutError(
+        f"{path} has no field {' or '.join(names)}; use {option}, or install drlora[torch], which "
+        f"knows every family"
+    )
 
 
 def _positive(path: Path, name: str, value: Any) -> int:

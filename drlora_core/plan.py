@@ -44,7 +44,7 @@ class PlannedEvent:
     """Rank units placed (policy ``prune``: cut, negative)."""
     total: int
     """Total rank of the layer after the event."""
-    mean_rank: float
+    mean: float
     """Mean rank of its experts after the event."""
 
 

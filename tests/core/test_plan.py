@@ -148,7 +148,10 @@ def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "JSON list, not a model"),
-        ({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}, "names no experts"),
+        (
+            {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8},
+            "has no field n_routed_experts or num_local_experts or num_experts; use --num",
+        ),
         (OLMOE | {"num_experts": 1}, "has no MoE layer"),
         (OLMOE | {"num_experts": "many"}, "num_experts is 'many'"),
         (
