@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core import events, layer, snapshot, timetable
+from drlora_core import events, layer, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import (
@@ -26,7 +26,6 @@ from drlora_core.errors import (
 )
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy
-from drlora_core.pools import Pool, make_pools
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class AllocatorEngine:
                 f"layer {name!r} comes too late: add all layers before the first sample"
             )
         self._layers[name] = layer.make_state(self.config, int(num_experts))
-        self._carry = (0,) * len(self._pools())
+        self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._layers)
         self._report_shortfall(name, int(num_experts))
 
     def observe(
@@ -165,11 +164,9 @@ class AllocatorEngine:
         """
         self._check_observed()
         ranks_before = {name: state.ranks for name, state in self._layers.items()}
-        event, layers, carry = None, self._layers, self._carry
-        if (index := self._event_index(self._step + 1)) is not None:
-            event, layers, carry = events.decide(
-                self.config, self._policy, self._layers, self._pools(), carry, index, self._step + 1
-            )
+        event, layers, carry = events.decide(
+            self.config, self._policy, self._layers, self._carry, self._step + 1
+        )
         if self._recorder is not None:
             self._recorder.step(self._step + 1, ranks_before, event)
         self._layers = {
@@ -269,15 +266,6 @@ class AllocatorEngine:
                 f"layers, first {missing[0]!r}; call engine.observe(...) for every layer before "
                 f"engine.step(), or engine.skip(name) to leave one out"
             )
-
-    def _event_index(self, step: int) -> int | None:
-        config = self.config
-        return timetable.event_index(
-            step, config.warmup_steps, config.growth_interval, config.growth_end
-        )
-
-    def _pools(self) -> list[Pool]:
-        return make_pools(self.config, {name: s.num_experts for name, s in self._layers.items()})
 
     def _report_shortfall(self, name: str, num_experts: int) -> None:
         config = self.config

@@ -13,7 +13,7 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.layer import LayerState
 from drlora_core.policies import AllocationRequest, Policy, run_policy
-from drlora_core.pools import Pool, allocate, layer_means
+from drlora_core.pools import Pool, allocate, layer_means, make_pools
 from drlora_core.saliency import saliency
 
 Layers = Mapping[str, LayerState]
@@ -43,16 +43,27 @@ def decide(
     config: AllocatorConfig,
     policy: Policy | None,
     layers: Layers,
-    pools: list[Pool],
     carry: tuple[int, ...],
-    index: int,
     step: int,
-) -> tuple[GrowthEvent, dict[str, LayerState], tuple[int, ...]]:
-    """Decide event ``index`` (from 1) after optimizer step ``step``.
+) -> tuple[GrowthEvent | None, Layers, tuple[int, ...]]:
+    """Decide the event after optimizer step ``step``, if there is one.
+
+    Args:
+        config: the configuration.
+        policy: the growth policy; None for policy ``prune``.
+        layers: the states of all layers.
+        carry: units that each pool carried over from earlier events.
+        step: the optimizer step, from 1.
 
     Returns:
-        The event, the new states of the layers, and the units that each pool carries over.
+        The event or None, the new states of the layers, and the units that each pool carries over.
     """
+    index = timetable.event_index(
+        step, config.warmup_steps, config.growth_interval, config.growth_end
+    )
+    if index is None:
+        return None, layers, carry
+    pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
     signals = {name: layer.signals(state, config) for name, state in layers.items()}
     scores = {
         name: saliency(*signals[name], state.ranks, config.gamma) for name, state in layers.items()

@@ -99,7 +99,7 @@ def _run_here(
 def _run_in_processes(
     recording: Recording, configs: Mapping[str, AllocatorConfig], processes: int
 ) -> Iterator[tuple[str, Replay]]:
-    context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of zarr, torch
+    context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of torch
     pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
     try:
         with pool:

@@ -28,8 +28,6 @@ EXTRAS = {
         ("torch", "transformers", "safetensors", "accelerate", "datasets", "trl"), "finetune"
     ),
     **dict.fromkeys(("zarr", "numcodecs", "google_crc32c"), "record"),
-    **dict.fromkeys(("plotly", "jinja2"), "report"),
-    "scipy": "cli",
 }
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)
 

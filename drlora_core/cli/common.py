@@ -76,16 +76,16 @@ def open_recording(path: Path, importance: Any = "ones") -> Recording:
 
 
 def find_recording(path: Path) -> Path:
-    """Return the path itself if it is a recording, else the only recording in that directory."""
+    """Return the path itself if it is a recording, else the one recording directly in it."""
     if not path.is_dir() or (path / "zarr.json").exists():
         return path
     found = sorted(child.parent for child in path.glob("*/zarr.json"))
+    if len(found) == 1:
+        return found[0]
     if not found:
         raise LayoutError(f"{path} holds no recording (no directory in it has a zarr.json)")
-    if len(found) > 1:
-        names = ", ".join(child.name for child in found)
-        raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
-    return found[0]
+    names = ", ".join(child.name for child in found)
+    raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None) -> None:
