@@ -144,6 +144,24 @@ class AllocatorConfig(BaseModel):
             return self.r_target
         return self.layer_ceiling or min(self.r_max, 2 * self.r_target)
 
+    def scheduled_total(self, num_experts: int, event: int) -> int:
+        """Total rank of ``num_experts`` experts after event k (0: the start), if no limit binds.
+
+        Example:
+            >>> config = AllocatorConfig(r_init=2, r_target=4, r_max=8, warmup_steps=0,
+            ...                          growth_interval=5, growth_end=15)
+            >>> [config.scheduled_total(2, event) for event in range(4)]
+            [4, 5, 6, 8]
+        """
+        start, target = num_experts * self.starting_rank, num_experts * self.r_target
+        if event == 0:
+            return start
+        if self.policy == "prune":
+            return timetables.cubic_total(event, self.num_events, start, target)
+        if self.quota is not None:
+            return min(start + event * self.quota, target)
+        return start + event * (target - start) // self.num_events
+
     def _events(self) -> range:
         return timetables.growth_steps(self.warmup_steps, self.growth_interval, self.growth_end)
 

@@ -178,11 +178,9 @@ def _prune(
     states = list(members.values())
     ranks = np.concatenate([state.ranks for state in states])
     averages = np.concatenate([layer.dimension_importance(state, config) for state in states])
-    size = ranks.size
-    total = timetable.cubic_total(
-        index, config.num_events, size * config.r_init, size * config.r_target
+    cut = pruning.least_important(
+        averages, ranks, int(ranks.sum()) - config.scheduled_total(ranks.size, index)
     )
-    cut = pruning.least_important(averages, ranks, int(ranks.sum()) - total)
     ends = np.cumsum([state.num_experts for state in states])[:-1]
     parts = dict(zip(members, np.split(cut, ends), strict=True))
     after = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from drlora_core import timetable
 from drlora_core.config import AllocatorConfig
 from drlora_core.model_shape import ModelShape
 
@@ -127,22 +126,11 @@ def planned_events(config: AllocatorConfig, num_experts: int) -> list[PlannedEve
         >>> [(event.step, event.quota, event.total) for event in planned_events(config, 3)]
         [(5, 3, 9), (10, 3, 12)]
     """
-    total = num_experts * config.starting_rank
-    found = []
-    for index, step in enumerate(config.growth_steps, 1):
-        change = _change(config, num_experts, index, total)
-        total += change
-        found.append(PlannedEvent(index, step, change, total, total / num_experts))
-    return found
-
-
-def _change(config: AllocatorConfig, experts: int, index: int, total: int) -> int:
-    start, budget = experts * config.starting_rank, experts * config.r_target
-    if config.policy == "prune":
-        return timetable.cubic_total(index, config.num_events, start, budget) - total
-    if config.quota is not None:
-        return min(config.quota, budget - total)
-    return timetable.even_quota(index, config.num_events, budget - start)
+    totals = [config.scheduled_total(num_experts, k) for k in range(config.num_events + 1)]
+    return [
+        PlannedEvent(k, step, totals[k] - totals[k - 1], totals[k], totals[k] / num_experts)
+        for k, step in enumerate(config.growth_steps, 1)
+    ]
 
 
 def step_of_budget(config: AllocatorConfig, num_experts: int) -> int | None:

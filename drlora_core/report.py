@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,10 @@ def render(recording: Recording, config: AllocatorConfig | None = None, title: s
     )
     result = replay(recording, config)
     figures = [plots.total_rank(result), plots.rank_map(result), plots.rank_histogram(result)]
-    figures += [plots.trajectories(result, name) for name in _layers_by_spread(result)]
+    most_spread = heapq.nlargest(
+        SHOWN_TRAJECTORIES, result.layers, key=lambda name: result.final_ranks[name].std()
+    )
+    figures += [plots.trajectories(result, name) for name in most_spread]
     page: str = environment.get_template("report.html").render(
         title=title,
         style=STYLE,
@@ -80,12 +84,6 @@ def event_rows(result: Replay) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _layers_by_spread(result: Replay) -> list[str]:
-    """Return the layers whose final ranks differ most."""
-    spread = {name: float(ranks.std()) for name, ranks in result.final_ranks.items()}
-    return sorted(spread, key=lambda name: -spread[name])[:SHOWN_TRAJECTORIES]
 
 
 def _summarize(recording: Recording, result: Replay) -> str:

@@ -177,9 +177,7 @@ def _check_budget(where: str, total: int, size: int, config: AllocatorConfig, st
     if config.policy == "prune":
         end = min(step, config.growth_end)
         past = len(timetable.growth_steps(config.warmup_steps, config.growth_interval, end))
-        start, target = size * config.r_init, size * config.r_target
-        due = timetable.cubic_total(past, config.num_events, start, target) if past else start
-        if total != due:
+        if total != (due := config.scheduled_total(size, past)):
             raise LayoutError(
                 f"ranks of {where} sum to {total}, but pruning leaves {due} after step {step}"
             )
