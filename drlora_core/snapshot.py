@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,6 @@ class LayerValues(BaseModel):
 class EngineValues(BaseModel):
     """The state of an engine."""
 
-    version: Literal[1]
     config: dict[str, Any]
     step: NonNegative
     carry: tuple[NonNegative, ...]
@@ -92,12 +91,14 @@ def load_state(
     """
     if not isinstance(state, Mapping):
         raise LayoutError(f"an engine state is a dict, got {type(state).__name__}")
+    if (version := state.get("version")) != VERSION:
+        raise LayoutError(
+            f"the engine state has version {version!r}; this drlora reads version {VERSION}"
+        )
     try:
         values = EngineValues.model_validate(dict(state))
     except ValidationError as error:
-        raise LayoutError(
-            f"not an engine state of version {VERSION}: {describe_validation_error(error)}"
-        ) from None
+        raise LayoutError(f"not an engine state: {describe_validation_error(error)}") from None
     _check_config(values.config, config)
     layers = {name: _load_layer(name, layer, config) for name, layer in values.layers.items()}
     pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})

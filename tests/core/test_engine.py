@@ -221,9 +221,10 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     (
         "foreign",
         dict.clear,
-        r"not an engine state of version 1: version: Field required \(and 4 more",
+        "has version None; this drlora reads version 1",
     ),
-    ("version", changed("version", 2), "version: Input should be 1, got 2"),
+    ("version", changed("version", 2), "has version 2; this drlora reads version 1"),
+    ("no carry", removed("carry"), "not an engine state: carry: Field required"),
     ("config", changed("config/gamma", 2.0), r"another configuration: gamma 2.0 \(here 1.0\)"),
     ("config field", removed("config", "seed"), r"seed None \(here 0\)"),
     ("config type", changed("config", 3), "config: Input should be a valid dictionary, got 3"),
