@@ -88,8 +88,8 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    open_ = np.flatnonzero(request.limits)  # the others get nothing
-    order = open_[_descending(scores[open_], request.ranks[open_])]
+    eligible = np.flatnonzero(request.limits)  # the others get nothing
+    order = eligible[_descending(scores[eligible], request.ranks[eligible])]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
     growth = np.zeros_like(request.ranks)
@@ -145,29 +145,29 @@ def proportional(request: AllocationRequest) -> IntArray:
     """
     growth = np.zeros_like(request.ranks)
     left = int(min(request.quota, request.limits.sum()))
-    open_ = request.limits > 0
+    eligible = request.limits > 0
     while True:
-        shares = left * _normalize(np.where(open_, request.saliency, 0.0), open_)
-        full = open_ & (shares >= request.limits)
+        shares = left * _normalize(np.where(eligible, request.saliency, 0.0), eligible)
+        full = eligible & (shares >= request.limits)
         growth[full] = request.limits[full]
         left -= int(request.limits[full].sum())
-        open_ &= ~full
-        if not full.any() or not open_.any():
+        eligible &= ~full
+        if not full.any() or not eligible.any():
             break
-    whole = np.where(open_, np.floor(shares), 0.0).astype(np.int64)
+    whole = np.where(eligible, np.floor(shares), 0.0).astype(np.int64)
     remainders = dataclasses.replace(
-        request, quota=left - int(whole.sum()), limits=open_.astype(np.int64)
+        request, quota=left - int(whole.sum()), limits=eligible.astype(np.int64)
     )
     # Rounding makes equal remainders (4/3 and 1/3, say) tie in spite of floating point error.
     return growth + whole + walk(np.round(shares - whole, 9), remainders)
 
 
-def _normalize(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:
+def _normalize(weights: FloatArray, eligible: NDArray[np.bool_]) -> FloatArray:
     """Divide weights by their sum; equal shares for the open experts where all weights are 0."""
-    if not open_.any():
+    if not eligible.any():
         return np.zeros_like(weights)
     if weights.sum() <= 0.0:
-        weights = open_.astype(np.float64)
+        weights = eligible.astype(np.float64)
     shares: FloatArray = weights / weights.sum()
     return shares
 

@@ -57,8 +57,11 @@ def plan(
     made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), kind)
     if as_json:
         common.emit(made)
-    else:
-        _show(made)
+        return
+    _show_model(made)
+    _show_memory(made)
+    for size in made.timetable:
+        _show_timetable(made, size)
 
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
@@ -88,13 +91,6 @@ def _load_reader() -> Callable[[str], ModelShape] | None:
             continue
         return reader
     return None
-
-
-def _show(made: Plan) -> None:
-    _show_model(made)
-    _show_memory(made)
-    for size in made.timetable:
-        _show_timetable(made, size)
 
 
 def _show_model(made: Plan) -> None:
