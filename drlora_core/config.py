@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, SupportsIndex, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from drlora_core import timetable as timetables
-from drlora_core.errors import TimetableError
+from drlora_core.errors import TimetableError, near_misses
 
 
 def _whole_number(value: object) -> int:
@@ -230,7 +230,10 @@ def _window(
     steps: int, timetable: str, events: int, given: Mapping[str, object]
 ) -> dict[str, object]:
     """Choose warmup_steps, growth_interval and growth_end; given values are kept."""
-    start, end = (round(share * steps) for share in timetables.shares(timetable))
+    if timetable not in timetables.TIMETABLES:
+        hint = near_misses(timetable, timetables.TIMETABLES)
+        raise TimetableError(f"no timetable {timetable!r}; {hint}")
+    start, end = (round(share * steps) for share in timetables.TIMETABLES[timetable])
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from drlora_core.errors import TimetableError, near_misses
-
 
 def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
     """Return T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0.
@@ -53,17 +51,6 @@ TIMETABLES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"early": (0.05, 0.25), "late": (0.1, 0.6)}
 )
 """By name: the growth events lie between these shares of the training steps."""
-
-
-def shares(timetable: str) -> tuple[float, float]:
-    """Return the shares of a timetable.
-
-    Raises:
-        TimetableError: there is none of that name.
-    """
-    if timetable not in TIMETABLES:
-        raise TimetableError(f"no timetable {timetable!r}; {near_misses(timetable, TIMETABLES)}")
-    return TIMETABLES[timetable]
 
 
 def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, int]:
