@@ -179,23 +179,6 @@ def test_report(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
     assert len(values["events"]) == 3
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(
-    drlora: Any, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("plotly")
-    page = tmp_path / "page.html"
-    page.write_text("old")
-
-    def refuse(source: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device", str(target))
-
-    monkeypatch.setattr("os.replace", refuse)
-    result = drlora("report", run_dir, "--output", page)
-    assert (result.code, page.read_text()) == (2, "old")
-    assert "No space left on device" in result.err
-    assert list(tmp_path.iterdir()) == [page]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

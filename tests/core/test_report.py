@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -79,3 +81,21 @@ def test_a_run_without_events_has_a_page() -> None:
     recording = Recording.from_arrays({"a": np.ones((4, 3))})
     page = render(recording, recorded.config(use_importance=False))
     assert "<p>None.</p>" in page
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = pytest.importorskip("drlora_core.cli.report")
+    recorded.record(tmp_path / "run")
+    page = tmp_path / "page.html"
+    page.write_text("old")
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        command.report(tmp_path / "run", page)
+    assert page.read_text() == "old"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "page.html"}
