@@ -1,4 +1,4 @@
-"""Framework-agnostic rank allocation for LoRA on mixture-of-experts models (never imports torch).
+"""Rank allocation for LoRA on mixture-of-experts models, in NumPy alone.
 
 Start with :class:`AllocatorConfig` and :class:`AllocatorEngine`.
 """

@@ -1,6 +1,7 @@
-"""Comparing two allocations: pure measures of rank arrays, and `compare` of two replays.
+"""Compare two allocations: measures of rank arrays, and `compare` for two replays.
 
-Shapes: N experts of a layer, K events. Ranks are int64 [N].
+Shapes: N experts of a layer, K events. Ranks are int64 [N]. Rank correlations and the entropy come
+from SciPy (extra ``cli``).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import LayoutError
+from drlora_core.errors import LayoutError, import_extra
 from drlora_core.replay import Replay
 
 
 def overlap(one: IntArray, two: IntArray) -> float:
-    """Share of rank units that both allocations gave to the same experts, 0 to 1.
+    """Share of rank units that both allocations give to the same experts, 0 to 1.
 
     sum_i min(a_i, b_i) / max(sum a, sum b).
 
@@ -29,19 +30,6 @@ def overlap(one: IntArray, two: IntArray) -> float:
     return float(np.minimum(one, two).sum() / max(one.sum(), two.sum()))
 
 
-def average_ranks(values: ArrayLike) -> FloatArray:
-    """Position of each value in ascending order, from 1, equal values sharing their mean.
-
-    Example:
-        >>> average_ranks([10, 30, 10]).tolist()
-        [1.5, 3.0, 1.5]
-    """
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    positions: FloatArray = (ends - (counts - 1) / 2.0)[inverse]
-    return positions
-
-
 def spearman(one: ArrayLike, two: ArrayLike) -> float:
     """Spearman's rank correlation; NaN where one side is constant.
 
@@ -49,23 +37,24 @@ def spearman(one: ArrayLike, two: ArrayLike) -> float:
         >>> spearman([1, 2, 3], [10, 40, 90])
         1.0
     """
-    left, right = average_ranks(one), average_ranks(two)
-    left, right = left - left.mean(), right - right.mean()
-    norm = np.sqrt((left**2).sum() * (right**2).sum())
-    return float((left * right).sum() / norm) if norm > 0.0 else float("nan")
+    return _correlation("spearmanr", one, two)
 
 
 def kendall(one: ArrayLike, two: ArrayLike) -> float:
     """Kendall's tau-b, which corrects for ties; NaN where one side is constant.
 
     Example:
-        >>> kendall([1, 2, 3], [1, 3, 2])
-        0.3333333333333333
+        >>> round(kendall([1, 2, 3], [1, 3, 2]), 3)
+        0.333
     """
-    left = np.sign(np.subtract.outer(np.asarray(one), np.asarray(one)))
-    right = np.sign(np.subtract.outer(np.asarray(two), np.asarray(two)))
-    norm = np.sqrt(float((left**2).sum()) * float((right**2).sum()))
-    return float((left * right).sum() / norm) if norm > 0.0 else float("nan")
+    return _correlation("kendalltau", one, two)
+
+
+def _correlation(name: str, one: ArrayLike, two: ArrayLike) -> float:
+    measure = getattr(import_extra("scipy.stats", "cli"), name)
+    if np.ptp(one) == 0 or np.ptp(two) == 0:  # SciPy warns of these
+        return float("nan")
+    return float(measure(one, two).statistic)
 
 
 def total_variation(one: ArrayLike, two: ArrayLike) -> float:
@@ -87,12 +76,9 @@ def gini(values: ArrayLike) -> float:
         (0.0, 0.75)
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
-    total = ordered.sum()
-    if total <= 0.0:
-        return 0.0
-    size = ordered.size
+    size, total = ordered.size, ordered.sum()
     weights = 2.0 * np.arange(1, size + 1) - size - 1
-    return float((weights * ordered).sum() / (size * total))
+    return float((weights * ordered).sum() / (size * total)) if total > 0.0 else 0.0
 
 
 def entropy(values: ArrayLike) -> float:
@@ -105,14 +91,14 @@ def entropy(values: ArrayLike) -> float:
     counts = np.asarray(values, dtype=np.float64)
     if counts.size == 1 or counts.sum() <= 0.0:
         return 1.0
-    shares = counts[counts > 0.0] / counts.sum()
-    return abs(float(-(shares * np.log(shares)).sum() / np.log(counts.size)))
+    return float(import_extra("scipy.stats", "cli").entropy(counts, base=counts.size))
 
 
 def churn(deltas: ArrayLike) -> float:
-    """Mean total variation between what successive events gave, [K, N]; NaN with fewer than two.
+    """Mean total variation between the growth of successive events, [K, N].
 
     0: every event serves the same experts alike; 1: no expert is served at two events in a row.
+    NaN where fewer than two events place anything.
 
     Example:
         >>> churn([[1, 0], [0, 1], [0, 1]])
@@ -164,9 +150,7 @@ class Comparison:
 
     def mean(self, measure: str) -> float:
         """Mean of a measure of `LayerComparison` over the layers where it is defined."""
-        values = np.array([getattr(layer, measure) for layer in self.layers], dtype=np.float64)
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if values.size else float("nan")
+        return mean_of_defined([getattr(layer, measure) for layer in self.layers])
 
     def summary(self) -> dict[str, float]:
         """Means over the layers, and the number of experts that differ."""
@@ -175,33 +159,43 @@ class Comparison:
         return means | {"differing": len(self.differences)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"summary": self.summary(), **dataclasses.asdict(self)}
 
 
-def compare(a: Replay, b: Replay) -> Comparison:
-    """Compare the final ranks (and the course) of two replays of the same layers.
+def mean_of_defined(values: ArrayLike) -> float:
+    """Mean of the values that are not NaN; NaN if there is none.
 
-    A replay cannot know how the statistics would have changed under other ranks, so this compares
-    decisions, not outcomes.
+    Example:
+        >>> mean_of_defined([1.0, float("nan"), 2.0])
+        1.5
+    """
+    defined: FloatArray = np.asarray(values, dtype=np.float64)
+    defined = defined[~np.isnan(defined)]
+    return float(defined.mean()) if defined.size else float("nan")
+
+
+def compare(a: Replay, b: Replay) -> Comparison:
+    """Compare the final ranks and the events of two replays of the same layers.
+
+    This compares decisions, not outcomes: see `replay`.
 
     Raises:
-        LayoutError: the replays are of different layers.
+        LayoutError: the replays have different layers.
+        DRLoRAError: SciPy is not installed.
     """
     if a.layers != b.layers:
         raise LayoutError(
-            f"the replays are of different layers: {list(a.layers.items())[:3]} ... and "
+            f"the replays have different layers: {list(a.layers.items())[:3]} ... and "
             f"{list(b.layers.items())[:3]} ..."
         )
-    layers = tuple(_compare_layer(a, b, name) for name in a.layers)
     differences = [
-        ExpertDifference(name, int(expert), int(a.final_ranks[name][expert]), int(rank))
-        for name in a.layers
-        for expert, rank in enumerate(b.final_ranks[name])
-        if rank != a.final_ranks[name][expert]
+        ExpertDifference(name, int(expert), int(ranks[expert]), int(b.final_ranks[name][expert]))
+        for name, ranks in a.final_ranks.items()
+        for expert in np.flatnonzero(ranks != b.final_ranks[name])
     ]
     differences.sort(key=lambda found: -abs(found.rank_a - found.rank_b))
-    return Comparison(layers, tuple(differences))
+    return Comparison(tuple(_compare_layer(a, b, name) for name in a.layers), tuple(differences))
 
 
 def _compare_layer(a: Replay, b: Replay, name: str) -> LayerComparison:

@@ -1,4 +1,4 @@
-"""The configuration of an allocation run: frozen, validated once, JSON in and out."""
+"""The configuration of an allocation run: frozen, validated once, JSON round trip."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, SupportsIndex, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from drlora_core import timetable as timetables
-from drlora_core.errors import TimetableError
+from drlora_core.errors import TimetableError, near_misses
 
 
 def _whole_number(value: object) -> int:
-    """Accept Python and NumPy integers; refuse bools, floats and strings, which are mistakes."""
+    """Accept Python and NumPy integers; refuse bools, floats and strings."""
     try:
         if not isinstance(value, bool):
             return operator.index(cast(SupportsIndex, value))
@@ -59,9 +59,9 @@ class AllocatorConfig(BaseModel):
     growth_end: Count = Field(default=2200, ge=0)
     """Last optimizer step at which an event may happen."""
     quota: Annotated[Count, Field(ge=1)] | None = None
-    """Rank units per event and layer; None spreads the budget evenly over the events."""
+    """Rank units per event and layer; None: the budget is spread evenly over the events."""
     max_growth: Annotated[Count, Field(ge=1)] | None = None
-    """Most units one expert may get at one event; None leaves only ``r_max``."""
+    """Most units one expert may get at one event; None: only ``r_max`` limits it."""
     gamma: float = Field(default=1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency, S = f * g / (r + 1)^gamma."""
     routing_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -73,35 +73,36 @@ class AllocatorConfig(BaseModel):
     use_importance: bool = True
     """False replaces the rank importance g by 1 (an ablation)."""
     policy: PolicyName = "greedy"
-    """Which built-in policy spreads a quota over the experts."""
+    """Built-in policy that spreads a quota over the experts."""
     scope: ScopeName = "layer"
     """``layer``: a quota per layer; ``global``: one quota over all layers."""
     layer_floor: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Scope ``global`` only: share of its even quota that each layer gets in any case."""
+    """Scope ``global`` only: share of its even quota that each layer always gets."""
     layer_ceiling: Annotated[Count, Field(ge=1)] | None = None
     """Scope ``global`` only: largest mean rank of a layer; None: min(r_max, 2 * r_target)."""
     seed: Count = Field(default=0, ge=0)
-    """Seed of everything random: policy ``random`` and the rows of A in drlora_torch."""
+    """Seed of policy ``random`` and of the rows of A in drlora_torch."""
 
     @classmethod
     def for_training(
         cls, steps: int, *, timetable: TimetableName = "early", events: int = 8, **fields: Any
     ) -> AllocatorConfig:
-        """Lay the growth events into a training of so many optimizer steps.
+        """Choose the growth steps for a training of ``steps`` optimizer steps.
 
-        Growth that ends early leaves the rank more of the training to learn in; ``early`` did
-        better than ``late`` on every model and most tasks measured (docs/results.md).
+        Ranks that grow early have more steps left to learn in; ``early`` did better than ``late``
+        on every model and most tasks measured (docs/results.md).
 
         Args:
             steps: optimizer steps of the training.
             timetable: ``early``: events between 5 % and 25 % of the steps; ``late``: 10 % and 60 %.
-            events: the most events; fewer if the steps are too few.
-            **fields: any other fields. What is given of the window stays; without ``max_growth``,
-                an expert that wins every event reaches ``r_max`` at the last one.
+            events: number of events; fewer if there are too few steps.
+            **fields: any other fields. Given ``warmup_steps``, ``growth_interval`` and
+                ``growth_end`` are kept. The default of ``max_growth`` here lets an expert that
+                gets rank at every event reach ``r_max`` at the last one.
 
         Raises:
             TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable.
-            ValueError: one of the window's numbers is not whole.
+            ValueError: a step is not a whole number.
             pydantic.ValidationError: as the class itself.
 
         Example:
@@ -113,10 +114,10 @@ class AllocatorConfig(BaseModel):
             if _whole_number(value) < 1:
                 raise TimetableError(f"{name} must be at least 1, got {value}")
         window = _window(steps, timetable, events, fields)
-        laid = cls.model_validate({**fields, **window})
-        if "max_growth" in fields or laid.policy in ("uniform", "prune") or not laid.num_events:
-            return laid
-        cap = timetables.growth_cap(laid.r_init, laid.r_max, laid.num_events)
+        config = cls.model_validate({**fields, **window})
+        if "max_growth" in fields or config.policy in ("uniform", "prune") or not config.num_events:
+            return config
+        cap = timetables.growth_cap(config.r_init, config.r_max, config.num_events)
         return cls.model_validate({**fields, **window, "max_growth": cap})
 
     @property
@@ -136,12 +137,30 @@ class AllocatorConfig(BaseModel):
 
     @property
     def mean_rank_ceiling(self) -> int:
-        """Largest mean rank that a layer can ever have, which is what storage must hold."""
+        """Largest mean rank that a layer can ever have: its rank slots per expert."""
         if self.policy == "prune":
             return self.r_init
         if self.scope == "layer":
             return self.r_target
         return self.layer_ceiling or min(self.r_max, 2 * self.r_target)
+
+    def scheduled_total(self, num_experts: int, event: int) -> int:
+        """Total rank of ``num_experts`` experts after event k (0: the start), if no limit binds.
+
+        Example:
+            >>> config = AllocatorConfig(r_init=2, r_target=4, r_max=8, warmup_steps=0,
+            ...                          growth_interval=5, growth_end=15)
+            >>> [config.scheduled_total(2, event) for event in range(4)]
+            [4, 5, 6, 8]
+        """
+        start, target = num_experts * self.starting_rank, num_experts * self.r_target
+        if event == 0:
+            return start
+        if self.policy == "prune":
+            return timetables.cubic_total(event, self.num_events, start, target)
+        if self.quota is not None:
+            return min(start + event * self.quota, target)
+        return start + event * (target - start) // self.num_events
 
     def _events(self) -> range:
         return timetables.growth_steps(self.warmup_steps, self.growth_interval, self.growth_end)
@@ -158,8 +177,8 @@ class AllocatorConfig(BaseModel):
     def _check_ranks(self) -> None:
         if self.r_target > self.r_max:
             raise ValueError(
-                f"r_target {self.r_target} > r_max {self.r_max}: no expert may exceed r_max, so "
-                f"the mean cannot; use r_max >= {self.r_target}"
+                f"r_target {self.r_target} > r_max {self.r_max}: the mean rank cannot exceed the "
+                f"largest; use r_max >= {self.r_target}"
             )
         if self.r_init > self.r_max:
             raise ValueError(
@@ -210,10 +229,13 @@ class AllocatorConfig(BaseModel):
 def _window(
     steps: int, timetable: str, events: int, given: Mapping[str, object]
 ) -> dict[str, object]:
-    """The window's fields in a training of so many steps; those that are given stay."""
-    start, end = (round(share * steps) for share in timetables.shares(timetable))
+    """Choose warmup_steps, growth_interval and growth_end; given values are kept."""
+    if timetable not in timetables.TIMETABLES:
+        hint = near_misses(timetable, timetables.TIMETABLES)
+        raise TimetableError(f"no timetable {timetable!r}; {hint}")
+    start, end = (round(share * steps) for share in timetables.TIMETABLES[timetable])
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)
-    laid = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
-    return {name: given.get(name, value) for name, value in laid.items()}
+    window = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
+    return {name: given.get(name, value) for name, value in window.items()}

@@ -13,15 +13,15 @@ IntArray = NDArray[np.int64]
 
 
 def update(average: FloatArray, sample: FloatArray, decay: float) -> FloatArray:
-    """One update: average <- decay * average + (1 - decay) * sample (float64, any shape)."""
+    """Return decay * average + (1 - decay) * sample (float64, any shape)."""
     return decay * average + (1.0 - decay) * sample
 
 
-def corrected(average: FloatArray, count: int | IntArray, decay: float) -> FloatArray:
-    """Read an average that started at 0: average / (1 - decay^count); 0 where count is 0.
+def correct_bias(average: FloatArray, count: int | IntArray, decay: float) -> FloatArray:
+    """Correct the bias of an average that started at 0: average / (1 - decay^count), or 0.
 
     Example:
-        >>> corrected(np.array([0.1, 0.0]), np.array([1, 0]), decay=0.9).tolist()
+        >>> correct_bias(np.array([0.1, 0.0]), np.array([1, 0]), decay=0.9).tolist()
         [1.0000000000000002, 0.0]
     """
     weight = 1.0 - decay ** np.asarray(count, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The allocation engine: the one stateful object of drlora_core, a thin shell over pure functions.
+"""The allocation engine: the only stateful object of drlora_core, a thin shell over pure functions.
 
 Shapes: N experts of a layer, R = r_max rank dimensions.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core import events, layer, snapshot, timetable
+from drlora_core import events, layer, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import (
@@ -25,19 +25,18 @@ from drlora_core.errors import (
     near_misses,
 )
 from drlora_core.events import GrowthEvent
-from drlora_core.policies import GROWTH_POLICIES, Policy
-from drlora_core.pools import Pool
+from drlora_core.policies import GROWTH_POLICIES, Policy, policy_name
 from drlora_core.recording.writer import Recorder, RecordingWriter
 
 logger = logging.getLogger(__name__)
 
 
 class AllocatorEngine:
-    """Gathers statistics of experts and decides, at growth events, which of them get rank.
+    """Collects statistics of experts and decides at growth events which experts get rank.
 
     Args:
-        config: the validated configuration.
-        policy: a callable of your own in place of ``config.policy``; see
+        config: the configuration.
+        policy: your own callable, which replaces ``config.policy``; see
             :class:`drlora_core.policies.Policy`.
 
     Example:
@@ -64,24 +63,25 @@ class AllocatorEngine:
         self._recorder: Recorder | None = None
 
     def add_layer(self, name: str, num_experts: int) -> None:
-        """Announce a layer; all layers are added before the first step.
+        """Add a layer; all layers are added before the first sample.
 
         Raises:
-            LayoutError: the name is taken or no str, ``num_experts < 1``, or the first
-                sample was already taken.
+            LayoutError: the name is taken or not a str, ``num_experts`` is not a whole number
+                above 0, or a sample was already taken.
         """
         if not isinstance(name, str):
             raise LayoutError(f"a layer name must be a str, got {name!r}")
         if name in self._layers:
             raise LayoutError(f"layer {name!r} was already added; names must be unique")
-        if not isinstance(num_experts, (int, np.integer)) or isinstance(num_experts, bool):
-            raise LayoutError(f"num_experts must be a whole number, got {num_experts!r}")
-        if num_experts < 1:
-            raise LayoutError(f"num_experts must be at least 1, got {num_experts}")
+        whole = isinstance(num_experts, (int, np.integer)) and not isinstance(num_experts, bool)
+        if not whole or num_experts < 1:
+            raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
         if self._step or any(state.observed for state in self._layers.values()):
-            raise LayoutError(f"layer {name!r} comes too late: add all layers before observing")
-        self._layers[name] = layer.initial(self.config, int(num_experts))
-        self._carry = (0,) * len(self._pools())
+            raise LayoutError(
+                f"layer {name!r} comes too late: add all layers before the first sample"
+            )
+        self._layers[name] = layer.make_state(self.config, int(num_experts))
+        self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._layers)
         self._report_shortfall(name, int(num_experts))
 
     def observe(
@@ -92,7 +92,7 @@ class AllocatorEngine:
         importance: ArrayLike | None,
         tokens: int | None = None,
     ) -> None:
-        """Take a layer's sample of the running optimizer step, once per step.
+        """Take a layer's sample of the current optimizer step, once per step.
 
         Args:
             name: the layer.
@@ -102,7 +102,7 @@ class AllocatorEngine:
             tokens: counted tokens behind the sample; only written to a recording.
 
         Raises:
-            UnknownLayerError, StatisticError, StepOrderError: the engine is left unchanged.
+            UnknownLayerError, StatisticError, StepOrderError: the engine is unchanged.
         """
         state = self._layer(name)
         if state.observed:
@@ -120,7 +120,7 @@ class AllocatorEngine:
             self._recorder.sample(name, routing, importance, tokens)
 
     def skip(self, name: str) -> None:
-        """Let the running step pass without a sample of this layer (say, after a NaN).
+        """Close the current step for this layer without a sample (say, after a NaN).
 
         Raises:
             UnknownLayerError, StepOrderError: as :meth:`observe`.
@@ -135,25 +135,25 @@ class AllocatorEngine:
 
         Raises:
             StepOrderError: there is no layer, or one was not observed.
-            PolicyError: the policy broke its contract. The engine is left unchanged.
+            PolicyError: the policy broke its contract; the engine is unchanged.
         """
         self._check_observed()
         ranks_before = {name: state.ranks for name, state in self._layers.items()}
-        event, layers, carry = None, self._layers, self._carry
-        if (index := self._event_index(self._step + 1)) is not None:
-            event, layers, carry = events.decide(
-                self.config, self._policy, self._layers, self._pools(), carry, index, self._step + 1
-            )
+        event, layers, carry = events.decide(
+            self.config, self._policy, self._layers, self._carry, self._step + 1
+        )
         if self._recorder is not None:
             self._recorder.step(self._step + 1, ranks_before, event)
-        self._layers = {name: layer.awaiting(state) for name, state in layers.items()}
+        self._layers = {
+            name: dataclasses.replace(state, observed=False) for name, state in layers.items()
+        }
         self._carry = carry
         self._step += 1
         return event
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps made, t."""
+        """Number of optimizer steps so far, t."""
         return self._step
 
     @property
@@ -182,32 +182,29 @@ class AllocatorEngine:
         return layer.rank_importance(self._layer(name), self.config)
 
     def budget(self, name: str) -> int:
-        """Total rank that a layer may reach, N * r_target (scope ``global``: on average)."""
+        """Total rank of a layer at the end, N * r_target (scope ``global``: on average)."""
         return self._layer(name).num_experts * self.config.r_target
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: plain arrays and JSON values, independent copies.
+        """Return the whole state as plain arrays and JSON values, all of them copies.
 
-        A recording is flushed, so that a run resumed from this state can continue it.
+        This flushes a recording, so that a run resumed from this state can continue it.
         """
         if self._recorder is not None:
             self._recorder.flush()
-        return snapshot.to_dict(self.config, self._layers, self._carry, self._step)
+        return snapshot.save_state(self.config, self._layers, self._carry, self._step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state. An engine without layers takes the layers of the state.
+        """Restore a saved state. An engine without layers takes the layers of the state.
 
         Raises:
             LayoutError: other layers, configuration or version, or damaged values; the engine is
-                left unchanged.
+                unchanged.
         """
-        loaded = snapshot.from_dict(state, self.config)
+        layers, carry, step = snapshot.load_state(state, self.config)
         if self._layers:
-            snapshot.check_layout(loaded.layers, self._layers)
-        self._layers, self._step = dict(loaded.layers), loaded.step
-        if len(loaded.carry) != len(self._pools()):
-            raise AssertionError("snapshot.from_dict lets only matching pools through")
-        self._carry = loaded.carry
+            snapshot.check_layout(layers, self._layers)
+        self._layers, self._carry, self._step = layers, carry, step
 
     def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
         """Tell every accepted sample and step to a recorder from now on; None stops.
@@ -216,15 +213,11 @@ class AllocatorEngine:
         step, and complete after ``record_to(None)`` or at the end of the process.
         """
         if isinstance(recorder, (str, os.PathLike)):
-            recorder = RecordingWriter(recorder, self, policy=self._policy_name())
+            name = self.config.policy if self._policy is None else policy_name(self._policy)
+            recorder = RecordingWriter(recorder, self, policy=name)
         if self._recorder is not None and self._recorder is not recorder:
             self._recorder.close()
         self._recorder = recorder
-
-    def _policy_name(self) -> str:
-        if self._policy is None:
-            return self.config.policy
-        return str(getattr(self._policy, "__name__", type(self._policy).__name__))
 
     def _layer(self, name: str) -> layer.LayerState:
         try:
@@ -244,31 +237,15 @@ class AllocatorEngine:
                 f"engine.step(), or engine.skip(name) to leave one out"
             )
 
-    def _event_index(self, step: int) -> int | None:
-        config = self.config
-        return timetable.event_index(
-            step, config.warmup_steps, config.growth_interval, config.growth_end
-        )
-
-    def _pools(self) -> list[Pool]:
-        return events.pools(self.config, self._layers)
-
     def _report_shortfall(self, name: str, num_experts: int) -> None:
         config = self.config
         if config.quota is None or config.policy in ("uniform", "prune"):
             return
-        most = num_experts * (config.max_growth or config.r_max)
-        per_event = min(config.quota, most)
-        planned = per_event * config.num_events
-        needed = num_experts * (config.r_target - config.r_init)
-        if planned < needed:
+        quota = min(config.quota, num_experts * (config.max_growth or config.r_max))
+        planned, start = quota * config.num_events, num_experts * config.r_init
+        budget = num_experts * config.r_target
+        if start + planned < budget:
             logger.warning(
-                "layer %r: quota %d x %d events = %d < %d needed; total rank will end at %d of %d",
-                name,
-                per_event,
-                config.num_events,
-                planned,
-                needed,
-                num_experts * config.r_init + planned,
-                num_experts * config.r_target,
+                f"layer {name!r}: quota {quota} x {config.num_events} events = {planned} < "
+                f"{budget - start} needed; total rank will end at {start + planned} of {budget}"
             )

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
 
 
 class DRLoRAError(ValueError):
-    """Base class of every error that drlora raises on purpose."""
+    """Base class of every error of drlora."""
 
 
 class TimetableError(DRLoRAError):
-    """Growth events cannot be laid into a training as asked."""
+    """The growth events do not fit into the training."""
 
 
 class UnknownLayerError(DRLoRAError):
-    """A layer name that the engine (or the model) does not have."""
+    """The engine or the model has no layer of this name."""
 
 
 class LayoutError(DRLoRAError):
-    """Layers, expert counts or a saved state do not fit the engine that got them."""
+    """Layers, expert counts, a saved state or a file do not match what is expected."""
 
 
 class StatisticError(DRLoRAError):
-    """A routing or importance sample has a wrong shape or holds impossible values."""
+    """A routing or importance sample has a wrong shape or invalid values."""
 
 
 class StepOrderError(DRLoRAError):
-    """``observe`` and ``step`` were called in an order that loses or repeats statistics."""
+    """``observe`` and ``step`` were called in the wrong order."""
 
 
 class PolicyError(DRLoRAError):
-    """An allocation policy returned something that is not a valid allocation."""
+    """An allocation policy failed or returned an invalid allocation."""
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: close names, or the names there are.
+    """End an error message with the names closest to a wrong one, or else with the known names.
 
     Example:
         >>> near_misses("layers.0", ["layer.0", "layer.1"])
@@ -49,3 +53,28 @@ def near_misses(name: str, known: Iterable[str]) -> str:
         return "there are none yet"
     shown = ", ".join(repr(known_name) for known_name in names[:5])
     return f"known: {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """Describe the first error that pydantic found, and count the others."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    text = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    if isinstance(value, (int, float, str)) and repr(value) not in text:
+        text += f", got {value!r}"
+    if (more := error.error_count() - 1) > 0:
+        text += f" (and {more} more)"
+    return f"{place}: {text}" if place else text
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import a library that only an extra of drlora installs.
+
+    Raises:
+        DRLoRAError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise DRLoRAError(f'{module} is not installed: pip install "drlora[{extra}]"') from error

@@ -13,7 +13,7 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.layer import LayerState
 from drlora_core.policies import AllocationRequest, Policy, run_policy
-from drlora_core.pools import Pool, allocate, layer_means
+from drlora_core.pools import Pool, allocate, layer_means, make_pools
 from drlora_core.saliency import saliency
 
 Layers = Mapping[str, LayerState]
@@ -21,7 +21,7 @@ Layers = Mapping[str, LayerState]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class GrowthEvent:
-    """What was decided at one event; all mappings are by layer name, arrays are [N]."""
+    """The decision of one event; all mappings are by layer name, arrays are [N]."""
 
     step: int
     """Optimizer step after which it happened, counted from 1."""
@@ -34,33 +34,36 @@ class GrowthEvent:
     saliency: Mapping[str, FloatArray]
     """S before the event, by which experts were ordered, float64."""
     unplaced: int
-    """Rank units of the quota that limits left over, carried to the next event (all layers)."""
+    """Rank units that limits left over, carried to the next event (all layers)."""
     cut: Mapping[str, NDArray[np.bool_]]
     """Policy ``prune`` only: the dimensions cut, bool [N, r_max], numbered as before the event."""
-
-
-def pools(config: AllocatorConfig, layers: Layers) -> list[Pool]:
-    """Who shares a quota: each layer for itself, or all layers (scope ``global``)."""
-    sizes = {name: state.num_experts for name, state in layers.items()}
-    if config.scope == "global" and sizes:
-        return [Pool(tuple(sizes), tuple(sizes.values()))]
-    return [Pool((name,), (size,)) for name, size in sizes.items()]
 
 
 def decide(
     config: AllocatorConfig,
     policy: Policy | None,
     layers: Layers,
-    all_pools: list[Pool],
     carry: tuple[int, ...],
-    index: int,
     step: int,
-) -> tuple[GrowthEvent, dict[str, LayerState], tuple[int, ...]]:
-    """Decide event ``index`` (from 1) after optimizer step ``step``.
+) -> tuple[GrowthEvent | None, Layers, tuple[int, ...]]:
+    """Decide the event after optimizer step ``step``, if there is one.
+
+    Args:
+        config: the configuration.
+        policy: the growth policy; None for policy ``prune``.
+        layers: the states of all layers.
+        carry: units that each pool carried over from earlier events.
+        step: the optimizer step, from 1.
 
     Returns:
-        The event, the layers' states after it, and what each pool carries to the next event.
+        The event or None, the new states of the layers, and the units that each pool carries over.
     """
+    index = timetable.event_index(
+        step, config.warmup_steps, config.growth_interval, config.growth_end
+    )
+    if index is None:
+        return None, layers, carry
+    pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
     signals = {name: layer.signals(state, config) for name, state in layers.items()}
     scores = {
         name: saliency(*signals[name], state.ranks, config.gamma) for name, state in layers.items()
@@ -68,7 +71,7 @@ def decide(
     after: dict[str, LayerState] = {}
     cut: dict[str, NDArray[np.bool_]] = {}
     left_over = []
-    for number, (pool, carried) in enumerate(zip(all_pools, carry, strict=True)):
+    for number, (pool, carried) in enumerate(zip(pools, carry, strict=True)):
         members = {name: layers[name] for name in pool.names}
         if policy is None:
             pruned, cut_here = _prune(config, members, index)
@@ -77,9 +80,9 @@ def decide(
             left_over.append(0)
         else:
             ranks = np.concatenate([state.ranks for state in members.values()])
-            available = quota_of(config, pool, index) + carried
+            available = event_quota(config, pool, index) + carried
             quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
-            request = _request(config, pool, ranks, quota, signals, scores, step, number)
+            request = _make_request(config, pool, ranks, quota, signals, scores, step, number)
             grown, left = _grow(config, policy, members, pool, request, index)
             after |= grown
             left_over.append(left)
@@ -103,21 +106,21 @@ def _grow(
     request: AllocationRequest,
     index: int,
 ) -> tuple[dict[str, LayerState], int]:
-    """Spread a pool's quota; return the layers after it, and what is left over."""
+    """Spread a pool's quota; return the new states and the units left over."""
     if config.scope == "global":
-        floors, capacities = _bounds(config, pool, request.ranks, index)
+        floors, capacities = _compute_bounds(config, pool, request.ranks, index)
         growth = allocate(policy, request, pool, floors, capacities)
     else:
         growth = run_policy(policy, request, pool.describe())
     after = {
-        name: layer.grown(state, growth[part])
+        name: layer.grow(state, growth[part])
         for (name, state), part in zip(members.items(), pool.slices(), strict=True)
     }
     return after, request.quota - int(growth.sum())
 
 
-def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
-    """Quota of event k without what was carried: Q per layer, or the even schedule's share."""
+def event_quota(config: AllocatorConfig, pool: Pool, index: int) -> int:
+    """Quota of event k without carried units: Q per layer, or the even schedule's share."""
     if config.policy == "uniform":
         return 0
     if config.quota is not None:
@@ -126,7 +129,7 @@ def quota_of(config: AllocatorConfig, pool: Pool, index: int) -> int:
     return timetable.even_quota(index, config.num_events, budget)
 
 
-def _request(
+def _make_request(
     config: AllocatorConfig,
     pool: Pool,
     ranks: IntArray,
@@ -153,14 +156,14 @@ def _request(
     )
 
 
-def _bounds(
+def _compute_bounds(
     config: AllocatorConfig, pool: Pool, ranks: IntArray, index: int
 ) -> tuple[IntArray, IntArray]:
-    """Scope ``global``: the least and the most each layer may get at this event, [layers]."""
+    """Scope ``global``: the fewest and the most units each layer may get, [layers]."""
     totals = np.array([ranks[part].sum() for part in pool.slices()])
     sizes = np.array(pool.sizes)
     share = [
-        quota_of(config, Pool((name,), (size,)), index)
+        event_quota(config, Pool((name,), (size,)), index)
         for name, size in zip(pool.names, pool.sizes, strict=True)
     ]
     capacities = sizes * config.mean_rank_ceiling - totals
@@ -171,15 +174,13 @@ def _bounds(
 def _prune(
     config: AllocatorConfig, members: Layers, index: int
 ) -> tuple[dict[str, LayerState], dict[str, NDArray[np.bool_]]]:
-    """Cut the pool's least important dimensions down to the cubic schedule's total."""
+    """Cut the pool's least important dimensions, down to the cubic schedule's total."""
     states = list(members.values())
     ranks = np.concatenate([state.ranks for state in states])
     averages = np.concatenate([layer.dimension_importance(state, config) for state in states])
-    size = ranks.size
-    total = timetable.cubic_total(
-        index, config.num_events, size * config.r_init, size * config.r_target
+    cut = pruning.least_important(
+        averages, ranks, int(ranks.sum()) - config.scheduled_total(ranks.size, index)
     )
-    cut = pruning.least_important(averages, ranks, int(ranks.sum()) - total)
     ends = np.cumsum([state.num_experts for state in states])[:-1]
     parts = dict(zip(members, np.split(cut, ends), strict=True))
     after = {

@@ -19,7 +19,7 @@ from drlora_core.saliency import active_dimensions, mean_over_active, saliency
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LayerState:
-    """Everything the engine remembers of a layer. Arrays are replaced, never written to."""
+    """The state of one layer. Arrays are replaced, never modified in place."""
 
     ranks: IntArray  # [N]
     routing: FloatArray  # [N], moving average of phi, not bias-corrected
@@ -27,7 +27,7 @@ class LayerState:
     importance: FloatArray  # [N], moving average of mean s_j, not bias-corrected
     importance_count: IntArray  # [N], updates of `importance` since start or reset
     dimensions: FloatArray | None  # [N, R], moving average of s_j; policy `prune` only
-    observed: bool  # a sample of the running step has been taken (or skipped)
+    observed: bool  # the current step's sample was taken or skipped
 
     @property
     def num_experts(self) -> int:
@@ -35,8 +35,8 @@ class LayerState:
         return self.ranks.size
 
 
-def initial(config: AllocatorConfig, num_experts: int) -> LayerState:
-    """Every expert at the starting rank, every average at 0."""
+def make_state(config: AllocatorConfig, num_experts: int) -> LayerState:
+    """Make the first state: every expert at the starting rank, every average at 0."""
     dimensions = np.zeros((num_experts, config.r_max)) if config.policy == "prune" else None
     return LayerState(
         ranks=np.full(num_experts, config.starting_rank, dtype=np.int64),
@@ -55,68 +55,54 @@ def observe(
     routing: ArrayLike | None,
     importance: ArrayLike | None,
 ) -> LayerState:
-    """Take one sample of phi [N] and of importance [N] or [N, R] into the averages.
+    """Update the averages with one sample of phi [N] and of importance [N] or [N, R].
 
     Raises:
         StatisticError: missing, wrongly shaped, negative or non-finite samples.
     """
     frequency, frequency_count = state.routing, state.routing_count
     if routing is not None:
-        phi = _checked("routing", _numbers("routing", routing), [(state.num_experts,)])
+        phi = _check("routing", _to_floats("routing", routing), [(state.num_experts,)])
         frequency = ema.update(frequency, phi, config.routing_decay)
         frequency_count += 1
     elif config.use_routing:
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
     average, count, dimensions = state.importance, state.importance_count, state.dimensions
     if importance is not None:
-        mean, sample = _importance_sample(state, config, importance)
+        mean, sample = _check_importance(state, config, importance)
         average = ema.update(average, mean, config.importance_decay)
         count = count + 1
         if dimensions is not None:
             dimensions = ema.update(dimensions, sample, config.importance_decay)
     elif config.use_importance or dimensions is not None:
         raise StatisticError("importance is missing; it may be None only with use_importance=False")
-    # Not dataclasses.replace: this runs for every layer at every step, and it takes longer.
     return LayerState(
         state.ranks, frequency, frequency_count, average, count, dimensions, observed=True
     )
 
 
-def awaiting(state: LayerState) -> LayerState:
-    """Return the same state at the beginning of a step."""
-    return LayerState(
-        state.ranks,
-        state.routing,
-        state.routing_count,
-        state.importance,
-        state.importance_count,
-        state.dimensions,
-        observed=False,
-    )
-
-
-def _importance_sample(
+def _check_importance(
     state: LayerState, config: AllocatorConfig, importance: ArrayLike
 ) -> tuple[FloatArray, FloatArray]:
     """Return the mean over each expert's dimensions, [N], and the checked sample."""
     per_dimension = (state.num_experts, config.r_max)
-    sample = _numbers("importance", importance)
+    sample = _to_floats("importance", importance)
     if sample.shape == per_dimension:
         active = active_dimensions(state.ranks, config.r_max)
-        sample = _checked("importance", np.where(active, sample, 0.0), [per_dimension])
+        sample = _check("importance", np.where(active, sample, 0.0), [per_dimension])
         with np.errstate(over="ignore"):
             mean = mean_over_active(sample, state.ranks)
-        return _checked("mean importance", mean, [mean.shape]), sample
+        return _check("mean importance", mean, [mean.shape]), sample
     if state.dimensions is not None:
         raise StatisticError(
             f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
             f"dimension, shape {per_dimension} = (num_experts, r_max)"
         )
-    sample = _checked("importance", sample, [(state.num_experts,), per_dimension])
+    sample = _check("importance", sample, [(state.num_experts,), per_dimension])
     return sample, sample
 
 
-def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
+def _to_floats(kind: str, sample: ArrayLike) -> FloatArray:
     try:
         values = np.asarray(sample)
         if values.dtype.kind in "SUc":
@@ -126,7 +112,7 @@ def _numbers(kind: str, sample: ArrayLike) -> FloatArray:
         raise StatisticError(f"{kind} is not an array of numbers: {error}") from error
 
 
-def _checked(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> FloatArray:
+def _check(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> FloatArray:
     if values.shape not in shapes:
         accepted = " or ".join(str(shape) for shape in shapes)
         raise StatisticError(f"{kind} has shape {values.shape}; accepted: {accepted}")
@@ -141,12 +127,12 @@ def _checked(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> Fl
 
 def routing_frequency(state: LayerState, config: AllocatorConfig) -> FloatArray:
     """f_i = average / (1 - beta_f^n), float64 [N]; 0 before the first sample."""
-    return ema.corrected(state.routing, state.routing_count, config.routing_decay)
+    return ema.correct_bias(state.routing, state.routing_count, config.routing_decay)
 
 
 def rank_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
     """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample."""
-    return ema.corrected(state.importance, state.importance_count, config.importance_decay)
+    return ema.correct_bias(state.importance, state.importance_count, config.importance_decay)
 
 
 def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArray:
@@ -154,11 +140,11 @@ def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArr
     if state.dimensions is None:
         raise AssertionError("only policy 'prune' averages single dimensions")
     counts = state.importance_count[:, None]  # layers may have skipped different steps
-    return ema.corrected(state.dimensions, counts, config.importance_decay)
+    return ema.correct_bias(state.dimensions, counts, config.importance_decay)
 
 
 def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:
-    """f and g as the saliency uses them: 1 where the configuration switches one off."""
+    """Return f and g as the saliency uses them: 1 where the configuration switches one off."""
     size = state.num_experts
     return (
         routing_frequency(state, config) if config.use_routing else np.ones(size),
@@ -172,15 +158,12 @@ def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
     return saliency(routing, importance, state.ranks, config.gamma)
 
 
-def grown(state: LayerState, growth: IntArray) -> LayerState:
+def grow(state: LayerState, growth: IntArray) -> LayerState:
     """Add growth [N] to the ranks; g and its count restart for the experts that grew, f stays."""
     unchanged = growth == 0
-    return LayerState(
-        state.ranks + growth,
-        state.routing,
-        state.routing_count,
-        np.where(unchanged, state.importance, 0.0),
-        np.where(unchanged, state.importance_count, 0),
-        state.dimensions,
-        state.observed,
+    return dataclasses.replace(
+        state,
+        ranks=state.ranks + growth,
+        importance=np.where(unchanged, state.importance, 0.0),
+        importance_count=np.where(unchanged, state.importance_count, 0),
     )

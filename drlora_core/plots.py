@@ -1,4 +1,4 @@
-"""Plotly figures of recordings and replays; they need the extra ``report``.
+"""Plotly figures of replays (extra ``report``).
 
 Shapes: N experts of a layer, K events.
 """
@@ -9,67 +9,55 @@ from typing import Any
 
 import numpy as np
 
-from drlora_core.errors import DRLoRAError
+from drlora_core.errors import import_extra
 from drlora_core.replay import Replay
 
 
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as objects
-    except ModuleNotFoundError as error:
-        raise DRLoRAError('plots need plotly: pip install "drlora[report]"') from error
-    return objects
-
-
 def rank_map(result: Replay) -> Any:
-    """Final ranks: a row per layer, a column per expert (sorted by nothing: its index)."""
-    objects = _plotly()
+    """Draw the final ranks: a row per layer, a column per expert in index order."""
     width = max(result.layers.values())
     cells = np.full((len(result.layers), width), np.nan)
     for row, ranks in enumerate(result.final_ranks.values()):
         cells[row, : ranks.size] = ranks
-    figure = objects.Figure(
-        objects.Heatmap(z=cells, y=list(result.layers), colorbar={"title": "rank"}, zmin=0)
-    )
-    return _styled(figure, "Final rank of every expert", "expert", "layer")
+    figure = _figure("Final rank of every expert", "expert", "layer")
+    return figure.add_heatmap(z=cells, y=list(result.layers), colorbar={"title": "rank"}, zmin=0)
 
 
 def total_rank(result: Replay) -> Any:
-    """Mean rank over the steps, with the largest and smallest of any expert."""
-    objects = _plotly()
-    steps = [0, *(event.step for event in result.events)]
-    trajectories = np.concatenate([result.trajectory(name) for name in result.layers], axis=1)
-    figure = objects.Figure()
+    """Draw the largest, mean and smallest rank of all experts over the steps."""
+    ranks = np.concatenate([result.trajectory(name) for name in result.layers], axis=1)
+    figure = _figure("Rank over the run", "optimizer step", "rank")
     for label, values in (
-        ("largest", trajectories.max(axis=1)),
-        ("mean", trajectories.mean(axis=1)),
-        ("smallest", trajectories.min(axis=1)),
+        ("largest", ranks.max(axis=1)),
+        ("mean", ranks.mean(axis=1)),
+        ("smallest", ranks.min(axis=1)),
     ):
-        figure.add_scatter(x=steps, y=values, name=label, mode="lines", line={"shape": "hv"})
-    return _styled(figure, "Rank over the run", "optimizer step", "rank")
+        _add_steps(figure, result, label, values)
+    return figure
 
 
 def trajectories(result: Replay, name: str) -> Any:
-    """Ranks of one layer's experts over the steps."""
-    objects = _plotly()
-    steps = [0, *(event.step for event in result.events)]
-    figure = objects.Figure()
+    """Draw the ranks of one layer's experts over the steps."""
+    figure = _figure(f"Ranks of {name}", "optimizer step", "rank")
     for expert, ranks in enumerate(result.trajectory(name).T):
-        line = {"shape": "hv", "width": 1}
-        figure.add_scatter(x=steps, y=ranks, name=f"expert {expert}", mode="lines", line=line)
-    return _styled(figure, f"Ranks of {name}", "optimizer step", "rank")
+        _add_steps(figure, result, f"expert {expert}", ranks, width=1)
+    return figure
 
 
 def rank_histogram(result: Replay) -> Any:
-    """How many experts ended at each rank."""
-    objects = _plotly()
+    """Draw how many experts ended at each rank."""
     ranks = np.concatenate(list(result.final_ranks.values()))
     values, counts = np.unique(ranks, return_counts=True)
-    return _styled(
-        objects.Figure(objects.Bar(x=values, y=counts)), "Experts by final rank", "rank", "experts"
-    )
+    return _figure("Experts by final rank", "rank", "experts").add_bar(x=values, y=counts)
 
 
-def _styled(figure: Any, title: str, x: str, y: str) -> Any:
-    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
-    return figure
+def _figure(title: str, x: str, y: str) -> Any:
+    figure = import_extra("plotly.graph_objects", "report").Figure()
+    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+
+
+def _add_steps(figure: Any, result: Replay, label: str, values: Any, width: float = 2) -> None:
+    """Add a line that changes at each event; ``values`` are at the start and after each event."""
+    steps = [0, *(event.step for event in result.events)]
+    line = {"shape": "hv", "width": width}
+    figure.add_scatter(x=steps, y=values, name=label, mode="lines", line=line)

@@ -22,7 +22,7 @@ from drlora_core.errors import PolicyError
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class AllocationRequest:
-    """What a policy knows at one growth event. All arrays are read-only, over the same N experts.
+    """What a policy gets at one growth event. All arrays are read-only, over the same N experts.
 
     With scope ``layer`` these are the experts of one layer; with scope ``global`` the experts of
     all layers, one layer after the other, and ``scale`` makes their saliencies comparable.
@@ -62,6 +62,9 @@ class AllocationRequest:
         return np.random.default_rng(self.seed)
 
 
+REQUEST_ARRAYS = ("ranks", "limits", "routing", "importance", "scale")
+
+
 class Policy(Protocol):
     """Spreads ``request.quota`` units over the experts; pure, deterministic, no side effects."""
 
@@ -70,8 +73,14 @@ class Policy(Protocol):
         ...
 
 
+def policy_name(policy: Policy) -> str:
+    """Return the name of a policy: that of its function or class."""
+    name: str = getattr(policy, "__name__", type(policy).__name__)
+    return name
+
+
 def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
-    """Serve experts in one pass by score descending, then rank, then index, each to its limit.
+    """Serve each expert up to its limit, in order of score descending, then rank, then index.
 
     Example:
         >>> from drlora_core.testing import make_request
@@ -79,8 +88,8 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    open_ = np.flatnonzero(request.limits)  # the others get nothing, wherever they stand
-    order = open_[_descending(scores[open_], request.ranks[open_])]
+    eligible = np.flatnonzero(request.limits)  # the others get nothing
+    order = eligible[_descending(scores[eligible], request.ranks[eligible])]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
     growth = np.zeros_like(request.ranks)
@@ -98,23 +107,23 @@ def _descending(scores: FloatArray, ranks: IntArray) -> IntArray:
 
 
 def greedy(request: AllocationRequest) -> IntArray:
-    """The paper's allocation: one walk by saliency."""
+    """Serve experts in one walk by saliency: the paper's allocation."""
     return walk(request.saliency, request)
 
 
 def random(request: AllocationRequest) -> IntArray:
-    """Control: the greedy walk in a random order, the same limits but no preference."""
+    """Serve experts in one walk in random order: a control with the same limits."""
     return walk(request.generator().random(request.ranks.size), request)
 
 
 def rescored(request: AllocationRequest) -> IntArray:
-    """Greedy one unit at a time: after each unit the saliency is taken at the new rank.
+    """Place one unit at a time and recompute the saliency after each.
 
     With ``use_routing=False, use_importance=False`` this is uniform growth: the same timetable
     with no preference.
     """
-    # The scores that one expert passes through never rise with its rank, so taking the best unit
-    # again and again is taking the first `quota` of all units by score, then rank, then index.
+    # An expert's score never rises with its rank. So placing the best unit again and again equals
+    # taking the first `quota` of all possible units by score, then rank, then index.
     units = int(min(request.quota, request.limits.sum()))
     depth = int(min(units, request.limits.max(initial=0)))
     offered = np.arange(depth)[:, None]
@@ -124,44 +133,47 @@ def rescored(request: AllocationRequest) -> IntArray:
         return np.zeros_like(request.ranks)
     last = np.partition(scores, scores.size - units, axis=None)[scores.size - units]
     growth: IntArray = (scores > last).sum(axis=0, dtype=np.int64)
-    rows, experts = np.nonzero(scores == last)  # all above are served, of these as many as fit
+    rows, experts = np.nonzero(scores == last)  # the units that tie for the last places
     order = np.lexsort((experts, ranks[rows, experts]))[: units - int(growth.sum())]
     return growth + np.bincount(experts[order], minlength=growth.size)
 
 
 def proportional(request: AllocationRequest) -> IntArray:
-    """Shares in proportion to S, rounded by largest remainder; full experts' excess is reshared."""
+    """Give shares in proportion to S, rounded by largest remainder.
+
+    What exceeds an expert's limit is shared among the others.
+    """
     growth = np.zeros_like(request.ranks)
     left = int(min(request.quota, request.limits.sum()))
-    open_ = request.limits > 0
+    eligible = request.limits > 0
     while True:
-        shares = left * _normalised(np.where(open_, request.saliency, 0.0), open_)
-        full = open_ & (shares >= request.limits)
+        shares = left * _normalize(np.where(eligible, request.saliency, 0.0), eligible)
+        full = eligible & (shares >= request.limits)
         growth[full] = request.limits[full]
         left -= int(request.limits[full].sum())
-        open_ &= ~full
-        if not full.any() or not open_.any():
+        eligible &= ~full
+        if not full.any() or not eligible.any():
             break
-    whole = np.where(open_, np.floor(shares), 0.0).astype(np.int64)
+    whole = np.where(eligible, np.floor(shares), 0.0).astype(np.int64)
     remainders = dataclasses.replace(
-        request, quota=left - int(whole.sum()), limits=open_.astype(np.int64)
+        request, quota=left - int(whole.sum()), limits=eligible.astype(np.int64)
     )
-    # Equal remainders (4/3 and 1/3, say) must tie, whatever the last bits of the quotients are.
+    # Rounding makes equal remainders (4/3 and 1/3, say) tie in spite of floating point error.
     return growth + whole + walk(np.round(shares - whole, 9), remainders)
 
 
-def _normalised(weights: FloatArray, open_: NDArray[np.bool_]) -> FloatArray:
-    """Weights over their sum; equal over the open experts where all are 0, 0 if none is open."""
-    if not open_.any():
+def _normalize(weights: FloatArray, eligible: NDArray[np.bool_]) -> FloatArray:
+    """Divide weights by their sum; equal shares for the open experts where all weights are 0."""
+    if not eligible.any():
         return np.zeros_like(weights)
     if weights.sum() <= 0.0:
-        weights = open_.astype(np.float64)
+        weights = eligible.astype(np.float64)
     shares: FloatArray = weights / weights.sum()
     return shares
 
 
 def uniform(request: AllocationRequest) -> IntArray:
-    """Static LoRA: nothing grows, since every expert already starts at r_target."""
+    """Grow nothing (static LoRA): every expert starts at r_target."""
     return np.zeros_like(request.ranks)
 
 
@@ -177,7 +189,7 @@ GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
 
 
 def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntArray:
-    """Call a policy and refuse whatever breaks its contract.
+    """Call a policy and check its answer.
 
     Args:
         policy: the callable.
@@ -187,11 +199,9 @@ def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntA
     Raises:
         PolicyError: naming the experts, the step, the index and the value.
     """
-    for field in (request.ranks, request.limits, request.routing, request.importance):
-        field.setflags(write=False)
-    request.scale.setflags(write=False)
-    where = f"policy {getattr(policy, '__name__', type(policy).__name__)!r} at step {request.step}"
-    where += f", {experts}"
+    for name in REQUEST_ARRAYS:
+        getattr(request, name).setflags(write=False)
+    where = f"policy {policy_name(policy)!r} at step {request.step}, {experts}"
     try:
         growth = policy(request)
     except Exception as error:

@@ -1,22 +1,24 @@
 """Pools: the experts that share one quota, a layer (scope ``layer``) or all (scope ``global``).
 
-Shapes: N experts of the pool, all its layers one after the other.
+Shapes: N experts of the pool, in the order of its layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 
+from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.policies import AllocationRequest, Policy, run_policy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pool:
-    """Layers that share a quota, and where each layer's experts lie in the pool's arrays."""
+    """Layers that share a quota; the arrays of a pool hold the experts of its layers in order."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -36,6 +38,13 @@ class Pool:
         return f"layer {self.names[0]!r}" if len(self.names) == 1 else f"{len(self.names)} layers"
 
 
+def make_pools(config: AllocatorConfig, sizes: Mapping[str, int]) -> list[Pool]:
+    """Make a pool of each layer, or one of all layers (scope ``global``), from expert counts."""
+    if config.scope == "global" and sizes:
+        return [Pool(tuple(sizes), tuple(sizes.values()))]
+    return [Pool((name,), (size,)) for name, size in sizes.items()]
+
+
 def layer_means(values: FloatArray, pool: Pool) -> FloatArray:
     """Each expert's layer mean, [N]; 1 for a layer whose values are all zero."""
     means = np.empty_like(values)
@@ -47,21 +56,21 @@ def layer_means(values: FloatArray, pool: Pool) -> FloatArray:
 def allocate(
     policy: Policy, request: AllocationRequest, pool: Pool, floors: IntArray, capacities: IntArray
 ) -> IntArray:
-    """Spread a global quota so that each layer gets its floor and no more than its capacity.
+    """Spread a global quota so that each layer gets at least its floor, at most its capacity.
 
     Args:
-        policy: the growth policy; it runs on one layer for the floors, then on all experts.
+        policy: the growth policy; it runs on each layer for the floors, then on all experts.
         request: over all experts of the pool.
         pool: which experts belong to which layer.
-        floors: units each layer gets in any case, int64 [layers]; together at most the quota.
-        capacities: units each layer may get at most, int64 [layers].
+        floors: least units of each layer, int64 [layers]; in sum at most the quota.
+        capacities: most units of each layer, int64 [layers].
 
     Returns:
         Growth of each expert, int64 [N].
     """
     growth = np.zeros_like(request.ranks)
     for name, part, units in zip(pool.names, pool.slices(), floors, strict=True):
-        layer = _restricted(request, part, min(int(units), request.quota - int(growth.sum())))
+        layer = _restrict(request, part, min(int(units), request.quota - int(growth.sum())))
         growth += run_policy(policy, layer, f"layer {name!r}")
     rest = dataclasses.replace(
         request,
@@ -70,13 +79,13 @@ def allocate(
         limits=request.limits - growth,
     )
     used = np.array([growth[part].sum() for part in pool.slices()])
-    return growth + _under_capacities(policy, rest, pool, capacities - used)
+    return growth + _allocate_under_capacities(policy, rest, pool, capacities - used)
 
 
-def _under_capacities(
+def _allocate_under_capacities(
     policy: Policy, request: AllocationRequest, pool: Pool, capacities: IntArray
 ) -> IntArray:
-    """Run the policy on all experts; fill overfull layers to the brim and share out the rest."""
+    """Run the policy on all experts; cap layers that exceed their capacity, share out the rest."""
     filled = np.zeros_like(request.ranks)
     while True:
         growth = run_policy(policy, request, pool.describe())
@@ -86,16 +95,16 @@ def _under_capacities(
         limits, quota = request.limits.copy(), request.quota
         for index in np.flatnonzero(used > capacities):
             part = pool.slices()[index]
-            brim = _restricted(request, part, int(capacities[index]))
-            growth = run_policy(policy, brim, f"layer {pool.names[index]!r}")
+            full = _restrict(request, part, int(capacities[index]))
+            growth = run_policy(policy, full, f"layer {pool.names[index]!r}")
             filled += growth
             quota -= int(growth.sum())
             limits[part] = 0
         request = dataclasses.replace(request, limits=limits, quota=quota)
 
 
-def _restricted(request: AllocationRequest, part: slice, quota: int) -> AllocationRequest:
-    """Return the same request with room only for the experts of one layer."""
+def _restrict(request: AllocationRequest, part: slice, quota: int) -> AllocationRequest:
+    """Limit a request to the experts of one layer."""
     limits = np.zeros_like(request.limits)
     limits[part] = request.limits[part]
     return dataclasses.replace(request, quota=quota, limits=limits)

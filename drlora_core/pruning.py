@@ -15,9 +15,9 @@ from drlora_core.saliency import active_dimensions
 def least_important(scores: FloatArray, ranks: IntArray, count: int) -> NDArray[np.bool_]:
     """Choose exactly ``count`` active dimensions to cut, every expert keeping at least one.
 
-    The lowest scores go first; on ties the dimension of the larger expert, then the later
-    dimension, then the later expert. (AdaLoRA compares with a threshold instead and keeps 0 of a
-    budget of 6 when all scores tie.)
+    The lowest scores are cut first. Ties are cut in this order: larger rank of the expert, later
+    dimension, later expert. (AdaLoRA compares with a threshold instead: when all scores tie, it
+    keeps 0 of a budget of 6.)
 
     Args:
         scores: importance of each rank dimension, float64 [N, R].
@@ -40,7 +40,7 @@ def least_important(scores: FloatArray, ranks: IntArray, count: int) -> NDArray[
 
 
 def compact(values: FloatArray, cut: NDArray[np.bool_]) -> FloatArray:
-    """Close the gaps that a cut leaves: kept columns move to the front in order, zeros follow."""
+    """Move the kept columns to the front, in order, and fill the rest with zeros."""
     order = np.argsort(cut, axis=1, kind="stable")
     kept = np.take_along_axis(np.where(cut, 0.0, values), order, axis=1)
     return kept

@@ -1,8 +1,8 @@
-"""Replay: drive a fresh engine with recorded statistics.
+"""Replay: drive a new engine with recorded statistics.
 
-A replay cannot know how the statistics would have changed under other ranks. With the recording's
-own configuration and policy it repeats the run's decisions exactly; with another one it tells what
-that policy would have decided from the statistics of *this* run.
+With the recording's own configuration and policy, a replay repeats the run's decisions exactly.
+With others, it shows what they would have decided from the statistics of *this* run: a replay
+cannot know how the statistics would have changed under other ranks.
 
 Shapes: T steps, K events, N experts of a layer.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -20,24 +19,26 @@ from drlora_core.ema import FloatArray, IntArray
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError, StatisticError, UnknownLayerError, near_misses
 from drlora_core.events import GrowthEvent
-from drlora_core.policies import Policy
+from drlora_core.policies import Policy, policy_name
 from drlora_core.recording.data import LayerRecord, Recording
 from drlora_core.recording.dimensions import follow, from_recorded, initial_order
 from drlora_core.saliency import active_dimensions
 
 CAVEAT = (
-    "A replay takes the statistics as recorded: it cannot know how they would have changed under "
+    "A replay uses the statistics as recorded: it cannot know how they would have changed under "
     "other ranks."
 )
+DECISIONS = {"ranks": "rank", "deltas": "growth", "saliency": "saliency", "cut": "cut"}
+"""Fields of an event, and what they are called in `first_difference`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replay:
-    """What an engine decided on a recording."""
+    """The decisions of an engine on a recording."""
 
     config: AllocatorConfig
     policy: str
-    """Name of the policy that decided."""
+    """Name of the policy: that of the configuration, or of the callable."""
     layers: dict[str, int]
     """Experts of each layer."""
     steps: int
@@ -63,17 +64,17 @@ class Replay:
 def replay(
     recording: Recording, config: AllocatorConfig | None = None, policy: Policy | None = None
 ) -> Replay:
-    """Drive a fresh engine with a recording's statistics.
+    """Drive a new engine with a recording's statistics.
 
     A replay cannot know how the statistics would have changed under other ranks.
 
     Args:
         recording: the statistics.
         config: default: that of the recorded run.
-        policy: a callable in place of ``config.policy``.
+        policy: a callable that replaces ``config.policy``.
 
     Raises:
-        LayoutError: no configuration is known, or what the policy needs was not recorded.
+        LayoutError: no configuration is known, or the policy needs what was not recorded.
         StatisticError, PolicyError: naming layer, step and value.
 
     Example:
@@ -96,7 +97,7 @@ def replay(
     events = _drive(engine, recording)
     return Replay(
         config=config,
-        policy=config.policy if policy is None else getattr(policy, "__name__", "own policy"),
+        policy=config.policy if policy is None else policy_name(policy),
         layers=dict(recording.layers),
         steps=recording.steps,
         events=tuple(events),
@@ -120,7 +121,7 @@ def _check_dimensions(recording: Recording, config: AllocatorConfig) -> None:
 
 
 def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
-    """Feed every step; return the events."""
+    """Feed every recorded step to the engine; return the events."""
     prunes = engine.config.policy == "prune"
     records = [recording.layer(name) for name in recording.layers]
     orders = {
@@ -136,7 +137,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
                 continue
             importance = record.importance_at(row)
             if prunes:
-                importance = _dimensions(record, row, engine, orders[record.name])
+                importance = _read_dimensions(record, row, engine, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
         event = engine.step()
         if event is not None:
@@ -146,10 +147,10 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
     return events
 
 
-def _dimensions(
+def _read_dimensions(
     record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
 ) -> FloatArray | None:
-    """Importance of the dimensions that the replay has kept, in its numbering, [N, R]."""
+    """Return the importance of the dimensions that the replay kept, in its numbering, [N, R]."""
     if record.dimensions is None or record.importance_at(row) is None:
         return None
     sample = from_recorded(record.dimensions[row], order)
@@ -158,24 +159,30 @@ def _dimensions(
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])
         raise StatisticError(
             f"layer {record.name!r}, step {row + 1}: dimension {int(order[expert, dimension])} of "
-            f"expert {expert} was not recorded (the run had cut it), but this replay keeps it; "
-            f"policy 'prune' can be replayed on what the run kept, not on more"
+            f"expert {expert} was not recorded (the run had cut it), but this replay keeps it; a "
+            f"replay of policy 'prune' must cut at least the dimensions that the run cut"
         )
     return sample
+
+
+def repeats_run(recording: Recording, result: Replay) -> bool:
+    """Tell whether a replay used the run's own configuration and policy."""
+    return result.config == recording.config and recording.policy in (result.policy, None)
 
 
 def first_difference(
     recorded: tuple[GrowthEvent, ...], replayed: tuple[GrowthEvent, ...]
 ) -> str | None:
-    """Name the first decision in which two lists of events differ; None if they are identical."""
+    """Describe the first difference between two lists of events; None if they are identical."""
     for ours, theirs in zip(recorded, replayed, strict=False):
         if (ours.step, ours.index, ours.unplaced) != (theirs.step, theirs.index, theirs.unplaced):
             return (
                 f"event {ours.index} after step {ours.step} left {ours.unplaced} units, the other "
                 f"is event {theirs.index} after step {theirs.step} and left {theirs.unplaced}"
             )
-        for name, ranks in ours.ranks.items():
-            for what, one, two in _decisions(name, ranks, ours, theirs):
+        for name in ours.ranks:
+            for field, what in DECISIONS.items():
+                one, two = (getattr(event, field).get(name) for event in (ours, theirs))
                 if not np.array_equal(one, two):
                     index = tuple(int(number) for number in np.argwhere(one != two)[0])
                     return (
@@ -185,16 +192,3 @@ def first_difference(
     if len(recorded) != len(replayed):
         return f"{len(recorded)} events and {len(replayed)}"
     return None
-
-
-def _decisions(
-    name: str, ranks: IntArray, ours: GrowthEvent, theirs: GrowthEvent
-) -> list[tuple[str, Any, Any]]:
-    pairs: list[tuple[str, Any, Any]] = [
-        ("rank", ranks, theirs.ranks[name]),
-        ("growth", ours.deltas[name], theirs.deltas[name]),
-        ("saliency", ours.saliency[name], theirs.saliency[name]),
-    ]
-    if ours.cut or theirs.cut:
-        pairs.append(("cut", ours.cut[name], theirs.cut[name]))
-    return pairs

@@ -1,4 +1,4 @@
-"""Saliency of experts: what the greedy allocation orders them by.
+"""Saliency of experts, by which the greedy allocation orders them.
 
 Shapes: N experts, R = r_max rank dimensions.
 """

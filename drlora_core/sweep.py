@@ -1,14 +1,13 @@
-"""Replaying one recording under many configurations, in parallel."""
+"""Replay one recording under many configurations, in several processes where it pays."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -16,11 +15,13 @@ import numpy as np
 
 from drlora_core.comparison import compare, entropy, gini
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import DRLoRAError, LayoutError
-from drlora_core.recording.data import Recording
+from drlora_core.errors import DRLoRAError, LayoutError, import_extra
+from drlora_core.recording import Recording
 from drlora_core.replay import CAVEAT, Replay, replay
 
 Row = dict[str, Any]
+SMALL = 200_000
+"""Samples (steps x layers x configurations) below which one process is faster."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,16 +32,18 @@ class Sweep:
     seconds: float
 
     def rows(self) -> list[Row]:
-        """One dict per configuration: its ranks' spread, and its difference from the first."""
+        """Return a row per configuration: spread of its ranks, overlap with the first."""
         first = next(iter(self.replays.values()))
-        return [_row(name, first, result) for name, result in self.replays.items()]
+        return [_describe(name, first, result) for name, result in self.replays.items()]
 
     def __str__(self) -> str:
         rows = self.rows()
-        cells = [list(rows[0]), *([_shown(v) for v in row.values()] for row in rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-        return "\n".join([line.rstrip() for line in lines] + [CAVEAT])
+        lines = [list(rows[0])]
+        for row in rows:
+            lines.append([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([*text, CAVEAT])
 
 
 def sweep(
@@ -57,48 +60,60 @@ def sweep(
 
     Args:
         recording: the statistics.
-        configs: by a name of yours, or a sequence (then named by policy and number).
-        processes: worker processes; None: one per core, but none where the work is small. Workers
-            are spawned, so a script that asks for them needs an ``if __name__ == "__main__"``.
+        configs: by a name of yours, or a sequence (then named by number and policy).
+        processes: worker processes; None: one per core, or none if the work is small. A script
+            that uses workers must call this below ``if __name__ == "__main__":``.
         progress: show a bar (needs rich, of the extra ``cli``).
 
     Raises:
-        LayoutError: no configuration, or two of a name.
+        LayoutError: no configuration is given.
         DRLoRAError: as `replay`, naming the configuration.
     """
-    named = _named(configs)
-    if processes is None:
-        work = recording.steps * len(recording.layers) * len(named)
-        processes = 1 if work < 200_000 else os.cpu_count() or 1
-    processes = min(processes, len(named))
-    started = time.perf_counter()
-    with _bar(progress, len(named)) as advance:
-        run = _in_process if processes <= 1 else _in_processes
-        results = run(recording, named, processes, advance)
-    return Sweep({name: results[name] for name in named}, time.perf_counter() - started)
-
-
-def _named(
-    configs: Mapping[str, AllocatorConfig] | Sequence[AllocatorConfig],
-) -> dict[str, AllocatorConfig]:
     if not isinstance(configs, Mapping):
         configs = {f"{number} {config.policy}": config for number, config in enumerate(configs, 1)}
     if not configs:
         raise LayoutError("a sweep needs at least one configuration")
-    return dict(configs)
+    if processes is None:
+        small = recording.steps * len(recording.layers) * len(configs) < SMALL
+        processes = 1 if small else os.cpu_count() or 1
+    started = time.perf_counter()
+    if min(processes, len(configs)) <= 1:
+        results = _run_here(recording, configs)
+    else:
+        results = _run_in_processes(recording, configs, min(processes, len(configs)))
+    if progress:
+        console = import_extra("rich.console", "cli").Console(stderr=True)
+        track = import_extra("rich.progress", "cli").track
+        results = track(results, "replaying", total=len(configs), console=console)
+    replays = dict(results)
+    return Sweep({name: replays[name] for name in configs}, time.perf_counter() - started)
 
 
-def _in_process(
-    recording: Recording,
-    configs: Mapping[str, AllocatorConfig],
-    processes: int,
-    advance: Callable[[], None],
-) -> dict[str, Replay]:
-    results = {}
+def _run_here(
+    recording: Recording, configs: Mapping[str, AllocatorConfig]
+) -> Iterator[tuple[str, Replay]]:
     for name, config in configs.items():
-        results[name] = _replay_named(recording, name, config)
-        advance()
-    return results
+        yield name, _replay_named(recording, name, config)
+
+
+def _run_in_processes(
+    recording: Recording, configs: Mapping[str, AllocatorConfig], processes: int
+) -> Iterator[tuple[str, Replay]]:
+    context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of torch
+    pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
+    try:
+        with pool:
+            tasks = {
+                pool.submit(_replay_named, recording, name, config): name
+                for name, config in configs.items()
+            }
+            for task in concurrent.futures.as_completed(tasks):
+                yield tasks[task], task.result()
+    except BrokenProcessPool as error:
+        raise DRLoRAError(
+            "the worker processes of the sweep ended; a script must call it below "
+            'if __name__ == "__main__": (or use processes=1)'
+        ) from error
 
 
 def _replay_named(recording: Recording, name: str, config: AllocatorConfig) -> Replay:
@@ -108,61 +123,7 @@ def _replay_named(recording: Recording, name: str, config: AllocatorConfig) -> R
         raise type(error)(f"configuration {name!r}: {error}") from error
 
 
-_shared: Recording | None = None  # in a worker: the recording, sent once and not with every task
-
-
-def _share(recording: Recording) -> None:
-    global _shared  # noqa: PLW0603
-    _shared = recording
-
-
-def _work(name: str, config: AllocatorConfig) -> Replay:
-    assert _shared is not None
-    return _replay_named(_shared, name, config)
-
-
-def _in_processes(
-    recording: Recording,
-    configs: Mapping[str, AllocatorConfig],
-    processes: int,
-    advance: Callable[[], None],
-) -> dict[str, Replay]:
-    context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of torch
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_share, initargs=(recording,)
-    )
-    results = {}
-    try:
-        with pool:
-            tasks = {pool.submit(_work, name, config): name for name, config in configs.items()}
-            for task in concurrent.futures.as_completed(tasks):
-                results[tasks[task]] = task.result()
-                advance()
-    except BrokenProcessPool as error:
-        raise DRLoRAError(
-            "the worker processes of the sweep ended; a script must call it below "
-            'if __name__ == "__main__": (or use processes=1)'
-        ) from error
-    return results
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, total: int) -> Iterator[Callable[[], None]]:
-    if not progress:
-        yield lambda: None
-        return
-    try:
-        from rich.progress import Progress
-    except ModuleNotFoundError as error:
-        raise DRLoRAError('a progress bar needs rich: pip install "drlora[cli]"') from error
-    from rich.console import Console
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("replaying", total=total)
-        yield lambda: bar.advance(task)
-
-
-def _row(name: str, first: Replay, result: Replay) -> Row:
+def _describe(name: str, first: Replay, result: Replay) -> Row:
     ranks = list(result.final_ranks.values())
     compared = compare(first, result)
     return {
@@ -177,7 +138,3 @@ def _row(name: str, first: Replay, result: Replay) -> Row:
         "overlap with first": compared.mean("overlap"),
         "spearman with first": compared.mean("spearman"),
     }
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,27 +1,28 @@
-"""Help for people who write their own growth policy: build a request, check a policy.
+"""Tools for writing your own growth policy: build a request, check a policy.
 
-:func:`check_policy` needs hypothesis (``pip install hypothesis``); :func:`make_request` does not.
+:func:`check_policy` needs hypothesis (``pip install hypothesis``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from drlora_core.ema import FloatArray, IntArray
+from drlora_core.ema import IntArray
 from drlora_core.errors import PolicyError
-from drlora_core.policies import AllocationRequest, Policy, run_policy
-
-if TYPE_CHECKING:
-    from hypothesis.strategies import SearchStrategy
+from drlora_core.policies import (
+    REQUEST_ARRAYS,
+    AllocationRequest,
+    Policy,
+    policy_name,
+    run_policy,
+)
 
 __all__ = ["check_policy", "make_request"]
-
-_ARRAYS = ("ranks", "limits", "routing", "importance", "scale")
 
 
 def make_request(
@@ -37,7 +38,7 @@ def make_request(
     step: int = 1,
     seed: Sequence[int] = (0,),
 ) -> AllocationRequest:
-    """Build the input of a policy; what is left out is 1 for every expert.
+    """Build the input of a policy; arrays that are left out are 1 for every expert.
 
     Args:
         quota: rank units to place, >= 0.
@@ -63,58 +64,54 @@ def make_request(
         if not all(given is None for given in (routing, importance, gamma, scale)):
             raise ValueError("give saliency, or routing, importance, gamma and scale, not both")
         routing, gamma = saliency, 0.0
-    whole = _whole("ranks", ranks, 1)
     if quota < 0:
         raise ValueError(f"quota must be >= 0, got {quota}")
+    size = np.size(ranks)
     return AllocationRequest(
         step=step,
         quota=quota,
-        ranks=whole,
-        limits=_fits("limits", _whole("limits", limits, 0), whole.size),
-        routing=_numbers("routing", routing, whole.size),
-        importance=_numbers("importance", importance, whole.size),
+        ranks=_check_array("ranks", ranks, size, np.int64, 1),
+        limits=_check_array("limits", limits, size, np.int64),
+        routing=_check_array("routing", routing, size),
+        importance=_check_array("importance", importance, size),
         gamma=1.0 if gamma is None else gamma,
-        scale=_numbers("scale", scale, whole.size),
+        scale=_check_array("scale", scale, size),
         seed=tuple(seed),
     )
 
 
-def _whole(name: str, values: ArrayLike, least: int) -> IntArray:
-    array = np.array(values)
-    if array.dtype.kind not in "iu" or array.ndim != 1 or not array.size or array.min() < least:
-        raise ValueError(f"{name} must be a list of whole numbers >= {least}, got {values!r}")
-    return array.astype(np.int64)
-
-
-def _numbers(name: str, values: ArrayLike | None, size: int) -> FloatArray:
-    array = np.ones(size) if values is None else np.array(values, dtype=np.float64)
-    if not (np.isfinite(array).all() and (array >= 0.0).all()):
-        raise ValueError(f"{name} must hold finite numbers >= 0, got {values!r}")
-    checked: FloatArray = _fits(name, array, size)
-    return checked
-
-
-def _fits(name: str, array: NDArray[Any], size: int) -> NDArray[Any]:
+def _check_array(
+    name: str, values: ArrayLike | None, size: int, dtype: type = np.float64, least: int = 0
+) -> NDArray[Any]:
+    whole = dtype is np.int64
+    array = np.ones(size) if values is None else np.array(values, None if whole else np.float64)
+    if (
+        not array.size
+        or (whole and array.dtype.kind not in "iu")
+        or not (np.isfinite(array).all() and (array >= least).all())
+    ):
+        kind = "whole" if whole else "finite"
+        raise ValueError(f"{name} must be a list of {kind} numbers >= {least}, got {values!r}")
     if array.shape != (size,):
         raise ValueError(f"{name} has shape {array.shape}; ranks have ({size},)")
-    return array
+    return array.astype(dtype)
 
 
 def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 100) -> None:
-    """Try a policy on generated requests; the first violation of its contract is an error.
+    """Test a policy on generated requests.
 
-    Checked: an integer array of the right shape comes back; no growth is negative or above its
-    limit; the quota is never exceeded; the same request gives the same answer; the input arrays
-    are left alone; and, if ``equivariant``, renumbering experts whose saliencies differ renumbers
-    the answer alike.
+    The answer must be an integer array of the right shape, with no growth below 0 or above its
+    limit, and within the quota. The same request must give the same answer, and the input arrays
+    must not change. If ``equivariant``, renumbering experts of different saliencies must renumber
+    the answer in the same way.
 
     Args:
-        policy: the callable under test.
-        equivariant: False for a policy that looks at the number of an expert on purpose.
-        examples: requests to try; the same ones at every call.
+        policy: the callable to test.
+        equivariant: False for a policy that uses the number of an expert on purpose.
+        examples: number of requests; the same ones at every call.
 
     Raises:
-        AssertionError: a sentence naming the violation and the smallest request that shows it.
+        AssertionError: a sentence that names the violation and the smallest request that shows it.
         ImportError: hypothesis is not installed.
 
     Example:
@@ -126,6 +123,7 @@ def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 10
     """
     try:
         import hypothesis
+        from hypothesis import strategies as st
     except ImportError as error:
         raise ImportError("check_policy needs hypothesis; pip install hypothesis") from error
     violations: list[str] = []
@@ -139,13 +137,14 @@ def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 10
         report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(_requests(equivariant))
-    def run(example: tuple[AllocationRequest, list[int] | None]) -> None:
-        request, permutation = example
+    @hypothesis.given(st.data())
+    def run(data: st.DataObject) -> None:
+        request, tied = _draw_request(data.draw)
         try:
-            _check_once(policy, request)
-            if permutation is not None:
-                _check_permuted(policy, request, permutation)
+            growth = _check_once(policy, request)
+            if equivariant and not tied:
+                order = data.draw(st.permutations(range(request.ranks.size)))
+                _check_permuted(policy, request, growth, order)
         except AssertionError as error:
             violations.append(str(error))
             raise
@@ -158,52 +157,49 @@ def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 10
         raise AssertionError(violations[-1]) from error
 
 
-def _requests(
-    equivariant: bool,
-) -> SearchStrategy[tuple[AllocationRequest, list[int] | None]]:
-    """Requests, half of them with many ties, half with scores that all differ and a permutation."""
+def _draw_request(draw: Any) -> tuple[AllocationRequest, bool]:
+    """Draw a request: with many ties (then also return True), or with scores that all differ."""
     from hypothesis import strategies as st
 
-    @st.composite
-    def build(draw: st.DrawFn) -> tuple[AllocationRequest, list[int] | None]:
-        size = draw(st.integers(1, 8))
-        ranks = draw(st.lists(st.integers(1, 6), min_size=size, max_size=size))
-        limits = draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
-        quota = draw(st.integers(0, sum(limits) + 3))
-        gamma = draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
-        tied = draw(st.booleans())
-        seed = draw(st.integers(0, 2**32 - 1))
-        generator = np.random.default_rng(seed)
-        if tied:
-            routing, importance = generator.choice([0.0, 0.5, 1.0], (2, size))
-        else:  # drawn from the whole interval: no ties, nor ties of what a policy computes from it
-            routing, importance = generator.random((2, size)) + 1e-3
-        permutation = draw(st.permutations(range(size))) if equivariant and not tied else None
-        request = make_request(
-            quota, ranks, limits, routing=routing, importance=importance, gamma=gamma, seed=[seed]
-        )
-        return request, permutation
+    size = draw(st.integers(1, 8))
+    ranks = draw(st.lists(st.integers(1, 6), min_size=size, max_size=size))
+    limits = draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
+    quota = draw(st.integers(0, sum(limits) + 3))
+    gamma = draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+    tied = draw(st.booleans())
+    seed = draw(st.integers(0, 2**32 - 1))
+    generator = np.random.default_rng(seed)
+    if tied:
+        signals = generator.choice([0.0, 0.5, 1.0], (2, size))
+    else:  # from a continuous distribution, so that nothing a policy computes from it ties
+        signals = generator.random((2, size)) + 1e-3
+    request = make_request(
+        quota, ranks, limits, routing=signals[0], importance=signals[1], gamma=gamma, seed=[seed]
+    )
+    return request, tied
 
-    return build()
+
+def _select(request: AllocationRequest, order: Any) -> AllocationRequest:
+    """Copy a request with its experts in another order."""
+    arrays = {name: getattr(request, name)[order].copy() for name in REQUEST_ARRAYS}
+    return dataclasses.replace(request, **arrays)
 
 
 def _check_once(policy: Policy, request: AllocationRequest) -> IntArray:
-    """Ask twice, and hold the answers against the contract; the answer."""
-    about, name = _describe(request), _name(policy)
+    """Call the policy twice and check both answers; return the answer."""
+    about, name = _describe(request), policy_name(policy)
     answers = []
     for _ in range(2):
-        fresh = dataclasses.replace(
-            request, **{key: getattr(request, key).copy() for key in _ARRAYS}
-        )
+        copy = _select(request, slice(None))
         try:
-            answers.append(run_policy(policy, fresh, about))
+            answers.append(run_policy(policy, copy, about))
         except PolicyError as error:
             if "read-only" in str(error):
                 raise AssertionError(f"policy {name!r} writes to its input: {error}") from error
             raise AssertionError(str(error)) from error
-        for key in _ARRAYS:
-            if not np.array_equal(getattr(fresh, key), getattr(request, key)):
-                raise AssertionError(f"policy {name!r} writes to its input {key!r}: {about}")
+        for field in REQUEST_ARRAYS:
+            if not np.array_equal(getattr(copy, field), getattr(request, field)):
+                raise AssertionError(f"policy {name!r} writes to its input {field!r}: {about}")
     if not np.array_equal(answers[0], answers[1]):
         raise AssertionError(
             f"policy {name!r} is not deterministic: {answers[0].tolist()}, then "
@@ -212,24 +208,17 @@ def _check_once(policy: Policy, request: AllocationRequest) -> IntArray:
     return answers[0]
 
 
-def _check_permuted(policy: Policy, request: AllocationRequest, permutation: list[int]) -> None:
-    order = np.array(permutation)
-    growth = _check_once(policy, request)
-    renumbered = dataclasses.replace(
-        request, **{key: getattr(request, key)[order] for key in _ARRAYS}
-    )
-    got = _check_once(policy, renumbered)
+def _check_permuted(
+    policy: Policy, request: AllocationRequest, growth: IntArray, order: list[int]
+) -> None:
+    got = _check_once(policy, _select(request, order))
     if not np.array_equal(got, growth[order]):
         raise AssertionError(
-            f"policy {_name(policy)!r} depends on the numbering of the experts: "
+            f"policy {policy_name(policy)!r} depends on the numbering of the experts: "
             f"{growth.tolist()} for {_describe(request)}, but in the order "
-            f"{permutation} it gives {got.tolist()}, not {growth[order].tolist()} "
+            f"{order} it gives {got.tolist()}, not {growth[order].tolist()} "
             "(equivariant=False turns this check off)"
         )
-
-
-def _name(policy: Policy) -> str:
-    return getattr(policy, "__name__", type(policy).__name__)
 
 
 def _describe(request: AllocationRequest) -> str:

@@ -1,15 +1,13 @@
-"""When growth events happen and how many rank units each may place (design: T_grow, Q, R, K)."""
+"""The steps of growth events (T_grow) and the rank units that each may place (Q, R, K)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from drlora_core.errors import TimetableError, near_misses
-
 
 def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
-    """T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0.
+    """Return T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0.
 
     Example:
         >>> list(growth_steps(warmup_steps=5, growth_interval=10, growth_end=30))
@@ -27,7 +25,7 @@ def event_index(step: int, warmup_steps: int, growth_interval: int, growth_end: 
 
 
 def even_quota(event: int, num_events: int, budget: int) -> int:
-    """Quota of event k = 1..K: floor(k R / K) - floor((k - 1) R / K); they sum to R exactly.
+    """Quota of event k = 1..K: floor(k R / K) - floor((k - 1) R / K). All quotas sum to R.
 
     Example:
         >>> [even_quota(k, 4, 10) for k in (1, 2, 3, 4)]
@@ -40,7 +38,7 @@ def cubic_total(event: int, num_events: int, start: int, target: int) -> int:
     """Total rank after event k of a pruning run, from ``start`` down to ``target``.
 
     target + (start - target) * (1 - k / K)^3, rounded down: the schedule of AdaLoRA
-    (arXiv 2303.10512, eq. 12) without its own warm-up and tail, which the window gives.
+    (arXiv 2303.10512, eq. 12) between warmup_steps and growth_end.
 
     Example:
         >>> [cubic_total(k, 4, start=64, target=32) for k in (1, 2, 3, 4)]
@@ -52,24 +50,13 @@ def cubic_total(event: int, num_events: int, start: int, target: int) -> int:
 TIMETABLES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"early": (0.05, 0.25), "late": (0.1, 0.6)}
 )
-"""By name, the shares of the training steps between which the growth events lie."""
-
-
-def shares(timetable: str) -> tuple[float, float]:
-    """The shares of a timetable.
-
-    Raises:
-        TimetableError: there is none of that name.
-    """
-    if timetable not in TIMETABLES:
-        raise TimetableError(f"no timetable {timetable!r}; {near_misses(timetable, TIMETABLES)}")
-    return TIMETABLES[timetable]
+"""By name: the growth events lie between these shares of the training steps."""
 
 
 def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, int]:
-    """``growth_interval`` and ``growth_end`` of events that lie evenly after the warmup.
+    """Return ``growth_interval`` and ``growth_end`` of events at even intervals after the warmup.
 
-    Fewer events where there are fewer steps; ``growth_end`` is ``last_step`` or just before.
+    There are fewer events if there are fewer steps; ``growth_end`` is at most ``last_step``.
 
     Example:
         >>> even_events(warmup_steps=10, last_step=50, events=8)
@@ -86,7 +73,7 @@ def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, in
 
 
 def growth_cap(r_init: int, r_max: int, events: int) -> int:
-    """The ``max_growth`` with which an expert that wins every event reaches r_max at the last.
+    """Return the ``max_growth`` that takes an expert from r_init to r_max in all the events.
 
     Example:
         >>> growth_cap(r_init=8, r_max=32, events=8)

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from drlora_torch import MoELayer, discover
+from drlora_torch.models.discovery import discover
+from drlora_torch.models.records import MoELayer
 
 COLUMNS = ("layers", "experts", "router", "adapted as", "LoRA")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ LEVELS: tuple[set[str], ...] = (
     {"cli"},
 )
 UNNAMED = 5
+# Likewise the parts of drlora_torch, from the ground up; a part imports from lower floors alone.
+FLOORS: tuple[set[str], ...] = (
+    {"errors", "lora", "embedded"},
+    {"models", "options"},
+    {"attached"},
+    {"step"},
+    {"lifecycle"},
+    {"storage", "merge"},
+    {"adapter"},
+    {"api"},
+    {"integrations", "inspection"},
+    {"finetune"},
+    {"cli"},
+    {"__init__"},
+)
 OFF_LIMITS = {"torch", "transformers", "drlora_torch", "peft", "accelerate", "datasets", "trl"}
 MAY_IMPORT_TRANSFORMERS = ("models", "integrations", "finetune", "finetune.py", "cli.py")
 
@@ -41,12 +57,12 @@ def label(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imported(path: Path) -> Iterator[tuple[str, int]]:
+def imported(path: Path, root: Path = ROOT) -> Iterator[tuple[str, int]]:
     """Dotted names that a file imports anywhere, lazily too, with their lines.
 
     ``from a import b`` gives ``a.b``: b may be a module.
     """
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = path.relative_to(root).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -92,6 +108,96 @@ def test_core_has_no_import_cycle() -> None:
         leaves = {name for name, needs in graph.items() if not needs & set(graph)}
         assert leaves, f"these import each other: {sorted(graph)}"
         graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+def find_circle(root: Path, packages: Sequence[str]) -> str | None:
+    """A circle of imports among the files of packages; None if there is none.
+
+    Lazy and TYPE_CHECKING imports count; names that an ``__init__`` passes on do not.
+    """
+    files: dict[str, Path] = {}
+    for path in (file for package in packages for file in (root / package).rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        if path.name != "__init__.py":
+            files[name] = path
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found = {dotted for dotted, _ in imported(path, root)}
+        found |= {dotted.rpartition(".")[0] for dotted in found}  # from module import name
+        graph[name] = (found & files.keys()) - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return None
+
+
+def test_no_import_circle() -> None:
+    assert find_circle(ROOT, ["drlora_core", "drlora_torch", "benchmarks"]) is None
+
+
+def upward_imports(root: Path, package: str, floors: Sequence[set[str]]) -> list[str]:
+    """Imports that do not lead down: from a part of a package to one of its own floor or above."""
+    floor = {name: number for number, names in enumerate(floors) for name in names}
+    wrong = []
+    for path in sorted((root / package).rglob("*.py")):
+        own = path.relative_to(root / package).parts[0].removesuffix(".py")
+        for dotted, line in imported(path, root):
+            top, *rest = dotted.split(".")
+            part = rest[0] if rest and rest[0] in floor else "__init__"
+            if top == package and own not in (part, "__init__") and floor[part] >= floor[own]:
+                wrong.append(f"{path.relative_to(root)}:{line} imports {dotted}")
+    return wrong
+
+
+def test_drlora_torch_imports_only_what_is_below() -> None:
+    """State at the bottom, operations above it, one front door; lazy imports count."""
+    assert upward_imports(ROOT, "drlora_torch", FLOORS) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from fake.high import run", "def f():\n    from fake.high import run", "import fake"],
+)
+def test_an_import_that_leads_up_is_found(tmp_path: Path, source: str) -> None:
+    (tmp_path / "fake" / "low").mkdir(parents=True)
+    for name, text in {"low/leaf": "import json", "high": "from fake.low import leaf"}.items():
+        (tmp_path / "fake" / f"{name}.py").write_text(text)
+    floors: list[set[str]] = [{"low"}, {"high"}, {"__init__"}]
+    assert upward_imports(tmp_path, "fake", floors) == []
+    (tmp_path / "fake" / "low" / "leaf.py").write_text(source)
+    assert len(upward_imports(tmp_path, "fake", floors)) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "circle"),
+    [
+        ("from fake.top import run", {"fake.low", "fake.top"}),
+        ("def f():\n    from fake import top", {"fake.low", "fake.top"}),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .top import run",
+            {"fake.low", "fake.top"},
+        ),
+        ("from .part.leaf import x", {"fake.low", "fake.part.leaf"}),
+        ("import json\nfrom fake import run", None),  # through __init__
+    ],
+)
+def test_a_circle_of_imports_is_found(tmp_path: Path, source: str, circle: set[str] | None) -> None:
+    """One import of a clean tree is turned around."""
+    (tmp_path / "fake" / "part").mkdir(parents=True)
+    files = {
+        "__init__": "from fake.top import run",
+        "low": "import json",
+        "top": "from fake import low\nrun = low",
+        "part/__init__": "",
+        "part/leaf": "from ..low import json as x",
+    }
+    for name, text in files.items():
+        (tmp_path / "fake" / f"{name}.py").write_text(text)
+    assert find_circle(tmp_path, ["fake"]) is None
+    (tmp_path / "fake" / "low.py").write_text(source)
+    found = find_circle(tmp_path, ["fake"])
+    assert (None if found is None else set(found.split(" imports "))) == circle
 
 
 @pytest.mark.parametrize("path", CORE, ids=label)
@@ -180,7 +286,8 @@ WITHOUT_TORCH = """
     engine.add_layer("experts", num_experts=2)
     engine.observe("experts", routing=[0.1, 0.9], importance=[1.0, 1.0])
     print(engine.step().ranks["experts"].tolist())
-    print(sorted({"hypothesis", "plotly", "typer", "rich"} & set(sys.modules)))
+    optional = {"hypothesis", "plotly", "typer", "rich", "scipy", "jinja2"}
+    print(sorted(optional & set(sys.modules)))
 """
 
 

@@ -6,7 +6,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run ``drlora``; exits with 0, with 2 after an error of the user's, with 1 after another."""
+    """Run ``drlora``; exit with 0, with 2 after a user error, with 1 after an internal error."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

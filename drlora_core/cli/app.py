@@ -1,7 +1,7 @@
-"""The application: our commands, those of other packages, and what becomes of errors.
+"""The application: its commands, those of other packages, and how errors are shown.
 
 Another distribution adds commands with an entry point of the group ``drlora.commands`` that loads
-to a function ``register(app: typer.Typer) -> None``. Errors of its commands are treated as ours.
+to a function ``register(app: typer.Typer) -> None``. Errors of its commands are shown like ours.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from drlora_core.cli import plan, replay, report
-from drlora_core.errors import DRLoRAError
+from drlora_core.cli.plan import plan
+from drlora_core.cli.replay import replay_command
+from drlora_core.cli.report import report
+from drlora_core.errors import DRLoRAError, describe_validation_error
+from drlora_core.replay import CAVEAT
 
 ENTRY_POINTS = "drlora.commands"
 # Libraries that a command may find missing, and the extra that brings them.
@@ -30,7 +33,7 @@ USER_ERRORS = (DRLoRAError, ValidationError, OSError)
 
 
 class Group(TyperGroup):
-    """A group of commands whose user errors are one sentence and exit code 2."""
+    """A group of commands that shows a user error in one sentence and exits with code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -50,19 +53,14 @@ class Group(TyperGroup):
         except USER_ERRORS as error:
             if os.environ.get("DRLORA_DEBUG"):
                 raise
-            typer.echo(f"drlora: {sentence(error)}", err=True)
+            typer.echo(f"drlora: {describe_error(error)}", err=True)
             raise typer.Exit(2) from None
 
 
-def sentence(error: Exception) -> str:
-    """Say an error in one line."""
+def describe_error(error: Exception) -> str:
+    """Describe an error in one line."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        text = f"{place}: {text}" if place else text
-        if (more := error.error_count() - 1) > 0:
-            text += f" (and {more} more)"
+        text = describe_validation_error(error)
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.strerror}: {error.filename}"
     else:
@@ -70,8 +68,8 @@ def sentence(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def build() -> typer.Typer:
-    """Return the application with all commands that can be loaded."""
+def build() -> tuple[typer.Typer, list[str]]:
+    """Return the application with all commands that can be loaded, and why others cannot."""
     app = typer.Typer(
         cls=Group,
         no_args_is_help=True,
@@ -79,55 +77,48 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    plan.register(app)
-    replay.register(app)
-    report.register(app)
+    app.command()(plan)
+    app.command("replay", epilog=CAVEAT)(replay_command)
+    app.command()(report)
     missing = _register_others(app)
     text = "Rank allocation for LoRA fine-tuning of mixture-of-experts models."
     if missing:
         text += "\n\nNot available here: " + "; ".join(missing) + "."
-
-    @app.callback(help=text)
-    def _root() -> None:
-        """Hold the options that all commands share: none yet."""
-
-    return app
+    app.callback(help=text)(lambda: None)
+    return app, missing
 
 
 def _register_others(app: typer.Typer) -> list[str]:
-    """Let other distributions add commands; return why some could not."""
+    """Add the commands of other distributions; return why some cannot be added."""
     missing = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         theirs = typer.Typer()
         try:
             entry.load()(theirs)
             typer.main.get_command(theirs)  # reads their signatures, which may fail too
-        except Exception as error:  # whatever is wrong there, our commands work
+        except Exception as error:  # our own commands must work whatever fails there
+            reason = f"{type(error).__name__}: {describe_error(error)}"
+            if isinstance(error, ModuleNotFoundError):
+                reason = f"the missing library {error.name}"
             hint = f' (pip install "drlora[{entry.name}]")' if entry.name == "torch" else ""
-            reason = f"the commands of {entry.value.split(':')[0]}, because of {_reason(error)}"
-            missing.append(reason + hint)
+            module = entry.value.split(":")[0]
+            missing.append(f"the commands of {module}, because of {reason}{hint}")
         else:
             app.registered_commands += theirs.registered_commands
             app.registered_groups += theirs.registered_groups
     return missing
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"the missing library {error.name}"
-    return f"{type(error).__name__}: {sentence(error)}"
-
-
 def run(arguments: list[str] | None) -> None:
     """Run the application; always ends in SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    app = build()
+    app, missing = build()
     command = next((word for word in arguments if not word.startswith("-")), None)
     names = {
         entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback
     }
     if command is not None and command not in names:
-        for reason in _register_others(typer.Typer()):
+        for reason in missing:
             typer.echo(f"drlora: not available here: {reason}", err=True)
     try:
         app(args=arguments, prog_name="drlora")
@@ -135,8 +126,8 @@ def run(arguments: list[str] | None) -> None:
         if os.environ.get("DRLORA_DEBUG"):
             raise
         typer.echo(
-            f"drlora: internal error: {type(error).__name__}: {sentence(error)} "
-            f"(DRLORA_DEBUG=1 shows where)",
+            f"drlora: internal error: {type(error).__name__}: {describe_error(error)} "
+            f"(DRLORA_DEBUG=1 shows the traceback)",
             err=True,
         )
         raise SystemExit(1) from None

@@ -4,62 +4,68 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic_core
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import DRLoRAError, LayoutError, near_misses
 from drlora_core.recording import Recording, load_trace
-from drlora_core.recording.traces import ImportanceChoice
 
 HEADERS = ("recording.json", "zarr.json")  # of today, and of those that `Recording.open` refuses
-SET_HELP = (
-    "A field of the allocator's configuration, NAME=VALUE, such as r_target=16 or policy=rescored; "
-    "may be repeated. Fields: " + ", ".join(AllocatorConfig.model_fields) + "."
-)
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        help="A field of the allocator's configuration, NAME=VALUE, such as r_target=16 or "
+        f"policy=rescored; may be repeated. Fields: {', '.join(AllocatorConfig.model_fields)}.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="JSON file of the allocator's configuration.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def allocator(
-    base: Mapping[str, Any], file: Path | None, settings: Sequence[str]
+def build_config(
+    base: Mapping[str, Any], file: Path | None, settings: Sequence[str] | None
 ) -> AllocatorConfig:
-    """Return the configuration of a JSON file (or the base), changed by ``NAME=VALUE`` settings.
+    """Read a configuration from a JSON file (or the base) and apply ``NAME=VALUE`` settings.
 
     Raises:
-        DRLoRAError: an unreadable file or setting.
-        pydantic.ValidationError: a value that the configuration refuses.
+        DRLoRAError: a setting with an unknown name or without a value.
+        pydantic.ValidationError: the file is not a configuration, or it refuses a value.
+        OSError: the file cannot be read.
     """
     values: dict[str, Any] = dict(base)
     if file is not None:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DRLoRAError(f"{file} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise DRLoRAError(f"{file} does not hold an allocator's configuration, a JSON object")
-    for setting in settings:
+        values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
+    for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:
             raise DRLoRAError(f"--set {setting}: write NAME=VALUE, such as r_target=16")
         if name not in AllocatorConfig.model_fields:
             hint = near_misses(name, AllocatorConfig.model_fields)
             raise DRLoRAError(f"--set {setting}: no such field; {hint}")
-        values[name] = _value(text)
+        values[name] = _parse_value(text)
     return AllocatorConfig(**values)
 
 
-def _value(text: str) -> Any:
-    """Read a setting as JSON where it is, else as a string."""
+def _parse_value(text: str) -> Any:
+    """Read a setting as JSON if possible, else as a string."""
     try:
         return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
     except ValueError:
         return text
 
 
-def open_recording(path: Path, importance: ImportanceChoice = "ones") -> Recording:
+def open_recording(path: Path, importance: Any = "ones") -> Recording:
     """Open a recording, a run's directory that has one, or a routing trace (.npz).
 
     Raises:
@@ -84,7 +90,7 @@ def find_recording(path: Path) -> Path:
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None) -> None:
-    """Print rows as a table; numbers stand to the right."""
+    """Print rows as a table; numbers are right-aligned."""
     if not rows:
         return
     made = Table(title=title, title_justify="left", title_style="bold", caption=note)
@@ -92,23 +98,23 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None
     for name, value in rows[0].items():
         made.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        made.add_row(*(shown(value) for value in row.values()))
-    console().print(made)
+        made.add_row(*(format_cell(value) for value in row.values()))
+    _console().print(made)
 
 
 def say(text: str) -> None:
     """Print a line."""
-    console().print(text, markup=False, highlight=False)
+    _console().print(text, markup=False, highlight=False)
 
 
-def console() -> Console:
-    """Return a console for standard output; lines are not cut where it is not a terminal."""
+def _console() -> Console:
+    """Return a console for standard output; it cuts no lines if the output is not a terminal."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=200)
 
 
-def shown(value: Any) -> str:
-    """Return a table cell."""
+def format_cell(value: Any) -> str:
+    """Format a table cell."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):
@@ -119,25 +125,18 @@ def shown(value: Any) -> str:
 
 
 def emit(values: Any) -> None:
-    """Print JSON; numbers that JSON does not have become null."""
-    print(json.dumps(_plain(values), indent=2, allow_nan=False))
+    """Print JSON; NaN and infinity become null."""
+    text = pydantic_core.to_json(
+        values, indent=2, inf_nan_mode="null", fallback=lambda array: array.tolist()
+    )
+    print(text.decode())
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def binary(size: int) -> str:
-    """Return bytes in a readable unit.
+def format_bytes(size: int) -> str:
+    """Format a number of bytes in a readable unit.
 
     Example:
-        >>> binary(3 * 2**30)
+        >>> format_bytes(3 * 2**30)
         '3.00 GiB'
     """
     amount, unit = float(size), "B"

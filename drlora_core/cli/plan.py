@@ -1,115 +1,135 @@
-"""``drlora plan``: layers, parameters, memory and timetable from a config.json."""
+"""``drlora plan``: layers, parameters, memory and timetable from a model's configuration."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from drlora_core.cli import common
-from drlora_core.errors import DRLoRAError
-from drlora_core.plan import ModelShape, Plan, make_plan, read_model_config
-from drlora_core.plan.sizes import BYTES, DType
+from drlora_core.errors import DRLoRAError, LayoutError
+from drlora_core.model_shape import ModelShape, read_json, read_model_config
+from drlora_core.plan import BYTES, DType, Plan, make_plan
 
 SHOWN_EVENTS = 12
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("plan")(plan)
+SIZES = ("weights", "gradients", "adam", "total")
+SHAPE_READERS = "drlora.shapes"
 
 
 def plan(
-    config_json: Annotated[
-        Path, typer.Argument(help="A model's config.json, or a directory that has one.")
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG_JSON",
+            help="A model's config.json, a directory with one, or (with Transformers) a hub id.",
+        ),
     ],
-    settings: Annotated[list[str] | None, typer.Option("--set", "-s", help=common.SET_HELP)] = None,
-    allocator: Annotated[
-        Path | None, typer.Option(help="JSON file of the allocator's configuration.")
-    ] = None,
+    settings: common.Settings = None,
+    allocator: common.ConfigFile = None,
     dtype: Annotated[str, typer.Option(help="Type of the LoRA: " + ", ".join(BYTES))] = "float32",
     num_experts: Annotated[int | None, typer.Option(help="Experts per MoE layer.")] = None,
     moe_layers: Annotated[int | None, typer.Option(help="Number of MoE layers.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Input size of an expert.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Inner size of an expert.")] = None,
     gated: Annotated[bool | None, typer.Option(help="Whether experts have a gate.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Show what a fine-tune of a model will need and when its ranks will grow.
 
-    Only the config.json is read: no weights, and no library that knows the model. The options
-    about experts replace what the file says, or what cannot be read from it.
+    No weights are loaded. Where Transformers is installed, every family that it knows can be
+    planned; elsewhere those with the usual field names. The options about experts replace what the
+    file says; with one of them, Transformers is not used.
     """
     if dtype not in BYTES:
         raise DRLoRAError(f"--dtype {dtype}: accepted: {', '.join(BYTES)}")
     kind: DType = dtype  # type: ignore[assignment]
-    shape = read_model_config(
-        config_json,
-        num_experts=num_experts,
-        moe_layers=moe_layers,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        gated=gated,
-    )
-    made = make_plan(shape, common.allocator({}, allocator, settings or []), kind)
+    given = {
+        "num_experts": num_experts,
+        "moe_layers": moe_layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "gated": gated,
+    }
+    made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), kind)
     if as_json:
-        common.emit(made.to_dict())
-    else:
-        _show(made)
-
-
-def _show(made: Plan) -> None:
-    _show_model(made.shape, made.slot_parameters)
+        common.emit(made)
+        return
+    _show_model(made)
     _show_memory(made)
     for size in made.timetable:
         _show_timetable(made, size)
 
 
-def _show_model(shape: ModelShape, slot: int) -> None:
-    experts = sorted(set(shape.experts.values()))
+def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
+    path, reader = Path(model), _load_reader()
+    if reader is None or any(value is not None for value in given.values()):
+        return read_model_config(path, **given)
+    if not (path.exists() or path.suffix == ".json"):
+        return reader(model)  # a hub id
+    read_json(path)
+    try:
+        return reader(model)
+    except DRLoRAError as error:
+        try:
+            shape = read_model_config(path)
+        except DRLoRAError as own_error:
+            raise LayoutError(f"{error}; by its fields alone: {own_error}") from error
+        typer.echo(f"note: {error}; this plan uses the fields of config.json alone", err=True)
+        return shape
+
+
+def _load_reader() -> Callable[[str], ModelShape] | None:
+    """Load the reader that knows every family; None where its libraries are not installed."""
+    for entry in importlib.metadata.entry_points(group=SHAPE_READERS):
+        try:
+            reader: Callable[[str], ModelShape] = entry.load()
+        except ImportError:
+            continue
+        return reader
+    return None
+
+
+def _show_model(made: Plan) -> None:
+    shape = made.shape
+    total = shape.total_parameters
     common.say(
-        f"{shape.model_type}: {len(shape.experts)} MoE layers of {shape.num_layers}, "
-        f"{' or '.join(map(str, experts))} experts each, {shape.num_experts:,} in all; "
-        f"{shape.expert_parameters():,} parameters in them"
+        f"{shape.model_type}: {len(shape.layers)} MoE layers of {shape.num_layers}, "
+        f"{' or '.join(map(str, made.timetable))} experts each, "
+        f"{sum(layer.num_experts for layer in shape.layers):,} in all; "
+        f"{made.expert_parameters:,} parameters in them"
+        + (f", {total:,} in the model" if total else "")
     )
-    sizes = ", ".join(f"{name} {i} -> {o}" for name, (i, o) in shape.projections().items())
-    common.say(f"adapted: {sizes}; {slot:,} LoRA parameters per rank and expert")
+    adapted = {
+        ", ".join(f"{name} {i} -> {o}" for name, (i, o) in layer.projections.items())
+        + f"; {layer.slot_parameters:,} LoRA parameters per rank and expert"
+        for layer in shape.layers
+    }
+    for line in sorted(adapted):
+        common.say(f"adapted: {line}")
 
 
 def _show_memory(made: Plan) -> None:
-    rows = [
-        {
-            "LoRA": way.name,
-            "rank": way.rank,
-            "parameters": way.parameters,
-            "weights": common.binary(way.weights),
-            "gradients": common.binary(way.gradients),
-            "Adam": common.binary(way.adam),
-            "total": common.binary(way.total),
-        }
-        for way in made.storages
-    ]
+    rows = []
+    for storage in made.storages:
+        row: dict[str, Any] = dataclasses.asdict(storage)
+        sizes = {name: common.format_bytes(row[name]) for name in SIZES}
+        rows.append(row | sizes)
     common.table(
         f"Memory of the LoRA ({made.dtype})",
         rows,
-        f"PEFT builds on top {common.binary(made.peft_transient)} per layer at every forward: the "
-        f"update of every expert. Base model and activations are not counted.",
+        f"PEFT also builds the update of every expert at each forward: "
+        f"{common.format_bytes(made.peft_transient)} per layer. Base model and activations are "
+        f"not counted.",
     )
 
 
 def _show_timetable(made: Plan, size: int) -> None:
     """Show the events of a layer of ``size`` experts."""
-    rows = [
-        {
-            "event": event.index,
-            "step": event.step,
-            "quota per layer": event.quota,
-            "layer total": event.total,
-            "mean rank": event.mean,
-        }
-        for event in made.timetable[size]
-    ]
+    rows = [dataclasses.asdict(event) for event in made.timetable[size]]
     note = None
     if (left_out := len(rows) - SHOWN_EVENTS) > 0:
         rows = rows[: SHOWN_EVENTS // 2] + rows[-SHOWN_EVENTS // 2 :]

@@ -7,16 +7,12 @@ from typing import Annotated
 
 import typer
 
+from drlora_core.atomic import write_text
 from drlora_core.cli import common
 from drlora_core.diagnostics import diagnose
 from drlora_core.errors import LayoutError
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, render
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("report")(report)
 
 
 def report(
@@ -48,6 +44,6 @@ def report(
         return
     page = render(opened, title=f"Ranks of {run_dir.resolve().name}")
     target = output or (run_dir if path != run_dir else run_dir.parent) / "report.html"
-    target.write_text(page, encoding="utf-8")
+    write_text(target, page)
     common.say(f"wrote {target}")
     common.say(str(diagnose(opened)))

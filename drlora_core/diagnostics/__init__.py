@@ -1,9 +1,9 @@
-"""Diagnostics: known ways in which rank allocation goes wrong, looked for in a run.
+"""Diagnostics: checks of an engine or a recording for known problems of rank allocation.
 
-``diagnose(engine)`` or ``diagnose(recording)``; docs/diagnostics.md describes every finding.
+docs/diagnostics.md describes every finding.
 """
 
 from drlora_core.diagnostics.diagnose import CHECKS, Diagnosis, diagnose
-from drlora_core.diagnostics.finding import Finding, Thresholds
+from drlora_core.diagnostics.subject import Finding, Thresholds
 
 __all__ = ["CHECKS", "Diagnosis", "Finding", "Thresholds", "diagnose"]

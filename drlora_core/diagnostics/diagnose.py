@@ -9,15 +9,19 @@ from typing import Any
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import allocation, signals
-from drlora_core.diagnostics.finding import Finding, NotCheckedError, Thresholds
-from drlora_core.diagnostics.subject import Subject, from_engine, from_recording
+from drlora_core.diagnostics.subject import (
+    Finding,
+    NotCheckedError,
+    Subject,
+    Thresholds,
+    from_engine,
+    from_recording,
+)
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError
-from drlora_core.recording.data import Recording
+from drlora_core.recording import Recording
 
-Check = Callable[[Subject, Thresholds], Finding | None]
-
-CHECKS: Mapping[str, Check] = MappingProxyType(
+CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = MappingProxyType(
     {
         check.__name__: check
         for check in (
@@ -35,7 +39,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         )
     }
 )
-"""Every check, by name. A check returns a finding, or None where all is well."""
+"""Every check, by name. A check returns a finding, or None if it finds no problem."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,16 +52,12 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings] or ["nothing found"]
-        return "\n".join(
-            lines + [f"not checked: {n} ({why})" for n, why in self.not_checked.items()]
-        )
+        lines += [f"not checked: {name} ({why})" for name, why in self.not_checked.items()]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "not_checked": dict(self.not_checked),
-        }
+        """Return plain values, for JSON."""
+        return dataclasses.asdict(self)
 
 
 def diagnose(
@@ -66,17 +66,17 @@ def diagnose(
     *,
     thresholds: Thresholds | None = None,
 ) -> Diagnosis:
-    """Look for the known failure signatures in a live engine or a recording.
+    """Look for known problems in a live engine or a recording.
 
     Args:
         subject: an engine knows only its present; a recording allows every check.
-        config: with a recording: diagnose its replay under this configuration (needed where it
-            has none of its own). A replay cannot know how the statistics would have changed
-            under other ranks.
-        thresholds: other limits.
+        config: with a recording: diagnose its replay under this configuration (required if the
+            recording has none).
+        thresholds: limits that replace the default ones.
 
     Raises:
-        LayoutError: nothing to look at, or no configuration.
+        LayoutError: there is nothing to diagnose, or no configuration.
+        DRLoRAError: SciPy is not installed (extra ``cli``).
     """
     if isinstance(subject, AllocatorEngine):
         if config is not None:
@@ -93,5 +93,5 @@ def diagnose(
         except NotCheckedError as reason:
             not_checked[name] = str(reason)
         else:
-            findings += [] if finding is None else [finding]
+            findings += [dataclasses.replace(finding, name=name)] if finding else []
     return Diagnosis(tuple(findings), not_checked)

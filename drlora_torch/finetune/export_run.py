@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import drlora_torch
+from drlora_torch.api import load
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder
 from drlora_torch.finetune.model import load_model
@@ -42,5 +42,5 @@ def export_run(
     target = output or run / DEFAULT_FOLDER
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{str(target)!r} exists; use another --output")
-    adapter = drlora_torch.load(load_model(options.model, options.dtype), source)
+    adapter = load(load_model(options.model, options.dtype), source)
     return adapter.export_peft(target, rank=rank, per_expert=per_expert)

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from rich.console import Console
 from torch import nn
 
-import drlora_torch
 from drlora_core import AllocatorEngine
 from drlora_core.recording import RecordingWriter
+from drlora_torch.adapter import Adapter
+from drlora_torch.api import attach
 from drlora_torch.finetune import data, folder, result
 from drlora_torch.finetune.meter import Meter
 from drlora_torch.finetune.model import load_model, load_tokenizer
@@ -79,10 +80,10 @@ def run(
 
 
 @contextlib.contextmanager
-def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[drlora_torch.Adapter]:
+def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[Adapter]:
     """Attach an adapter; on leaving, the model is as before."""
     engine = AllocatorEngine(options.allocator_config())
-    adapter = drlora_torch.attach(model, engine, **options.model_dump(include=ATTACH_OPTIONS))
+    adapter = attach(model, engine, **options.model_dump(include=ATTACH_OPTIONS))
     try:
         yield adapter
     finally:
@@ -91,7 +92,7 @@ def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[drlora_tor
 
 def _train(
     options: FinetuneOptions,
-    adapter: drlora_torch.Adapter,
+    adapter: Adapter,
     tokenizer: Any,
     rows: tuple[Any, Any],
     output: Path,

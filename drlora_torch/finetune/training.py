@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from drlora_core.recording import RecordingWriter
-from drlora_torch import Adapter
+from drlora_torch.adapter import Adapter
 from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.integrations.trainer import DRLoRACallback

@@ -11,11 +11,11 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from drlora_torch import Adapter
-from drlora_torch.checkpoint import restore
+from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
-from drlora_torch.files import FILE_NAME
 from drlora_torch.integrations.metrics import rank_metrics, top_experts
+from drlora_torch.lifecycle.residents import active_tracker
+from drlora_torch.storage.adapter_file import FILE_NAME
 
 KEY = "drlora_adapter"
 
@@ -60,7 +60,7 @@ class DRLoRALightningCallback(Callback):
         Raises:
             AttachError: the adapter is not the active one, so another would be trained.
         """
-        self.adapter.check_active()
+        active_tracker(state_of(self.adapter))
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._gradients = []
@@ -101,7 +101,8 @@ class DRLoRALightningCallback(Callback):
             )
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / FILE_NAME).write_bytes(file.cpu().numpy().tobytes())
-            restore(self.adapter, folder)
+            self.adapter.restore(folder)
+        self._events = len(self.adapter.events)
         pending = [(parameter, parameter.grad) for parameter in self.adapter.parameters()]
         self._gradients = [(p, gradient) for p, gradient in pending if gradient is not None]
 

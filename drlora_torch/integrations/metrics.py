@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from drlora_torch import Adapter
+from drlora_torch.adapter import Adapter
 
 
 def rank_metrics(adapter: Adapter) -> dict[str, float]:

@@ -16,11 +16,11 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from drlora_torch import Adapter
-from drlora_torch.checkpoint import restore
+from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
-from drlora_torch.files import FILE_NAME
 from drlora_torch.integrations.metrics import rank_metrics, top_experts
+from drlora_torch.lifecycle.residents import active_tracker
+from drlora_torch.storage.adapter_file import FILE_NAME
 
 STATE_FILE = "trainer_state.json"  # the last file that the Trainer writes
 
@@ -70,9 +70,9 @@ class DRLoRACallback(TrainerCallback):
             AttachError: the adapter is not the active one, so another would be trained.
             CheckpointError: the checkpoint of the Trainer cannot be found, or holds no adapter.
         """
-        self.adapter.check_active()
+        active_tracker(state_of(self.adapter))
         if state.global_step:
-            self._restore(self._checkpoint(args, state))
+            self.adapter.restore(self._checkpoint(args, state))
         self._events = len(self.adapter.events)
 
     def on_step_end(
@@ -113,13 +113,10 @@ class DRLoRACallback(TrainerCallback):
     ) -> None:
         """Write the final adapter; with ``load_best_model_at_end``, restore and write the best."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._restore(state.best_model_checkpoint)
+            self.adapter.restore(state.best_model_checkpoint)
         saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
         if saves and state.is_world_process_zero:
             self.adapter.save_pretrained(str(args.output_dir))
-
-    def _restore(self, folder: str | os.PathLike[str]) -> None:
-        restore(self.adapter, folder)
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Find the folder that the Trainer resumes from; callbacks are told only its step."""

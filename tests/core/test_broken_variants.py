@@ -136,12 +136,12 @@ events_grow = events._grow
 policies_walk = policies.walk
 
 BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
-    ("greedy", ema, "corrected", no_bias_correction),
+    ("greedy", ema, "correct_bias", no_bias_correction),
     ("greedy", ema, "update", swapped_decay),
-    ("greedy", layer, "grown", no_reset),
-    ("greedy", layer, "grown", count_not_reset),
-    ("greedy", layer, "grown", resets_routing_too),
-    ("greedy", layer, "grown", resets_everybody),
+    ("greedy", layer, "grow", no_reset),
+    ("greedy", layer, "grow", count_not_reset),
+    ("greedy", layer, "grow", resets_routing_too),
+    ("greedy", layer, "grow", resets_everybody),
     ("greedy", layer, "saliency", penalty_without_one),
     ("greedy", layer, "mean_over_active", mean_over_r_max),
     ("greedy", timetable, "event_index", event_one_step_late),
@@ -154,7 +154,7 @@ BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("proportional", policies, "walk", ties_to_the_later_expert),
     ("prune", pruning, "least_important", cut_by_threshold),
     ("prune", pruning, "compact", cut_without_compaction),
-    ("prune", ema, "corrected", no_bias_correction),
+    ("prune", ema, "correct_bias", no_bias_correction),
 ]
 
 
@@ -298,7 +298,7 @@ def test_check_policy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
         ({"limits": [-1, 1]}, "limits must be a list of whole numbers >= 0"),
         ({"limits": [1]}, r"limits has shape \(1,\); ranks have \(2,\)"),
         ({"routing": [1.0]}, r"routing has shape \(1,\)"),
-        ({"importance": [1.0, float("nan")]}, "importance must hold finite numbers >= 0"),
+        ({"importance": [1.0, float("nan")]}, "importance must be a list of finite numbers >= 0"),
         ({"saliency": [1.0, 1.0], "gamma": 1.0}, "not both"),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from drlora_core import DRLoRAError
+from drlora_core.model_shape import LayerShape, ModelShape
 from drlora_core.recording import Recording
 from tests.core import recorded
 
@@ -177,7 +178,7 @@ def test_report(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
     assert result.code == 0
     assert "wrote " in result.out
     page = (tmp_path / "page.html").read_text()
-    assert "repeats the run&#x27;s decisions exactly" in page
+    assert "repeats the run&#39;s decisions exactly" in page
     assert "<h2>Diagnostics</h2>" in page
     assert 'src="http' not in page
     assert drlora("report", run_dir).code == 0
@@ -237,7 +238,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, register: Any) -> None:
                 raise register
             return register
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Entry()])
+    def entry_points(group: str) -> list[Entry]:
+        return [Entry()] if group == application.ENTRY_POINTS else []
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 def other_commands(app: Any) -> None:
@@ -247,6 +251,33 @@ def other_commands(app: Any) -> None:
         raise {"user": DRLoRAError("too\nbad"), "ours": RuntimeError("a bug")}[kind]
 
     app.command()(fails)
+
+
+def test_plan_uses_a_reader_of_another_package(
+    drlora: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    layer = LayerShape(0, 4, {"up_proj": (2, 3)})
+
+    class Missing:
+        def load(self) -> Any:
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    class Reader:
+        def load(self) -> Any:
+            return lambda source: ModelShape(f"read from {source}", 1, (layer,), 99)
+
+    def entry_points(group: str) -> list[Any]:
+        return [Missing(), *readers] if group == "drlora.shapes" else []
+
+    readers: list[Any] = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    assert "olmoe: 16 MoE layers of 16" in drlora("plan", model).out
+    missing = drlora("plan", "owner/model")
+    assert "No such file or directory: owner/model" in missing.err
+    readers.append(Reader())
+    assert f"read from {model}: 1 MoE layers" in drlora("plan", model).out.replace("\n", "")
+    assert "read from owner/model: 1 MoE layers" in drlora("plan", "owner/model").out
+    assert "olmoe: 16 MoE layers" in drlora("plan", model, "--gated").out
 
 
 def test_registered_commands_have_the_same_errors(
@@ -333,6 +364,8 @@ def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path
     for blocked, arguments, extra in [
         ({"typer"}, ["plan", model], "cli"),
         ({"plotly"}, ["report", run_dir, "-o", tmp_path / "x.html"], "report"),
+        ({"jinja2"}, ["report", run_dir, "-o", tmp_path / "x.html"], "report"),
+        ({"scipy"}, ["replay", run_dir], "cli"),
         ({"torch"}, ["finetune"], "finetune"),
     ]:
         result = without(blocked, *arguments)
@@ -344,15 +377,16 @@ def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path
 def test_importing_the_core_needs_no_extra() -> None:
     code = (
         "import sys, drlora_core; "
-        "heavy = {'typer', 'rich', 'plotly', 'torch', 'drlora_torch'} & set(sys.modules); "
+        "heavy = {'typer', 'rich', 'plotly', 'scipy', 'jinja2', 'torch', 'drlora_torch'}; "
+        "heavy &= set(sys.modules); "
         "assert not heavy, heavy"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_small_helpers() -> None:
-    assert common.shown(None) == "-"
-    assert common.shown(float("nan")) == "-"
-    assert common.shown(True) == "yes"
-    assert common.binary(1536) == "1.50 KiB"
-    assert common.binary(5 * 2**50) == "5120.00 TiB"
+    assert common.format_cell(None) == "-"
+    assert common.format_cell(float("nan")) == "-"
+    assert common.format_cell(True) == "yes"
+    assert common.format_bytes(1536) == "1.50 KiB"
+    assert common.format_bytes(5 * 2**50) == "5120.00 TiB"

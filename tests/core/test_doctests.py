@@ -15,7 +15,7 @@ import drlora_core
 ROOT = Path(__file__).parents[2]
 MODULES = [module.name for module in pkgutil.walk_packages(drlora_core.__path__, "drlora_core.")]
 PAGES = [page for page in sorted(ROOT.glob("docs/*.md")) if "```pycon" in page.read_text()]
-OPTIONAL = {"plotly", "typer", "rich", "hypothesis"}  # the extras of pyproject.toml
+OPTIONAL = {"plotly", "typer", "rich", "hypothesis", "scipy", "jinja2"}  # extras of pyproject.toml
 
 
 def run(tests: list[doctest.DocTest]) -> doctest.TestResults:

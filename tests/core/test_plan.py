@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pydantic_core
 import pytest
 
 from drlora_core import AllocatorConfig, LayoutError
-from drlora_core.plan import make_plan, planned_events, read_model_config
-from drlora_core.plan.timetable import step_of_budget
+from drlora_core.model_shape import LayerShape, ModelShape, read_model_config
+from drlora_core.plan import make_plan, planned_events, step_of_budget
 
 OLMOE = {
     "model_type": "olmoe",
@@ -52,63 +53,35 @@ def write(tmp_path: Path, values: Any) -> Path:
         (OLMOE, list(range(16)), 64),
         (KIMI, list(range(1, 61)), 384),
         (QWEN, [1, 5], 128),
-        (KIMI | {"num_hidden_layers": 7, "moe_layer_freq": 2}, [2, 4, 6], 384),
-        (KIMI | {"num_hidden_layers": 3, "moe_layer_freq": [0, 0, 1]}, [2], 384),
         (QWEN | {"mlp_layer_types": ["dense", "sparse"] * 3}, [1, 3, 5], 128),
-        (OLMOE | {"num_hidden_layers": 4, "interleave_moe_layer_step": 2}, [1, 3], 64),
-        (OLMOE | {"num_hidden_layers": 4, "moe_layers": [0, 3]}, [0, 3], 64),
-        (
-            OLMOE | {"num_hidden_layers": 5, "expert_layer_period": 2, "expert_layer_offset": 1},
-            [1, 3],
-            64,
-        ),
-        (
-            OLMOE
-            | {"num_hidden_layers": 6, "moe_layer_start_index": 1, "moe_layer_end_index": 4}
-            | {"moe_layer_interval": 2},
-            [1, 3],
-            64,
-        ),
-        (OLMOE | {"num_hidden_layers": 4, "hybrid_override_pattern": "ME*E"}, [1, 3], 64),
         ({"model_type": "vl", "text_config": OLMOE}, list(range(16)), 64),
-        (
-            {"model_type": "nemotron_h", "n_routed_experts": 8, "hidden_size": 16}
-            | {"moe_intermediate_size": 4, "layers_block_type": ["mlp", "moe", "moe"]},
-            [1, 2],
-            8,
-        ),
-        (
-            {"model_type": "dbrx", "d_model": 2048, "n_layers": 4}
-            | {"ffn_config": {"moe_num_experts": 16, "ffn_hidden_size": 1024}},
-            [0, 1, 2, 3],
-            16,
-        ),
     ],
 )
 def test_moe_layers_are_found(
     tmp_path: Path, values: dict[str, Any], layers: list[int], experts: int
 ) -> None:
     shape = read_model_config(write(tmp_path, values))
-    assert list(shape.experts) == layers
-    assert set(shape.experts.values()) == {experts}
+    assert [layer.index for layer in shape.layers] == layers
+    assert {layer.num_experts for layer in shape.layers} == {experts}
     assert shape.model_type == values["model_type"]
     assert shape == read_model_config(tmp_path)
 
 
-def test_experts_may_differ_by_layer(tmp_path: Path) -> None:
-    shape = read_model_config(
-        write(tmp_path, OLMOE | {"num_hidden_layers": 3, "num_experts": [1, 8, 16]})
-    )
-    assert shape.experts == {1: 8, 2: 16}
-    plan = make_plan(shape, AllocatorConfig())
-    assert set(plan.timetable) == {8, 16}
+def test_layers_may_differ() -> None:
+    small = LayerShape(1, 8, {"up_proj": (4, 6), "down_proj": (6, 4)})
+    large = LayerShape(2, 16, {"up_proj": (4, 10), "down_proj": (10, 4)})
+    plan = make_plan(ModelShape("mixed", 3, (small, large)), AllocatorConfig())
+    assert list(plan.timetable) == [8, 16]
+    assert plan.expert_parameters == 8 * 48 + 16 * 80
+    assert plan.storages[0].parameters == 16 * (8 * 20 + 16 * 28)
+    assert plan.peft_transient == 4 * 16 * 80
 
 
 def test_parameters_and_bytes_of_olmoe(tmp_path: Path) -> None:
     plan = make_plan(read_model_config(write(tmp_path, OLMOE)), AllocatorConfig(), "bfloat16")
     slot = (2048 + 2 * 1024) + (1024 + 2048)
-    assert plan.slot_parameters == slot
-    assert plan.shape.expert_parameters() == 16 * 64 * 3 * 2048 * 1024
+    assert {layer.slot_parameters for layer in plan.shape.layers} == {slot}
+    assert plan.expert_parameters == 16 * 64 * 3 * 2048 * 1024
     ways = {way.name: way for way in plan.storages}
     uniform, pooled = ways["uniform LoRA at r_target"], ways["drlora, layout pooled"]
     assert uniform.parameters == 16 * 64 * 16 * slot
@@ -120,7 +93,7 @@ def test_parameters_and_bytes_of_olmoe(tmp_path: Path) -> None:
     assert uniform.adam == 2 * uniform.gradients
     assert uniform.total == 8 * uniform.parameters
     assert plan.peft_transient == 2 * 64 * 3 * 2048 * 1024
-    assert json.loads(json.dumps(plan.to_dict()))["model"]["moe_layers"] == 16
+    assert pydantic_core.to_jsonable_python(plan)["config"]["r_init"] == 8
 
 
 def test_pooled_storage_follows_scope_and_policy(tmp_path: Path) -> None:
@@ -166,8 +139,8 @@ def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:
         intermediate_size=6,
         gated=False,
     )
-    assert shape.experts == {0: 4, 1: 4, 2: 4}
-    assert shape.projections() == {"up_proj": (8, 6), "down_proj": (6, 8)}
+    projections = {"up_proj": (8, 6), "down_proj": (6, 8)}
+    assert shape.layers == tuple(LayerShape(index, 4, projections) for index in range(3))
 
 
 @pytest.mark.parametrize(
@@ -175,17 +148,30 @@ def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "JSON list, not a model"),
-        ({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}, "names no experts"),
+        (
+            {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8},
+            "has no field n_routed_experts or num_local_experts or num_experts; use --num",
+        ),
         (OLMOE | {"num_experts": 1}, "has no MoE layer"),
         (OLMOE | {"num_experts": "many"}, "num_experts is 'many'"),
-        (OLMOE | {"num_experts": [8, 8]}, "lists 2 layers, there are 16"),
+        (
+            OLMOE | {"num_experts": [8, 8]},
+            r"num_experts is \[8, 8\]; accepted: whole numbers above 0",
+        ),
         (OLMOE | {"hidden_size": -1}, "hidden_size is -1"),
         (OLMOE | {"hidden_size": True}, "hidden_size is True"),
-        ({"num_experts": 8, "num_hidden_layers": 2, "hidden_size": 4}, "give the expert width"),
-        ({"num_experts": 8, "hidden_size": 4}, "give the layers"),
+        (
+            {"num_experts": 8, "num_hidden_layers": 2, "hidden_size": 4},
+            "use --intermediate-size",
+        ),
+        ({"num_experts": 8, "hidden_size": 4}, "no field num_hidden_layers; use --moe-layers"),
         (OLMOE | {"mlp_layer_types": ["sparse"]}, "does not fit the 16 layers"),
-        (OLMOE | {"moe_layers": [99]}, "does not fit the 16 layers"),
-        (KIMI | {"moe_layer_freq": [1]}, "lists only 1 layers"),
+        (KIMI | {"moe_layer_freq": [0, 1]}, "does not know moe_layer_freq"),
+        (OLMOE | {"interleave_moe_layer_step": 2}, "does not know interleave_moe_layer_step"),
+        (OLMOE | {"moe_layers": [0, 3]}, "does not know moe_layers"),
+        (OLMOE | {"expert_layer_period": 2}, "does not know expert_layer_period"),
+        (OLMOE | {"moe_layer_start_index": 1}, "does not know moe_layer_start_index"),
+        (OLMOE | {"hybrid_override_pattern": "ME*E"}, "use --moe-layers, or install drlora.torch"),
         (QWEN | {"decoder_sparse_step": -2}, "decoder_sparse_step is -2"),
     ],
 )

@@ -16,6 +16,7 @@ from drlora_core import (
     UnknownLayerError,
 )
 from drlora_core.ema import IntArray
+from drlora_core.policies import policy_name
 from drlora_core.recording import Recording
 from drlora_core.replay import first_difference, replay
 from tests.core import recorded
@@ -61,6 +62,20 @@ def test_another_policy_decides_otherwise_and_it_is_named() -> None:
     difference = first_difference(greedy.events, spread.events)
     assert difference == "step 8, layer 'experts', expert 0: rank 3 and 2"
     assert first_difference(greedy.events, greedy.events[:1]) == "3 events and 1"
+
+
+class Balanced:
+    """A policy object: it has no ``__name__``."""
+
+    def __call__(self, request: AllocationRequest) -> IntArray:
+        return np.zeros_like(request.ranks)
+
+
+def test_a_policy_object_is_named_by_its_class() -> None:
+    recording = Recording.from_arrays(ARRAYS, ARRAYS)
+    assert replay(recording, recorded.config(), policy=Balanced()).policy == "Balanced"
+    assert policy_name(Balanced()) == "Balanced"
+    assert policy_name(last_first) == "last_first"
 
 
 def last_first(request: AllocationRequest) -> IntArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from drlora_core.report import event_rows, render
 from tests.core import recorded
 
 pytest.importorskip("plotly")
+pytest.importorskip("jinja2")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +45,16 @@ def test_event_rows_add_up(recording: Recording) -> None:
     assert rows[-1]["mean rank"] == 4.0
 
 
-def test_a_page_of_a_replay_under_other_settings_and_with_odd_names() -> None:
-    routing = {"<script>": np.random.default_rng(0).random((20, 4))}
+def test_a_page_of_a_replay_under_other_settings_and_with_hostile_names() -> None:
+    hostile = "</script><script>alert('x')</script>"
+    routing = {hostile: np.random.default_rng(0).random((20, 4))}
+    routing[hostile][:, 0] = 0.0  # a finding names the layer
     recording = Recording.from_arrays(routing)
-    page = render(recording, recorded.config(use_importance=False), title="a & b")
-    assert "<script>'" not in page
-    assert "a &amp; b" in page
+    config = recorded.config(use_importance=False, scope="global", r_max=6)
+    page = render(recording, config, title=f"a & b {hostile}")
+    assert hostile not in page
+    assert "<script>alert" not in page
+    assert "<h1>a &amp; b &lt;/script&gt;" in page
     assert "Experts by final rank" in page
     assert "cannot know how they would have changed" in page
 
@@ -59,10 +66,35 @@ def test_a_page_says_what_differs_and_what_was_torn(recording: Recording) -> Non
     changed = Recording(**(fields | {"routing": routing, "notes": ("torn tail",)}))
     page = render(changed)
     assert "The replay differs from the run: step 8" in page
-    assert "<p class=note>torn tail</p>" in page
+    assert '<p class="note">torn tail</p>' in page
+
+
+def test_a_page_names_the_policy_of_the_run(recording: Recording) -> None:
+    fields = {name: getattr(recording, name) for name in vars(recording)}
+    page = render(Recording(**(fields | {"policy": "Lazy"})))
+    assert "policy greedy. The run itself used policy Lazy." in page
+    assert "repeats the run" not in page
 
 
 def test_a_run_without_events_has_a_page() -> None:
     recording = Recording.from_arrays({"a": np.ones((4, 3))})
     page = render(recording, recorded.config(use_importance=False))
     assert "<p>None.</p>" in page
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = pytest.importorskip("drlora_core.cli.report")
+    recorded.record(tmp_path / "run")
+    page = tmp_path / "page.html"
+    page.write_text("old")
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        command.report(tmp_path / "run", page)
+    assert page.read_text() == "old"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "page.html"}

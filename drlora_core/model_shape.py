@@ -1,0 +1,171 @@
+"""The MoE layers of a model as plain numbers, and a small reader of config.json.
+
+The reader knows the field names that most families share and needs no other library. Where
+Transformers is installed, ``drlora plan`` asks :mod:`drlora_torch.models.shapes` first, which knows
+every family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drlora_core.errors import LayoutError
+
+# Field names, the most specific first.
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
+HIDDEN = ("moe_latent_size", "hidden_size")
+INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")
+LAYERS = ("num_hidden_layers",)
+UNGATED = ("nemotron_h",)
+# Fields by which some families choose their MoE layers, which this reader does not interpret; and
+# the value that changes nothing.
+OTHER_RULES = {
+    "moe_layer_freq": 1,
+    "interleave_moe_layer_step": 1,
+    "expert_layer_period": 1,
+    "moe_layer_interval": 1,
+    "moe_layer_start_index": 0,
+    "num_dense_layers": 0,
+    "moe_layers": None,
+    "layers_block_type": None,
+    "hybrid_override_pattern": None,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One MoE layer."""
+
+    index: int
+    """Number of the decoder layer, from 0."""
+    num_experts: int
+    projections: Mapping[str, tuple[int, int]]
+    """Input and output size of each adapted projection of one expert."""
+
+    @property
+    def slot_parameters(self) -> int:
+        """LoRA parameters of one rank of one expert: the sum of in + out of its projections."""
+        return sum(inner + outer for inner, outer in self.projections.values())
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of the frozen weights of all its experts."""
+        return self.num_experts * sum(inner * outer for inner, outer in self.projections.values())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The MoE layers of a model."""
+
+    model_type: str
+    num_layers: int
+    """All decoder layers, dense ones too."""
+    layers: tuple[LayerShape, ...]
+    total_parameters: int | None = None
+    """Parameters of the whole model; None where only config.json was read."""
+
+
+def read_model_config(
+    path: str | Path,
+    *,
+    num_experts: int | None = None,
+    moe_layers: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    gated: bool | None = None,
+) -> ModelShape:
+    """Read the MoE layers from a config.json, or from a directory that has one.
+
+    Args:
+        path: the file or directory; nothing else of the model is read.
+        num_experts: replaces what the file says; likewise the others.
+        moe_layers: the number of MoE layers; they are then counted from layer 0.
+        hidden_size: input and output size of an expert.
+        intermediate_size: inner size of one expert.
+        gated: whether experts have a gate beside the up projection.
+
+    Raises:
+        LayoutError: not a model's configuration, or one whose experts this reader cannot find.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    values = read_json(path)
+    config = dict(values.get("text_config") or values)
+    given = ((EXPERTS, num_experts), (HIDDEN, hidden_size), (INTERMEDIATE, intermediate_size))
+    for names, value in given:
+        if value is not None:
+            config = {k: v for k, v in config.items() if k not in names} | {names[-1]: value}
+    if config.get("num_hidden_layers") is None:
+        config["num_hidden_layers"] = moe_layers
+    experts = _size(path, config, EXPERTS, "--num-experts")
+    total = _size(path, config, LAYERS, "--moe-layers")
+    hidden = _size(path, config, HIDDEN, "--hidden-size")
+    width = _size(path, config, INTERMEDIATE, "--intermediate-size")
+    kind = str(values.get("model_type", "unknown"))
+    if gated if gated is not None else kind not in UNGATED:
+        up = {"gate_up_proj": (hidden, 2 * width)}
+    else:
+        up = {"up_proj": (hidden, width)}
+    projections = up | {"down_proj": (width, hidden)}
+    indices = _moe_layers(path, config, total) if moe_layers is None else range(moe_layers)
+    if len(indices) > total:
+        raise LayoutError(f"{moe_layers} MoE layers are given, but {path} has {total} layers")
+    if not indices or experts == 1:
+        raise LayoutError(f"{path} has no MoE layer: every layer is dense; use --moe-layers")
+    layers = tuple(LayerShape(index, experts, projections) for index in indices)
+    return ModelShape(kind, total, layers)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a config.json, or that of a directory.
+
+    Raises:
+        LayoutError: it is not a JSON object.
+        OSError: it cannot be read.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LayoutError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise LayoutError(f"{path} is a JSON {type(values).__name__}, not a model's configuration")
+    return values
+
+
+def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str) -> int:
+    for name in names:
+        if config.get(name) is not None:
+            return _positive(path, name, config[name])
+    raise LayoutError(
+        f"{path} has no field {' or '.join(names)}; use {option}, or install drlora[torch], which "
+        f"knows every family"
+    )
+
+
+def _positive(path: Path, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LayoutError(f"{path}: {name} is {value!r}; accepted: whole numbers above 0")
+    return value
+
+
+def _moe_layers(path: Path, config: Mapping[str, Any], total: int) -> list[int]:
+    """Return the indices of the MoE layers; all layers where no field says otherwise."""
+    if types := config.get("mlp_layer_types"):
+        if len(types) != total:
+            raise LayoutError(f"{path}: mlp_layer_types does not fit the {total} layers")
+        return [index for index, kind in enumerate(types) if kind == "sparse"]
+    for name, harmless in OTHER_RULES.items():
+        if config.get(name) not in (None, harmless):
+            raise LayoutError(
+                f"{path}: this reader does not know {name}, which says which layers have experts; "
+                f"use --moe-layers, or install drlora[torch], which knows every family"
+            )
+    dense = config.get("first_k_dense_replace") or 0
+    step = _positive(path, "decoder_sparse_step", config.get("decoder_sparse_step") or 1)
+    left_out = config.get("mlp_only_layers") or []
+    return [i for i in range(dense, total) if i not in left_out and (i + 1) % step == 0]

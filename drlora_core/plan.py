@@ -1,0 +1,141 @@
+"""What a run will need: parameters, memory and growth timetable, computed from a model's shape.
+
+A rank slot of a projection has a row of A [in] and a column of B [out]; a slot of an expert has one
+of each of its projections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from drlora_core.config import AllocatorConfig
+from drlora_core.model_shape import ModelShape
+
+DType = Literal["float32", "bfloat16", "float16"]
+BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """What one way of storing the LoRA takes, over all MoE layers."""
+
+    name: str
+    rank: int
+    """Slots per expert, on average over a layer."""
+    parameters: int
+    weights: int
+    """Bytes, as are the following."""
+    gradients: int
+    adam: int
+    """Both moments of Adam; in PyTorch they have the dtype of the parameter."""
+    total: int
+    """Bytes of weights, gradients and Adam."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedEvent:
+    """One event of one layer."""
+
+    index: int
+    step: int
+    quota: int
+    """Rank units placed (policy ``prune``: cut, negative)."""
+    total: int
+    """Total rank of the layer after the event."""
+    mean: float
+    """Mean rank of its experts after the event."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run needs and when it grows."""
+
+    shape: ModelShape
+    config: AllocatorConfig
+    dtype: DType
+    expert_parameters: int
+    """Parameters of the frozen expert weights of all MoE layers."""
+    storages: list[Storage]
+    peft_transient: int
+    """Bytes that PEFT also builds per layer and forward: the update B A of every expert."""
+    timetable: dict[int, list[PlannedEvent]]
+    """Events of a layer, by its number of experts."""
+    budget_met: dict[int, int | None]
+    """Step after which a layer's budget is met, by its number of experts; None: never."""
+
+
+def make_plan(shape: ModelShape, config: AllocatorConfig, dtype: DType = "float32") -> Plan:
+    """Compute the plan of a model under a configuration."""
+    timetables = {
+        size: planned_events(config, size)
+        for size in sorted({layer.num_experts for layer in shape.layers})
+    }
+    return Plan(
+        shape=shape,
+        config=config,
+        dtype=dtype,
+        expert_parameters=sum(layer.expert_parameters for layer in shape.layers),
+        storages=storages(shape, config, dtype),
+        peft_transient=BYTES[dtype] * max(layer.expert_parameters for layer in shape.layers),
+        timetable=timetables,
+        budget_met={size: step_of_budget(config, size) for size in timetables},
+    )
+
+
+def storages(shape: ModelShape, config: AllocatorConfig, dtype: DType) -> list[Storage]:
+    """Compare our layouts, uniform LoRA and PEFT; then the active ranks.
+
+    PEFT's ``target_parameters`` stores A [N * r, in] and B [out, N * r], one r for all experts; an
+    expert may only reach r_max there if all have it.
+    """
+    ranks = {
+        "drlora, layout pooled": config.mean_rank_ceiling,
+        "drlora, layout masked": config.r_max,
+        "uniform LoRA at r_target": config.r_target,
+        "PEFT target_parameters at r_target": config.r_target,
+        "PEFT target_parameters at r_max": config.r_max,
+        "active at the start": config.starting_rank,
+        "active when the budget is met": config.r_target,
+        "if every expert had r_max": config.r_max,
+    }
+    per_rank = sum(layer.num_experts * layer.slot_parameters for layer in shape.layers)
+    size = per_rank * BYTES[dtype]
+    return [
+        Storage(
+            name,
+            rank,
+            parameters=per_rank * rank,
+            weights=size * rank,
+            gradients=size * rank,
+            adam=2 * size * rank,
+            total=4 * size * rank,
+        )
+        for name, rank in ranks.items()
+    ]
+
+
+def planned_events(config: AllocatorConfig, num_experts: int) -> list[PlannedEvent]:
+    """List the events of a layer of ``num_experts`` experts, if limits leave nothing unplaced.
+
+    With scope ``global`` this is the layer's even share.
+
+    Example:
+        >>> config = AllocatorConfig(r_init=2, r_target=4, r_max=8, warmup_steps=0,
+        ...                          growth_interval=5, growth_end=10)
+        >>> [(event.step, event.quota, event.total) for event in planned_events(config, 3)]
+        [(5, 3, 9), (10, 3, 12)]
+    """
+    totals = [config.scheduled_total(num_experts, k) for k in range(config.num_events + 1)]
+    return [
+        PlannedEvent(k, step, totals[k] - totals[k - 1], totals[k], totals[k] / num_experts)
+        for k, step in enumerate(config.growth_steps, 1)
+    ]
+
+
+def step_of_budget(config: AllocatorConfig, num_experts: int) -> int | None:
+    """Step after which the budget is met: 0 if from the start, None if never."""
+    target = num_experts * config.r_target
+    if config.starting_rank == config.r_target:
+        return 0
+    return next((e.step for e in planned_events(config, num_experts) if e.total == target), None)
