@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 import torch
 import typer
+from scipy.stats import linregress
 
 from benchmarks import report
 from benchmarks.blocks import Case, Shape
@@ -48,12 +49,8 @@ class Fit:
             >>> round(fit.exponent, 6), round(fit.error, 6)
             (1.0, 0.0)
         """
-        size, seconds = np.log(list(medians)), np.log(list(medians.values()))
-        centred = size - size.mean()
-        exponent = float(centred @ seconds / (centred @ centred))
-        residuals = seconds - seconds.mean() - exponent * centred
-        variance = residuals @ residuals / max(1, len(medians) - 2)
-        return cls(swept, method, medians, exponent, float(np.sqrt(variance / (centred @ centred))))
+        line = linregress(np.log(list(medians)), np.log(list(medians.values())))
+        return cls(swept, method, medians, float(line.slope), float(line.stderr))
 
     def __str__(self) -> str:
         return f"{self.exponent:.3f} ± {self.error:.3f}"

@@ -17,6 +17,8 @@ from rich.console import Console
 from typer import Argument, Option
 
 from benchmarks.quality import study as studies
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.methods import find_method
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("Method", "Test loss", "Against uniform", "Exact match", "Rate", "Total rank")
@@ -89,7 +91,9 @@ def run(
     # A kill is as good as Ctrl-C: worker processes end, finished runs are on the disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        study = _chosen(studies.load(studies.find(profile)), model, task, method, seeds, device)
+        study = _chosen(
+            studies.load(studies.find_profile(profile)), model, task, method, seeds, device
+        )
         output = output or RESULTS / f"{study.name}.jsonl"
         failures = _carry_out(study, output, reuse or [], workers, dry_run)
     except ValueError as error:
@@ -154,7 +158,7 @@ def _chosen(
         changes["tasks"] = tuple(task)
     if method:
         own = {each.name: each for each in study.methods}
-        changes["methods"] = tuple(own.get(name) or studies.named(name) for name in method)
+        changes["methods"] = tuple(own.get(name) or find_method(name) for name in method)
     if seeds:
         changes["seeds"] = _numbers(seeds)
     if device:
@@ -166,7 +170,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise studies.StudyError(
+        raise StudyError(
             f"--seeds takes whole numbers with commas, such as 0,1,2, got {text!r}"
         ) from None
 

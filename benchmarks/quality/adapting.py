@@ -15,9 +15,10 @@ import numpy as np
 from torch import nn
 
 import drlora_torch
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.policies import POLICIES, given
 from benchmarks.quality.profiling import Arrays
-from benchmarks.quality.study import Method, StudyError
+from benchmarks.quality.records import Method
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
 

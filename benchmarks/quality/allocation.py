@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from benchmarks.quality.study import Method, StudyError, Training, sentence
+from benchmarks.quality.errors import StudyError, describe
+from benchmarks.quality.records import Method, Training
 from drlora_core import AllocatorConfig, timetable
 
 STATIC = {"static_profile", "static_gradient", "hindsight"}
@@ -48,7 +49,7 @@ def allocator_config(method: Method, training: Training, seed: int) -> Allocator
     try:
         return AllocatorConfig.model_validate(fields)
     except ValidationError as error:
-        raise StudyError(f"method {method.name!r}: {sentence(error)}") from None
+        raise StudyError(f"method {method.name!r}: {describe(error)}") from None
 
 
 def _window(training: Training) -> dict[str, int]:

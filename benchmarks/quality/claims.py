@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.quality.records import RunRecord
 from benchmarks.quality.runs import Metric, Results, Setting, exact_match, test_loss
 from benchmarks.quality.statistics import Estimate, estimate, over_groups, sign_flip_p, spearman
-from benchmarks.quality.study import RunRecord
 
 DRLORA, UNIFORM, EARLY = "drlora", "uniform", "early"
 NOT_RUN = "not run"

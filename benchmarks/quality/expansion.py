@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.quality.study import Method, RunRecord, RunSpec, Study
+from benchmarks.quality.records import Method, RunRecord, RunSpec
+from benchmarks.quality.study import Study
 
 
 def specification(

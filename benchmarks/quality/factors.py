@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.quality.allocation import allocator_config, training_of
 from benchmarks.quality.cells import Rows, interval
 from benchmarks.quality.claims import CLAIMED, DRLORA, Comparison, compare
+from benchmarks.quality.records import Method, Training
 from benchmarks.quality.runs import Results, Setting
-from benchmarks.quality.study import Method, Training
 from drlora_core import AllocatorConfig
 
 COMPONENTS = {"use_routing", "use_importance", "policy", "scope"}

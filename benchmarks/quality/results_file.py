@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from benchmarks.quality.study import RunRecord, StudyError, sentence
+from benchmarks.quality.errors import StudyError, describe
+from benchmarks.quality.records import RunRecord
 
 
 def read(path: Path) -> list[RunRecord]:
@@ -28,7 +29,7 @@ def read(path: Path) -> list[RunRecord]:
             records.append(RunRecord.model_validate_json(line))
         except ValidationError as error:
             raise StudyError(
-                f"{path}, line {number} is not a run: {sentence(error)}; delete the line to do it "
+                f"{path}, line {number} is not a run: {describe(error)}; delete the line to do it "
                 "again"
             ) from None
     return records

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from scipy.stats import kendalltau
 
 from benchmarks.quality.cells import Rows, interval
 from benchmarks.quality.claims import CLAIMED, DRLORA, UNIFORM, compare
 from benchmarks.quality.factors import main_methods
 from benchmarks.quality.runs import Results, Setting
-from benchmarks.quality.statistics import kendall
 
 
 def rivals(results: Results) -> Rows:
@@ -60,7 +60,7 @@ def orders(results: Results) -> tuple[Rows, float]:
         for i, name in enumerate(both, start=1)
     ]
     values = [np.array([gap[name] for name in both]) for gap in gaps]
-    return rows, kendall(values[0], values[1])
+    return rows, float(kendalltau(*values).statistic)
 
 
 def _gaps(results: Results, names: Iterable[str], settings: list[Setting]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import stats
 
 Routing = Mapping[str, np.ndarray]
 """Routing frequency phi [N] by layer name, as ``evaluation.profile`` measures it."""
@@ -12,8 +13,7 @@ Routing = Mapping[str, np.ndarray]
 
 def entropy(phi: np.ndarray) -> float:
     """Return the entropy of a layer's routing, 1 for an even use of all experts."""
-    shares = phi[phi > 0] / phi.sum()
-    return float(-(shares * np.log(shares)).sum() / np.log(len(phi)))
+    return float(stats.entropy(phi, base=len(phi)))
 
 
 def distance(first: Routing, second: Routing) -> float:

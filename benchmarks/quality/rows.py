@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.study import StudyError
+from benchmarks.quality.errors import StudyError
 
 IGNORED = -100
 

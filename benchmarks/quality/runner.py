@@ -19,8 +19,10 @@ from rich.table import Table
 from benchmarks.quality import results_file
 from benchmarks.quality.adapting import KINDS, policy_of
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.expansion import report_runs, tuning_runs
-from benchmarks.quality.study import RunRecord, RunSpec, Study, StudyError
+from benchmarks.quality.records import RunRecord, RunSpec
+from benchmarks.quality.study import Study
 from benchmarks.quality.workers import Execute, Failure, pool
 from drlora_core.errors import near_misses
 

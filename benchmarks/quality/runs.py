@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality import results_file
-from benchmarks.quality.study import Method, RunRecord, RunSpec, StudyError, Training
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.records import Method, RunRecord, RunSpec, Training
 from benchmarks.quality.tasks import HELD_OUT
 
 Metric = Callable[[RunRecord], float]

@@ -11,8 +11,8 @@ from torch import nn
 from benchmarks.quality import evaluation
 from benchmarks.quality.evaluation import Evaluation
 from benchmarks.quality.profiling import PROFILES, Arrays
+from benchmarks.quality.records import RunSpec, Training
 from benchmarks.quality.rows import Row, encode
-from benchmarks.quality.study import RunSpec, Training
 from drlora_torch.models.discovery import adaptable
 
 

@@ -17,11 +17,13 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.adapting import HINDSIGHT, Adapted, RefusedError, adapted
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import logits
+from benchmarks.quality.methods import find_method
 from benchmarks.quality.profiling import Arrays
+from benchmarks.quality.records import RunRecord, RunSpec, Training
 from benchmarks.quality.rows import collate, shuffled
 from benchmarks.quality.setting import Setting, setting_of
-from benchmarks.quality.study import RunRecord, RunSpec, StudyError, Training, named
 from benchmarks.report import processor
 
 HUGE = 1e9
@@ -86,7 +88,7 @@ def _profile(setting: Setting, spec: RunSpec, signal: str) -> Arrays:
     """What a static method is given before training: a measurement, or the ranks of another run."""
     if signal != HINDSIGHT:
         return setting.profile(signal)
-    grown = run(spec.model_copy(update={"method": named(GROWN)}))
+    grown = run(spec.model_copy(update={"method": find_method(GROWN)}))
     return {name: np.array(ranks, dtype=np.float64) for name, ranks in grown.ranks.items()}
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
-from benchmarks.quality.study import RunRecord, RunSpec, StudyError
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.records import RunRecord, RunSpec
 
 Execute = Callable[[RunSpec], RunRecord]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality import methods
-from benchmarks.quality.study import Method, RunRecord, RunSpec, Training
+from benchmarks.quality.records import Method, RunRecord, RunSpec, Training
 
 TRAINING = Training(steps=100, batch_size=8)
 LAYERS = ("layers.0", "layers.1")

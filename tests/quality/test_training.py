@@ -17,11 +17,12 @@ import drlora_torch
 from benchmarks.quality import policies, profiling, rows, training
 from benchmarks.quality.adapting import adapted
 from benchmarks.quality.allocation import allocator_config
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import evaluate
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.records import Method, RunRecord
 from benchmarks.quality.rows import IGNORED, Row, collate, encode, shuffled
 from benchmarks.quality.setting import Setting, setting_of
-from benchmarks.quality.study import Method, RunRecord, StudyError
 from benchmarks.quality.training import HUGE, rate, run
 from drlora_core import AllocatorConfig, AllocatorEngine
 from tests.quality.studies import TINY, make_spec
