@@ -202,7 +202,6 @@ def main(
     pretrain(model, tokenizer, steps, seed)
     seconds = time.monotonic() - began
     model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
     ids, prompt = draw_batch(tokenizer, 64, np.random.default_rng([seed, 1]))
     model.float().eval()
     with torch.no_grad():

@@ -197,12 +197,13 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     family: Annotated[Family, typer.Option(help="Architecture of the model.")] = Family.olmoe,
     tokenizer_from: Annotated[
-        Path | None, typer.Option(help="Take this model's tokenizer instead of training one.")
+        Path | None, typer.Option(help="Use the tokenizer of this model instead of training one.")
     ] = None,
 ) -> None:
     """Pretrain the embedded model on text of this Python installation; about 15 minutes.
 
-    Writes the model (bfloat16), its tokenizer and training.json with the figures of the run.
+    Writes the model (bfloat16), the tokenizer if it was trained here, and training.json with the
+    figures of the run.
     """
     torch.set_num_threads(threads)
     plan = Plan(steps, minutes, rows_per_kind, learning_rate, aux)
@@ -218,7 +219,8 @@ def main(
     model = make_model(tokenizer, seed, aux, family)
     curve, taken, seconds = train(model, streams, rows, plan, seed)
     model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    if tokenizer_from is None:
+        tokenizer.save_pretrained(output)
     figures = {
         "family": family.value,
         "tokenizer_from": None if tokenizer_from is None else tokenizer_from.as_posix(),

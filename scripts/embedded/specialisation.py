@@ -162,7 +162,7 @@ def main(
     kinds = collect(training["seed"])
     if digest(kinds) != training["corpus_sha256"]:
         typer.echo("Warning: this installation's text differs from the model's corpus.", err=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(training.get("tokenizer_from") or model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     text = {
         k.name: held_out_rows(encode(tokenizer, [d.text for d in k.held_out]), rows) for k in kinds
