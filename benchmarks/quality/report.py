@@ -18,8 +18,8 @@ from benchmarks.quality.controlled import relevance
 from benchmarks.quality.errors import StudyError
 from benchmarks.quality.notes import read_notes
 from benchmarks.quality.runs import Results, read
+from benchmarks.quality.terminal import print_table
 from drlora_core.atomic import replaced_files, write_text
-from drlora_core.cli import common
 
 RESULTS = Path(__file__).parent / "results"
 HEADINGS = (*page.HEADINGS, *details.TITLES)
@@ -61,11 +61,11 @@ def report(
         write_report(runs, output)
         shown = ("Claim", "Test loss", "Verdict")
         rows = claim_tables.claims(runs, ALL_CLAIMS)
-        common.table("Claims", [{name: row[name] for name in shown} for row in rows])
-        common.say(f"wrote {output} and {output.with_suffix('')}/")
+        print_table("Claims", [{name: row[name] for name in shown} for row in rows])
+        typer.echo(f"wrote {output} and {output.with_suffix('')}/")
         if html is not None:
             write_text(html, plots.page(runs, known_relevance))
-            common.say(f"wrote {html}")
+            typer.echo(f"wrote {html}")
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -252,7 +252,7 @@ def test_a_rival_must_win_on_held_out_tasks(folder: Path) -> None:
 def test_figures_show_what_the_tables_say(folder: Path) -> None:
     results = fake.results(folder, tasks=("a",), noise=0.0)
     titles = {figure.layout.title.text: figure for figure in plots.figures(results, fake.known)}
-    gaps = titles["embedded / a: test loss against uniform"]
+    gaps = titles["embedded / a: test loss minus that of uniform"]
     means = {trace.y[0]: trace.x[0] for trace in gaps.data if len(trace.x) == 1}
     assert means["drlora"] == pytest.approx(-0.4)
     assert means["random"] == pytest.approx(0.0)

@@ -206,7 +206,7 @@ def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
     output.write_bytes(whole[:-40])  # the fifth line was being written
     rest = Executor()
     printed = do(make_study(), output, rest)[1]
-    assert "last line was cut off" in printed
+    assert "removed a cut-off last line" in printed
     assert len(rest.specs) == 12
     assert output.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, -1) + 1])
     assert len({record.key for record in results_file.read(output)}) == 16

@@ -22,7 +22,7 @@ from benchmarks.quality.evaluation import evaluate
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.records import Method, RunRecord
 from benchmarks.quality.rows import IGNORED, Row, collate, encode, shuffled
-from benchmarks.quality.setting import Setting, setting_of
+from benchmarks.quality.setting import Setting, load_setting
 from benchmarks.quality.training import HUGE, rate, run
 from drlora_core import AllocatorConfig, AllocatorEngine
 from tests.quality.studies import TINY, make_spec
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    made = setting_of(make_spec())
+    made = load_setting(make_spec())
     made.train = made.train[:64]  # the profile of static_profile reads them all
     return made
 
