@@ -28,7 +28,7 @@ def read(path: Path) -> list[RunRecord]:
             records.append(RunRecord.model_validate_json(line))
         except ValidationError as error:
             raise StudyError(
-                f"{path}, line {number} is not a run: {describe(error)}; delete it to repeat the run"
+                f"{path}, line {number} is not a run: {describe(error)}; delete it to redo the run"
             ) from None
     return records
 

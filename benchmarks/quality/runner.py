@@ -41,9 +41,7 @@ def check(study: Study) -> None:
             hint = near_misses(model, SHIPPED)
             raise StudyError(f"no model {model!r}: neither a folder nor a Hugging Face id; {hint}")
         if model in SHIPPED and not SHIPPED[model].is_dir():
-            raise StudyError(
-                f"model {model!r} is missing from {SHIPPED[model]}; choose another with --model"
-            )
+            raise StudyError(f"model {model!r} is missing from {SHIPPED[model]}; use --model")
 
     for method in study.methods:
         if method.kind not in KINDS:
@@ -82,9 +80,7 @@ def conduct(
     """
     check(study)
     if cut := results_file.mend(output):
-        console.print(
-            f"{output}: removed an incomplete last line ({cut} bytes); its run will be repeated"
-        )
+        console.print(f"{output}: removed a cut-off last line ({cut} bytes); its run is repeated")
     files = [*reuse, output]
     done = {record.key: record for path in files for record in results_file.read(path)}
     failures: list[Failure] = []
