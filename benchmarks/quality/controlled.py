@@ -174,16 +174,16 @@ def card(figures: dict[str, Any]) -> str:
     return f"""# The controlled model
 
 An OLMoE of {figures["parameters"]:,} parameters ({LAYERS} layers of width 64 with {EXPERTS} experts
-of width 32, of which a token uses {CHOSEN}), stored in bfloat16, in which the experts that serve an
-operation are known by construction. It exists to compare the ranks that experts get with what
-they had to learn, and knows nothing but eight tables of letters. The tokenizer is the embedded
-default model's. It was pretrained ({minutes} minutes on one thread of a busy CPU) by
+of width 32, {CHOSEN} per token), stored in bfloat16, in which the experts that serve an operation are
+known by construction. It serves to compare the final rank of each expert with what the expert had to
+learn, and it knows nothing but eight tables of letters. It uses the tokenizer of the embedded model.
+It was pretrained ({minutes} minutes on one thread of a shared CPU) by
 
     python -m benchmarks.quality.controlled --steps {figures["steps"]} --seed {figures["seed"]}
 
-On fresh rows of the tables it knows, with the weights as stored: loss {figures["loss"]:.4f} nats
-per completion token; share of the routing weight that goes to the assigned experts, by layer:
-{mass}. The experts of each operation:
+On new rows of the tables it knows, with the stored weights: loss {figures["loss"]:.4f} nats per
+completion token; share of the routing weight that goes to the assigned experts, by layer: {mass}.
+The experts of each operation:
 
 | operation | layer 0 | layer 1 | layer 2 |
 | --- | ---: | ---: | ---: |
