@@ -174,10 +174,10 @@ def card(figures: dict[str, Any]) -> str:
     return f"""# The controlled model
 
 An OLMoE of {figures["parameters"]:,} parameters ({LAYERS} layers of width 64 with {EXPERTS} experts
-of width 32, {CHOSEN} per token), stored in bfloat16, in which the experts that serve an operation are
-known by construction. It serves to compare the final rank of each expert with what the expert had to
-learn, and it knows nothing but eight tables of letters. It uses the tokenizer of the embedded model.
-It was pretrained ({minutes} minutes on one thread of a shared CPU) by
+of width 32, {CHOSEN} per token), stored in bfloat16, in which the experts that serve an operation
+are known by construction. It serves to compare the final rank of each expert with what the expert
+had to learn, and it knows nothing but eight tables of letters. It uses the tokenizer of the
+embedded model. It was pretrained ({minutes} minutes on one thread of a shared CPU) by
 
     python -m benchmarks.quality.controlled --steps {figures["steps"]} --seed {figures["seed"]}
 
