@@ -19,7 +19,7 @@ from benchmarks.quality.statistics import Estimate, estimate
 TITLES = {
     "Evidence": "both intervals of each claim, p-values, held-out tasks, exact match",
     "Methods": "all methods on all tasks",
-    "Options": "effect of each option and training setting, evidence for the defaults",
+    "Options": "effect of each option and training setting",
     "Final ranks": "which experts get rank",
     "Alternatives": "other methods against DR-LoRA, and their ranking on held-out tasks",
     "Runs": "budgets, refusals, versions, commands",
@@ -180,7 +180,6 @@ def _options(results: Results) -> str:
     if changed := claim_tables.same_change(results):
         intro = "Variants of DR-LoRA against uniform LoRA with the same variation:"
         parts += ["## The same change to both", intro, markdown(changed)]
-    parts += ["## Evidence for each default", markdown(factors.defaults(results))]
     return "\n\n".join(parts)
 
 

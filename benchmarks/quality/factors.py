@@ -11,13 +11,9 @@ from benchmarks.quality.cells import Rows, better_or_worse, interval
 from benchmarks.quality.claims import CLAIMED, DRLORA, Comparison, compare
 from benchmarks.quality.records import Method, Training
 from benchmarks.quality.runs import Results, Setting
-from drlora_core import AllocatorConfig
 
 COMPONENTS = {"use_routing", "use_importance", "policy", "scope"}
 """Options whose change makes another method."""
-WRITTEN_AS = {"warmup_steps": "warmup", "growth_interval": "events"}
-"""Fields of AllocatorConfig that a study gives in other units: shares, or a number of events."""
-NOT_STUDIED = {"r_target", "seed"}
 
 
 def overrides(method: Method) -> dict[str, Any]:
@@ -136,35 +132,3 @@ def sensitivity(results: Results) -> Rows:
                     }
                 )
     return rows
-
-
-def defaults(results: Results) -> Rows:
-    """Every field of AllocatorConfig: its default, and the effect of other values."""
-    fields = AllocatorConfig.model_fields.keys() | set(WRITTEN_AS.values())
-    varied = {key: by for key, by in factors(results).items() if set(key.split(" + ")) <= fields}
-    rows = []
-    for name, field in AllocatorConfig.model_fields.items():
-        if name in NOT_STUDIED:
-            continue
-        names = {name, WRITTEN_AS.get(name)}
-        tried = {key: by for key, by in varied.items() if names & set(key.split(" + "))}
-        rows.append(
-            {
-                "Field": f"`{name}`",
-                "Default": str(field.default),
-                "Evidence": _effects(results, tried) or "not varied",
-            }
-        )
-    return rows
-
-
-def _effects(results: Results, tried: dict[str, dict[str, Any]]) -> str:
-    parts = []
-    for key, by in tried.items():
-        for name, value in by.items():
-            found = against_reference(results, name)
-            if found.groups:
-                has = reference_value(key, name, results)
-                effect = f"{interval(found.here)}, {better_or_worse(found.here)}"
-                parts.append(f"{key} {shown(value)} for {has}: {effect}")
-    return "; ".join(parts)
