@@ -298,7 +298,7 @@ def test_the_smoke_profile(tmp_path: Path) -> None:
         [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "verified in every run" in done.stdout
+    assert "checked in every run" in done.stdout
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == 6
     assert all(record["total_rank"] == record["budget"] == 128 for record in records)
