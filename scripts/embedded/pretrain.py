@@ -209,6 +209,7 @@ def main(
     kinds = collect(seed)
     if tokenizer_from is None:
         tokenizer = train_tokenizer(kinds, vocabulary)
+        tokenizer.save_pretrained(output)
     else:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
     streams = {k.name: encode(tokenizer, [d.text for d in k.train]) for k in kinds}
@@ -218,8 +219,6 @@ def main(
     model = make_model(tokenizer, seed, aux, family)
     curve, taken, seconds = train(model, streams, rows, plan, seed)
     model.to(torch.bfloat16).save_pretrained(output)
-    if tokenizer_from is None:
-        tokenizer.save_pretrained(output)
     figures = {
         "family": family.value,
         "tokenizer_from": None if tokenizer_from is None else tokenizer_from.as_posix(),
