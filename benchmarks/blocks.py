@@ -1,4 +1,4 @@
-"""What the benchmarks of a step run: stacked MoE blocks with random frozen weights.
+"""Stacked MoE blocks with random frozen weights, for the benchmarks of a step.
 
 Shape letters: N experts, H model width, I expert width, K experts per token, T tokens.
 """
@@ -35,13 +35,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Blocks(nn.Module):
-    """MoE blocks one after the other, each with a residual connection."""
+    """A stack of MoE blocks with residual connections."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.reentrant: bool | None = None
-        """Kind of gradient checkpointing; None: none."""
+        """``use_reentrant`` of gradient checkpointing; None: no checkpointing."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
@@ -53,9 +53,9 @@ class Blocks(nn.Module):
 
 
 class Case:
-    """A shape in a dtype, with one set of frozen weights that all methods share.
+    """A shape and dtype, with one set of frozen weights that all methods share.
 
-    A block of Qwen3's shape has 2.4 GB in float32: a copy for each method would not fit.
+    A block of the shape of Qwen3 has 2.4 GB in float32, too much for a copy per method.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
@@ -73,7 +73,7 @@ class Case:
         ]
 
     def _skeleton(self, implementation: str) -> OlmoeSparseMoeBlock:
-        """A block without storage."""
+        """A block on the meta device."""
         config = OlmoeConfig(
             hidden_size=self.shape.hidden,
             intermediate_size=self.shape.intermediate,
@@ -86,7 +86,7 @@ class Case:
             return OlmoeSparseMoeBlock(config)
 
     def blocks(self, implementation: str = "grouped_mm") -> Blocks:
-        """A frozen model over the shared weights, in training mode."""
+        """A frozen model with the shared weights, in training mode."""
         layers: list[nn.Module] = []
         for weights in self._weights:
             block = self._skeleton(implementation)

@@ -1,4 +1,4 @@
-"""What this machine reaches at best: products of given shapes, and copies."""
+"""Peak performance of this machine: matrix products of given shapes, and memory copies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLD = 2**28  # bytes of distinct operands, well above the last cache
 
 
 def best_seconds(run: Callable[[], object]) -> float:
-    """Seconds of a call, the least over several repeats: what the machine can do."""
+    """Seconds of a call, minimum over repeats."""
     run()
     started = time.perf_counter()
     run()
@@ -38,8 +38,8 @@ def gemm_seconds(gemm: Gemm, dtype: torch.dtype, cold: bool) -> float:
     Args:
         gemm: the shape.
         dtype: of operands and result.
-        cold: right operands come from memory, as the experts' weights do; else all operands are
-            in the caches, as the rows of an expert are after its base product.
+        cold: True if the right operands come from memory, like the weights of experts; False if
+            all operands are in cache, like the rows of an expert after its base product.
     """
     size = gemm.k * gemm.n * dtype.itemsize
     distinct = max(1, min(gemm.count, COLD // size)) if cold else 1

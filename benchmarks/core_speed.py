@@ -1,18 +1,14 @@
-"""Speed of drlora_core against its goals: ``python benchmarks/core_speed.py``.
+"""Speed of drlora_core against its goals.
 
-Prints a table and writes ``benchmarks/results/core_speed_<hardware>_<date>.md``. The comparison
-with PEFT's AdaLoRA needs peft and torch; without them it is left out and said so.
+    python -m benchmarks.core_speed
+
+The comparison with PEFT's AdaLoRA needs peft and torch, and is skipped without them.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import gc
-import os
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -21,23 +17,31 @@ from pathlib import Path
 
 import numpy as np
 
-from drlora_core import AllocatorConfig, AllocatorEngine
-from drlora_core.recording import Recording
-from drlora_core.replay import replay
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import report
+from drlora_core import AllocatorConfig, AllocatorEngine, Recording, replay
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
+    """One line of the table."""
+
     what: str
     measured: str
-    goal: str
-    met: bool | None
+    goal: str = "-"
+    met: bool | None = None
+
+    def row(self) -> list[str]:
+        """Cells of the table."""
+        return [
+            self.what,
+            self.measured,
+            self.goal,
+            {None: "-", True: "yes", False: "no"}[self.met],
+        ]
 
 
 def config(**changes: object) -> AllocatorConfig:
-    """No event before step 10,000, unless changed."""
+    """By default, no event before step 10,000."""
     values = {
         "r_init": 8,
         "r_target": 16,
@@ -50,7 +54,7 @@ def config(**changes: object) -> AllocatorConfig:
 
 
 class Run:
-    """An engine with random statistics that are drawn beforehand."""
+    """An engine, and random statistics drawn before the clock starts."""
 
     def __init__(self, layers: int, experts: int, settings: AllocatorConfig) -> None:
         self.engine = AllocatorEngine(settings)
@@ -92,7 +96,7 @@ def statistics_of_a_step() -> Measurement:
 
 
 def growth_event(policy: str, scope: str) -> Measurement:
-    """Events only: the statistics of their steps are taken outside of the clock."""
+    """Time of the event only, without the statistics of its step."""
     settings = config(warmup_steps=0, growth_end=40, policy=policy, scope=scope)
     run, times = Run(61, 384, settings), []
     for _ in range(40):
@@ -110,7 +114,7 @@ def growth_event(policy: str, scope: str) -> Measurement:
 
 
 def a_million_experts() -> Measurement:
-    """The same layers, 43 times as many of them: 61 x 384 against 2,605 x 384."""
+    """The same layer size with 43 times as many layers: 61 x 384 against 2,605 x 384."""
     small, large = Run(61, 384, config()), Run(2605, 384, config())
     seconds(small.step, 20)
     ratios = []
@@ -125,12 +129,12 @@ def a_million_experts() -> Measurement:
 
 
 def one_wide_layer() -> Measurement:
-    """Information only: how a single layer of a million experts compares."""
+    """For information: a single layer of a million experts."""
     small, large = Run(61, 384, config()), Run(1, 1_000_000, config())
     seconds(small.step, 20)
     one = seconds(small.step, 100) / (61 * 384)
     value = seconds(large.step, 10) / 1_000_000 / one
-    return Measurement("the same, in one layer of 1,000,000 experts", f"{value:.2f}", "-", None)
+    return Measurement("the same, in one layer of 1,000,000 experts", f"{value:.2f}")
 
 
 def replay_speed() -> Measurement:
@@ -147,7 +151,7 @@ def replay_speed() -> Measurement:
 
 
 def recording_cost() -> Measurement:
-    """Extra time of a step with a recording, at the size of OLMoE-1B-7B (16 x 64)."""
+    """Extra time per step for recording, at the size of OLMoE-1B-7B (16 x 64)."""
     settings = config(warmup_steps=200, growth_interval=200, growth_end=2200)
     times: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -171,30 +175,23 @@ def recording_cost() -> Measurement:
 
 
 def against_adalora() -> list[Measurement]:
-    """Both allocators over 16 x 64 x 3 adapted matrices, in turns in this process."""
+    """Both allocators on 16 x 64 x 3 adapted matrices, alternating in this process."""
     try:
         ours, theirs = _ours(), _adalora()
     except ModuleNotFoundError as error:
-        what = f"PEFT's AdaLoRA side by side: left out, {error.name} is not installed"
-        return [Measurement(what, "-", ">= 200 times", None)]
+        return [Measurement(f"PEFT's AdaLoRA: skipped, {error.name} is not installed", "-")]
     pairs = [(seconds(ours, 20), seconds(theirs, 1)) for _ in range(7)]
     mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(two / one for one, two in pairs)
     return [
-        Measurement(
-            "allocation step, 16 x 64 x 3 matrices: drlora", f"{mine * 1e3:.2f} ms", "", None
-        ),
-        Measurement(
-            "the same: PEFT AdaLoRA update_and_allocate", f"{other * 1e3:.0f} ms", "", None
-        ),
-        Measurement(
-            "PEFT's time over ours (median of pairs)", f"{ratio:.0f}", ">= 200", ratio >= 200
-        ),
+        Measurement("allocation step, 16 x 64 x 3 matrices: drlora", f"{mine * 1e3:.2f} ms"),
+        Measurement("the same: PEFT AdaLoRA update_and_allocate", f"{other * 1e3:.0f} ms"),
+        Measurement("PEFT's time / ours (median of pairs)", f"{ratio:.0f}", ">= 200", ratio >= 200),
     ]
 
 
 def _ours() -> Callable[[], object]:
-    """Every step has an event, as every step of AdaLoRA's middle phase with delta_t = 1 does."""
+    """Every step has an event, like AdaLoRA with delta_t = 1 between tinit and tfinal."""
     state = {"run": Run(16, 64, config(warmup_steps=0, growth_end=2000, policy="greedy"))}
 
     def step() -> None:
@@ -242,16 +239,6 @@ def _adalora() -> Callable[[], object]:
     return step
 
 
-def hardware() -> str:
-    """The processor's name, as it may stand in a file name."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        name = found[1] if found else name
-    return re.sub(r"[^a-z0-9]+", "-", f"{name}, {os.cpu_count()} cores".lower()).strip("-")
-
-
 def measure() -> list[Measurement]:
     events = [("greedy", "layer"), ("rescored", "layer"), ("greedy", "global")]
     measurements: list[Callable[[], list[Measurement]]] = [
@@ -271,33 +258,12 @@ def measure() -> list[Measurement]:
     return found
 
 
-def report(found: list[Measurement]) -> str:
-    lines = [
-        f"# Speed of drlora_core, {hardware()}, {datetime.date.today()}",
-        "",
-        f"`python benchmarks/core_speed.py`, Python {platform.python_version()}, NumPy "
-        f"{np.__version__}, {platform.system()}. Medians; the allocators run on one core.",
-        "",
-        "| What | Measured | Goal | Met |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in found:
-        met = "-" if row.met is None else ("yes" if row.met else "no")
-        lines.append(f"| {row.what} | {row.measured} | {row.goal or '-'} | {met} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-file", action="store_true", help="print only")
-    arguments = parser.parse_args()
-    text = report(measure())
-    print(text)
-    if not arguments.no_file:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"core_speed_{hardware()}_{datetime.date.today()}.md"
-        path.write_text(text)
-        print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    """Measure, print and write the table."""
+    rows = [measurement.row() for measurement in measure()]
+    about = "Medians; the allocators run on one core."
+    table = report.Table("", "", ["What", "Measured", "Goal", "Met"], rows)
+    report.write("core_speed", "Speed of drlora_core", about, [table])
 
 
 if __name__ == "__main__":

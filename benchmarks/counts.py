@@ -1,4 +1,4 @@
-"""Operations and bytes of a training step, counted on paper.
+"""Operations and bytes of a training step, by formula.
 
 Shape letters: N experts, H model width, I expert width, K experts per token, T tokens,
 S = T * K (token, expert) pairs, r mean rank, b bytes of a number.
@@ -12,7 +12,7 @@ average. A product of [m, k] and [k, n] is 2mkn operations and moves at least b(
   d_low A, d_low^T x and low^T g backward: 6 * S * r * (i + o), together 6 S r (2H + 3I). Over the
   frozen step this is r (2H + 3I) / (2HI): 2.7 % for OLMoE, 3.3 % for Qwen3, 11 % for ``small``.
 - AdamW, over the N r (2H + 3I) trained numbers in float32: reads weight, gradient and two moments,
-  writes weight and moments: 28 bytes each, and no operation to speak of.
+  writes weight and moments: 28 bytes each; its operations are negligible.
 - Statistics: importance reads weight and gradient, 8 bytes each.
 """
 
@@ -30,7 +30,7 @@ STATISTICS_BYTES = 2 * 4
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """``count`` products of [m, k] and [k, n]; which operand is stored transposed."""
+    """``count`` products of [m, k] and [k, n], and which operands are stored transposed."""
 
     what: str
     count: int
@@ -42,7 +42,7 @@ class Gemm:
 
     @property
     def operations(self) -> int:
-        """2mkn each.
+        """Operations of all products, 2mkn each.
 
         Example:
             >>> Gemm("x W^T", count=3, m=4, k=5, n=6).operations
@@ -51,13 +51,13 @@ class Gemm:
         return 2 * self.count * self.m * self.k * self.n
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Both operands and the result, once each."""
+        """Bytes of both operands and the result, once each."""
         numbers = self.m * self.k + self.k * self.n + self.m * self.n
         return self.count * numbers * dtype.itemsize
 
 
 def projections(shape: Shape) -> dict[str, tuple[int, int]]:
-    """In and out features."""
+    """In and out features by projection."""
     return {
         "gate_up": (shape.hidden, 2 * shape.intermediate),
         "down": (shape.intermediate, shape.hidden),
@@ -65,12 +65,12 @@ def projections(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def rows(shape: Shape) -> int:
-    """m, the rows that an expert sees on average."""
+    """m, the average number of rows per expert."""
     return shape.tokens * shape.top_k // shape.experts
 
 
 def base_gemms(shape: Shape) -> list[Gemm]:
-    """The experts' own products, forward and backward to the inputs."""
+    """Products of the frozen experts, forward and backward to the inputs."""
     count, m = shape.layers * shape.experts, rows(shape)
     found = []
     for name, (i, o) in projections(shape).items():
@@ -80,7 +80,7 @@ def base_gemms(shape: Shape) -> list[Gemm]:
 
 
 def router_gemms(shape: Shape) -> list[Gemm]:
-    """The router's, forward and backward."""
+    """Products of the router, forward and backward."""
     t, h, n = shape.tokens, shape.hidden, shape.experts
     return [
         Gemm("router: x W^T", shape.layers, t, h, n, right_transposed=True),
@@ -105,6 +105,6 @@ def lora_gemms(shape: Shape, rank: int) -> list[Gemm]:
 
 
 def trained(shape: Shape, rank: int) -> int:
-    """Numbers in A and B of all experts."""
+    """Number of parameters in A and B of all experts."""
     features = sum(i + o for i, o in projections(shape).values())
     return shape.layers * shape.experts * rank * features

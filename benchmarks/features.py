@@ -1,9 +1,9 @@
-"""What each training feature costs: a drlora step with it over one without.
+"""Cost of each training feature: time of a drlora step with it over one without.
 
     python -m benchmarks.features
 
-All features run in turn within each round. Where a feature must not change the results, the table
-shows how far the gradients of the LoRA and of the inputs are from those of the plain step.
+Features are interleaved in rounds. For features that must not change the results, the table shows
+the deviation of the gradients of LoRA and inputs from those of the plain step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAIN = "plain: float32, static rank"
 
 
 def checkpointed(reentrant: bool) -> Runner:
-    """Every block is run a second time in backward."""
+    """With gradient checkpointing of every block."""
 
     def make(model: nn.Module, hidden: Tensor) -> Action:
         assert isinstance(model, Blocks)
@@ -51,7 +51,7 @@ def checkpointed(reentrant: bool) -> Runner:
 
 
 def autocast(model: nn.Module, hidden: Tensor) -> Action:
-    """Forward under bfloat16 autocast."""
+    """With the forward under bfloat16 autocast."""
 
     def run() -> None:
         hidden.grad = None
@@ -63,7 +63,7 @@ def autocast(model: nn.Module, hidden: Tensor) -> Action:
 
 
 def accumulated(model: nn.Module, hidden: Tensor) -> Action:
-    """The same tokens in several micro-batches."""
+    """With the same tokens in several micro-batches."""
 
     def run() -> None:
         hidden.grad = None
@@ -95,7 +95,7 @@ def compiled(model: nn.Module, hidden: Tensor) -> Action:
 
 
 def graphs(model: nn.Module, *inputs: Tensor) -> int:
-    """Graphs that a forward runs under ``torch.compile``; 1 where nothing breaks the graph."""
+    """Number of graphs of a forward under ``torch.compile``; 1 without graph breaks."""
     torch.compiler.reset()
     ran = 0
 
@@ -116,7 +116,7 @@ def graphs(model: nn.Module, *inputs: Tensor) -> int:
 
 
 def graphs_of_a_model() -> tuple[int, int]:
-    """Graphs of a whole language model, without and with LoRA."""
+    """Number of graphs of a language model, without and with LoRA."""
     config = OlmoeConfig(
         vocab_size=32,
         eos_token_id=None,
@@ -136,7 +136,7 @@ def graphs_of_a_model() -> tuple[int, int]:
 
 
 class SentinelRouter(nn.Module):
-    """A router that gives the last of a token's experts away, as under expert parallelism."""
+    """Replaces the last expert of each token by the sentinel, as under expert parallelism."""
 
     def __init__(self, router: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class SentinelRouter(nn.Module):
 
 
 def sentinels(model: nn.Module, hidden: Tensor) -> Action:
-    """One pair of each token belongs to no expert here."""
+    """With one sentinel per token."""
     assert isinstance(model, Blocks)
     for layer in model.layers:
         layer.gate = SentinelRouter(layer.gate, layer.experts.num_experts)
@@ -159,7 +159,7 @@ def sentinels(model: nn.Module, hidden: Tensor) -> Action:
 
 
 class Paused(Training):
-    """Steps without statistics: what is left is static LoRA with our kernel."""
+    """Steps without statistics: static LoRA with our kernel."""
 
     def __call__(self) -> None:
         assert self.adapter is not None
@@ -168,18 +168,18 @@ class Paused(Training):
 
 
 def without_statistics(case: Case) -> Training:
-    """Nothing counted, read or decided."""
+    """Without statistics and events."""
     made = static()(case)
     return Paused(made.hidden, made.backward, made.optimizer, made.adapter)
 
 
 def in_bfloat16(builder: Builder) -> Builder:
-    """The same over a bfloat16 base."""
+    """With a bfloat16 base."""
     return lambda case: builder(Case(case.shape, torch.bfloat16))
 
 
 def static(runner: Runner = plain, **options: object) -> Builder:
-    """A static rank, with the given way to run and options of ``attach``."""
+    """Static rank, with a runner and options of ``attach``."""
     return drlora(r_max=RANK, growing=False, runner=runner, **options)
 
 
@@ -195,7 +195,7 @@ SAME: dict[str, Builder] = {
     "deterministic mode": static(deterministic),
     "torch.compile": static(compiled),
 }
-"""Features that give the same results."""
+"""Features that must not change the results."""
 
 OTHER: dict[str, Builder] = {
     f"dynamic ranks, an event every {EVENT_EVERY} steps": drlora(r_max=2 * RANK, growing=True),
@@ -205,13 +205,13 @@ OTHER: dict[str, Builder] = {
     "all bfloat16": in_bfloat16(static(dtype=torch.bfloat16)),
     "sentinels: one pair of each token to no expert": static(sentinels),
 }
-"""Features that change the results, or the work."""
+"""Features that change the results or the amount of work."""
 
 
 def gradients(training: Training) -> Tensor:
-    """Gradients of the inputs and of the LoRA after one backward, in one row.
+    """Gradients of inputs and LoRA after one backward, concatenated.
 
-    B is filled first, since A gets no gradient through a B of zeros.
+    B is set to random values, because A gets no gradient while B is 0.
     """
     assert training.adapter is not None
     generator = torch.Generator().manual_seed(2)
@@ -233,7 +233,7 @@ def gradients(training: Training) -> Tensor:
 
 
 def deviations(trainings: dict[str, Training]) -> dict[str, float]:
-    """|gradients - plain's| / |plain's| of the features that give the same results."""
+    """Relative deviation of the gradients from the plain step, for the features of ``SAME``."""
     with quiet_compiler():
         reference = gradients(trainings[PLAIN])
         found = {name: gradients(trainings[name]) for name in SAME}
@@ -243,7 +243,7 @@ def deviations(trainings: dict[str, Training]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def quiet_compiler() -> Iterator[None]:
-    """Without a warning of dynamo's own making, about ``.grad`` of a tensor in its frames."""
+    """Hide a warning about ``.grad`` that dynamo itself causes."""
     import warnings
 
     with warnings.catch_warnings():
@@ -272,13 +272,18 @@ def main(
         for name in timings.seconds
     ]
     about = (
-        f"{case.shape}, rank {RANK}; {timings.rounds} interleaved rounds; median (quartiles) of "
-        f"the ratio to the plain step. Gradients: |difference to the plain step's| over its norm. "
-        f"torch.compile leaves its graph at the experts: a whole OLMoE of {LAYERS} layers runs "
-        f"{adapted} graphs in a forward, {base} without LoRA."
+        f"{case.shape}, rank {RANK}; {timings.rounds} interleaved rounds. Ratio to the plain step: "
+        "median (quartiles). Gradients: norm of the difference to those of the plain step over "
+        "their norm. Under torch.compile, the experts break the graph: the forward of an OLMoE "
+        f"with {LAYERS} layers has {adapted} graphs with LoRA and {base} without."
     )
     columns = ["feature", "s / step", "/ plain", "gradients"]
-    report.write(f"features_{shape}", about, [report.Table("", "", columns, rows)])
+    report.write(
+        f"features_{shape}",
+        "Cost of training features",
+        about,
+        [report.Table("", "", columns, rows)],
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The goals of a training step: what each is, what was measured, met or not.
+"""Cost of a training step against goals, in time, memory and scaling.
 
     python -m benchmarks.goals                            # all shapes and dtypes, then scaling
     python -m benchmarks.goals --shape small --dtype float32 --no-scaling
@@ -24,18 +24,18 @@ from benchmarks.options import Dtypes, Rounds, Shapes
 from benchmarks.rounds import Spread, Timings
 
 STEP = "training step / frozen model's forward and backward"
-OVER_PEFT = "the same / PEFT LoRA"
-MEMORY = "peak memory over the frozen model's / PEFT's over the frozen model's"
+OVER_PEFT = "training step / PEFT LoRA"
+MEMORY = "peak memory above the frozen model / the same of PEFT"
 GROWING = "dynamic / static rank"
 R_MAX_TIME = "r_max = 4 r_target / r_max = r_target, time"
 R_MAX_MEMORY = "r_max = 4 r_target / r_max = r_target, peak memory"
-STATE = "LoRA weights, gradients and Adam state / PEFT's at r_target, r_max = {} r_target"
-NOISE = "the same frozen model twice (noise)"
+STATE = "LoRA weights, gradients and Adam state / the same of PEFT, r_max = {} r_target"
+NOISE = "frozen model / itself (noise)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """One line of the table; ``limit`` None: shown for comparison."""
+    """One line of the table; without ``limit`` it is for comparison only."""
 
     what: str
     where: str
@@ -45,14 +45,14 @@ class Goal:
 
     @classmethod
     def of(cls, what: str, where: str, limit: float | None, measured: float | Spread) -> Goal:
-        """From a counted value, or one measured over the rounds."""
+        """Make a goal from a count, or from ratios over the rounds."""
         if isinstance(measured, Spread):
             return cls(what, where, limit, measured.median, str(measured))
         return cls(what, where, limit, measured, f"{measured:.3f}")
 
     @property
     def verdict(self) -> str:
-        """Met or not, as a cell."""
+        """Cell that says whether the goal is met."""
         if self.limit is None:
             return "-"
         return "yes" if self.measured <= self.limit else f"no, by {self.measured - self.limit:.3f}"
@@ -65,20 +65,20 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """Bytes of one method."""
+    """Memory of one method in bytes."""
 
     step: int
-    """Most that a step allocates and holds at once."""
+    """Peak of a step, above what was held before it."""
     training: int
-    """Most that is held at once while training, LoRA and optimizer included, frozen weights not."""
+    """Peak of training, with LoRA and optimizer state, without frozen weights."""
     state: int
     """LoRA weights, gradients and optimizer state."""
     table: int
-    """Who owns which rank slot."""
+    """Owner table of the rank slots."""
 
 
 def count(case: Case, builder: methods.Builder) -> Counted:
-    """Count the bytes of a method over two steps."""
+    """Count the memory of a method over two steps."""
     built: list[methods.Training] = []
 
     def start() -> None:
@@ -93,7 +93,7 @@ def count(case: Case, builder: methods.Builder) -> Counted:
 
 
 def step_goals(where: str, timings: Timings, counted: dict[str, Counted]) -> list[Goal]:
-    """Judge one shape and dtype."""
+    """Goals for one shape and dtype."""
     best = timings.faster(methods.FROZEN, methods.EAGER)
     base = min(counted[name].training for name in (methods.FROZEN, methods.EAGER))
     above = {name: counts.training - base for name, counts in counted.items()}
@@ -114,7 +114,7 @@ def step_goals(where: str, timings: Timings, counted: dict[str, Counted]) -> lis
 
 
 def method_rows(timings: Timings, counted: dict[str, Counted]) -> list[list[str]]:
-    """One line per method: time, ratios, bytes."""
+    """One line per method: time, ratios, memory."""
     best = timings.faster(methods.FROZEN, methods.EAGER)
     return [
         [
@@ -132,7 +132,7 @@ def method_rows(timings: Timings, counted: dict[str, Counted]) -> list[list[str]
 COLUMNS = [
     "method",
     "s / step",
-    "/ frozen, the faster",
+    "/ frozen",
     "/ PEFT",
     "peak of a step, MiB",
     "peak of training, MiB",
@@ -140,24 +140,24 @@ COLUMNS = [
     "owner table, KiB",
 ]
 ABOUT = (
-    f"Rank {RANK}. Frozen: forward and backward to the inputs, by the faster of Transformers' "
-    "grouped_mm and eager experts; the others: with AdamW (fused), drlora with statistics and "
-    "growth, ranks grown from half. Ratios: median (quartiles) over interleaved rounds. Memory: "
-    "bytes of tensors held at once, LoRA and optimizer state included, frozen weights not."
+    f"Rank {RANK}. Frozen: forward, and backward to the inputs, with the faster of the grouped_mm "
+    "and eager experts of Transformers. The other methods include AdamW (fused); drlora includes "
+    "statistics and growth, from half the rank. Ratios: median (quartiles) over interleaved "
+    "rounds. Memory: peak bytes of tensors, with LoRA and optimizer state, without frozen weights."
 )
 
 
 def measure(case: Case, count_of_rounds: int | None) -> tuple[Timings, dict[str, Counted]]:
-    """Time and count all methods on one case."""
+    """Measure time and memory of all methods on one case."""
     trainings = {name: build(case) for name, build in METHODS.items()}
     timings = rounds.interleave(trainings, count_of_rounds)
     trainings.clear()
-    gc.collect()  # adapters and models hold each other
+    gc.collect()  # adapters and models refer to each other
     return timings, {name: count(case, build) for name, build in METHODS.items()}
 
 
 def scaling_goals(fits: Iterable[scaling.Fit]) -> list[Goal]:
-    """Judge the exponents."""
+    """Goals for the exponents."""
     return [
         Goal(f"exponent of time against {f.swept}", "scaling", 1.05, f.exponent, str(f))
         for f in fits
@@ -171,8 +171,8 @@ def main(
     rounds: Rounds = None,
     scale: Annotated[bool, typer.Option("--scaling/--no-scaling", help="Exponents too.")] = True,
 ) -> None:
-    """Measure, print and write the tables; they are printed for each case as it ends."""
-    title = "_".join(["step_goals", *(shape or []), *(dtype or [])])
+    """Measure, print and write the tables."""
+    stem = "_".join(["step_goals", *(shape or []), *(dtype or [])])
     goals: list[Goal] = []
     details: list[report.Table] = []
     for name in shape or SHAPES:
@@ -184,19 +184,19 @@ def main(
             table = report.Table(heading, about, COLUMNS, method_rows(timings, counted))
             typer.echo("\n".join(table.lines()), err=True)
             details.append(table)
-            write(title, goals, details)  # kept if a later case should fail
+            write(stem, goals, details)  # keeps the results if a later case fails
     if scale:
         fits = scaling.measure(rounds)
         goals += scaling_goals(fits)
         details.append(scaling.table(fits))
-    typer.echo(write(title, goals, details).read_text())
+    typer.echo(write(stem, goals, details).read_text())
 
 
-def write(title: str, goals: list[Goal], details: list[report.Table]) -> Path:
-    """Write what was found so far."""
+def write(stem: str, goals: list[Goal], details: list[report.Table]) -> Path:
+    """Write the results so far."""
     rows = [goal.row() for goal in sorted(goals, key=lambda goal: goal.what != STEP)]
     table = report.Table("Goals", "", ["what", "where", "goal", "measured", "met"], rows)
-    return report.write(title, ABOUT, [table, *details], show=False)
+    return report.write(stem, "Cost of a training step", ABOUT, [table, *details], show=False)
 
 
 if __name__ == "__main__":

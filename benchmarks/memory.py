@@ -1,4 +1,4 @@
-"""Count the bytes of tensors that a piece of code allocates and holds at once."""
+"""Peak memory of tensors, counted exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Ledger(TorchDispatchMode):
-    """Sees every operator's results, in backward too, and when their storage is freed."""
+    """Tracks the storages that operators allocate, in backward too, and when they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def _storage_id(leaf: object) -> int | None:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """Most bytes held at once of what ``step`` allocates; what was there before is not counted.
+    """Peak bytes of the tensors that ``step`` allocates.
 
     Example:
         >>> peak_bytes(lambda: torch.zeros(256, dtype=torch.float32) + 1)
@@ -62,11 +62,11 @@ def peak_bytes(step: Callable[[], None]) -> int:
 
 
 def training_peaks(prepare: Callable[[], None], step: Callable[[], None]) -> tuple[int, int]:
-    """Most bytes held at once above what was held before ``step``, and over all of it.
+    """Peak bytes of ``step`` above what was held before it, and peak bytes overall.
 
     Args:
-        prepare: builds what is trained, and takes a first step.
-        step: another step.
+        prepare: builds the model and takes a first step.
+        step: takes another step.
 
     Example:
         >>> kept = []

@@ -1,4 +1,4 @@
-"""Ways to take a training step of MoE blocks: frozen, with drlora, with PEFT's LoRA on experts."""
+"""Training steps of MoE blocks: frozen, with drlora, and with PEFT's LoRA on experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.optim import AdamW, Optimizer
 import drlora_torch
 from benchmarks.blocks import Case
 from drlora_core import AllocatorConfig, AllocatorEngine
-from drlora_torch.adapter import Adapter
 
 RANK = 16
 EVENT_EVERY = 2  # steps from one growth event to the next
@@ -27,14 +26,14 @@ Action = Callable[[], None]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One method on one case; called, it takes a step."""
+    """One method on one case; call it to take a step."""
 
     hidden: Tensor
     backward: Action
     """Forward and backward."""
     optimizer: Optimizer | None = None
-    """None: nothing is trained."""
-    adapter: Adapter | None = None
+    """None if nothing is trained."""
+    adapter: drlora_torch.Adapter | None = None
 
     def __call__(self) -> None:
         self.backward()
@@ -43,7 +42,7 @@ class Training:
             self.optimizer.zero_grad()
 
     def state_bytes(self) -> int:
-        """Trained weights, their gradients and the optimizer's state, after a step."""
+        """Bytes of trained weights, gradients and optimizer state, after a step."""
         if self.optimizer is None:
             return 0
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -51,7 +50,7 @@ class Training:
         return 2 * sum(p.nbytes for p in trained) + sum(v.nbytes for v in states)
 
     def table_bytes(self) -> int:
-        """Who owns which rank slot, in all layers."""
+        """Bytes of the owner tables of all layers."""
         layers = self.adapter.layers.values() if self.adapter is not None else ()
         tables = [layer.lora.table for layer in layers]
         return sum(table.owner.nbytes + table.position.nbytes for table in tables)
@@ -59,11 +58,11 @@ class Training:
 
 Builder = Callable[[Case], Training]
 Runner = Callable[[nn.Module, Tensor], Action]
-"""Makes the forward and backward of a step from a model and its input."""
+"""Makes the forward and backward of a step, given a model and its input."""
 
 
 def plain(model: nn.Module, hidden: Tensor) -> Action:
-    """Forward and backward, to the inputs too."""
+    """Forward, and backward including the inputs."""
 
     def run() -> None:
         hidden.grad = None
@@ -74,7 +73,7 @@ def plain(model: nn.Module, hidden: Tensor) -> Action:
 
 
 def frozen(implementation: str) -> Builder:
-    """The frozen model with an experts implementation of Transformers."""
+    """The frozen model, with an experts implementation of Transformers."""
 
     def build(case: Case) -> Training:
         hidden = case.hidden()
@@ -88,10 +87,10 @@ def drlora(
 ) -> Builder:
     """Forward, backward, statistics and AdamW.
 
-    ``growing`` starts at half the rank and has grown, by real events, before the builder returns:
-    ranks are uneven, slots scattered, and half of the rank dimensions were born late, as in most
-    of a run. The last event, at the second step, spends the rest of the budget; later ones decide
-    but have nothing left to give. ``options`` go to ``attach``.
+    With ``growing``, training starts at half the rank, and real events grow the ranks before the
+    builder returns. So ranks are uneven, slots are scattered, and half of the rank dimensions are
+    newborn, as in most of a run. The event at the second step spends the rest of the budget; later
+    events only decide. ``options`` are passed to ``attach``.
     """
 
     def build(case: Case) -> Training:
@@ -120,7 +119,7 @@ def drlora(
 
 
 def peft(case: Case) -> Training:
-    """PEFT's LoRA on the same experts, same rank, as ``get_peft_model`` sets it up."""
+    """PEFT's LoRA on the same experts at the same rank, by ``get_peft_model``."""
     from peft import LoraConfig, get_peft_model
 
     targets = ["experts.gate_up_proj", "experts.down_proj"]

@@ -1,4 +1,4 @@
-"""Options that the commands share; a name that is none is refused with those that are."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by torch's profiler.
+"""Profile of a step, by operator.
 
 python -m benchmarks.profile_step --method "drlora, static" --shape small
 """
@@ -22,7 +22,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps to profile.")] = 3,
     rows: Annotated[int, typer.Option(help="Operators to list.")] = 20,
 ) -> None:
-    """Print the operators that take most time of their own."""
+    """Print the operators with the largest self time."""
     step = METHODS[method](Case(SHAPES[shape], DTYPES[dtype]))
     step()
     step()

@@ -1,16 +1,16 @@
-"""The least that a drlora step can cost beside the frozen model, and what it does cost.
+"""Lower bound of the cost of a drlora step, and the measured cost.
 
     python -m benchmarks.roofline
     python -m benchmarks.roofline --shape small --dtype bfloat16
 
-Operations and bytes of the frozen step, the low-rank products, AdamW and the statistics are
-counted (benchmarks/counts.py) and held against what this machine reaches (benchmarks/ceilings.py):
-products at exactly the shapes that the step has, copies in memory. Two predictions of the ratio of
-a drlora step to a frozen one:
+Operations and bytes of the frozen step, the low-rank products, AdamW and the statistics are counted
+(benchmarks/counts.py) and divided by the peak performance of this machine (benchmarks/ceilings.py)
+for products of the same shapes and for memory copies. Two predictions of the ratio of a drlora step
+to a frozen one:
 
-- *added*: the frozen step as measured, and the added work at the ceilings. Faster than this only
-  if the frozen part itself is done in less time than Transformers does it.
-- *bound*: the experts' own products at the ceilings too, and nothing else at all: no gate, no
+- *added*: the measured frozen step, plus the added work at peak performance. Beating it needs a
+  frozen part that is faster than that of Transformers.
+- *bound*: the products of the experts at peak performance too, and nothing else: no gate, no
   gathering, no routing. No implementation that multiplies these matrices one by one is faster.
 """
 
@@ -31,7 +31,7 @@ from benchmarks.rounds import Timings, interleave
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of the step at the machine's ceiling."""
+    """A part of the step at peak performance."""
 
     what: str
     operations: int
@@ -65,14 +65,14 @@ PARTS = [
 
 
 def products(what: str, gemms: list[Gemm], dtype: torch.dtype, cold: bool) -> Part:
-    """Products at the rate of their own shapes."""
+    """Products, at the peak performance for their shapes."""
     seconds = sum(ceilings.gemm_seconds(gemm, dtype, cold) for gemm in gemms)
     moved = sum(gemm.bytes(dtype) for gemm in gemms)
     return Part(what, sum(gemm.operations for gemm in gemms), moved, seconds)
 
 
 def added_parts(shape: Shape, dtype: torch.dtype, bandwidth: float) -> list[Part]:
-    """What a drlora step does that a frozen one does not."""
+    """The parts of a drlora step that a frozen step does not have."""
     numbers = counts.trained(shape, RANK)
     moved = {
         "AdamW": numbers * counts.ADAMW_BYTES,
@@ -84,7 +84,7 @@ def added_parts(shape: Shape, dtype: torch.dtype, bandwidth: float) -> list[Part
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Parts of one case at the ceilings, and its measured times."""
+    """Parts of one case at peak performance, and measured times."""
 
     where: str
     base: Part
@@ -126,7 +126,7 @@ RATIOS = [
 
 
 def measure(name: str, kind: str, bandwidth: float, rounds: int | None) -> Roofline:
-    """Ceilings, then the interleaved times, of one case."""
+    """Peak performance and interleaved times of one case."""
     shape, dtype = SHAPES[name], DTYPES[kind]
     gemms = counts.base_gemms(shape) + counts.router_gemms(shape)
     base = products("experts' and router's own products", gemms, dtype, cold=True)
@@ -149,13 +149,14 @@ def main(
     about = (
         f"Rank {RANK}. Products of {ceilings.PEAK_SIZE} x {ceilings.PEAK_SIZE}: {peaks}; copies: "
         f"{bandwidth / 1e9:.1f} GB/s, read and written. "
-        "What the columns mean: benchmarks/roofline.py."
+        "benchmarks/roofline.py explains the columns."
     )
     tables = [
         report.Table("Ratio to the frozen step", "", RATIOS, [f.ratio_row() for f in found]),
         report.Table("Parts", "", PARTS, [row for f in found for row in f.part_rows()]),
     ]
-    report.write("_".join(["roofline", *(shape or []), *(dtype or [])]), about, tables)
+    stem = "_".join(["roofline", *(shape or []), *(dtype or [])])
+    report.write(stem, "Lower bound and measured cost of a step", about, tables)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Time methods in turn, and compare neighbours in time.
+"""Interleaved timing of several methods.
 
-Every method has one turn per round, in an order drawn anew each round; a ratio is taken within a
-round, then its median over the rounds, so that drift of the machine hits both sides. A turn takes
-as many steps as fill ``TURN`` seconds, after one that is not timed: what the method before left in
-the caches and in the allocator is gone by then.
+Every method has one turn per round, in random order. Ratios are taken within a round, and then the
+median over rounds, so drift of the machine affects both sides. A turn takes as many steps as fill
+``TURN`` seconds, after one untimed step, which restores caches and allocator.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Step = Callable[[], None]
 
 
 class Spread(NamedTuple):
-    """Median and quartiles over the rounds."""
+    """Median and quartiles over rounds."""
 
     median: float
     low: float
@@ -37,7 +36,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Of one value per round.
+        """From one value per round.
 
         Example:
             >>> str(Spread.of([1.0, 1.1, 1.2, 1.3, 9.9]))
@@ -52,17 +51,17 @@ class Spread(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds of a step, by method and round."""
+    """Seconds per step, by method and round."""
 
     seconds: dict[str, list[float]]
 
     @property
     def rounds(self) -> int:
-        """How many."""
+        """Number of rounds."""
         return len(next(iter(self.seconds.values())))
 
     def median(self, name: str) -> float:
-        """Seconds of a step."""
+        """Median seconds per step."""
         return statistics.median(self.seconds[name])
 
     def faster(self, *names: str) -> str:
@@ -70,7 +69,7 @@ class Timings:
         return min(names, key=self.median)
 
     def ratio(self, name: str, over: str) -> Spread:
-        """Time of one method over that of another, within a round.
+        """Ratio of the times of two methods within a round.
 
         Example:
             >>> timings = Timings({"a": [1.0, 2.0, 3.0], "b": [2.0, 4.0, 12.0]})
@@ -82,12 +81,12 @@ class Timings:
 
 
 def interleave(steps: Mapping[str, Step], rounds: int | None, budget: float = 90.0) -> Timings:
-    """Time all steps in turn.
+    """Time all steps, interleaved.
 
     Args:
         steps: one training step of each method.
-        rounds: how many, or None: as many as fit the budget, from ``FEWEST`` to ``MOST``.
-        budget: seconds that all rounds together should take.
+        rounds: number of rounds; None: as many as fit the budget, from ``FEWEST`` to ``MOST``.
+        budget: seconds for all rounds.
     """
     with _short_collections():
         repeats = {name: _repeats(step) for name, step in steps.items()}
@@ -105,7 +104,7 @@ def interleave(steps: Mapping[str, Step], rounds: int | None, budget: float = 90
 
 @contextlib.contextmanager
 def _short_collections() -> Iterator[None]:
-    """Keep the garbage collector to what the steps make; all modules take it 0.3 s each time."""
+    """Exclude existing objects from garbage collection, which would take 0.3 s each time."""
     gc.collect()
     gc.freeze()
     try:
@@ -115,7 +114,7 @@ def _short_collections() -> Iterator[None]:
 
 
 def _repeats(step: Step) -> tuple[int, float]:
-    """Steps that fill a turn, and the seconds of one; two steps before it only warm up."""
+    """Number of steps that fill a turn, and seconds per step, after two warmup steps."""
     step()
     seconds = _turn(step, 1)
     return max(1, math.ceil(TURN / seconds)), seconds

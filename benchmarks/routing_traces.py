@@ -1,7 +1,9 @@
-"""Do two tasks want different experts? Replay two recorded routing traces of one model.
+"""Compare the routing and the replayed ranks of two tasks, from routing traces of one model.
 
-``python benchmarks/routing_traces.py FIRST.npz SECOND.npz`` prints the tables of
-docs/deepseek_traces.md. A trace has arrays ``weight_sum`` [steps, layers, experts], ``tokens``.
+    python -m benchmarks.routing_traces FIRST.npz SECOND.npz
+
+Prints the tables of docs/deepseek_traces.md. A trace has the arrays ``weight_sum`` [steps, layers,
+experts] and ``tokens`` [steps].
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Means = Mapping[str, np.ndarray]
 
 
 def every_second(recording: Recording, start: int) -> Recording:
-    """Half of a trace: the control, for how much two samples of one task differ."""
+    """Half of a trace, as a control: how much do two samples of one task differ?"""
     rows = slice(start, None, 2)
     return Recording.from_arrays(
         {name: recording.layer(name).routing[rows] for name in recording.layers},
@@ -32,7 +34,7 @@ def every_second(recording: Recording, start: int) -> Recording:
 
 
 def final(recording: Recording, **changes: Any) -> Any:
-    """Ten events spread over the trace, the rest by default (r 8 to 16, at most 32)."""
+    """Replay with ten events over the trace and default ranks (8 to 16, at most 32)."""
     return replay(recording, AllocatorConfig(**(ten_events(recording.steps) | changes)))
 
 
@@ -41,7 +43,7 @@ def means(recording: Recording) -> Means:
 
 
 def shared_top(one: np.ndarray, two: np.ndarray) -> float:
-    """Share of the most routed experts that both have in common."""
+    """Share of the most used experts that both have in common."""
     return len(set(np.argsort(-one)[:TOP]) & set(np.argsort(-two)[:TOP])) / TOP
 
 
@@ -65,7 +67,7 @@ def main() -> None:
         "second, odd and even steps": (every_second(two, 0), every_second(two, 1)),
     }
     print(f"{one.steps} and {two.steps} steps, {len(one.layers)} layers, {one.num_experts} experts")
-    print(f"\n| Mean routing of | Spearman | total variation | {TOP} most routed shared |")
+    print(f"\n| Mean routing of | Spearman | total variation | shared among the {TOP} most used |")
     print("| --- | --- | --- | --- |")
     for label, (left, right) in pairs.items():
         print(routing_row(label, means(left), means(right)))
@@ -75,7 +77,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for policy in POLICIES:
         for label, (left, right) in pairs.items():
-            # Two seeds, so that the random policy does not agree with itself by its seed.
+            # Different seeds, or the random policy would agree with itself.
             result = compare(final(left, policy=policy), final(right, policy=policy, seed=1))
             found = result.summary()
             shown = [found[key] for key in ("spearman", "kendall", "total_variation", "overlap")]

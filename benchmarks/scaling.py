@@ -1,10 +1,10 @@
-"""How the cost of a drlora step grows with tokens, experts and rank, beside the frozen model's.
+"""Scaling of a drlora step with tokens, experts and rank, compared with the frozen model.
 
     python -m benchmarks.scaling
 
-Each size is doubled three times, with the tokens of an expert (or the experts of a token) held
-fixed, all sizes and both methods in turn within a round. A power law is fitted to the medians by
-least squares of log seconds over log size: its exponent is 1 where cost is proportional.
+Each size is doubled three times, with a fixed number of tokens per expert (or experts per token).
+All sizes and both methods are interleaved. A power law is fitted to the medians, by least squares
+of log seconds over log size; the exponent is 1 if the cost is proportional.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 import torch
 import typer
+from scipy.stats import linregress
 
 from benchmarks import report
 from benchmarks.blocks import Case, Shape
@@ -37,7 +38,7 @@ class Fit:
     """Seconds by size."""
     exponent: float
     error: float
-    """Standard error of the exponent: how well a power law fits."""
+    """Standard error of the exponent."""
 
     @classmethod
     def to(cls, swept: str, method: str, medians: dict[int, float]) -> Fit:
@@ -48,19 +49,15 @@ class Fit:
             >>> round(fit.exponent, 6), round(fit.error, 6)
             (1.0, 0.0)
         """
-        size, seconds = np.log(list(medians)), np.log(list(medians.values()))
-        centred = size - size.mean()
-        exponent = float(centred @ seconds / (centred @ centred))
-        residuals = seconds - seconds.mean() - exponent * centred
-        variance = residuals @ residuals / max(1, len(medians) - 2)
-        return cls(swept, method, medians, exponent, float(np.sqrt(variance / (centred @ centred))))
+        line = linregress(np.log(list(medians)), np.log(list(medians.values())))
+        return cls(swept, method, medians, float(line.slope), float(line.stderr))
 
     def __str__(self) -> str:
         return f"{self.exponent:.3f} ± {self.error:.3f}"
 
 
 def shapes(swept: str) -> dict[int, Shape]:
-    """Shapes by size; more experts come with more tokens, so that each has as many as before."""
+    """Shapes by size; with more experts there are more tokens, so each expert has as many."""
     if swept == "tokens":
         return {BASE.tokens * f: dataclasses.replace(BASE, tokens=BASE.tokens * f) for f in FACTORS}
     return {
@@ -78,7 +75,7 @@ def builders(rank: int) -> dict[str, Builder]:
 
 
 def measure(rounds: int | None) -> list[Fit]:
-    """Time all sizes in the same rounds, and fit."""
+    """Time all sizes in the same rounds, and fit the exponents."""
     steps = {}
     for swept in ("tokens", "experts"):
         for size, shape in shapes(swept).items():
@@ -99,8 +96,8 @@ def measure(rounds: int | None) -> list[Fit]:
 def table(fits: list[Fit]) -> report.Table:
     """One line per sweep and method."""
     about = (
-        f"{BASE}, float32, static rank {RANK} unless swept; experts are swept with as many tokens "
-        "for each. Exponent ± standard error of the fit to the medians."
+        f"{BASE}, float32, static rank {RANK} unless swept. Experts are swept with a fixed number "
+        "of tokens per expert. Exponent ± standard error of the fit to the medians."
     )
     rows = [
         [
@@ -117,7 +114,9 @@ def table(fits: list[Fit]) -> report.Table:
 def main(rounds: Rounds = None) -> None:
     """Measure, print and write the table."""
     found = table(measure(rounds))
-    report.write("scaling", found.about, [found._replace(heading="", about="")])
+    report.write(
+        "scaling", "Scaling of a step", found.about, [found._replace(heading="", about="")]
+    )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_features(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "graphs_of_a_model", lambda: (counted[0], 2))  # it takes long
     features.main("tiny", 1)
     assert all(f"| {name} | " in written(quick) for name in features.SAME | features.OTHER)
-    assert "runs 2 graphs in a forward, 1 without LoRA" in written(quick)
+    assert "has 2 graphs with LoRA and 1 without" in written(quick)
 
 
 def test_features_give_the_gradients_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:

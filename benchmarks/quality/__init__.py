@@ -1,1 +1,1 @@
-"""Does it work? The claims of DR-LoRA, measured: methods x tasks x seeds x learning rates."""
+"""Measures the claims of DR-LoRA: methods x tasks x seeds x learning rates."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import signal
@@ -17,9 +16,12 @@ from rich.console import Console
 from typer import Argument, Option
 
 from benchmarks.quality import study as studies
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.methods import find_method
+from benchmarks.quality.report import report
 
 RESULTS = Path(__file__).parent / "results"
-SHOWN = ("Method", "Test loss", "Against uniform", "Exact match", "Rate", "Total rank")
+SHOWN = ("Method", "Test loss", "Minus uniform", "Exact match", "Learning rate", "Total rank")
 
 Profile = Annotated[
     str,
@@ -30,21 +32,21 @@ Profile = Annotated[
 ]
 Models = Annotated[
     Optional[list[str]],
-    Option("--model", help="Hugging Face id or folder in place of the profile's; may be repeated."),
+    Option("--model", help="Hugging Face id or folder, instead of the profile's; repeatable."),
 ]
 Tasks = Annotated[
     Optional[list[str]],
-    Option("--task", help="Task or .jsonl file in place of the profile's; may be repeated."),
+    Option("--task", help="Task or .jsonl file, instead of the profile's; repeatable."),
 ]
 Methods = Annotated[
     Optional[list[str]],
-    Option("--method", help="Only this method, of the profile or the table; may be repeated."),
+    Option("--method", help="Run only this method; repeatable."),
 ]
-Seeds = Annotated[Optional[str], Option(help="Seeds of the report, such as 0,1,2.")]
+Seeds = Annotated[Optional[str], Option(help="Reported seeds, e.g. 0,1,2.")]
 Device = Annotated[Optional[str], Option(help="cpu, cuda, cuda:1 ...")]
 Workers = Annotated[
     Optional[int],
-    Option(min=1, help="Processes (default: one per core, on other devices 1)."),
+    Option(min=1, help="Processes (default: one per core on CPU, otherwise 1)."),
 ]
 Output = Annotated[
     Optional[Path],
@@ -54,14 +56,13 @@ Reuse = Annotated[
     Optional[list[Path]],
     Option(
         exists=True,
-        help="Another results file, whose runs count as done where they are the same; may be "
-        "repeated.",
+        help="Results file of another study; runs that are the same are not run again. Repeatable.",
     ),
 ]
-DryRun = Annotated[bool, Option("--dry-run", help="Check, say how many runs there are, do none.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Check the study and count its runs.")]
 
 app = typer.Typer(
-    help="Does it work? The claims of DR-LoRA, measured: methods x tasks x seeds x learning rates.",
+    help="Measure the claims of DR-LoRA: methods x tasks x seeds x learning rates.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -85,29 +86,31 @@ def run(
     reuse: Reuse = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Do the runs of a study that are not done yet; it may be stopped and started again."""
-    # A kill is as good as Ctrl-C: worker processes end, finished runs are on the disk.
+    """Run what is missing of a study; you can stop it at any time and run it again."""
+    # SIGTERM acts like Ctrl-C: worker processes end, and finished runs are already on disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        study = _chosen(studies.load(studies.find(profile)), model, task, method, seeds, device)
+        study = _with_options(
+            studies.load(studies.find_profile(profile)), model, task, method, seeds, device
+        )
         output = output or RESULTS / f"{study.name}.jsonl"
-        failures = _carry_out(study, output, reuse or [], workers, dry_run)
+        failures = _run_study(study, output, reuse or [], workers, dry_run)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; finished runs are kept, and the same command goes on", err=True)
+        typer.echo("stopped; finished runs are kept, the same command continues", err=True)
         raise typer.Exit(130) from None
     if failures:
         many = "1 run" if failures == 1 else f"{failures} runs"
-        typer.echo(f"{many} failed, see above; the same command does them again", err=True)
+        typer.echo(f"{many} failed, see above; the same command runs them again", err=True)
         raise typer.Exit(1)
 
 
-def _carry_out(
+def _run_study(
     study: studies.Study, output: Path, reuse: list[Path], workers: int | None, dry_run: bool
 ) -> int:
-    """Do the runs; return how many failed."""
+    """Run the study; return the number of failed runs."""
     from benchmarks.quality.expansion import size
     from benchmarks.quality.runner import check, conduct
 
@@ -125,9 +128,8 @@ def _carry_out(
 
 
 def _compare(study: studies.Study, files: list[Path]) -> None:
-    """Print the methods side by side for every model and task of the study."""
-    from benchmarks.quality import runs, tables
-    from drlora_core.cli import common
+    """Print a table of the methods for every model and task of the study."""
+    from benchmarks.quality import runs, tables, terminal
 
     found = runs.read(files)
     for setting in found.settings():
@@ -135,10 +137,10 @@ def _compare(study: studies.Study, files: list[Path]) -> None:
             setting.training == study.training
         ):
             rows = [{name: row[name] for name in SHOWN} for row in tables.methods(found, setting)]
-            common.table(found.label(setting), rows)
+            terminal.print_table(found.label(setting), rows)
 
 
-def _chosen(
+def _with_options(
     study: studies.Study,
     model: list[str] | None,
     task: list[str] | None,
@@ -146,7 +148,7 @@ def _chosen(
     seeds: str | None,
     device: str | None,
 ) -> studies.Study:
-    """The study with what the command line says otherwise."""
+    """Apply the options of the command line to the study."""
     changes: dict[str, Any] = {}
     if model:
         changes["models"] = tuple(model)
@@ -154,7 +156,7 @@ def _chosen(
         changes["tasks"] = tuple(task)
     if method:
         own = {each.name: each for each in study.methods}
-        changes["methods"] = tuple(own.get(name) or studies.named(name) for name in method)
+        changes["methods"] = tuple(own.get(name) or find_method(name) for name in method)
     if seeds:
         changes["seeds"] = _numbers(seeds)
     if device:
@@ -166,15 +168,12 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise studies.StudyError(
-            f"--seeds takes whole numbers with commas, such as 0,1,2, got {text!r}"
+        raise StudyError(
+            f"--seeds takes comma-separated whole numbers, e.g. 0,1,2; got {text!r}"
         ) from None
 
 
-if importlib.util.find_spec("benchmarks.quality.report") is not None:
-    from benchmarks.quality.report import report
-
-    app.command()(report)
+app.command()(report)
 
 if __name__ == "__main__":
     app()

@@ -1,4 +1,4 @@
-"""Put a method's trainable parameters into a model, and take them out again."""
+"""Add the trainable parameters of a method to a model, and remove them again."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ import numpy as np
 from torch import nn
 
 import drlora_torch
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.policies import POLICIES, given
 from benchmarks.quality.profiling import Arrays
-from benchmarks.quality.study import Method, StudyError
+from benchmarks.quality.records import Method
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
 
 HINDSIGHT = "final_ranks"
 Profile = Callable[[str], Arrays]
-"""A signal by layer [N], for the methods that need one before training: one that
-``profiling.PROFILES`` measures, or ``HINDSIGHT``, the ranks that growth ends with."""
+"""Name of a signal to its values by layer, [N], for methods that choose ranks before training. The
+signals are those of ``profiling.PROFILES``, and ``HINDSIGHT``: the final ranks of another run."""
 
 
 class RefusedError(Exception):
-    """A library cannot adapt this model at all; the text is its own."""
+    """A library cannot adapt this model; the message is that of the library."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Adapted:
-    """A model that is ready to train."""
+    """A model that is ready for training."""
 
     model: nn.Module
     parameters: Sequence[nn.Parameter]
     ranks: Callable[[], Arrays]
-    """Ranks now, [N] by layer."""
+    """Current ranks by layer, [N]."""
     trained: Callable[[], int]
-    """Parameters that are trained now."""
+    """Current number of trainable parameters."""
     engine: AllocatorEngine | None = None
 
 
@@ -48,18 +49,18 @@ class Adapted:
 def adapted(
     method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
 ) -> Iterator[Adapted]:
-    """Inside, the model is adapted by the method; afterwards it is as it was, bit for bit.
+    """Adapt the model by the method; on exit, restore it bit for bit.
 
     Args:
-        method: what to do.
-        model: with mixture-of-experts layers.
-        config: of the allocation.
-        alpha: scaling is alpha / r_target.
-        profile: measures a signal before training.
+        method: how to adapt.
+        model: a model with mixture-of-experts layers.
+        config: configuration of the allocation.
+        alpha: LoRA weights are scaled by alpha / r_target.
+        profile: gives a signal before training.
 
     Raises:
-        RefusedError: the method's library does not adapt such models.
-        StudyError: no such kind of method or policy.
+        RefusedError: the library of the method cannot adapt this model.
+        StudyError: unknown kind of method, or unknown policy.
     """
     if method.kind not in KINDS:
         raise StudyError(f"no kind of method {method.kind!r}; {near_misses(method.kind, KINDS)}")
@@ -67,11 +68,11 @@ def adapted(
         yield ready
 
 
-def policy_of(method: Method) -> Any:
-    """A policy of ours, or None where drlora has it built in.
+def find_policy(method: Method) -> Any:
+    """The policy of a method if it is one of ``policies.py``, else None.
 
     Raises:
-        StudyError: there is none of that name.
+        StudyError: there is no policy of that name.
     """
     if method.policy is not None and method.policy not in POLICIES:
         raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, POLICIES)}")
@@ -82,7 +83,7 @@ def policy_of(method: Method) -> Any:
 def _drlora(
     method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
 ) -> Iterator[Adapted]:
-    engine = AllocatorEngine(config, policy=policy_of(method))
+    engine = AllocatorEngine(config, policy=find_policy(method))
     with _attached(method, model, engine, alpha) as ready:
         yield ready
 
@@ -96,8 +97,8 @@ def _static(
     alpha: float,
     profile: Profile,
 ) -> Iterator[Adapted]:
-    """The only event comes before the first step and sees the profile; attach takes its ranks."""
-    policy = given if signal == HINDSIGHT else policy_of(method)
+    """Feed the signal to the engine and let its only event choose the ranks before training."""
+    policy = given if signal == HINDSIGHT else find_policy(method)
     engine = AllocatorEngine(config, policy=policy)
     measured = profile(signal)
     for name, values in measured.items():
@@ -115,14 +116,13 @@ def _static(
 def _attached(
     method: Method, model: nn.Module, engine: AllocatorEngine, alpha: float
 ) -> Iterator[Adapted]:
+    shapes = {layer.name: layer.projections.values() for layer in drlora_torch.discover(model)}
     adapter = drlora_torch.attach(model, engine, alpha=alpha, **method.attach)
 
     def trained() -> int:
         lora = sum(
-            int(ranks.sum()) * sum(sum(shape) for shape in layer.record.projections.values())
-            for (name, layer), ranks in zip(
-                adapter.layers.items(), adapter.ranks().values(), strict=True
-            )
+            int(ranks.sum()) * sum(sum(shape) for shape in shapes[name])
+            for name, ranks in adapter.ranks().items()
         )
         return lora + sum(p.numel() for p in adapter.router_parameters().values())
 
@@ -136,12 +136,12 @@ def _attached(
 def _peft_lora(
     method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
 ) -> Iterator[Adapted]:
-    """PEFT's LoRA by ``target_parameters``, starting from the rows of A that ours starts from."""
+    """PEFT's LoRA by ``target_parameters``, starting from the same A as ours."""
     from peft import PeftModel
 
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # Transformers has renamed what PEFT calls
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls an old name
         adapter = drlora_torch.attach(model, AllocatorEngine(config), alpha=alpha, **method.attach)
         try:
             ranks = adapter.ranks()
@@ -163,7 +163,7 @@ def _peft_lora(
 def _peft_adalora(
     method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
 ) -> Iterator[Adapted]:
-    """PEFT's AdaLoRA, asked in each of the ways in which PEFT can be told of experts."""
+    """PEFT's AdaLoRA, by ``target_parameters`` and by ``target_modules``: neither works."""
     from peft import AdaLoraConfig, get_peft_model
 
     records = drlora_torch.discover(model)
@@ -183,14 +183,14 @@ def _peft_adalora(
                     **way,
                 ),
             )
-        except Exception as error:  # whatever PEFT says is the finding
+        except Exception as error:  # any error of PEFT is the result
             refusal = f"{next(iter(way))}: {type(error).__name__}: {error}"
             if "target_parameters" in way:
                 first = refusal
             continue
         raise StudyError(
-            f"PEFT's AdaLoRA takes {next(iter(way))} of this model now, so it can be compared; "
-            "write the kind 'peft_adalora' of benchmarks/quality/adapting.py"
+            f"PEFT's AdaLoRA now accepts {next(iter(way))} of this model; implement the kind "
+            "'peft_adalora' in benchmarks/quality/adapting.py"
         )
     raise RefusedError(f"{first}; {refusal}")
     yield  # makes this a generator
@@ -204,4 +204,4 @@ KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] =
     "peft_lora": _peft_lora,
     "peft_adalora": _peft_adalora,
 }
-"""What ``Method.kind`` may be."""
+"""Values of ``Method.kind``."""

@@ -1,34 +1,35 @@
-"""From a method and the training that all methods share to the configuration of its allocation."""
+"""The allocator configuration of a method, from its options and the training settings."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-from benchmarks.quality.study import Method, StudyError, Training, sentence
+from benchmarks.quality.errors import StudyError, describe
+from benchmarks.quality.records import Method, Training
 from drlora_core import AllocatorConfig, timetable
 
 STATIC = {"static_profile", "static_gradient", "hindsight"}
-"""Kinds whose ranks are given before training, at one event that precedes it."""
+"""Kinds whose ranks are chosen before training, by a single event."""
 
 
 def training_of(method: Method, shared: Training) -> Training:
-    """The study's training, with what the method does otherwise."""
+    """The training settings of the study with the changes of the method."""
     return Training.model_validate({**shared.model_dump(), **method.training})
 
 
 def allocator_config(method: Method, training: Training, seed: int) -> AllocatorConfig:
-    """The allocation of a run.
+    """The allocator configuration of a run.
 
-    The window is that of ``Training``; ``prune`` starts at 2 x r_target, an upper bound has r_max
-    everywhere, and an expert that wins every event reaches r_max at the last one.
+    ``prune`` starts at 2 x r_target. An upper bound has r_max everywhere. By default, max_growth is
+    such that an expert that gets rank at every event reaches r_max at the last one.
 
     Args:
-        method: whose ``config`` is taken last.
-        training: already with what the method does otherwise, see :func:`training_of`.
+        method: its ``config`` overrides everything else.
+        training: from :func:`training_of`.
         seed: of the rows of A and of policy ``random``.
 
     Raises:
-        StudyError: the steps are too few for the events, or drlora refuses the configuration.
+        StudyError: too few steps for the events, or an invalid configuration.
     """
     fields = {
         "r_init": training.r_init,
@@ -48,11 +49,11 @@ def allocator_config(method: Method, training: Training, seed: int) -> Allocator
     try:
         return AllocatorConfig.model_validate(fields)
     except ValidationError as error:
-        raise StudyError(f"method {method.name!r}: {sentence(error)}") from None
+        raise StudyError(f"method {method.name!r}: {describe(error)}") from None
 
 
 def _window(training: Training) -> dict[str, int]:
-    """Steps of the events: exactly ``events``, the last at ``growth_end`` or just before."""
+    """Steps of exactly ``events`` events, the last at or just before ``growth_end``."""
     warmup, last = (round(part * training.steps) for part in (training.warmup, training.growth_end))
     if last - warmup < training.events:
         raise StudyError(

@@ -1,8 +1,10 @@
-"""Cells of the report's tables, and the tables as Markdown."""
+"""Cells of the report's tables, and tables as Markdown."""
 
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 
 import numpy as np
 
@@ -38,14 +40,48 @@ def spread(values: np.ndarray, digits: int = 3) -> str:
 
 
 def wins(group: np.ndarray) -> str:
-    """In how many seeds the loss is lower."""
+    """Number of seeds with a lower loss."""
     return f"{int((group < 0).sum())}/{group.size}" if group.size else "-"
 
 
+def better_or_worse(found: Estimate) -> str:
+    """What a difference in loss means: ``better``, ``worse``, ``inconclusive`` or ``not run``."""
+    if not found.count:
+        return "not run"
+    return {-1: "better", 1: "worse", 0: "inconclusive"}[found.side]
+
+
 def markdown(rows: Rows) -> str:
-    """Rows as a Markdown table; ``not run`` if there are none."""
+    """Rows as a Markdown table; ``NOT_RUN`` if there are none."""
     if not rows:
         return NOT_RUN
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     escaped = ([cell.replace("|", "\\|") for cell in row.values()] for row in rows)
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in escaped)])
+
+
+def wrap(text: str) -> str:
+    r"""Wrap the paragraphs and lists of a Markdown text at 100 columns; tables stay as they are.
+
+    Example:
+        >>> print(wrap("- one\n  item\n- two"))
+        - one item
+        - two
+    """
+    return "\n\n".join(_wrapped(block) for block in text.split("\n\n"))
+
+
+def _wrapped(block: str) -> str:
+    if block.startswith(("|", "#", "<", "```")):
+        return block
+    items = re.split(r"\n(?=- )", block)
+    return "\n".join(
+        textwrap.fill(
+            " ".join(item.split()),
+            width=100,
+            subsequent_indent="  " if item.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for item in items
+    )

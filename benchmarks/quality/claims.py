@@ -1,4 +1,4 @@
-"""The claims of the paper, and what the runs say about each."""
+"""The claims that the study tests, and the verdict on each."""
 
 from __future__ import annotations
 
@@ -7,87 +7,73 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.quality.runs import Metric, Results, Setting, exact_match, test_loss
+from benchmarks.quality.records import RunRecord
+from benchmarks.quality.runs import Metric, Results, Setting, test_loss
 from benchmarks.quality.statistics import Estimate, estimate, over_groups, sign_flip_p, spearman
-from benchmarks.quality.study import RunRecord
 
 DRLORA, UNIFORM, EARLY = "drlora", "uniform", "early"
 NOT_RUN = "not run"
 Relevance = Callable[[str, str], Mapping[str, np.ndarray] | None]
-"""Model and task to the known relevance of each expert by layer; None where it is not known."""
+"""Maps (model, task) to the known relevance of each expert by layer, or None if it is unknown."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one method ends better than another at the same final total rank."""
+    """The first method ends with a lower test loss than the second at the same final budget."""
 
     text: str
-    paper: str
     method: str
     base: str
 
 
-CLAIMS = (
-    Claim(
-        "Growing ranks where the task leans beats uniform LoRA at equal parameters",
-        "+1.8 to +1.9 points of average accuracy on OLMoE-1B-7B and Phi MoE",
-        DRLORA,
-        UNIFORM,
+CLAIMS = {
+    "Claims of the paper, late growth": (
+        Claim("DR-LoRA beats uniform LoRA", DRLORA, UNIFORM),
+        Claim("DR-LoRA beats pruning from a larger rank", DRLORA, "prune"),
+        Claim("Routing frequency f improves on g alone", DRLORA, "without_f"),
+        Claim("Importance g improves on f alone", DRLORA, "without_g"),
     ),
-    Claim("Growth beats pruning", "claimed", DRLORA, "prune"),
-    Claim("Routing frequency f is needed beside g", "claimed", DRLORA, "without_f"),
-    Claim("Rank importance g is needed beside f", "claimed", DRLORA, "without_g"),
-    Claim(
-        "It matters where rank goes, not that it comes late",
-        "no such control",
-        DRLORA,
-        "uniform_growth",
+    "Controls that the paper lacks, late growth": (
+        Claim("Choosing experts beats growing all evenly", DRLORA, "uniform_growth"),
+        Claim("Choosing experts beats growing random ones", DRLORA, "random"),
+        Claim("Growth beats fixed ranks from a routing profile", DRLORA, "static_profile"),
     ),
-    Claim("The signals choose better than chance", "no such control", DRLORA, "random"),
-    Claim(
-        "Measuring while training beats a profile before it",
-        "no such control",
-        DRLORA,
-        "static_profile",
+    "Early growth": (
+        Claim("Early growth beats uniform LoRA", EARLY, UNIFORM),
+        Claim("Early growth beats late growth", EARLY, DRLORA),
+        Claim("Early growth beats pruning", EARLY, "prune"),
+        Claim("Choosing experts beats growing all evenly", EARLY, "early_uniform_growth"),
+        Claim("Growth beats fixed ranks from a routing profile", EARLY, "static_profile"),
+        Claim("Growth beats having its final ranks from the start", EARLY, "hindsight"),
     ),
-    Claim("Growing early beats growing late", "no such comparison", EARLY, DRLORA),
-    Claim("Growing early beats uniform LoRA", "no such comparison", EARLY, UNIFORM),
-    Claim("Growing early beats pruning", "no such comparison", EARLY, "prune"),
-    Claim("Growing early beats a profile before it", "no such control", EARLY, "static_profile"),
-    Claim(
-        "Growing early needs the signals too",
-        "no such control",
-        EARLY,
-        "early_uniform_growth",
-    ),
-    Claim("Growing does more than its final ranks alone", "no such control", EARLY, "hindsight"),
-)
-CLAIMED = frozenset(name for claim in CLAIMS for name in (claim.method, claim.base))
-"""The methods that the claims are about."""
+}
+"""By heading of the report."""
+ALL_CLAIMS = tuple(claim for group in CLAIMS.values() for claim in group)
+CLAIMED = frozenset(name for claim in ALL_CLAIMS for name in (claim.method, claim.base))
+"""All methods that occur in a claim."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against another over several settings; negative is better for a loss."""
+    """Paired differences of two methods in several settings; for a loss, negative is better."""
 
     groups: Mapping[Setting, np.ndarray]
     here: Estimate
-    """Over the settings at hand: only the seeds are resampled."""
+    """Mean over these settings; the interval resamples seeds."""
     beyond: Estimate
-    """Over settings like these: the settings are resampled."""
+    """The same mean; the interval resamples settings, so it covers similar settings."""
     p: float
     noise: float
-    """Standard deviation of the base between seeds, its mean over the settings."""
+    """Standard deviation of the second method between seeds, averaged over settings."""
 
     @property
     def wins(self) -> int:
-        """In how many runs the method has the lower value."""
+        """Number of runs in which the first method has the lower value."""
         return sum(int((group < 0).sum()) for group in self.groups.values())
 
-    def sides(self) -> tuple[int, int, int]:
-        """In how many settings the method is lower, higher, and not told apart from the base."""
-        sides = [estimate([group]).side for group in self.groups.values()]
-        return sides.count(-1), sides.count(1), sides.count(0)
+    def on_side(self, side: int) -> list[Setting]:
+        """Settings whose own interval is below 0 (-1), above 0 (1), or contains 0 (0)."""
+        return [s for s, group in self.groups.items() if estimate([group]).side == side]
 
 
 def compare(
@@ -99,7 +85,7 @@ def compare(
 ) -> Comparison:
     """Compare two methods, each at its best learning rate, in every setting that has both.
 
-    Without ``settings``, each model and task counts once (``Results.primary``).
+    By default, each pair of model and task counts once (``Results.primary``).
     """
     settings = results.primary() if settings is None else settings
     groups = results.groups(method, base, metric, settings)
@@ -116,30 +102,25 @@ def compare(
 
 
 def verdict(comparison: Comparison, *, lower_is_better: bool = True) -> str:
-    """What a comparison says about the claim that the method is better; computed, never written.
+    """Verdict on the claim that the first method is better.
 
-    ``holds`` and ``does not hold`` need an interval on one side of 0 twice: over the seeds of the
-    settings at hand, and over the settings.
+    ``supported`` or ``contradicted`` if both intervals exclude 0; the same ``on these tasks`` if
+    only the interval that resamples seeds does; otherwise ``inconclusive``.
     """
     if not comparison.groups:
         return NOT_RUN
     sign = -1 if lower_is_better else 1
-    here, beyond = sign * comparison.here.side, sign * comparison.beyond.side
-    if here == 0:
-        return "undecided"
-    answer = "holds" if here > 0 else "does not hold, the opposite does"
-    return answer if beyond == here else f"{answer}, on average over these tasks; undecided beyond"
+    answer = _answer(sign * comparison.here.side)
+    decided = comparison.here.side in {0, comparison.beyond.side}
+    return answer if decided else f"{answer} on these tasks"
 
 
-def verdicts(results: Results, claim: Claim) -> tuple[Comparison, Comparison, str, str]:
-    """Compare by test loss and by exact match; the two comparisons and their verdicts."""
-    loss = compare(results, claim.method, claim.base)
-    match = compare(results, claim.method, claim.base, exact_match)
-    return loss, match, verdict(loss), verdict(match, lower_is_better=False)
+def _answer(side: int) -> str:
+    return {1: "supported", -1: "contradicted", 0: "inconclusive"}[side]
 
 
 def signals(record: RunRecord, relevance: Relevance | None) -> dict[str, Mapping[str, np.ndarray]]:
-    """What final ranks may follow, by layer: f, g, their product, and the known relevance."""
+    """Signals to correlate with final ranks, by layer: f, g, their product, known relevance."""
     found: dict[str, Mapping[str, np.ndarray]] = {}
     f = {name: np.array(values) for name, values in record.routing.items()}
     g = {name: np.array(values) for name, values in record.importance.items()}
@@ -156,9 +137,9 @@ def signals(record: RunRecord, relevance: Relevance | None) -> dict[str, Mapping
 
 
 def rank_correlation(record: RunRecord, signal: Mapping[str, np.ndarray]) -> float:
-    """Spearman's correlation of a run's final ranks with a signal: its mean over the layers.
+    """Spearman correlation of final ranks with a signal, averaged over layers.
 
-    Layers in which either is constant have none; nan if no layer has one.
+    Layers in which either is constant are skipped; nan if none is left.
     """
     values = [
         spearman(np.array(ranks), np.asarray(signal[layer]))
@@ -172,7 +153,7 @@ def rank_correlation(record: RunRecord, signal: Mapping[str, np.ndarray]) -> flo
 def correlations(
     results: Results, method: str, relevance: Relevance | None = None
 ) -> dict[Setting, dict[str, np.ndarray]]:
-    """Rank correlations of a method's runs at its best rate: by setting and signal, [seeds]."""
+    """Rank correlations of a method at its best learning rate, by setting and signal: [seeds]."""
     table: dict[Setting, dict[str, np.ndarray]] = {}
     for setting, cells in results.cells.items():
         runs = list(cells[method].chosen().values()) if method in cells else []
@@ -188,9 +169,7 @@ def correlations(
 
 
 def relevance_verdict(table: Mapping[Setting, Mapping[str, np.ndarray]]) -> tuple[Estimate, str]:
-    """Whether final ranks follow the known relevance, over the settings in which it is known."""
+    """Do final ranks follow the known relevance? Mean correlation and verdict."""
     groups = [values["relevance"] for values in table.values() if "relevance" in values]
     found = estimate(groups)
-    if not groups:
-        return found, NOT_RUN
-    return found, {1: "holds", -1: "does not hold, the opposite does", 0: "undecided"}[found.side]
+    return found, _answer(found.side) if groups else NOT_RUN

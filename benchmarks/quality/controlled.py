@@ -1,9 +1,9 @@
-"""A small OLMoE in which the experts that serve an operation are known by construction.
+"""The controlled model: a small OLMoE in which the relevant experts are known by construction.
 
-Each of eight operations (``tasks.controlled``) owns two of sixteen experts in every layer.
-Pretraining adds the cross-entropy of the router's probabilities to that assignment, so the shipped
-model routes by it, and after fine-tuning on new tables the ranks that a method gave to experts can
-be compared with ``relevance``: what there was to learn for each of them.
+Each of eight operations (``tasks.controlled``) is assigned two of sixteen experts in every layer.
+Pretraining adds the cross-entropy between the router probabilities and this assignment to the loss.
+After fine-tuning on new tables, final ranks can be compared with ``relevance``, the amount that
+each expert had to learn.
 
     python -m benchmarks.quality.controlled     # pretrain it again
 """
@@ -29,11 +29,11 @@ from benchmarks.quality.tasks.controlled import DEMANDS, OPERATIONS, draw_row, k
 LAYERS, EXPERTS, CHOSEN = 3, 16, 2
 LEARNING_RATE = 3e-3
 ROUTING_WEIGHT = 0.5
-"""Of the routing loss beside that of the text."""
+"""Weight of the routing loss."""
 
 
 def assignment() -> dict[str, dict[str, list[int]]]:
-    """Return the experts of each operation by layer name; every layer has its own order."""
+    """Experts of each operation by layer; the assignment differs between layers."""
     rng = np.random.default_rng(73)
     found = {}
     for layer in range(LAYERS):
@@ -45,13 +45,13 @@ def assignment() -> dict[str, dict[str, list[int]]]:
 
 
 def relevance(model_name: str, task_name: str) -> dict[str, list[float]]:
-    """Return how much of what a task teaches each expert of each layer has to learn.
+    """Share of the new knowledge of a task that each expert has to learn, by layer.
 
-    The share of its operation's rows times the share of that operation's letters that are new,
-    scaled so that a layer adds up to 1. An operation's two experts are equally relevant.
+    Proportional to the share of rows of its operation times the share of new letters of the
+    operation; sums to 1 over a layer. The two experts of an operation are equally relevant.
 
     Raises:
-        ValueError: the relevance of this model's experts for this task is not known.
+        ValueError: the relevance is unknown for this model and task.
 
     Example:
         >>> found = relevance("controlled", "controlled_share")
@@ -75,7 +75,7 @@ def relevance(model_name: str, task_name: str) -> dict[str, list[float]]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> OlmoeForCausalLM:
-    """Return the model freshly initialised."""
+    """Initialise the model."""
     torch.manual_seed(seed)
     return OlmoeForCausalLM(
         OlmoeConfig(
@@ -101,9 +101,10 @@ def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> OlmoeForCausalL
 def draw_batch(
     tokenizer: PreTrainedTokenizerBase, rows_each: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, int]:
-    """Return token ids of equally many rows of each operation, one operation after the other.
+    """Draw the same number of rows of each operation, ordered by operation.
 
-    All rows have the same number of letters; the second value is the length of their prompts.
+    Returns:
+        Token ids [rows, tokens], and the number of prompt tokens, which is the same in all rows.
     """
     tables, length = known_tables(), int(rng.integers(3, 6))
     rows = [draw_row(tables, name, length, rng) for name in OPERATIONS for _ in range(rows_each)]
@@ -114,7 +115,7 @@ def draw_batch(
 
 
 def routing_target(rows_each: int, tokens: int) -> torch.Tensor:
-    """Return the probabilities wanted of each layer's router, as (layer, token, expert)."""
+    """Target probabilities of the routers, [layer, token, expert]."""
     target = torch.zeros(LAYERS, len(OPERATIONS), EXPERTS)
     for layer, experts in enumerate(assignment().values()):
         for number, owned in enumerate(experts.values()):
@@ -123,7 +124,7 @@ def routing_target(rows_each: int, tokens: int) -> torch.Tensor:
 
 
 def losses(model: OlmoeForCausalLM, ids: torch.Tensor, prompt: int) -> tuple[torch.Tensor, ...]:
-    """Return the loss of the completions, and that of the routing, of a batch by operation."""
+    """Loss of the completions, and loss of the routing."""
     output = model(input_ids=ids, output_router_logits=True)
     logits, labels = output.logits[:, prompt - 1 : -1], ids[:, prompt:]
     text = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -134,7 +135,7 @@ def losses(model: OlmoeForCausalLM, ids: torch.Tensor, prompt: int) -> tuple[tor
 
 @torch.no_grad()
 def assigned_mass(model: OlmoeForCausalLM, ids: torch.Tensor) -> list[float]:
-    """Return each layer's share of routing weight that goes to the assigned experts."""
+    """Share of the routing weight that goes to the assigned experts, by layer."""
     logits = torch.stack(list(model(input_ids=ids, output_router_logits=True).router_logits))
     weights = logits.softmax(-1)
     chosen = torch.zeros_like(weights).scatter_(-1, weights.topk(CHOSEN, -1).indices, 1.0) * weights
@@ -145,7 +146,7 @@ def assigned_mass(model: OlmoeForCausalLM, ids: torch.Tensor) -> list[float]:
 def pretrain(
     model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int
 ) -> None:
-    """Train on the known tables until they and the routing are learned."""
+    """Train on the known tables."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
@@ -161,7 +162,7 @@ def pretrain(
 
 
 def card(figures: dict[str, Any]) -> str:
-    """Return the model card, every number of which was measured."""
+    """The model card, from measured figures."""
     mass = ", ".join(f"{value:.2%}" for value in figures["assigned_mass"])
     owned = "\n".join(
         f"| {operation} | "
@@ -173,16 +174,16 @@ def card(figures: dict[str, Any]) -> str:
     return f"""# The controlled model
 
 An OLMoE of {figures["parameters"]:,} parameters ({LAYERS} layers of width 64 with {EXPERTS} experts
-of width 32, of which a token uses {CHOSEN}), stored in bfloat16, in which the experts that serve an
-operation are known by construction. It exists to compare the ranks that experts get with what
-they had to learn, and knows nothing but eight tables of letters. The tokenizer is the embedded
-default model's. It was pretrained ({minutes} minutes on one thread of a busy CPU) by
+of width 32, {CHOSEN} per token), stored in bfloat16, in which the experts that serve an operation
+are known by construction. It serves to compare the final rank of each expert with what the expert
+had to learn, and it knows nothing but eight tables of letters. It uses the tokenizer of the
+embedded model. It was pretrained ({minutes} minutes on one thread of a shared CPU) by
 
     python -m benchmarks.quality.controlled --steps {figures["steps"]} --seed {figures["seed"]}
 
-On fresh rows of the tables it knows, with the weights as stored: loss {figures["loss"]:.4f} nats
-per completion token; share of the routing weight that goes to the assigned experts, by layer:
-{mass}. The experts of each operation:
+On new rows of the tables it knows, with the stored weights: loss {figures["loss"]:.4f} nats per
+completion token; share of the routing weight that goes to the assigned experts, by layer: {mass}.
+The experts of each operation:
 
 | operation | layer 0 | layer 1 | layer 2 |
 | --- | ---: | ---: | ---: |
@@ -191,18 +192,17 @@ per completion token; share of the routing weight that goes to the assigned expe
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Directory to write to.")] = SHIPPED["controlled"],
+    output: Annotated[Path, typer.Option(help="Output folder.")] = SHIPPED["controlled"],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1200,
     seed: Annotated[int, typer.Option(help="Seed of the weights and batches.")] = 0,
 ) -> None:
-    """Pretrain the controlled model; write it in bfloat16 with figures.json."""
+    """Pretrain the controlled model; write weights in bfloat16, figures.json and the card."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED["embedded"])
     model = make_model(tokenizer, seed)
     began = time.monotonic()
     pretrain(model, tokenizer, steps, seed)
     seconds = time.monotonic() - began
     model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
     ids, prompt = draw_batch(tokenizer, 64, np.random.default_rng([seed, 1]))
     model.float().eval()
     with torch.no_grad():

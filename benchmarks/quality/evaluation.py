@@ -1,4 +1,4 @@
-"""What is measured on a model: loss and exact match of held-out rows.
+"""Loss and exact match of a model on held-out rows.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -17,17 +17,17 @@ from benchmarks.quality.rows import IGNORED, Batch, Row, collate, in_order
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Figures of a split."""
+    """Results on one split."""
 
     loss: float
-    """Mean over all completion tokens, in nats; not finite if the model is broken."""
+    """Mean over all completion tokens, in nats; not finite if training diverged."""
     exact_match: float
-    """Share of rows whose every completion token is the most likely one: with the tokens before
-    it given, which is what greedy decoding would write."""
+    """Share of rows that greedy decoding would complete correctly: every completion token is the
+    most likely one given the correct tokens before it."""
 
 
 def logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits [tokens, V], float32, and labels [tokens] at the positions that the loss is on."""
+    """Logits [tokens, V], float32, and labels [tokens] of the completion tokens."""
     output = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False)
     counted = batch.labels != IGNORED
     return output.logits[counted].float(), batch.labels[counted]
@@ -35,7 +35,7 @@ def logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: Sequence[Row], size: int, padding: int) -> Evaluation:
-    """Measure a split; the model is left in the mode it came in."""
+    """Evaluate on a split; restores the mode of the model."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

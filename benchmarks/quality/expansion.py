@@ -1,10 +1,11 @@
-"""Which runs a study has: first every learning rate on few seeds, then the best one on all."""
+"""The runs of a study: every learning rate on the tuning seeds, then the best one on all seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.quality.study import Method, RunRecord, RunSpec, Study
+from benchmarks.quality.records import Method, RunRecord, RunSpec
+from benchmarks.quality.study import Study
 
 
 def specification(
@@ -22,7 +23,7 @@ def specification(
 
 
 def tuning_runs(study: Study) -> list[RunSpec]:
-    """Stage 1: every learning rate on the tuning seeds; the seed changes last."""
+    """Stage 1: every learning rate on the tuning seeds. The seed is the outer loop."""
     return [
         specification(study, model, task, method, learning_rate, seed)
         for seed in study.tuning_seeds
@@ -36,8 +37,8 @@ def tuning_runs(study: Study) -> list[RunSpec]:
 def report_runs(study: Study, done: Iterable[RunRecord]) -> list[RunSpec]:
     """Stage 2: the best rate of each (model, task, method) on the seeds of the report.
 
-    The best has the lowest mean validation loss over the tuning seeds; the test split has no say.
-    A method that a library refuses has none. The seed changes last.
+    The best rate has the lowest mean validation loss over the tuning seeds. Refused methods have
+    none. The seed is the outer loop, so an interrupted study has all methods on the same seeds.
     """
     best = best_rates(study, done)
     return [
@@ -51,14 +52,14 @@ def report_runs(study: Study, done: Iterable[RunRecord]) -> list[RunSpec]:
 
 
 def size(study: Study) -> int:
-    """How many runs there are, if no method is refused."""
+    """Number of runs, if no method is refused."""
     at_best = len(set(study.seeds) - set(study.tuning_seeds))
     swept = len(study.tuning_seeds) * len(study.learning_rates)
     return len(study.models) * len(study.tasks) * len(study.methods) * (swept + at_best)
 
 
 def best_rates(study: Study, done: Iterable[RunRecord]) -> dict[tuple[str, str, str], float]:
-    """Rates with the lowest mean validation loss, of those that ran on every tuning seed."""
+    """Rates with the lowest validation loss, among those that ran on all tuning seeds."""
     losses: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     wanted = {spec.key for spec in tuning_runs(study)}
     for record in done:

@@ -1,4 +1,4 @@
-"""The methods that differ from DR-LoRA in an option only, and the tables of what it does."""
+"""Methods that differ from DR-LoRA in a single option, and tables of the effect of the option."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.quality.allocation import allocator_config, training_of
-from benchmarks.quality.cells import Rows, interval
+from benchmarks.quality.cells import Rows, better_or_worse, interval
 from benchmarks.quality.claims import CLAIMED, DRLORA, Comparison, compare
+from benchmarks.quality.records import Method, Training
 from benchmarks.quality.runs import Results, Setting
-from benchmarks.quality.study import Method, Training
-from drlora_core import AllocatorConfig
 
 COMPONENTS = {"use_routing", "use_importance", "policy", "scope"}
-"""Options that make another method rather than the same one with another setting."""
-WRITTEN_AS = {"warmup_steps": "warmup", "growth_interval": "events"}
-"""Fields of AllocatorConfig that a study gives in another unit (a share, a number of events)."""
-NOT_STUDIED = {"r_target", "seed"}
-"""The budget and the seed."""
+"""Options whose change makes another method."""
 
 
 def overrides(method: Method) -> dict[str, Any]:
-    """All options in which a method differs from its study."""
+    """All options of a method that differ from those of its study."""
     return {**method.config, **method.attach, **method.training}
 
 
 def factor(method: Method, reference: Method) -> tuple[str, Any] | None:
-    """The option, and its value, in which a method differs from the reference; None: in more.
+    """The single option in which a method differs from the reference, and its value, or None.
 
-    Several options that were changed together count as one, but not with one of ``COMPONENTS``.
+    Several options that changed together count as one, unless one of ``COMPONENTS`` is among them.
 
     Example:
         >>> drlora = Method(name="drlora")
@@ -54,7 +49,7 @@ def factor(method: Method, reference: Method) -> tuple[str, Any] | None:
 
 
 def factors(results: Results, reference: str = DRLORA) -> dict[str, dict[str, Any]]:
-    """Option to {method name: value}, for all methods that ran and differ in that option alone."""
+    """Option to {method: value}, for all methods that ran and differ in that option alone."""
     found: dict[str, dict[str, Any]] = {}
     for cells in results.cells.values():
         if reference not in cells:
@@ -73,7 +68,7 @@ def _by_value(item: tuple[str, Any]) -> tuple[bool, float, str]:
 
 
 def reference_value(option: str, variant: str, results: Results) -> str:
-    """What DR-LoRA itself has for an option, in the settings in which a variant of it ran."""
+    """Value of an option in DR-LoRA itself, in the settings in which a variant ran."""
     found = []
     for setting, cells in results.cells.items():
         if DRLORA in cells and variant in cells:
@@ -84,12 +79,12 @@ def reference_value(option: str, variant: str, results: Results) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value, or the values of options that were changed together."""
+    """A value, or the values of options that changed together."""
     return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _value(option: str, variant: Method, reference: Method, shared: Training) -> Any:
-    """The reference's value, in the unit in which the variant writes its own."""
+    """Value of the reference, in the units of the variant."""
     training = training_of(reference, shared)
     if option in variant.training:
         return training.model_dump(mode="json")[option]
@@ -102,14 +97,14 @@ def _value(option: str, variant: Method, reference: Method, shared: Training) ->
 
 
 def against_reference(results: Results, method: str) -> Comparison:
-    """A variant against DR-LoRA itself, wherever both ran."""
+    """Compare a variant with DR-LoRA itself, in all settings that have both."""
     return compare(results, method, DRLORA, settings=results.settings())
 
 
 def main_methods(results: Results, settings: Iterable[Setting]) -> list[str]:
-    """The methods that are not DR-LoRA with one option changed; those have a table of their own.
+    """Methods without the variants of a single option, which have a table of their own.
 
-    A method that a claim is about is among them in any case.
+    Methods of a claim are always included.
     """
     varied = factors(results).items()
     options = {name for option, by in varied if option not in COMPONENTS for name in by}
@@ -117,7 +112,7 @@ def main_methods(results: Results, settings: Iterable[Setting]) -> list[str]:
 
 
 def sensitivity(results: Results) -> Rows:
-    """Every option that was varied alone: its effect on DR-LoRA's test loss."""
+    """Effect of every option that was varied alone on the test loss of DR-LoRA."""
     rows = []
     for option, by in factors(results).items():
         if option in COMPONENTS:
@@ -128,48 +123,12 @@ def sensitivity(results: Results) -> Rows:
                 rows.append(
                     {
                         "Option": option,
-                        "DR-LoRA has": reference_value(option, name, results),
-                        "Instead": shown(value),
+                        "Default": reference_value(option, name, results),
+                        "Variant": shown(value),
                         "Effect on test loss": interval(found.here),
                         "Settings": str(len(found.groups)),
                         "Runs better": f"{found.wins}/{found.here.count}",
-                        "So": _so(found),
+                        "Verdict": better_or_worse(found.here),
                     }
                 )
     return rows
-
-
-def _so(found: Comparison) -> str:
-    return {-1: "better", 1: "worse", 0: "undecided"}[found.here.side]
-
-
-def defaults(results: Results) -> Rows:
-    """Every field of AllocatorConfig with its default and what the runs say about others."""
-    fields = AllocatorConfig.model_fields.keys() | set(WRITTEN_AS.values())
-    varied = {key: by for key, by in factors(results).items() if set(key.split(" + ")) <= fields}
-    rows = []
-    for name, field in AllocatorConfig.model_fields.items():
-        if name in NOT_STUDIED:
-            continue
-        names = {name, WRITTEN_AS.get(name)}
-        tried = {key: by for key, by in varied.items() if names & set(key.split(" + "))}
-        rows.append(
-            {
-                "Field": f"`{name}`",
-                "Default": str(field.default),
-                "Evidence": _sentence(results, tried) or "not varied",
-            }
-        )
-    return rows
-
-
-def _sentence(results: Results, tried: dict[str, dict[str, Any]]) -> str:
-    parts = []
-    for key, by in tried.items():
-        for name, value in by.items():
-            found = against_reference(results, name)
-            if found.groups:
-                has = reference_value(key, name, results)
-                effect = f"{interval(found.here)}, {_so(found)}"
-                parts.append(f"{key} {shown(value)} for {has}: {effect}")
-    return "; ".join(parts)

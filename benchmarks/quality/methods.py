@@ -1,10 +1,12 @@
-"""The methods of the studies by name; variants of one parameter are written in the study files."""
+"""The methods of the studies, by name; variants of a single option stand in the study files."""
 
 from __future__ import annotations
 
-from benchmarks.quality.study import Method
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.records import Method
+from drlora_core.errors import near_misses
 
-# One unit at a time spreads a quota by itself, and proportional shares do: no cap but r_max.
+# These two policies spread a quota without max_growth.
 _RESCORED = {"policy": "rescored", "max_growth": None}
 _NO_PREFERENCE = {"use_routing": False, "use_importance": False}
 _EARLY = {"warmup": 0.05, "growth_end": 0.25}
@@ -22,7 +24,7 @@ _PAPER = (
     Method(name="without_f", config={"use_routing": False}),
     Method(name="without_g", config={"use_importance": False}),
     Method(name="random", config={"policy": "random"}),
-    # The same timetable with no preference: growing late without choosing where.
+    # The same timetable without any preference among the experts.
     Method(name="uniform_growth", config={**_RESCORED, **_NO_PREFERENCE}),
     Method(name="prune", config={"policy": "prune"}),
 )
@@ -41,7 +43,7 @@ _VARIANTS = (
     ),
 )
 _CANDIDATES = (
-    # Growing late costs much of what growing where it counts brings: grow at once, or before.
+    # Earlier growth: the final ranks are trained for longer.
     Method(name="early", training=_EARLY),
     Method(name="early_random", config={"policy": "random"}, training=_EARLY),
     Method(name="early_uniform_growth", config={**_RESCORED, **_NO_PREFERENCE}, training=_EARLY),
@@ -50,7 +52,7 @@ _CANDIDATES = (
     Method(name="early_rescored", config=_RESCORED, training=_EARLY),
     Method(name="early_without_f", config={"use_routing": False}, training=_EARLY),
     Method(name="early_without_g", config={"use_importance": False}, training=_EARLY),
-    # All rank at one event, after 5 % of the steps: a measurement, then static LoRA.
+    # A single event after 5 % of the steps: measure first, then train static LoRA.
     Method(
         name="one_event",
         config=_RESCORED,
@@ -66,12 +68,12 @@ _CANDIDATES = (
         kind="static_profile",
         config={**_RESCORED, "use_importance": False},
     ),
-    # Is it the ranks, or growing them? Static LoRA with the ranks that ``early`` ends with.
+    # Static LoRA with the final ranks of ``early``: is it the ranks, or growing them?
     Method(name="hindsight", kind="hindsight", config={"use_routing": False}),
     Method(name="per_token", policy="per_token"),
     Method(name="sqrt_f", policy="sqrt_f"),
     Method(name="total_importance", policy="total_importance"),
-    # One unit at a time by S / (r + 1): final ranks, not growth, in proportion to the signal.
+    # One unit at a time by S / (r + 1): final ranks become proportional to the signal.
     Method(name="rescored_without_f", config={**_RESCORED, "use_routing": False}),
     Method(name="rescored_without_g", config={**_RESCORED, "use_importance": False}),
     Method(name="rescored_per_token", policy="rescored_per_token", config={"max_growth": None}),
@@ -81,4 +83,15 @@ _CANDIDATES = (
 METHODS: dict[str, Method] = {
     method.name: method for method in (*_BASELINES, *_PAPER, *_VARIANTS, *_CANDIDATES)
 }
-"""By name, for the ``methods`` of a study file."""
+"""Used by the ``methods`` of a study file."""
+
+
+def find_method(name: str) -> Method:
+    """A method of ``METHODS``.
+
+    Raises:
+        StudyError: there is no method of that name.
+    """
+    if name not in METHODS:
+        raise StudyError(f"no method {name!r}; {near_misses(name, METHODS)}")
+    return METHODS[name]

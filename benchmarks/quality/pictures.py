@@ -1,8 +1,4 @@
-"""Pictures in characters, for docs/results.md: they need no image file and differ line by line.
-
-Pixels would need matplotlib or a browser for plotly's images; the report has neither. Interactive
-figures are in the page of ``--html``.
-"""
+"""Charts made of characters, for the Markdown pages: they need no image files and diff well."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ SHADES = " ·▁▂▃▄▅▆▇█"
 
 
 def intervals(estimates: Mapping[str, Estimate]) -> str:
-    """Means (●) and 95 % intervals (─) on one axis with its zero (│), a line each.
+    """Means (●) and 95 % intervals (─), one per line, on a common axis with zero (│).
 
     Example:
         >>> print(intervals({"a": Estimate(-1.0, -2.0, 0.0, 5)}))  # doctest: +ELLIPSIS
@@ -52,7 +48,7 @@ def _line(found: Estimate, low: float, scale: float) -> str:
 
 
 def heat_map(ranks: Mapping[str, np.ndarray], relevance: Mapping[str, np.ndarray]) -> str:
-    """Final ranks of the experts as numbers, a line per layer, with their relevance as shades.
+    """Final ranks of the experts as numbers and their relevance as shades, layer by layer.
 
     Args:
         ranks: mean final rank of every expert [N] by layer.

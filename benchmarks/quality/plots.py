@@ -19,22 +19,21 @@ from benchmarks.quality.factors import (
 )
 from benchmarks.quality.runs import Cell, Results, differences
 from benchmarks.quality.statistics import Estimate, estimate
-from drlora_core.report import STYLE
 
 
 def page(results: Results, relevance: Relevance | None = None) -> str:
-    """All figures as one HTML page that needs no network."""
+    """All figures as one HTML page that works offline."""
     parts = [
         figure.to_html(full_html=False, include_plotlyjs=index == 0)
         for index, figure in enumerate(figures(results, relevance))
     ]
-    head = f"<meta charset=utf-8><title>Quality of DR-LoRA</title><style>{STYLE}</style>"
+    head = "<meta charset=utf-8><title>Quality of DR-LoRA</title>"
     body = "".join(parts) or "<p>No runs.</p>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
 
 
 def figures(results: Results, relevance: Relevance | None = None) -> Iterator[Any]:
-    """Yield every figure that the runs allow."""
+    """Yield all figures for which there are runs."""
     for setting, cells in results.cells.items():
         if UNIFORM in cells:
             yield paired_differences(results.label(setting), cells)
@@ -48,7 +47,7 @@ def figures(results: Results, relevance: Relevance | None = None) -> Iterator[An
 
 
 def paired_differences(label: str, cells: dict[str, Cell]) -> Any:
-    """Test loss against uniform with 95 % intervals; the dots are seeds."""
+    """Test loss minus that of uniform, with 95 % intervals; the dots are seeds."""
     figure = objects.Figure()
     gaps = {n: differences(cell, cells[UNIFORM]) for n, cell in cells.items() if n != UNIFORM}
     for name, values in sorted(gaps.items(), key=lambda item: -item[1].sum()):
@@ -61,7 +60,7 @@ def paired_differences(label: str, cells: dict[str, Cell]) -> Any:
         figure.add_scatter(x=[found.mean], y=[name], error_x=_bars(found), marker_color="black")
     figure.add_vline(x=0, line_dash="dot")
     figure.update_layout(showlegend=False)
-    return _styled(figure, f"{label}: test loss against uniform", "nats", "")
+    return _styled(figure, f"{label}: test loss minus that of uniform", "nats", "")
 
 
 def _bars(found: Estimate) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def _bars(found: Estimate) -> dict[str, Any]:
 
 
 def loss_curves(label: str, cells: dict[str, Cell]) -> Any:
-    """Validation loss by step, the mean over the seeds at each method's best rate."""
+    """Validation loss by step, mean over seeds, each method at its best learning rate."""
     figure = objects.Figure()
     for name, cell in cells.items():
         curves = [np.array(record.curve) for record in cell.chosen().values() if record.curve]
@@ -92,7 +91,7 @@ def mean_ranks(cell: Cell) -> dict[str, np.ndarray]:
 
 
 def rank_map(label: str, cell: Cell, known: Any) -> Any:
-    """Mean final rank of each expert, beside its known relevance if there is one."""
+    """Mean final rank of each expert, and its relevance if that is known."""
     maps = {"mean final rank": mean_ranks(cell)} | ({"relevance": dict(known)} if known else {})
     figure = make_subplots(cols=len(maps), subplot_titles=list(maps), shared_yaxes=True)
     for column, layers in enumerate(maps.values(), start=1):
@@ -103,7 +102,7 @@ def rank_map(label: str, cell: Cell, known: Any) -> Any:
 
 
 def sensitivity(results: Results, option: str) -> Any:
-    """Effect of an option on DR-LoRA's test loss; the diamond is DR-LoRA itself."""
+    """Effect of an option on the test loss of DR-LoRA; the diamond is the default."""
     figure = objects.Figure()
     variants = factors(results)[option]
     own = reference_value(option, next(iter(variants)), results)

@@ -1,8 +1,8 @@
-"""Candidates for a better allocation under the same budget, as policies of drlora_core.
+"""Policies with other signals than f g.
 
-Each is the paper's walk, or the one-unit-at-a-time ``rescored``, by another signal in place of
-f * g. With a token-mean loss g already contains the routing mass, so f * g counts it about twice;
-and the mean over an expert's dimensions is diluted by newborn ones, whose sensitivity starts at 0.
+Each is ``greedy`` or ``rescored`` of drlora_core with another signal. Two reasons to try them: with
+a token-mean loss, g already contains the routing weights, so f g counts them about twice; and
+newborn rank dimensions, whose sensitivity starts at 0, lower the mean g of an expert.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from drlora_core.ema import FloatArray, IntArray
-from drlora_core.policies import AllocationRequest, Policy, greedy, rescored
+from drlora_core import AllocationRequest, Policy
+from drlora_core.policies import greedy, rescored
 
-Signal = Callable[[AllocationRequest], FloatArray]
+Signal = Callable[[AllocationRequest], np.ndarray]
 
 
-def importance_per_token(request: AllocationRequest) -> FloatArray:
-    """g / f: importance per unit of routing weight; 0 for experts that no token visits."""
+def importance_per_token(request: AllocationRequest) -> np.ndarray:
+    """g / f; 0 for experts that no token visits."""
     visited = request.routing > 0.0
     return np.divide(
         request.importance, request.routing, out=np.zeros_like(request.importance), where=visited
     )
 
 
-def importance_by_sqrt_routing(request: AllocationRequest) -> FloatArray:
-    """sqrt(f) * g: routing counts half."""
-    signal: FloatArray = np.sqrt(request.routing) * request.importance
+def importance_by_sqrt_routing(request: AllocationRequest) -> np.ndarray:
+    """sqrt(f) g."""
+    signal: np.ndarray = np.sqrt(request.routing) * request.importance
     return signal
 
 
-def summed_importance(request: AllocationRequest) -> FloatArray:
-    """f * g * r: the sum over an expert's rank dimensions, which newborn ones do not dilute."""
-    signal: FloatArray = request.routing * request.importance * request.ranks
+def summed_importance(request: AllocationRequest) -> np.ndarray:
+    """f g r: the sum over rank dimensions instead of the mean."""
+    signal: np.ndarray = request.routing * request.importance * request.ranks
     return signal
 
 
-def given(request: AllocationRequest) -> IntArray:
-    """The ranks that stand in the place of g; for events whose quota they fit, no others."""
+def given(request: AllocationRequest) -> np.ndarray:
+    """Grow to the ranks that are passed as importance; their sum must match the quota."""
     return np.rint(request.importance).astype(np.int64) - request.ranks
 
 
-def by(signal: Signal, policy: Policy) -> Policy:
-    """A policy that sees another signal where it would see f * g."""
+def with_signal(signal: Signal, policy: Policy) -> Policy:
+    """Replace f g by another signal."""
 
-    def allocate(request: AllocationRequest) -> IntArray:
+    def allocate(request: AllocationRequest) -> np.ndarray:
         replaced = dataclasses.replace(
             request, routing=np.ones_like(request.routing), importance=signal(request)
         )
@@ -57,9 +57,9 @@ def by(signal: Signal, policy: Policy) -> Policy:
 
 
 POLICIES: Mapping[str, Policy] = {
-    "per_token": by(importance_per_token, greedy),
-    "sqrt_f": by(importance_by_sqrt_routing, greedy),
-    "total_importance": by(summed_importance, greedy),
-    "rescored_per_token": by(importance_per_token, rescored),
-    "rescored_sqrt_f": by(importance_by_sqrt_routing, rescored),
+    "per_token": with_signal(importance_per_token, greedy),
+    "sqrt_f": with_signal(importance_by_sqrt_routing, greedy),
+    "total_importance": with_signal(summed_importance, greedy),
+    "rescored_per_token": with_signal(importance_per_token, rescored),
+    "rescored_sqrt_f": with_signal(importance_by_sqrt_routing, rescored),
 }

@@ -1,4 +1,4 @@
-"""What a base model says about a task before it is trained: routing, and gradients of the experts.
+"""Measurements of the base model on a task before training: routing, and gradients of the experts.
 
 Shape letters: N experts.
 """
@@ -16,21 +16,16 @@ import drlora_torch
 from benchmarks.quality.evaluation import logits
 from benchmarks.quality.rows import Row, collate, in_order
 from drlora_core import AllocatorConfig, AllocatorEngine
-from drlora_torch.adapter import Adapter
-from drlora_torch.layers import ExpertLoRA
 
 Arrays = Mapping[str, np.ndarray]
 GRADIENT_ROWS = 512
-"""Rows that gradients are measured on; a backward pass costs twice a forward one."""
+"""Number of rows for gradients."""
 DIMENSIONS = 4
-"""Random directions that gradients are measured in."""
+"""Number of random directions for gradients: the rank of the LoRA."""
 
 
 def routing_profile(model: nn.Module, rows: Sequence[Row], size: int, padding: int) -> Arrays:
-    """Routing frequency phi [N] of every layer, over all tokens of the rows: one forward pass.
-
-    An adapter that is not trained counts them (a new one changes nothing that the model computes).
-    """
+    """Routing frequency phi [N] of every layer, over all tokens of the rows: one forward pass."""
     device = next(model.parameters()).device
     with _untrained(model, rank=1) as adapter:
         for part in in_order(rows, size):
@@ -40,43 +35,42 @@ def routing_profile(model: nn.Module, rows: Sequence[Row], size: int, padding: i
 
 
 def gradient_profile(model: nn.Module, rows: Sequence[Row], size: int, padding: int) -> Arrays:
-    """Mean |dL/dB| [N] of every layer's experts at the start of training, over the first rows.
+    """Mean |dL/dB| [N] of the experts of every layer before training, over the first rows.
 
-    B is 0 there, so the sensitivity |B * dL/dB| is too; dL/dB itself is the gradient of the
-    expert's weights in the random directions of A. Means over rank dimensions and batches, sums
+    Sensitivity |B * dL/dB| is 0 before training, because B is 0. dL/dB is the gradient of the
+    expert's weights projected on the random rows of A. Means over rank dimensions and batches, sum
     over projections.
     """
     device = next(model.parameters()).device
     batches = list(in_order(rows[:GRADIENT_ROWS], size))
     with _untrained(model, rank=DIMENSIONS) as adapter:
-        loras = {name: layer.lora for name, layer in adapter.layers.items()}
-        found = {name: np.zeros(lora.table.num_experts) for name, lora in loras.items()}
+        found: dict[str, np.ndarray] = {}
         for part in batches:
             cross_entropy(*logits(model, collate(part, padding, device))).backward()
-            for name, lora in loras.items():
-                found[name] += _gradient_of_B(lora) / len(batches)
+            for name, ranks in adapter.ranks().items():
+                gradient = _gradient_of_B(adapter.layers[name].lora, len(ranks)) / len(batches)
+                found[name] = found.get(name, 0.0) + gradient
             for parameter in adapter.parameters():
                 parameter.grad = None
         return found
 
 
-def _gradient_of_B(lora: ExpertLoRA) -> np.ndarray:
-    """Mean |dL/dB| over each expert's rank dimensions, summed over projections, [N]."""
-    total = np.zeros(lora.table.num_experts)
-    for _, projection in lora.items():
-        grad = projection.lora_B.grad
-        if grad is not None:  # none where nothing was routed
-            by_slot = grad.abs().mean(dim=1).double().cpu().numpy()
-            total += lora.table.per_dimension(by_slot).sum(axis=1) / lora.table.ranks()
+def _gradient_of_B(lora: nn.Module, experts: int) -> np.ndarray:
+    """Mean |dL/dB| over the rank dimensions of each expert, summed over projections, [N]."""
+    total = np.zeros(experts)
+    for name, parameter in lora.named_parameters():
+        if name.endswith("lora_B") and parameter.grad is not None:  # None if nothing was routed
+            by_slot = parameter.grad.abs().mean(dim=1).double().cpu().numpy()
+            total += by_slot.reshape(experts, DIMENSIONS).mean(axis=1)  # masked: expert by expert
     return total
 
 
 @contextlib.contextmanager
-def _untrained(model: nn.Module, rank: int) -> Iterator[Adapter]:
-    """Inside, the model has an adapter and is in training mode; then it is as it was."""
+def _untrained(model: nn.Module, rank: int) -> Iterator[drlora_torch.Adapter]:
+    """Attach an adapter, which does not change the output of the model, in training mode."""
     config = AllocatorConfig(r_init=rank, r_target=rank, r_max=rank, policy="uniform")
     was_training = model.training
-    adapter = drlora_torch.attach(model, AllocatorEngine(config), auto_step=False)
+    adapter = drlora_torch.attach(model, AllocatorEngine(config), layout="masked", auto_step=False)
     model.train()
     try:
         yield adapter
@@ -89,4 +83,4 @@ PROFILES: Mapping[str, Callable[[nn.Module, Sequence[Row], int, int], Arrays]] =
     "routing": routing_profile,
     "gradient": gradient_profile,
 }
-"""What may be measured before training, by name."""
+"""Measurements before training, by name."""

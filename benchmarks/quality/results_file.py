@@ -1,4 +1,4 @@
-"""A results file: one JSON line per finished run, appended as they finish."""
+"""Results files: one JSON line per finished run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from benchmarks.quality.study import RunRecord, StudyError, sentence
+from benchmarks.quality.errors import StudyError, describe
+from benchmarks.quality.records import RunRecord
 
 
 def read(path: Path) -> list[RunRecord]:
-    """Read the runs of a file, oldest first; none where there is no file.
+    """Read the runs of a file, oldest first; none if there is no file.
 
-    A last line without its end is of a run that was interrupted while it was written: it is left
-    out.
+    Skips a last line without a line end: writing it was interrupted.
 
     Raises:
-        StudyError: another line is not a run.
+        StudyError: any other line is not a run.
     """
     if not path.exists():
         return []
@@ -28,17 +28,16 @@ def read(path: Path) -> list[RunRecord]:
             records.append(RunRecord.model_validate_json(line))
         except ValidationError as error:
             raise StudyError(
-                f"{path}, line {number} is not a run: {sentence(error)}; delete the line to do it "
-                "again"
+                f"{path}, line {number} is not a run: {describe(error)}; delete it to redo the run"
             ) from None
     return records
 
 
 def mend(path: Path) -> int:
-    """Cut off a last line without its end, so that the next one begins a line.
+    """Remove a last line without a line end.
 
     Returns:
-        How many bytes were cut off.
+        Number of removed bytes.
     """
     if not path.exists():
         return 0
@@ -50,7 +49,7 @@ def mend(path: Path) -> int:
 
 
 def append(path: Path, record: RunRecord) -> None:
-    """Add a run; it is on the disk when this returns."""
+    """Append a run and flush it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(record.model_dump_json() + "\n")

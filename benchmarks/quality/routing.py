@@ -1,23 +1,23 @@
-"""How concentrated a routing is, and how far two are apart."""
+"""Entropy of a routing, and distance of two."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import stats
 
 Routing = Mapping[str, np.ndarray]
-"""Routing frequency phi [N] by layer name, as ``evaluation.profile`` measures it."""
+"""Routing frequency phi [N] by layer name."""
 
 
 def entropy(phi: np.ndarray) -> float:
-    """Return the entropy of a layer's routing, 1 for an even use of all experts."""
-    shares = phi[phi > 0] / phi.sum()
-    return float(-(shares * np.log(shares)).sum() / np.log(len(phi)))
+    """Normalised entropy of the routing of a layer: 1 if all experts are used equally."""
+    return float(stats.entropy(phi, base=len(phi)))
 
 
 def distance(first: Routing, second: Routing) -> float:
-    """Return the total variation between two routings: 0 the same, 1 disjoint; mean of layers."""
+    """Total variation between two routings, mean over layers: 0 equal, 1 disjoint."""
     return float(
         np.mean(
             [

@@ -1,4 +1,4 @@
-"""Rows of a task as tokens, and the batches that all methods of a seed share.
+"""Tokenised rows of a task, and batches, which are the same for all methods of a seed.
 
 Shape letters: B rows, T tokens of the longest row.
 """
@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.study import StudyError
+from benchmarks.quality.errors import StudyError
 
 IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens of prompt and completion; the loss is on those from ``start`` on."""
+    """Tokens of prompt and completion; the completion begins at ``start``."""
 
     tokens: tuple[int, ...]
     start: int
 
     @property
     def completion_tokens(self) -> int:
-        """How many tokens the loss is on."""
+        """Number of completion tokens."""
         return len(self.tokens) - self.start
 
 
@@ -38,18 +38,18 @@ class Batch:
     tokens: Tensor
     mask: Tensor
     labels: Tensor
-    """``labels[:, t]`` is what position t should predict; ``IGNORED`` outside completions."""
+    """``labels[:, t]`` is the token after position t; ``IGNORED`` outside completions."""
 
     @property
     def completion_tokens(self) -> int:
-        """How many tokens the loss is on."""
+        """Number of completion tokens."""
         return int((self.labels != IGNORED).sum())
 
 
 def encode(tokenizer: Any, rows: Sequence[Mapping[str, str]], max_tokens: int) -> list[Row]:
-    """Prompt, completion and the end-of-text token, cut to ``max_tokens``.
+    """Tokenise prompt, completion and end-of-text token, truncated to ``max_tokens``.
 
-    A row whose prompt leaves no room for its completion is left out.
+    Rows whose prompt leaves no room for the completion are dropped.
 
     Raises:
         StudyError: no row is left.
@@ -58,7 +58,7 @@ def encode(tokenizer: Any, rows: Sequence[Mapping[str, str]], max_tokens: int) -
     encoded = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        if end and prompt[-1:] == end:  # some tokenizers close every text
+        if end and prompt[-1:] == end:  # some tokenizers append it to every text
             prompt = prompt[:-1]
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         tokens = (prompt + completion + end)[:max_tokens]
@@ -87,7 +87,7 @@ def collate(rows: Sequence[Row], padding: int, device: torch.device) -> Batch:
 
 
 def shuffled(num_rows: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers, epoch after epoch; a function of its arguments alone.
+    """Infinite stream of batches of row indices, epoch after epoch; deterministic.
 
     Example:
         >>> first = next(shuffled(num_rows=5, size=4, seed=0))
@@ -104,7 +104,7 @@ def shuffled(num_rows: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def in_order(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
-    """Each row once, those of similar length together."""
+    """Batches with each row once, sorted by length."""
     by_length = sorted(rows, key=lambda row: len(row.tokens))
     for first in range(0, len(by_length), size):
         yield by_length[first : first + size]

@@ -1,4 +1,4 @@
-"""Carry out a study: do the runs that are not in its results file yet."""
+"""Run a study: all runs that are not in its results file yet."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from rich.progress import (
 from rich.table import Table
 
 from benchmarks.quality import results_file
-from benchmarks.quality.adapting import KINDS, policy_of
+from benchmarks.quality.adapting import KINDS, find_policy
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.expansion import report_runs, tuning_runs
-from benchmarks.quality.study import RunRecord, RunSpec, Study, StudyError
+from benchmarks.quality.records import RunRecord, RunSpec
+from benchmarks.quality.study import Study
 from benchmarks.quality.workers import Execute, Failure, pool
 from drlora_core.errors import near_misses
 
 
 def check(study: Study) -> None:
-    """Refuse before hours of runs what every run would refuse.
+    """Check the study before hours of runs.
 
     Raises:
-        ValueError: a method, its configuration, a task or a model cannot be used.
+        ValueError: a method, a configuration, a task or a model is invalid.
     """
     from benchmarks.quality.models import SHIPPED
     from benchmarks.quality.tasks import load_task
@@ -37,15 +39,15 @@ def check(study: Study) -> None:
     for model in study.models:
         if not (model in SHIPPED or "/" in model or Path(model).is_dir()):
             hint = near_misses(model, SHIPPED)
-            raise StudyError(f"no model {model!r}, which is neither a folder nor an id; {hint}")
+            raise StudyError(f"no model {model!r}: neither a folder nor a Hugging Face id; {hint}")
         if model in SHIPPED and not SHIPPED[model].is_dir():
-            raise StudyError(f"model {model!r} is not in {SHIPPED[model]}; use --model for another")
+            raise StudyError(f"model {model!r} is missing from {SHIPPED[model]}; use --model")
 
     for method in study.methods:
         if method.kind not in KINDS:
             hint = near_misses(method.kind, KINDS)
             raise StudyError(f"method {method.name!r}: no kind {method.kind!r}; {hint}")
-        policy_of(method)
+        find_policy(method)
         allocator_config(method, training_of(method, study.training), seed=0)
     for task in study.tasks:
         load_task(task)
@@ -59,26 +61,26 @@ def conduct(
     execute: Execute | None = None,
     reuse: Sequence[Path] = (),
 ) -> list[Failure]:
-    """Do every run of a study that is not in ``output`` yet, nor in a file to reuse.
+    """Run everything that is neither in ``output`` nor in a file of ``reuse``.
 
     Args:
-        study: what to do.
-        output: results file; runs are appended as they finish, so the study can be stopped at any
-            time, and the same call goes on with it.
-        workers: processes; 1 works in this one.
-        console: where progress goes.
-        execute: does one run, with one worker; default: training it.
-        reuse: other results files, whose runs of the same specification count as done.
+        study: the study.
+        output: results file; runs are appended as they finish, so you can stop at any time and
+            call again.
+        workers: number of processes; 1 runs in this process.
+        console: shows the progress.
+        execute: executes one run, with one worker; default: training.
+        reuse: results files of other studies; runs with the same specification count as done.
 
     Returns:
-        The runs that failed; they are not in the file.
+        The failed runs; they are not in the file.
 
     Raises:
-        ValueError: the study or the results file cannot be used.
+        ValueError: the study or a results file is invalid.
     """
     check(study)
     if cut := results_file.mend(output):
-        console.print(f"{output}: the last line was cut off ({cut} bytes); its run is done again")
+        console.print(f"{output}: removed a cut-off last line ({cut} bytes); its run is repeated")
     files = [*reuse, output]
     done = {record.key: record for path in files for record in results_file.read(path)}
     failures: list[Failure] = []
@@ -105,14 +107,14 @@ def conduct(
 
 
 def label(spec: RunSpec) -> str:
-    """Name a run for people."""
+    """Readable name of a run."""
     where = f"{spec.model} / {spec.task} / {spec.method.name}"
     return f"{where} at {spec.learning_rate:g}, seed {spec.seed}"
 
 
 def show_budgets(records: Iterable[RunRecord], console: Console) -> None:
-    """Print what each method ended with, beside the budget; every run has been checked."""
-    table = Table(title="Final total rank, verified in every run")
+    """Print the final total rank of each method and the budget."""
+    table = Table(title="Final total rank, checked in every run")
     for column in ("model", "method", "runs", "total rank", "budget", "trained parameters"):
         left = column in ("model", "method")
         table.add_column(column, justify="left" if left else "right", no_wrap=left)

@@ -1,4 +1,4 @@
-"""The runs of results files, ordered for comparison: setting, method, learning rate, seed."""
+"""The runs of results files, by setting, method, learning rate and seed."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality import results_file
-from benchmarks.quality.study import Method, RunRecord, RunSpec, StudyError, Training
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.records import Method, RunRecord, RunSpec, Training
 from benchmarks.quality.tasks import HELD_OUT
 
 Metric = Callable[[RunRecord], float]
 HELD_OUT_FILES = "heldout"
-"""Results files whose name begins so hold runs that no decision was taken on, as do the tasks that
-were made for it."""
+"""Prefix of results files with held-out runs; the tasks of ``HELD_OUT`` are held out as well."""
 
 
 def test_loss(record: RunRecord) -> float:
-    """Nats per completion token of the test split."""
+    """Test loss, nats per completion token."""
     return record.test_loss
 
 
 def exact_match(record: RunRecord) -> float:
-    """Exact match on the test split in points, 0 to 100."""
+    """Exact match on the test split, 0 to 100."""
     return 100 * record.test_exact_match
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where methods may be compared: the same model, task and training."""
+    """Model, task and training settings; methods are compared within a setting."""
 
     model: str
     task: str
     training: Training
     held_out: bool = False
-    """Whether no decision was taken on these runs."""
+    """True if no method was developed on it."""
 
     @property
     def name(self) -> str:
-        """Model and task; of a file or folder only the last part."""
+        """``model / task``; only the last part of a path."""
         return f"{_last_part(self.model)} / {_last_part(self.task)}"
 
 
@@ -52,71 +52,72 @@ def _last_part(name: str) -> str:
 
 @dataclass
 class Cell:
-    """The runs of one method in one setting, by learning rate and seed."""
+    """The runs of one method in one setting."""
 
     method: Method
     runs: dict[float, dict[int, RunRecord]] = field(default_factory=dict)
+    """By learning rate and seed."""
 
     @cached_property
     def refused(self) -> str | None:
-        """Why the method cannot run here, or None."""
+        """Why the method was refused, or None."""
         return next((r.refused for seeds in self.runs.values() for r in seeds.values()), None)
 
     @cached_property
     def tuning_seeds(self) -> tuple[int, ...]:
-        """The seeds on which every learning rate ran."""
+        """Seeds on which every learning rate ran."""
         return tuple(sorted(set.intersection(*(set(seeds) for seeds in self.runs.values()))))
 
     @cached_property
     def rate(self) -> float | None:
-        """The learning rate with the lowest mean validation loss over the tuning seeds."""
+        """The best learning rate: the one with the lowest validation loss over the tuning seeds."""
         return self.best(self.runs)
 
     def best(self, rates: Collection[float]) -> float | None:
-        """The best of some rates; None if the method was refused or has none of them."""
+        """The best of the given learning rates; None if there is no run."""
         rates = [rate for rate in sorted(rates) if rate in self.runs]
         if self.refused or not rates or not self.tuning_seeds:
             return None
         return min(rates, key=self.validation)
 
     def validation(self, rate: float) -> float:
-        """Mean validation loss at a rate, over the tuning seeds."""
+        """Mean validation loss at a learning rate over the tuning seeds."""
         return float(np.mean([self.runs[rate][s].validation_loss for s in self.tuning_seeds]))
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best rate is the smallest or largest that was tried."""
+        """True if the best learning rate is the smallest or largest of the grid."""
         return len(self.runs) > 1 and self.rate in (min(self.runs), max(self.runs))
 
     def chosen(self) -> dict[int, RunRecord]:
-        """The runs at the best rate by seed; those that diverged are left out."""
+        """Runs at the best learning rate by seed, without diverged ones."""
         return {} if self.rate is None else self.at(self.rate)
 
     def at(self, rate: float) -> dict[int, RunRecord]:
-        """The runs at a rate by seed; those that diverged are left out."""
+        """Runs at a learning rate by seed, without diverged ones."""
         runs = sorted(self.runs.get(rate, {}).items())
         return {seed: r for seed, r in runs if not r.diverged and r.refused is None}
 
     def diverged(self) -> int:
-        """How many runs at the best rate diverged."""
+        """Number of diverged runs at the best learning rate."""
         runs = self.runs[self.rate].values() if self.rate is not None else ()
         return sum(record.diverged for record in runs)
 
     def values(self, metric: Metric) -> np.ndarray:
-        """The metric of the chosen runs, in the order of their seeds."""
+        """The metric of the chosen runs, ordered by seed."""
         return np.array([metric(record) for record in self.chosen().values()])
 
 
 def differences(
     cell: Cell, base: Cell, metric: Metric = test_loss, rate: float | None = None
 ) -> np.ndarray:
-    """Metric of a method minus that of another, for every seed that both have.
+    """Metric of one method minus that of another, for every seed that both have.
 
     Args:
-        cell: the runs of the method.
-        base: the runs of the method that it is compared with.
+        cell: the first method.
+        base: the second method.
         metric: what to compare.
-        rate: a learning rate for both; None: each method's best of the rates that both tried.
+        rate: learning rate of both; None: the best of each, among those that both tried.
     """
     both = cell.runs.keys() & base.runs.keys() if rate is None else {rate}
     mine, other = cell.best(both), base.best(both)
@@ -128,17 +129,17 @@ def differences(
 
 @dataclass
 class Results:
-    """All runs; ``cells[setting][method name]``."""
+    """All runs, as ``cells[setting][method name]``."""
 
     cells: dict[Setting, dict[str, Cell]] = field(default_factory=dict)
     records: list[RunRecord] = field(default_factory=list)
 
     def settings(self, *, held_out: bool | None = None) -> list[Setting]:
-        """The settings in the order of the files; only those held out, or not, if asked for."""
+        """All settings, or only those that are (not) held out."""
         return [s for s in self.cells if held_out is None or s.held_out == held_out]
 
     def primary(self, *, held_out: bool | None = None) -> list[Setting]:
-        """One setting for each model and task: of several trainings, the one with most runs."""
+        """One setting per model and task: the one with the most runs."""
         chosen: dict[tuple[str, str, bool], Setting] = {}
         for setting in self.settings(held_out=held_out):
             first = chosen.setdefault((setting.model, setting.task, setting.held_out), setting)
@@ -150,7 +151,7 @@ class Results:
         return sum(len(s) for cell in self.cells[setting].values() for s in cell.runs.values())
 
     def label(self, setting: Setting) -> str:
-        """Name of a setting, with what tells it from the primary one of its model and task."""
+        """Name of a setting, and its differences from the primary one of its model and task."""
         of_this = (setting.model, setting.task, setting.held_out)
         first = next(s for s in self.primary() if (s.model, s.task, s.held_out) == of_this)
         differing = [
@@ -161,7 +162,7 @@ class Results:
         return ", ".join([setting.name, *differing]) + (" (held out)" if setting.held_out else "")
 
     def methods(self, settings: Iterable[Setting] | None = None) -> list[str]:
-        """Names of the methods that have runs in the settings, in order of appearance."""
+        """Methods that have runs in the given settings (default: all)."""
         chosen = self.cells if settings is None else settings
         return list(dict.fromkeys(name for setting in chosen for name in self.cells[setting]))
 
@@ -172,7 +173,7 @@ class Results:
         metric: Metric = test_loss,
         settings: Iterable[Setting] | None = None,
     ) -> dict[Setting, np.ndarray]:
-        """Paired differences of two methods in every setting in which both ran."""
+        """Paired differences of two methods, for every setting that has both."""
         found = {}
         for setting in self.cells if settings is None else settings:
             cells = self.cells[setting]
@@ -183,10 +184,10 @@ class Results:
         return found
 
     def add(self, record: RunRecord, setting: Setting) -> None:
-        """Sort a run into its place; of two runs of one specification the first stays.
+        """Add a run; of two runs with the same specification, the first is kept.
 
         Raises:
-            StudyError: two methods of one name in one setting.
+            StudyError: different methods have the same name in one setting.
         """
         spec = record.spec
         cells = self.cells.setdefault(setting, {})
@@ -206,8 +207,8 @@ def read(paths: Sequence[Path]) -> Results:
     """Read results files.
 
     Raises:
-        StudyError: a file that does not exist or is cut off, a line that is no record (named with
-            its number), or methods that contradict each other.
+        StudyError: a file is missing or incomplete, a line is not a run, or different methods have
+            the same name.
     """
     results = Results()
     for path in paths:
@@ -226,13 +227,13 @@ def _records(path: Path) -> list[RunRecord]:
         raise StudyError(f"no results file {path}; `python -m benchmarks.quality run` writes one")
     if not path.read_bytes().endswith(b"\n"):
         raise StudyError(
-            f"{path}: the last line is cut off; run the study again, which repeats only that run"
+            f"{path}: the last line is cut off; run the study again to repeat that run"
         )
     return results_file.read(path)
 
 
 def _study_training(spec: RunSpec, shared: Sequence[Training]) -> Training:
-    """What the run's study gives to all methods: its own training without the method's changes."""
+    """The training settings of the study, without the changes of the method."""
     changes = spec.method.training
     matching = (
         base

@@ -1,4 +1,4 @@
-"""What all runs on a model and a task share: loaded, encoded and measured once a process."""
+"""A model and a task, loaded, encoded and measured once per process."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from typing import Any
 
 from torch import nn
 
+import drlora_torch
 from benchmarks.quality import evaluation
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import Evaluation
 from benchmarks.quality.profiling import PROFILES, Arrays
+from benchmarks.quality.records import RunSpec, Training
 from benchmarks.quality.rows import Row, encode
-from benchmarks.quality.study import RunSpec, Training
-from drlora_torch.models.discovery import adaptable
 
 
 class Setting:
     """A model and the encoded rows of a task.
 
     Attributes:
-        model: the base model; every run leaves it as it was.
-        padding: token to pad with.
-        train, validation, test: the splits, the last two cut to ``evaluation_rows``.
-        experts: number of experts in all layers.
+        model: the base model; every run restores it.
+        padding: padding token.
+        train, validation, test: the splits; the last two are cut to ``evaluation_rows``.
+        experts: number of experts over all layers.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, task: Any, training: Training) -> None:
         self.model = model
         self.padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.experts = sum(record.num_experts for record in adaptable(model))
+        layers = [layer for layer in drlora_torch.discover(model) if not layer.only_on_request]
+        if not layers:
+            raise StudyError(f"{type(model).__name__} has no MoE layer that drlora can adapt")
+        self.experts = sum(layer.num_experts for layer in layers)
         few = training.evaluation_rows
         self.train, self.validation, self.test = (
             encode(tokenizer, rows, training.max_tokens)
@@ -53,16 +57,16 @@ class Setting:
         return self.evaluate(self.model, self.test)
 
     def profile(self, signal: str) -> Arrays:
-        """What ``profiling.PROFILES`` measures of the base model on the training rows."""
+        """A measurement of ``profiling.PROFILES`` on the base model and the training rows."""
         if signal not in self._profiles:
             measure = PROFILES[signal]
             self._profiles[signal] = measure(self.model, self.train, self._size, self.padding)
         return self._profiles[signal]
 
 
-def setting_of(spec: RunSpec) -> Setting:
-    """The setting of a run, from this process's store of them."""
-    # The rest of the training does not matter here.
+def load_setting(spec: RunSpec) -> Setting:
+    """The setting of a run, cached in this process."""
+    # The other fields of Training do not matter here.
     shared = ("device", "dtype", "max_tokens", "evaluation_rows", "evaluation_batch")
     same = Training(
         steps=1, batch_size=1, **{name: getattr(spec.training, name) for name in shared}

@@ -1,4 +1,4 @@
-"""One run: train a method on a task, evaluate it, and leave the model as it was."""
+"""One run: train a method on a task and evaluate it; the base model is restored."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.adapting import HINDSIGHT, Adapted, RefusedError, adapted
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import logits
+from benchmarks.quality.methods import find_method
 from benchmarks.quality.profiling import Arrays
+from benchmarks.quality.records import RunRecord, RunSpec, Training
 from benchmarks.quality.rows import collate, shuffled
-from benchmarks.quality.setting import Setting, setting_of
-from benchmarks.quality.study import RunRecord, RunSpec, StudyError, Training, named
+from benchmarks.quality.setting import Setting, load_setting
 from benchmarks.report import processor
 
 HUGE = 1e9
-"""Loss of a run that diverged: finite, so that every table can hold it, and worse than any."""
+"""Loss of diverged runs: finite, and larger than any other."""
 WARMUP = {"linear": 0.05, "slow": 0.25}
-"""Share of the steps in which the learning rate rises, by schedule."""
+"""Share of warmup steps, by schedule."""
 GROWN = "early"
-"""The method whose final ranks ``hindsight`` has from the start."""
+"""``hindsight`` starts with the final ranks of this method."""
 PACKAGES = ("drlora", "torch", "transformers", "peft", "numpy")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run measured."""
+    """Results of a run."""
 
     curve: list[tuple[int, float]]
-    """Validation loss by step, the last at the end."""
+    """(step, validation loss)."""
     test_loss: float
     test_exact_match: float
     diverged: bool = False
@@ -48,21 +50,21 @@ DIVERGED = Outcome([], HUGE, 0.0, diverged=True)
 
 
 def run(spec: RunSpec) -> RunRecord:
-    """Do one run.
+    """Execute one run.
 
-    The same specification gives the same figures, and methods are paired by seed: they see the
-    same batches and start from the same rows of A. The random state of the process is untouched.
+    Deterministic. Runs with the same seed see the same batches and start from the same A, whatever
+    the method. The global random state does not change.
 
     Raises:
-        StudyError: the final total rank is not the budget, or names are unknown.
+        StudyError: the final total rank is not the budget, or a name is unknown.
     """
-    setting = setting_of(spec)
+    setting = load_setting(spec)
     start = setting.start_test.loss
     started = time.perf_counter()
     training = training_of(spec.method, spec.training)
     config = allocator_config(spec.method, training, spec.seed)
     alpha = training.alpha_per_rank * config.r_target
-    # PEFT initialises from the global stream; dropout of a model would draw from it too.
+    # PEFT and dropout draw from the global generator.
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
         try:
@@ -83,15 +85,15 @@ def run(spec: RunSpec) -> RunRecord:
 
 
 def _profile(setting: Setting, spec: RunSpec, signal: str) -> Arrays:
-    """What a static method is given before training: a measurement, or the ranks of another run."""
+    """The signal of a method with fixed ranks: a measurement, or the ranks of another run."""
     if signal != HINDSIGHT:
         return setting.profile(signal)
-    grown = run(spec.model_copy(update={"method": named(GROWN)}))
+    grown = run(spec.model_copy(update={"method": find_method(GROWN)}))
     return {name: np.array(ranks, dtype=np.float64) for name, ranks in grown.ranks.items()}
 
 
 def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec) -> Outcome:
-    """Train, and measure validation loss on the way and the test split at the end."""
+    """Train; evaluate on the validation split on the way, and on the test split at the end."""
     optimizer = torch.optim.AdamW(
         subject.parameters,
         lr=spec.learning_rate,
@@ -122,7 +124,7 @@ def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec
 
 
 def _backward(model: nn.Module, setting: Setting, training: Training, chosen: list[int]) -> bool:
-    """Gradients of the mean over the completion tokens of all passes; False if not finite."""
+    """Accumulate the gradient of the mean loss per token; False if the loss is not finite."""
     device = torch.device(training.device)
     size = training.batch_size
     batches = [
@@ -140,7 +142,7 @@ def _backward(model: nn.Module, setting: Setting, training: Training, chosen: li
 
 
 def rate(training: Training, step: int) -> float:
-    """Share of the learning rate at a step, counted from 1."""
+    """Factor of the learning rate at a step, counted from 1."""
     if training.schedule == "constant":
         return 1.0
     warmup = max(round(WARMUP[training.schedule] * training.steps), 1)
@@ -170,15 +172,15 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """Four digits are enough to look at, and results files are kept."""
+    """Four digits, to keep results files small."""
     return [float(f"{value:.4g}") for value in values]
 
 
 def check_budget(spec: RunSpec, total: int, experts: int) -> None:
-    """Refuse a run that was not given what it is compared at.
+    """Check that a run ended at the budget, or with r_max everywhere for an upper bound.
 
     Raises:
-        StudyError: the total rank is neither the budget nor, for an upper bound, r_max everywhere.
+        StudyError: it did not.
     """
     training, method = spec.training, spec.method
     per_expert = training.r_max if method.upper_bound else training.r_target
@@ -207,7 +209,7 @@ def _refused(setting: Setting, spec: RunSpec, reason: str) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the figures and seconds depend on besides the specification."""
+    """Versions of packages and hardware."""
     installed = {name: importlib.metadata.version(name) for name in PACKAGES}
     hardware = {"processor": processor(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Do runs, in this process or in several."""
+"""Execute runs in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
-from benchmarks.quality.study import RunRecord, RunSpec, StudyError
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.records import RunRecord, RunSpec
 
 Execute = Callable[[RunSpec], RunRecord]
 
@@ -26,16 +27,16 @@ class Failure:
 
 Outcomes = Iterator[RunRecord | Failure]
 Pool = Callable[[Sequence[RunSpec]], Outcomes]
-"""Does runs in order, and yields what comes of them as they finish."""
+"""Executes runs and yields their outcomes as they finish."""
 
 
 @contextlib.contextmanager
 def pool(workers: int, execute: Execute | None = None) -> Iterator[Pool]:
-    """Inside, runs are done by that many processes; leaving early ends them.
+    """Start worker processes; leaving the context ends them.
 
     Args:
-        workers: processes, each with its share of the cores; 1 is this process.
-        execute: does a run, in this process; default: training it.
+        workers: number of processes, which share the cores; 1 is this process.
+        execute: executes a run in this process; default: training.
     """
     if workers == 1:
         _quiet()
@@ -57,10 +58,10 @@ def pool(workers: int, execute: Execute | None = None) -> Iterator[Pool]:
 
 
 def attempt(spec: RunSpec, execute: Execute) -> RunRecord | Failure:
-    """Do a run; an error of it does not end the study."""
+    """Execute a run; turn an error into a ``Failure``."""
     try:
         return execute(spec)
-    except Exception as error:  # the study goes on, and says at the end what failed
+    except Exception as error:  # the study continues
         return Failure(spec, f"{type(error).__name__}: {error}")
 
 
@@ -71,13 +72,13 @@ def _spread(executor: ProcessPoolExecutor, specs: Sequence[RunSpec]) -> Outcomes
             yield future.result()
     except BrokenProcessPool:
         raise StudyError(
-            "a worker process died, of too little memory perhaps; what is finished is kept, and "
-            "the same command goes on (with fewer --workers)"
+            "a worker process died, perhaps for lack of memory; finished runs are kept, run the "
+            "same command again (with fewer --workers)"
         ) from None
 
 
 def _prepare(threads: int) -> None:
-    """Start a worker: its share of the cores, and Ctrl-C is the parent's business."""
+    """Initialise a worker: limit its threads, and leave Ctrl-C to the parent."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -86,13 +87,13 @@ def _prepare(threads: int) -> None:
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own progress bar."""
+    """Disable the progress bars of Transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def _train(spec: RunSpec) -> RunRecord:
-    from benchmarks.quality.training import run  # torch is loaded where runs are done
+    from benchmarks.quality.training import run  # load torch in workers only
 
     return run(spec)

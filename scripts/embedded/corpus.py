@@ -1,9 +1,8 @@
-"""Collect the kinds of real text that the embedded default model is pretrained on.
+"""Collect the text that the small models are pretrained on.
 
-Everything comes from the Python installation that runs the script: the standard library and the
-site-packages that this project's own dependencies fill. So the corpus needs no download, and
-anyone can rebuild the model. The kinds are meant to be as unlike each other as possible, because
-experts specialise when the text gives them a reason to.
+All text comes from the Python installation that runs the script: the standard library and the
+dependencies of this project. So the corpus needs no download, and anyone can rebuild the model. The
+kinds of text are as different as possible, so that experts specialise.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ INCLUDE = Path(sysconfig.get_paths()["include"])
 SITE = Path(sysconfig.get_paths()["purelib"])
 
 KIND_BYTES = 1_200_000
-"""Most text taken of one kind: kinds are sampled evenly, so more of one would not be seen."""
+"""Maximum text per kind; kinds are sampled evenly, so more would not be used."""
 
 FILE_BYTES = 48_000
-"""Most text taken of one file, so that no single file makes up its kind."""
+"""Maximum text per file, so no single file dominates its kind."""
 
 OWN = "drlora"
-"""This project, whose own files would make the corpus depend on how it is installed."""
+"""This project is excluded: its files depend on how it is installed."""
 
 HELD_OUT = 0.1
 PARAGRAPH = 80
-"""Paragraphs of at least this many characters count as duplicates wherever they reappear."""
+"""Repeated paragraphs of at least this many characters are dropped."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One file, or one section of a file, under a name that no installation path leaks into."""
+    """A file or a section of a file, with a name that does not depend on the installation path."""
 
     name: str
     text: str
@@ -46,14 +45,14 @@ class Document:
 
 @dataclass
 class Kind:
-    """The documents of one kind of text, split into a training and a held-out part."""
+    """The documents of one kind of text: training and held-out part."""
 
     name: str
     train: list[Document] = field(default_factory=list)
     held_out: list[Document] = field(default_factory=list)
 
     def sizes(self) -> dict[str, int]:
-        """Return the counts that the model card states."""
+        """Counts for the model card."""
         return {
             "train_documents": len(self.train),
             "train_bytes": sum(len(d.text.encode()) for d in self.train),
@@ -80,7 +79,7 @@ def _files(root: Path, pattern: str, skip: str = r"^$") -> Iterator[Document]:
 
 
 def _sections(document: Document, size: int = 8_000) -> Iterator[Document]:
-    """Cut a long document at blank lines, for kinds that only a few long files make up."""
+    """Split a long document at blank lines, for kinds with few files."""
     part: list[str] = []
     number = length = 0
     for paragraph in document.text.split("\n\n"):
@@ -176,7 +175,7 @@ KINDS: dict[str, Callable[[], Iterator[Document]]] = {
 
 
 def _without_repeats(text: str, seen: set[bytes]) -> str:
-    """Drop the paragraphs of ``text`` that any document has shown before, e.g. licence heads."""
+    """Drop paragraphs that occurred in an earlier document, e.g. licence headers."""
     kept = []
     for paragraph in text.split("\n\n"):
         plain = " ".join(paragraph.split()).lower()
@@ -190,12 +189,12 @@ def _without_repeats(text: str, seen: set[bytes]) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Return at most ``FILE_BYTES`` characters of ``text``, ending with a whole line."""
+    """The first ``FILE_BYTES`` characters of ``text``, cut at a line end."""
     return text if len(text) <= FILE_BYTES else text[:FILE_BYTES].rpartition("\n")[0]
 
 
 def _split(name: str, documents: list[Document], rng: np.random.Generator) -> Kind:
-    """Hold out whole documents until they make up ``HELD_OUT`` of the kind's text."""
+    """Hold out whole documents, up to the share ``HELD_OUT`` of the text."""
     order = [documents[i] for i in rng.permutation(len(documents))]
     kind, taken = Kind(name), 0
     budget = min(KIND_BYTES, sum(len(d.text) for d in order))
@@ -209,7 +208,7 @@ def _split(name: str, documents: list[Document], rng: np.random.Generator) -> Ki
 
 
 def collect(seed: int) -> list[Kind]:
-    """Collect every kind, without repeats, split by document into training and held-out text."""
+    """Collect all kinds without repeated paragraphs, split by document."""
     seen: set[bytes] = set()
     kinds = []
     for number, (name, source) in enumerate(KINDS.items()):
@@ -226,7 +225,7 @@ def collect(seed: int) -> list[Kind]:
 
 
 def digest(kinds: list[Kind]) -> str:
-    """Identify a corpus, so that a rebuilt model can be told to have seen the same text."""
+    """Hash of a corpus."""
     total = hashlib.sha256()
     for kind in kinds:
         for document in [*kind.train, *kind.held_out]:

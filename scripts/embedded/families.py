@@ -1,7 +1,7 @@
-"""The families of small models that pretrain.py can make: their shapes, freshly initialised.
+"""The families of small models that pretrain.py can make.
 
-``olmoe`` is the embedded default. ``qwen`` is for comparisons with another family: a shared expert
-behind a gate, more experts per token, and routing weights that are not made to sum to one.
+``olmoe`` is the embedded default. ``qwen`` is another family for comparison: a gated shared expert,
+more experts per token, and routing weights that are not normalised.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Family(str, Enum):
 
 
 def _common(tokenizer: PreTrainedTokenizerFast, aux: float) -> dict[str, object]:
-    """Return what all families have in common."""
+    """Options of all families."""
     return {
         "vocab_size": len(tokenizer),
         "num_hidden_layers": 4,
@@ -85,7 +85,7 @@ MAKERS: dict[Family, Callable[[dict[str, object]], PreTrainedModel]] = {
 def make_model(
     tokenizer: PreTrainedTokenizerFast, seed: int, aux: float, family: Family = Family.olmoe
 ) -> PreTrainedModel:
-    """Return a freshly initialised model; at these widths the usual 0.02 starts too near zero."""
+    """Initialise a model; the usual range of 0.02 is too small at these widths."""
     torch.manual_seed(seed)
     model = MAKERS[family](_common(tokenizer, aux))
     model.set_experts_implementation("grouped_mm")

@@ -1,10 +1,9 @@
-"""Write the task that the embedded model is fine-tuned on by default: reading invented codes.
+"""Write the default fine-tuning task: reading invented codes.
 
-The task must be new to the model, small enough to learn within two minutes on two CPU cores, and
-mostly a matter of knowledge, because knowledge is what expert adapters add. So each of a few
-invented code books spells every digit by a syllable of its own. A prompt names a book and some
-digits; the completion repeats each digit with its spelling. The books can only be memorised, and
-one adapter of low rank in each expert holds them barely.
+The task must be new to the model, learnable within two minutes on two CPU cores, and mostly
+knowledge. Each of a few invented code books spells every digit by its own syllable. A prompt names
+a book and some digits; the completion repeats each digit with its spelling. The books can only be
+memorised, and low-rank adapters have barely enough capacity for them.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ BOOKS = ("kel", "dru", "mip", "zan", "tov", "sey", "gor", "wib")
 CONSONANTS = "bcdfghjklmnpqrstvwxz"
 VOWELS = "aeiouy"
 DIGITS = (4, 6)
-"""Fewest and most digits of one prompt."""
+"""Minimum and maximum number of digits of a prompt."""
 
 
 def make_books(rng: np.random.Generator) -> dict[str, list[str]]:
-    """Return a spelling of each digit for each book, with no syllable twice in a book."""
+    """A spelling of each digit for each book; syllables are unique within a book."""
     syllables = [c + v for c in CONSONANTS for v in VOWELS]
     return {
         book: [syllables[i] for i in rng.choice(len(syllables), size=10, replace=False)]
@@ -35,7 +34,7 @@ def make_books(rng: np.random.Generator) -> dict[str, list[str]]:
 def make_rows(
     books: dict[str, list[str]], count: int, rng: np.random.Generator
 ) -> list[dict[str, str]]:
-    """Return ``count`` rows with different prompts, spread evenly over the books."""
+    """``count`` rows with distinct prompts, spread evenly over the books."""
     rows: dict[str, str] = {}
     while len(rows) < count:
         book = BOOKS[len(rows) % len(BOOKS)]
@@ -51,7 +50,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def readme(seed: int, train: int, test: int, example: dict[str, str]) -> str:
-    """Return the description that ships beside the rows."""
+    """The README of the task."""
     names = ", ".join(f"`{book}`" for book in BOOKS)
     return f"""# The default task: reading invented codes
 

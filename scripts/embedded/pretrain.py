@@ -1,9 +1,8 @@
 """Pretrain the embedded default model: a small OLMoE whose experts specialise by kind of text.
 
-The model ships inside the package, so that ``drlora finetune`` works without arguments and
-without a download. It has to be small, and it has to have what a rank allocation needs to be
-worth anything: experts that do different things. Every row of a batch is therefore of one kind,
-the kinds are sampled evenly, and the balancing loss is only strong enough that no expert dies.
+The model is part of the package, so ``drlora finetune`` works without arguments and without a
+download. It must be small, and its experts must specialise. So every row of a batch is of one kind,
+kinds are sampled evenly, and the balancing loss is only strong enough to keep all experts in use.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ class Plan:
     clip: float = 1.0
 
     def progress(self, step: int, seconds: float) -> float:
-        """Return the share of the training that is done, by time if a time was given."""
+        """Share of the training that is done, by time if ``minutes`` is given."""
         return step / self.steps if self.minutes is None else seconds / (60 * self.minutes)
 
     def rate(self, progress: float) -> float:
-        """Return the learning rate: linear warmup, then a cosine down to a twentieth."""
+        """Learning rate: linear warmup, then cosine decay to a twentieth."""
         if progress < self.warmup:
             return self.learning_rate * (0.02 + 0.98 * progress / self.warmup)
         done = min(1.0, (progress - self.warmup) / (1 - self.warmup))
@@ -53,7 +52,7 @@ class Plan:
 
 
 def held_out_rows(stream: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return up to ``rows`` rows spread evenly over a stream, the same ones every time."""
+    """Up to ``rows`` rows, evenly spaced over a stream; deterministic."""
     count = min(rows, len(stream) // CONTEXT)
     starts = np.linspace(0, len(stream) - CONTEXT, count).astype(int)
     return torch.stack([stream[s : s + CONTEXT] for s in starts])
@@ -61,7 +60,7 @@ def held_out_rows(stream: torch.Tensor, rows: int) -> torch.Tensor:
 
 @torch.no_grad()
 def losses(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the mean loss per token of each kind, without the balancing loss."""
+    """Mean loss per token of each kind, without the balancing loss."""
     model.eval()
     found = {
         kind: float(np.mean([model(input_ids=b, labels=b).loss.item() for b in batch.split(16)]))
@@ -72,16 +71,16 @@ def losses(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> dict[str, f
 
 
 def unigram(train: torch.Tensor, rows: torch.Tensor, vocabulary: int) -> float:
-    """Return the loss of guessing each token by its frequency in the kind's training text."""
+    """Loss of a unigram model of the training text."""
     counts = torch.bincount(train, minlength=vocabulary).double() + 1
     return float(-(counts / counts.sum()).log()[rows[:, 1:]].mean())
 
 
 def imbalance(routing: torch.Tensor, chosen: int) -> torch.Tensor:
-    """Return the balancing loss of router logits (layer, token, expert): 1 for an even use.
+    """Balancing loss of router logits (layer, token, expert): 1 if experts are used equally.
 
-    Transformers' own adds the layers up before it compares experts, so that an expert may die in
-    one layer if its namesakes in the others make up for it. Here each layer has to use them all.
+    The balancing loss of Transformers averages over layers first, so an expert can be unused in one
+    layer if the experts with the same index in other layers compensate. This one is per layer.
     """
     probabilities = routing.softmax(-1)
     picked = torch.zeros_like(probabilities).scatter_(-1, routing.topk(chosen, -1).indices, 1.0)
@@ -90,7 +89,7 @@ def imbalance(routing: torch.Tensor, chosen: int) -> torch.Tensor:
 
 
 def optimizer_for(model: PreTrainedModel, plan: Plan) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices, but neither norms nor the (tied) embedding."""
+    """AdamW with weight decay for matrices, but not for norms and the (tied) embedding."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -109,7 +108,7 @@ def train(
     plan: Plan,
     seed: int,
 ) -> tuple[list[dict[str, object]], int, float]:
-    """Train by the plan; return the loss curve, the steps taken and the seconds they took."""
+    """Train; return the loss curve, the number of steps and the seconds."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = optimizer_for(model, plan)
     curve: list[dict[str, object]] = []
@@ -165,7 +164,7 @@ def results(
     streams: dict[str, torch.Tensor],
     rows: dict[str, torch.Tensor],
 ) -> dict[str, object]:
-    """Return the figures of the finished model, with its weights as they were written."""
+    """Final figures, with the stored weights."""
     return {
         "parameters": model.num_parameters(),
         "corpus_sha256": digest(kinds),
@@ -181,14 +180,14 @@ def results(
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path(
+    output: Annotated[Path, typer.Option(help="Output folder.")] = Path(
         "drlora_torch/embedded/model"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the corpus split, weights and batches.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1500,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Train for this long instead (not repeatable to the bit)."),
+        typer.Option(help="Train for this long instead; not reproducible."),
     ] = None,
     rows_per_kind: Annotated[int, typer.Option(min=1, help="Rows per kind in a batch.")] = 2,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 4e-3,
@@ -197,18 +196,20 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     family: Annotated[Family, typer.Option(help="Architecture of the model.")] = Family.olmoe,
     tokenizer_from: Annotated[
-        Path | None, typer.Option(help="Take this model's tokenizer instead of training one.")
+        Path | None, typer.Option(help="Use the tokenizer of this model instead of training one.")
     ] = None,
 ) -> None:
     """Pretrain the embedded model on text of this Python installation; about 15 minutes.
 
-    Writes the model (bfloat16), its tokenizer and training.json with the figures of the run.
+    Writes the model (bfloat16), the tokenizer if it was trained here, and training.json with the
+    figures of the run.
     """
     torch.set_num_threads(threads)
     plan = Plan(steps, minutes, rows_per_kind, learning_rate, aux)
     kinds = collect(seed)
     if tokenizer_from is None:
         tokenizer = train_tokenizer(kinds, vocabulary)
+        tokenizer.save_pretrained(output)
     else:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
     streams = {k.name: encode(tokenizer, [d.text for d in k.train]) for k in kinds}
@@ -218,7 +219,6 @@ def main(
     model = make_model(tokenizer, seed, aux, family)
     curve, taken, seconds = train(model, streams, rows, plan, seed)
     model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
     figures = {
         "family": family.value,
         "tokenizer_from": None if tokenizer_from is None else tokenizer_from.as_posix(),

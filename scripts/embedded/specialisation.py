@@ -1,9 +1,9 @@
-"""Measure whether the experts of the embedded model specialise, and write the proof.
+"""Measure whether the experts of a small model specialise.
 
-A rank allocation can only beat a uniform one if experts differ. Three views of the same routing
-on held-out text say whether they do: how much the kind of a text tells about the expert chosen
-(mutual information, against shuffled labels), how far each kind's routing is from the average
-(total variation), and whether removing a kind's own experts hurts that kind most (ablation).
+Rank allocation can only beat uniform ranks if experts differ. Three measures on held-out text:
+mutual information of the kind of text and the chosen expert, against shuffled labels; total
+variation between the routing of each kind and the average; and the increase of the loss of each
+kind without the experts that are specific to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 
 @torch.no_grad()
 def row_counts(model: OlmoeForCausalLM, rows: torch.Tensor) -> NDArray[np.int64]:
-    """Return how often each row chose each expert, as (row, layer, expert)."""
+    """Number of choices of each expert by each row, (row, layer, expert)."""
     config = model.config
     found = np.zeros((len(rows), config.num_hidden_layers, config.num_experts), dtype=np.int64)
     start = 0
@@ -44,14 +44,14 @@ def row_counts(model: OlmoeForCausalLM, rows: torch.Tensor) -> NDArray[np.int64]
 
 
 def frequencies(counts: NDArray[np.int64], labels: NDArray[np.int64]) -> Floats:
-    """Return each kind's share of choices per expert, as (kind, layer, expert)."""
+    """Share of choices of each expert by kind, (kind, layer, expert)."""
     summed = np.stack([counts[labels == kind].sum(0) for kind in np.unique(labels)]).astype(float)
     shares: Floats = summed / summed.sum(-1, keepdims=True)
     return shares
 
 
 def mutual_information(shares: Floats) -> Floats:
-    """Return, per layer, the bits that the kind and the chosen expert tell about each other."""
+    """Mutual information of kind and chosen expert in bits, by layer."""
     average = shares.mean(0, keepdims=True)
     ratio = np.divide(shares, average, out=np.ones_like(shares), where=shares > 0)
     bits: Floats = (shares * np.log2(ratio)).sum(-1).mean(0)
@@ -59,14 +59,14 @@ def mutual_information(shares: Floats) -> Floats:
 
 
 def total_variation(shares: Floats) -> Floats:
-    """Return, per kind and layer, the distance of the kind's routing to the average routing."""
+    """Distance of the routing of each kind to the average, (kind, layer)."""
     distance: Floats = 0.5 * np.abs(shares - shares.mean(0, keepdims=True)).sum(-1)
     return distance
 
 
 @contextmanager
 def without_experts(model: OlmoeForCausalLM, removed: list[tuple[int, int]]) -> Iterator[None]:
-    """Let the router choose among the other experts only, while the context lasts."""
+    """Within the context, the routers cannot choose the removed experts."""
     handles = []
     for number, layer in enumerate(model.model.layers):
         gone = torch.tensor([e for at, e in removed if at == number], dtype=torch.long)
@@ -89,7 +89,7 @@ def without_experts(model: OlmoeForCausalLM, removed: list[tuple[int, int]]) -> 
 
 
 def most_specific(shares: Floats, kind: int, count: int) -> list[tuple[int, int]]:
-    """Return the (layer, expert) pairs that a kind uses most beyond the other kinds' average."""
+    """The (layer, expert) pairs that a kind uses most, relative to the average of other kinds."""
     others = np.delete(shares, kind, axis=0).mean(0)
     order = np.argsort(-(shares[kind] - others), axis=None, kind="stable")[:count]
     layers, experts = np.unravel_index(order, others.shape)
@@ -103,7 +103,7 @@ def ablate(
     count: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """Return the rise of every kind's loss when each kind's own experts are removed in turn."""
+    """Increase of all losses without the specific experts of each kind, one kind at a time."""
     base = losses(model, rows)
     rises, removed = {}, {}
     for number, kind in enumerate(rows):
@@ -123,7 +123,7 @@ def ablate(
 def measure(
     model: OlmoeForCausalLM, rows: dict[str, torch.Tensor], count: int, seed: int
 ) -> dict[str, Any]:
-    """Return all figures of the proof."""
+    """All figures."""
     rng = np.random.default_rng(seed)
     counts = [row_counts(model, batch) for batch in rows.values()]
     labels = np.repeat(np.arange(len(counts)), [len(c) for c in counts])
@@ -149,7 +149,7 @@ def measure(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the model.")] = Path(
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = Path(
         "drlora_torch/embedded/model"
     ),
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows of each kind.")] = 32,
@@ -162,7 +162,7 @@ def main(
     kinds = collect(training["seed"])
     if digest(kinds) != training["corpus_sha256"]:
         typer.echo("Warning: this installation's text differs from the model's corpus.", err=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(training.get("tokenizer_from") or model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     text = {
         k.name: held_out_rows(encode(tokenizer, [d.text for d in k.held_out]), rows) for k in kinds

@@ -1,4 +1,4 @@
-"""Train the embedded model's tokenizer, and turn text into the token streams it is trained on."""
+"""Train the tokenizer of the embedded model, and encode text as token streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(kinds: list[Kind], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the training text; digits stay single, as arithmetic likes."""
+    """Train a byte-level BPE on the training text, with single digits."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -35,7 +35,7 @@ def train_tokenizer(kinds: list[Kind], vocabulary: int) -> PreTrainedTokenizerFa
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # An equal share of each kind, lest the vocabulary go to the kind with the most text.
+    # The same amount of each kind, so the largest kind does not dominate the vocabulary.
     share = min(sum(len(d.text) for d in kind.train) for kind in kinds)
     core.train_from_iterator(("\n".join(d.text for d in k.train)[:share] for k in kinds), trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -51,7 +51,7 @@ def train_tokenizer(kinds: list[Kind], vocabulary: int) -> PreTrainedTokenizerFa
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """Join documents, each between its beginning and its end token, to one stream."""
+    """Concatenate documents, each between BOS and EOS, to one stream."""
     ids: list[int] = []
     for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         ids += [tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.quality import methods
-from benchmarks.quality.study import Method, RunRecord, RunSpec, Training
+from benchmarks.quality.records import Method, RunRecord, RunSpec, Training
+from benchmarks.quality.runs import Results, read
 
 TRAINING = Training(steps=100, batch_size=8)
 LAYERS = ("layers.0", "layers.1")
@@ -123,3 +125,8 @@ def write(path: Path, runs: Iterable[RunRecord]) -> Path:
 def known(model: str, task: str) -> Mapping[str, np.ndarray] | None:
     """Relevance is known for task a."""
     return RELEVANCE if task == "a" else None
+
+
+def results(folder: Path, effects: Mapping[str, float] = EFFECTS, **options: Any) -> Results:
+    """Results of ``study``, read from a file."""
+    return read([write(folder / "full.jsonl", study(effects, **options))])

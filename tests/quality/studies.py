@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.study import Method, RunRecord, RunSpec, Study, Training
+from benchmarks.quality.records import Method, RunRecord, RunSpec, Training
+from benchmarks.quality.study import Study
 
 TINY = Training(
     steps=16,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.quality.records import RunRecord
 from benchmarks.quality.runs import Results, differences, exact_match, read
-from benchmarks.quality.study import RunRecord
 from tests.quality import fake
 
 

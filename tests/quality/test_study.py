@@ -10,12 +10,14 @@ from rich.console import Console
 
 from benchmarks.quality import results_file, study
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.expansion import best_rates, report_runs, size, tuning_runs
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.models import SHIPPED
 from benchmarks.quality.policies import POLICIES
+from benchmarks.quality.records import Method, RunRecord, RunSpec
 from benchmarks.quality.runner import check, conduct
-from benchmarks.quality.study import Method, RunRecord, RunSpec, Study, StudyError
+from benchmarks.quality.study import Study
 from drlora_core import AllocatorConfig
 from drlora_core.testing import check_policy
 from tests.quality.studies import TINY, make_record, make_spec, make_study
@@ -204,7 +206,7 @@ def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
     output.write_bytes(whole[:-40])  # the fifth line was being written
     rest = Executor()
     printed = do(make_study(), output, rest)[1]
-    assert "last line was cut off" in printed
+    assert "removed a cut-off last line" in printed
     assert len(rest.specs) == 12
     assert output.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, -1) + 1])
     assert len({record.key for record in results_file.read(output)}) == 16
@@ -238,7 +240,7 @@ def test_budgets_are_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_can_be_run(name: str) -> None:
-    profile = study.load(study.find(name))
+    profile = study.load(study.find_profile(name))
     assert profile.name == name
     assert f"{size(profile)} runs" in profile.description
     assert set(profile.tuning_seeds) <= set(profile.seeds)
@@ -282,8 +284,8 @@ def test_mistakes_are_found_before_the_first_run(
 
 def test_unknown_profiles_have_near_misses(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"no profile 'smok'.*did you mean 'smoke'"):
-        study.find("smok")
+        study.find_profile("smok")
     broken = tmp_path / "study.toml"
     broken.write_text("name = ")
     with pytest.raises(StudyError, match=r"study\.toml"):
-        study.load(study.find(str(broken)))
+        study.load(study.find_profile(str(broken)))

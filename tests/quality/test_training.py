@@ -17,11 +17,12 @@ import drlora_torch
 from benchmarks.quality import policies, profiling, rows, training
 from benchmarks.quality.adapting import adapted
 from benchmarks.quality.allocation import allocator_config
+from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import evaluate
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.records import Method, RunRecord
 from benchmarks.quality.rows import IGNORED, Row, collate, encode, shuffled
-from benchmarks.quality.setting import Setting, setting_of
-from benchmarks.quality.study import Method, RunRecord, StudyError
+from benchmarks.quality.setting import Setting, load_setting
 from benchmarks.quality.training import HUGE, rate, run
 from drlora_core import AllocatorConfig, AllocatorEngine
 from tests.quality.studies import TINY, make_spec
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    made = setting_of(make_spec())
+    made = load_setting(make_spec())
     made.train = made.train[:64]  # the profile of static_profile reads them all
     return made
 
@@ -297,7 +298,7 @@ def test_the_smoke_profile(tmp_path: Path) -> None:
         [*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "verified in every run" in done.stdout
+    assert "checked in every run" in done.stdout
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(records) == 6
     assert all(record["total_rank"] == record["budget"] == 128 for record in records)

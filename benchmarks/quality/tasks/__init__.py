@@ -1,10 +1,9 @@
-"""What the methods are compared on: generated tasks that differ in what they ask of experts.
+"""The tasks of the studies: generated ones, and .jsonl files.
 
-Knowledge (``codes``), skills (``strings``, ``notation``), a new domain (``language``), two at once
-(``mixture``), and any .jsonl file. ``cipher`` and ``calendar`` are for confirmation only: nothing
-was developed or tuned on them. ``controlled_share`` and ``controlled_need`` go with the model
-``controlled``, whose experts' relevance is known. ``python -m benchmarks.quality.tasks`` shows them
-all.
+``codes`` needs knowledge; ``strings`` and ``notation`` are skills; ``language`` is a new domain;
+``mixture`` is two tasks in one. ``cipher`` and ``calendar`` are held out: nothing was developed or
+tuned on them. ``controlled_share`` and ``controlled_need`` are for the model ``controlled``, in
+which the relevance of each expert is known. ``python -m benchmarks.quality.tasks`` shows them all.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ __all__ = ["CONTROLLED", "DEVELOPMENT", "HELD_OUT", "Row", "Task", "load_task"]
 
 
 def codes() -> Task:
-    """The embedded default task: invented code books that spell digits; mostly knowledge."""
+    """The default task of drlora: invented code books that spell digits."""
     from drlora_torch.embedded import TEST_FILE, TRAIN_FILE
 
     return replace(read_task(f"{TRAIN_FILE},{TEST_FILE}"), name="codes")
 
 
 def mixture() -> Task:
-    """Half ``codes``, half ``strings``, in turns."""
+    """``codes`` and ``strings``, alternating."""
     first, second = codes().splits, strings().splits
     halves = {
         split: tuple(
             row
             for pair in zip(first[split], second[split], strict=False)
-            for row in pair  # the longer one's rest is left out
+            for row in pair  # drops the rest of the longer one
         )
         for split in first
     }
@@ -57,10 +56,10 @@ CONTROLLED: dict[str, Callable[[], Task]] = {name: partial(controlled, name) for
 def load_task(name_or_path: str) -> Task:
     """Return a task by name, or read it from ``rows.jsonl`` or ``train.jsonl,test.jsonl``.
 
-    Equal arguments give equal rows in the same order; no global random state is used.
+    Deterministic; does not use the global random state.
 
     Raises:
-        ValueError: no such task, or the file's rows cannot be used.
+        ValueError: no such task, or invalid rows.
     """
     makers = DEVELOPMENT | HELD_OUT | CONTROLLED
     if name_or_path in makers:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality.tasks``: examples of every task, and where its tokens go."""
+"""``python -m benchmarks.quality.tasks``: examples of every task, and statistics of its routing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CONSOLE = Console(width=120)
 
 
 def entropy_table(routing: dict[str, Routing], model: str) -> Table:
-    """Return the normalised entropy of each task's routing by layer."""
+    """Normalised entropy of the routing, by task and layer."""
     layers = list(next(iter(routing.values())))
-    table = Table(title=f"{model}: entropy of routing (1: all experts evenly)")
+    table = Table(title=f"{model}: entropy of routing (1: all experts equally)")
     table.add_column("task")
     for number in range(len(layers)):
         table.add_column(f"layer {number}", justify="right")
@@ -30,7 +30,7 @@ def entropy_table(routing: dict[str, Routing], model: str) -> Table:
 
 
 def distance_table(routing: dict[str, Routing], model: str) -> Table:
-    """Return how far the routing of any two tasks is apart."""
+    """Distance between the routings of any two tasks."""
     table = Table(title=f"{model}: total variation between the routing of two tasks")
     table.add_column("task")
     for name in routing:
@@ -50,7 +50,7 @@ def main(
     examples: Annotated[int, typer.Option(min=0, help="Rows to show of each task.")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="Test rows to measure routing on.")] = 200,
 ) -> None:
-    """Show the tasks, and measure how the frozen models route them."""
+    """Show the tasks and how the frozen models route them."""
     named = task or [*DEVELOPMENT, *HELD_OUT, *(CONTROLLED if model == ["controlled"] else ())]
     tasks = {name: load_task(name) for name in named}
     for name, found in tasks.items():

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.quality.tasks.task import Row, Task, generate
 
 OPERATIONS = ("core", "path", "list", "file", "name", "type", "data", "test")
-"""Words of one token, so that the first token already tells the operation."""
+"""Words of one token, so the first token identifies the operation."""
 LETTERS = "abcdefghiklmnoprstvwxy"
 Tables = dict[str, dict[str, str]]
 """The substitute of each letter for each operation."""
@@ -23,20 +23,20 @@ Tables = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Demand:
-    """How often a task asks for each operation, and how much of its table is new."""
+    """Frequency of each operation in a task, and the new share of its table."""
 
     share: dict[str, float]
     new: dict[str, float]
 
     @property
     def relevance(self) -> dict[str, float]:
-        """Each operation's part of what has to be learned; adds up to 1."""
+        """Share of each operation in what has to be learned; sums to 1."""
         product = {name: self.share[name] * self.new[name] for name in OPERATIONS}
         return {name: value / sum(product.values()) for name, value in product.items()}
 
 
 def _demand(share: tuple[float, ...], new: tuple[float, ...]) -> Demand:
-    """Deal the figures to the operations in an order that their experts' numbers do not follow."""
+    """Assign the values to the operations in random order."""
     order = [OPERATIONS[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
     return Demand(
         {name: value / sum(share) for name, value in zip(order, share, strict=True)},
@@ -48,12 +48,12 @@ DEMANDS: dict[str, Demand] = {
     "controlled_share": _demand((8, 4, 2, 1, 0.5, 0.25, 0, 0), (1.0,) * 8),
     "controlled_need": _demand((8, 6, 4, 3, 2, 1.5, 1, 0.5), (0, 0, 0.1, 0.4, 1, 1, 0.5, 1)),
 }
-"""In the first, the frequency of an operation says how relevant it is; in the second, it misleads:
-what is most frequent is known already."""
+"""In the first, relevance is the frequency of an operation. In the second, frequency misleads: the
+model already knows the most frequent operations."""
 
 
 def known_tables() -> Tables:
-    """Return the tables that the controlled model was pretrained on."""
+    """The tables that the controlled model was pretrained on."""
     rng = np.random.default_rng(71)
     return {
         name: dict(zip(LETTERS, rng.permutation(list(LETTERS)).tolist(), strict=True))
@@ -62,7 +62,7 @@ def known_tables() -> Tables:
 
 
 def new_tables(demand: Demand) -> Tables:
-    """Return the known tables with the demanded share of letters given another's substitute."""
+    """The known tables, in which the demanded share of letters gets a new substitute."""
     rng, tables = np.random.default_rng(72), known_tables()
     for name, table in tables.items():
         changed = rng.permutation(list(LETTERS))[: round(demand.new[name] * len(LETTERS))].tolist()
@@ -72,14 +72,14 @@ def new_tables(demand: Demand) -> Tables:
 
 
 def draw_row(tables: Tables, operation: str, length: int, rng: np.random.Generator) -> Row:
-    """Draw one row of an operation: its word, some letters, and the letters with substitutes."""
+    """Draw a row: the word of the operation and letters; then each letter with its substitute."""
     letters = [LETTERS[i] for i in rng.integers(len(LETTERS), size=length)]
     pairs = [f" {letter} {tables[operation][letter]}" for letter in letters]
     return {"prompt": f"{operation} {' '.join(letters)} ->", "completion": "".join(pairs)}
 
 
 def controlled(name: str) -> Task:
-    """Return a task of ``DEMANDS``."""
+    """A task of ``DEMANDS``."""
     demand = DEMANDS[name]
     tables, shares = new_tables(demand), [demand.share[operation] for operation in OPERATIONS]
 

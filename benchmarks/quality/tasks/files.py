@@ -14,17 +14,16 @@ from typing import Any
 from benchmarks.quality.tasks.task import Row, Task
 
 PART = 10
-"""One part in so many is held out for validation, and one for the test."""
+"""A tenth of the rows is held out for validation, another tenth for the test."""
 MOST_HELD_OUT = 400
-"""Most rows of a held-out split: evaluation would otherwise cost more than training."""
+"""Maximum rows of a held-out split; otherwise evaluation would cost more than training."""
 
 
 def read_task(paths: str) -> Task:
-    """Read a task from a file, or from a training and a test file with a comma between.
+    """Read a task from one file, or from ``train.jsonl,test.jsonl``.
 
     Raises:
-        ValueError: a file is missing, a row has none of the known fields or is empty, or a split
-            would have no rows.
+        ValueError: a file is missing, a row is empty or has unknown fields, or a split has no rows.
     """
     train_path, _, test_path = paths.partition(",")
     rows = read_rows(Path(train_path))
@@ -61,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def as_row(record: dict[str, Any]) -> Row:
-    """Bring one record to prompt and completion; the fields that are there say its format."""
+    """Convert a record of any accepted format to prompt and completion."""
     if "messages" in record:
         prompt, completion = _from_messages(record["messages"])
     elif "completion" in record:
@@ -79,7 +78,7 @@ def as_row(record: dict[str, Any]) -> Row:
 
 
 def _from_messages(messages: list[dict[str, str]]) -> tuple[str, str]:
-    """Join a chat plainly; its last message, the assistant's, is the completion."""
+    """Join a chat; its last message, from the assistant, is the completion."""
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be the assistant's")
     turns = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages[:-1]]
@@ -95,6 +94,6 @@ def _part(row: Row) -> int:
 
 
 def _shorten(rows: list[Row]) -> tuple[Row, ...]:
-    """Keep a sample of a long split: the rows with the smallest hashes, in their own order."""
+    """Sample the rows of a long split with the smallest hashes; keeps their order."""
     chosen = sorted(range(len(rows)), key=lambda i: _digest(rows[i]))[:MOST_HELD_OUT]
     return tuple(rows[i] for i in sorted(chosen))

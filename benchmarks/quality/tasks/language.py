@@ -1,4 +1,4 @@
-"""A new domain: sentences of a small invented language, translated from English phrases.
+"""A new domain: translation of English phrases into a small invented language.
 
 Its verb comes last and carries tense and negation, adjectives and numbers follow their noun and
 agree with its class, and the plural is an ending; the lexicon has about sixty words.
@@ -16,7 +16,7 @@ NOUNS = (
     *("door", "boat", "star", "moon", "fire", "book", "song", "letter"),
 )
 LIVING = 12
-"""The first so many nouns are of the living class, which adjectives agree with."""
+"""The first 12 nouns belong to the living class; adjectives agree with the class."""
 VERBS = (
     *("see", "find", "carry", "hear", "follow", "love", "fear", "hide"),
     *("break", "bring", "watch", "lose", "want", "keep", "paint", "touch"),
@@ -58,7 +58,7 @@ def _sentence(rng: np.random.Generator, lexicon: dict[str, str]) -> Row:
 
 
 def language() -> Task:
-    """Translate English phrases into an invented language that is regular but wholly new."""
+    """Translate English phrases into an invented, regular language."""
     vocabulary = (*NOUNS, *VERBS, *ADJECTIVES, *NUMBERS, *ADVERBS)
     invented = words(np.random.default_rng(23), len(vocabulary))
     lexicon = dict(zip(vocabulary, invented, strict=True))

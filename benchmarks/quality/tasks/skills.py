@@ -1,4 +1,4 @@
-"""Generated skills: strings, arithmetic in a new notation, and two that development never saw."""
+"""Generated skills: string operations, arithmetic in a new notation, and two held-out tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.quality.tasks.task import Row, Task, generate, words
 
 LETTERS = "abcdefghiklmnoprstvwxy"
-"""Those that are one token after a space in the small models' vocabulary."""
+"""Letters that are a single token after a space."""
 
 STRING_OPERATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda s: s[::-1],
@@ -32,7 +32,7 @@ def _spaced(text: str) -> str:
 
 
 def strings() -> Task:
-    """Permute, repeat or replace the letters of a short string, as an operation word says."""
+    """Permute, repeat or replace the letters of a short string, by the operation in the prompt."""
     names = list(STRING_OPERATIONS)
 
     def draw(rng: np.random.Generator, number: int) -> Row:
@@ -75,7 +75,7 @@ def notation() -> Task:
 
 
 def cipher() -> Task:
-    """Held out of development: the letters' substitutes under the table that a key word stands for.
+    """Held out: substitute letters by the table of a key word.
 
     The completion names each letter before its substitute.
     """
@@ -98,7 +98,7 @@ WEEK = 6
 
 
 def calendar() -> Task:
-    """Held out of development: dates of an invented calendar, some days on, with the weekday."""
+    """Held out: add days to a date of an invented calendar, and give the weekday."""
     names = words(np.random.default_rng(59), len(MONTHS) + WEEK)
     months, weekdays = names[: len(MONTHS)], names[len(MONTHS) :]
     dates = [(day + 1, m) for m, days in enumerate(MONTHS) for day in range(days)]

@@ -1,4 +1,4 @@
-"""What a task is, and how generated rows become one."""
+"""Tasks, and generating their rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 Row = dict[str, str]
-"""``prompt`` and ``completion``; the completion brings its own leading space."""
+"""``prompt`` and ``completion``; the completion includes the leading space."""
 
 TRAIN, VALIDATION, TEST = 3000, 200, 400
-"""Rows of a generated task."""
+"""Number of rows of a generated task."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to fine-tune on, to choose a learning rate with, and to report; no prompt is in two."""
+    """Rows for training, for choosing a learning rate, and for the report; prompts are disjoint."""
 
     name: str
     train: tuple[Row, ...]
@@ -30,9 +30,9 @@ class Task:
 
 
 def generate(name: str, draw: Callable[[np.random.Generator, int], Row], seed: int = 0) -> Task:
-    """Draw rows with different prompts until all splits are full.
+    """Draw rows with distinct prompts until all splits are full.
 
-    ``draw`` gets the generator and the number of the row; equal arguments give equal tasks.
+    ``draw`` gets the generator and the index of the row. Deterministic.
     """
     rng = np.random.default_rng([seed, *name.encode()])
     rows: dict[str, Row] = {}
@@ -50,7 +50,7 @@ def generate(name: str, draw: Callable[[np.random.Generator, int], Row], seed: i
 
 
 def words(rng: np.random.Generator, count: int, syllables: int = 2) -> list[str]:
-    """Return that many different invented words, as ``koru``."""
+    """Distinct invented words, such as ``koru``."""
     parts = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     found: dict[str, None] = {}
     while len(found) < count:

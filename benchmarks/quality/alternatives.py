@@ -1,4 +1,4 @@
-"""Other methods beside DR-LoRA: does one beat it, and does the order hold on held-out tasks?"""
+"""Other methods against DR-LoRA, and their ranking on development and held-out tasks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from scipy.stats import kendalltau
 
-from benchmarks.quality.cells import Rows, interval
+from benchmarks.quality.cells import Rows, better_or_worse, interval
 from benchmarks.quality.claims import CLAIMED, DRLORA, UNIFORM, compare
 from benchmarks.quality.factors import main_methods
 from benchmarks.quality.runs import Results, Setting
-from benchmarks.quality.statistics import kendall
 
 
-def rivals(results: Results) -> Rows:
-    """Every other method against DR-LoRA, where it was developed and on held-out tasks."""
-    words = {-1: "better than DR-LoRA", 1: "worse than DR-LoRA", 0: "undecided"}
+def alternatives(results: Results) -> Rows:
+    """Every other method against DR-LoRA, on development and held-out tasks."""
     rows = []
-    for name in _equals(results):
+    for name in _same_budget(results):
         known, held_out = (
             compare(results, name, DRLORA, settings=results.primary(held_out=which))
             for which in (False, True)
@@ -28,24 +27,26 @@ def rivals(results: Results) -> Rows:
                 "Method": name,
                 "Development": interval(known.here),
                 "Held out": interval(held_out.here),
-                "Held out, so": words[held_out.here.side] if held_out.groups else "not run",
+                "Verdict, held out": better_or_worse(held_out.here),
             }
             rows.append((known.here.mean if known.groups else math.inf, row))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
-def orders(results: Results) -> tuple[Rows, float]:
-    """Methods by their mean gap to uniform, in development and held out; Kendall's tau.
+def ranking(results: Results) -> tuple[Rows, float]:
+    """Rank of the methods by mean test loss, in development and held out, and Kendall's tau.
 
-    The methods of the claims that were held out choose the settings: those that have them all. The
-    methods shown are those that ran in all these settings.
+    Uses the settings that have every claimed method with held-out runs, and the methods that ran
+    in all of these settings.
     """
     claimed = CLAIMED & set(results.methods(results.primary(held_out=True)))
     known, held_out = (
         [s for s in results.primary(held_out=which) if claimed <= results.cells[s].keys()]
         for which in (False, True)
     )
-    names = [n for n in _equals(results) if all(n in results.cells[s] for s in known + held_out)]
+    names = [
+        n for n in _same_budget(results) if all(n in results.cells[s] for s in known + held_out)
+    ]
     gaps = [_gaps(results, names, settings) for settings in (known, held_out)]
     both = sorted(gaps[0].keys() & gaps[1].keys(), key=gaps[0].__getitem__)
     if len(both) < 2:
@@ -60,11 +61,11 @@ def orders(results: Results) -> tuple[Rows, float]:
         for i, name in enumerate(both, start=1)
     ]
     values = [np.array([gap[name] for name in both]) for gap in gaps]
-    return rows, kendall(values[0], values[1])
+    return rows, float(kendalltau(*values).statistic)
 
 
 def _gaps(results: Results, names: Iterable[str], settings: list[Setting]) -> dict[str, float]:
-    """Mean difference to uniform over the settings, of the methods that can run in them."""
+    """Mean test loss minus that of uniform, for methods that ran in all the settings."""
     found = {name: results.groups(name, UNIFORM, settings=settings) for name in names}
     return {
         name: float(np.mean([group.mean() for group in groups.values()]))
@@ -73,8 +74,8 @@ def _gaps(results: Results, names: Iterable[str], settings: list[Setting]) -> di
     }
 
 
-def _equals(results: Results) -> list[str]:
-    """Methods that are given the same budget, options of DR-LoRA apart."""
+def _same_budget(results: Results) -> list[str]:
+    """Methods with the same budget, without the variants of a single option."""
     bounds = {
         name
         for cells in results.cells.values()

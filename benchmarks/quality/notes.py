@@ -1,0 +1,123 @@
+"""Hand-written notes of the report, whose figures are computed from the runs.
+
+The notes are a Jinja template in which every figure is an expression, such as
+``{{ effect("early", "uniform") }}``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from benchmarks.quality.cells import interval, markdown, spread
+from benchmarks.quality.claims import UNIFORM, Comparison, compare
+from benchmarks.quality.errors import StudyError
+from benchmarks.quality.models import SHIPPED
+from benchmarks.quality.runs import Metric, Results, Setting, exact_match, test_loss
+
+Notes = Mapping[str, str]
+"""Text by heading."""
+CARDS = ("training.json", "figures.json")
+
+
+class Figures:
+    """Functions for the notes.
+
+    ``where`` restricts a comparison to a model or to one setting, by its label; by default all
+    primary settings count. Differences are of test loss unless the name says otherwise.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+
+    def effect(self, method: str, base: str = UNIFORM, where: str = "") -> str:
+        """Mean difference with its interval."""
+        return interval(self._compare(method, base, where).here)
+
+    def won(self, method: str, base: str = UNIFORM, where: str = "") -> str:
+        """Runs with a lower loss, as ``70 of 75``."""
+        found = self._compare(method, base, where)
+        return f"{found.wins} of {found.here.count}"
+
+    def better(self, method: str, base: str = UNIFORM, where: str = "") -> str:
+        """Settings whose interval is below 0, as ``13 of 15``."""
+        found = self._compare(method, base, where)
+        return f"{len(found.on_side(-1))} of {len(found.groups)}"
+
+    def share(self, method: str, of: str, base: str = UNIFORM) -> str:
+        """Gain of a method as a share of the gain of another, in the settings of both."""
+        groups = self._compare(method, base, "").groups
+        settings = [s for s in groups if of in self._results.cells[s]]
+        gains = [compare(self._results, each, base, settings=settings) for each in (method, of)]
+        return f"{gains[0].here.mean / gains[1].here.mean:.0%}".replace("%", " %")
+
+    def match(self, method: str, where: str) -> str:
+        """Mean exact match in percent in one setting."""
+        (setting,) = self._select(where)
+        return f"{self._values(setting, method, exact_match).mean():.0f} %"
+
+    def parameters(self, model: str) -> str:
+        """Parameters of a shipped model in millions, from the figures of its card."""
+        (path,) = (p for name in CARDS if (p := SHIPPED[model] / name).is_file())
+        return f"{json.loads(path.read_text())['parameters'] / 1e6:.1f}"
+
+    def methods(self, where: str) -> str:
+        """The methods of one setting as a table, the best first."""
+        (setting,) = self._select(where)
+        losses = {n: self._values(setting, n, test_loss) for n in self._results.methods([setting])}
+        rows = [
+            {
+                "Method": f"`{name}`",
+                "Test loss": spread(losses[name]),
+                "Exact match, %": spread(self._values(setting, name, exact_match), 1),
+                "Minus `uniform`": self.effect(name, where=where) if name != UNIFORM else "-",
+            }
+            for name in sorted(losses, key=lambda name: losses[name].mean())
+        ]
+        return markdown(rows)
+
+    def _values(self, setting: Setting, method: str, metric: Metric) -> np.ndarray:
+        return self._results.cells[setting][method].values(metric)
+
+    def _compare(self, method: str, base: str, where: str) -> Comparison:
+        found = compare(self._results, method, base, settings=self._select(where))
+        if not found.groups:
+            raise StudyError(f"no setting {where!r} with both {method!r} and {base!r}")
+        return found
+
+    def _select(self, where: str) -> list[Setting]:
+        if not where:
+            return self._results.primary()
+        by_label = [s for s in self._results.settings() if self._results.label(s) == where]
+        found = by_label or [s for s in self._results.primary() if s.model == where]
+        if not found:
+            raise StudyError(f"no setting or model {where!r}")
+        return found
+
+
+def read_notes(path: Path, results: Results) -> Notes:
+    """Read the notes: text below each ``## heading``. No file means no notes.
+
+    Raises:
+        StudyError: an expression cannot be computed from the results.
+    """
+    if not path.is_file():
+        return {}
+    figures = Figures(results)
+    functions: dict[str, Callable[..., str]] = {
+        name: getattr(figures, name) for name in vars(Figures) if not name.startswith("_")
+    }
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    try:
+        text = template.from_string(path.read_text(encoding="utf-8")).render(functions)
+    except (TemplateError, StudyError) as error:
+        raise StudyError(f"{path}: {error}") from error
+    pieces = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
+    return {
+        name.strip(): text.strip() for name, text in zip(pieces[::2], pieces[1::2], strict=True)
+    }
