@@ -18,6 +18,7 @@ from drlora_torch.lifecycle.build import build, draw
 from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
 from drlora_torch.models.discovery import choose_layers, discover
+from drlora_torch.models.records import MoELayer
 from drlora_torch.models.wrappers import unwrapped
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.processes import is_first_process
@@ -110,21 +111,16 @@ def attach(
         }
     )
     model = unwrapped(model)
-    found = discover(model)
-    records = choose_layers(model, found, options.layers)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
-    check_free(residents, engine)
-    check_layers(model, records, options)
-    check_engine(engine, records)
-    attached = build(adapter_name, model, engine, options, records)
+    attached = _build(adapter_name, residents, engine, options, discover(model))
     draw(attached)
     if record is not None and is_first_process():
         engine.record_to(record)
     residents.add(attached)
-    for layer in records:
-        if layer.name not in engine.layer_names:
-            engine.add_layer(layer.name, layer.num_experts)
+    for name, layer in attached.layers.items():
+        if name not in engine.layer_names:
+            engine.add_layer(name, layer.record.num_experts)
     return _handle(attached)
 
 
@@ -163,12 +159,8 @@ def load(
     engine = checkpoint.restore_engine(saved, policy)
     found = discover(model)
     events = checkpoint.check(saved, engine, model, found, check_base)
-    records = choose_layers(model, found, list(saved.layers))
     options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
-    check_free(residents, engine)
-    check_layers(model, records, options)
-    check_engine(engine, records)
-    attached = build(adapter_name, model, engine, options, records)
+    attached = _build(adapter_name, residents, engine, options, found)
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
     residents.add(attached)
@@ -216,6 +208,22 @@ def set_adapter(model: nn.Module, adapter_name: str) -> Adapter:
         raise AttachError(f"no adapter {adapter_name!r}; {near_misses(str(adapter_name), known)}")
     known[adapter_name].activate()
     return known[adapter_name]
+
+
+def _build(
+    name: str,
+    residents: Residents,
+    engine: AllocatorEngine,
+    options: AdapterOptions,
+    found: Sequence[MoELayer],
+) -> Attached:
+    """Build an adapter for the chosen layers of those found, after every check."""
+    model = residents.model
+    records = choose_layers(model, found, options.layers)
+    check_free(residents, engine)
+    check_layers(model, records, options)
+    check_engine(engine, records)
+    return build(name, model, engine, options, records)
 
 
 def _handle(attached: Attached) -> Adapter:

@@ -321,9 +321,6 @@ DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
     (_set("engine", "layers", to={}), "complete|layers"),
     (_set("layers", to={}), "unknown tensor"),
     (_set("layers", to=[]), "unknown tensor"),
-    (_set("events", to=[]), "growth events are incomplete"),
-    (_drop("events"), "growth events are incomplete"),
-    (_set("events", to=[{"step": 4}]), "complete|has shape|not torch.int64"),
 ]
 
 
@@ -401,29 +398,3 @@ def test_path_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(drlora_torch.CheckpointError, match="could not write"):
         trained(0).save_pretrained(tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
-
-
-@pytest.mark.parametrize("policy", ["greedy", "prune"])
-def test_events_come_back(tmp_path: Path, policy: str) -> None:
-    adapter = trained(7, config={"policy": policy, "r_init": 6 if policy == "prune" else 2})
-    assert len(adapter.events) == 2
-    adapter.save_pretrained(tmp_path)
-    loaded = drlora_torch.load(models.build(), tmp_path)
-    restored = helpers.attach(
-        models.build(), config={"policy": policy, "r_init": 6 if policy == "prune" else 2}
-    )
-    restored.restore(tmp_path)
-    for again in (loaded, restored):
-        assert len(again.events) == 2
-        for mine, theirs in zip(adapter.events, again.events, strict=True):
-            assert (mine.step, mine.index, mine.unplaced) == (
-                theirs.step,
-                theirs.index,
-                theirs.unplaced,
-            )
-            for field in ("deltas", "ranks", "saliency", "cut"):
-                arrays, others = getattr(mine, field), getattr(theirs, field)
-                assert list(arrays) == list(others)
-                for name, array in arrays.items():
-                    assert array.dtype == others[name].dtype
-                    assert np.array_equal(array, others[name])
