@@ -111,9 +111,10 @@ def attach(
         }
     )
     model = unwrapped(model)
+    found = discover(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
-    attached = _build(adapter_name, residents, engine, options, discover(model))
+    attached = _build(adapter_name, residents, engine, options, found)
     draw(attached)
     if record is not None and is_first_process():
         engine.record_to(record)

@@ -8,8 +8,9 @@ learns what it would with the active adapter alone.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -30,9 +31,9 @@ class Residents:
         self.model = model
         self.by_name: dict[str, Attached] = {}  # in the order they came
         self.running: Running | None = None  # None only while the model has no adapter
-        self._undo: list[Callable[[], None]] = []
-        self._undo_by_name: dict[str, list[Callable[[], None]]] = {}
-        self._show_in_checkpoints: Callable[[], None] | None = None
+        self._undo = contextlib.ExitStack()
+        self._undo_by_name: dict[str, contextlib.ExitStack] = {}
+        self._undo_hiding = contextlib.ExitStack()
 
     @classmethod
     def of(cls, model: nn.Module) -> Residents:
@@ -43,13 +44,17 @@ class Residents:
     def add(self, attached: Attached) -> None:
         """Put an adapter into the model and make it the active one; a failure leaves no trace."""
         self.by_name[attached.name] = attached
-        self._undo_by_name[attached.name] = []
+        self._undo_by_name[attached.name] = contextlib.ExitStack()
         try:
             if len(self.by_name) == 1:
                 vars(self.model)[ATTRIBUTE] = self
-                self._undo.append(model_changes.freeze(self.model))
-                self._undo.append(model_changes.let_checkpointing_reach_lora(self.model))
-            self._undo_by_name[attached.name] += _add_children(attached)
+                self._undo.callback(vars(self.model).pop, ATTRIBUTE, None)
+                self._undo.callback(model_changes.freeze(self.model))
+                self._undo.callback(model_changes.let_checkpointing_reach_lora(self.model))
+            for layer in attached.layers.values():
+                name = child_name(attached.name)
+                layer.experts.add_module(name, layer.lora)
+                self._undo_by_name[attached.name].callback(layer.experts._modules.pop, name)
             self._hide_from_checkpoints()
             self.activate(attached)
         except BaseException:
@@ -79,14 +84,11 @@ class Residents:
         """Take an adapter out; if it was active, the last of the others to come is now."""
         if self.active is attached:
             self._stop()
-        for undo in reversed(self._undo_by_name.pop(attached.name)):
-            undo()
+        self._undo_by_name.pop(attached.name).close()
         del self.by_name[attached.name]
         self._hide_from_checkpoints()
         if not self.by_name:
-            while self._undo:
-                self._undo.pop()()
-            vars(self.model).pop(ATTRIBUTE, None)
+            self._undo.close()
         elif self.running is None:
             self._start(next(reversed(self.by_name.values())))
 
@@ -116,12 +118,11 @@ class Residents:
         return iter(self.by_name.values())
 
     def _hide_from_checkpoints(self) -> None:
-        if self._show_in_checkpoints is not None:
-            self._show_in_checkpoints()
-            self._show_in_checkpoints = None
-        if self.by_name:
-            ours = [p for attached in self.by_name.values() for p in lora_parameters(attached)]
-            self._show_in_checkpoints = model_changes.keep_out_of_checkpoints(self.model, ours)
+        self._undo_hiding.close()
+        ours = [p for attached in self.by_name.values() for p in lora_parameters(attached)]
+        if ours:
+            hide = model_changes.keep_out_of_checkpoints
+            self._undo_hiding.callback(hide(self.model, ours))
 
 
 def is_active(attached: Attached) -> bool:
@@ -183,20 +184,3 @@ def child_name(adapter_name: str) -> str:
         ('drlora', 'drlora_law')
     """
     return "drlora" if adapter_name == "default" else f"drlora_{adapter_name}"
-
-
-def _add_children(attached: Attached) -> list[Callable[[], None]]:
-    """Make the LoRA children of the experts modules, which changes no forward."""
-    name = child_name(attached.name)
-    undo = []
-    for layer in attached.layers.values():
-        layer.experts.add_module(name, layer.lora)
-        undo.append(_without_child(layer.experts, name))
-    return undo
-
-
-def _without_child(module: nn.Module, name: str) -> Callable[[], None]:
-    def remove() -> None:
-        del module._modules[name]
-
-    return remove

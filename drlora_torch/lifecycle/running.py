@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 from drlora_torch.attached import Attached
@@ -27,7 +28,8 @@ class Running:
         for parameter in lora_parameters(attached):
             parameter.requires_grad_(True)  # hooks need it, for inference too
         self.tracker = StepTracker(attached)
-        self._undo: list[Callable[[], None]] = [self.tracker.remove]
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(self.tracker.remove)
 
     def start(self, all_of_model: AllOfModel) -> None:
         """Install the LoRA in the forwards and let it learn."""
@@ -38,10 +40,10 @@ class Running:
             assert weight is not None
             layer.lora.to(device=weight.device)
             layer.lora.train(layer.experts.training)
-            self._undo.append(convention.install(layer.experts, layer.lora, self.tracker))
+            self._undo.callback(convention.install(layer.experts, layer.lora, self.tracker))
         show_routers(attached, True)
         if len(list(all_of_model())) > 1 and router_parameters(attached):
-            self._undo.append(RouterGuard(attached, all_of_model).stop)
+            self._undo.callback(RouterGuard(attached, all_of_model).stop)
         unfreeze_lora(attached)
         unfreeze_routers(attached)
         if attached.unfinished:
@@ -52,7 +54,6 @@ class Running:
         """Undo :meth:`start`; the partial state of the current step is put aside."""
         if not self.attached.unfinished:  # else it never got as far as to take it
             self.attached.unfinished = self.tracker.state_dict()
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         show_routers(self.attached, False)
         freeze_all(self.attached)
