@@ -32,6 +32,7 @@ class ModelCall:
     """Tokens in each row of the input, where the forward was given any."""
     kinds: Tensor | None = None
     """What each token is (text or image), where the model tells its layers, [batch, length]."""
+    module: nn.Module | None = None
     with_gradients: bool = True
     outer: ModelCall | None = None
     checkpointed: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -107,13 +108,14 @@ class ForwardWatch:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 mask = None if outer is None or tower else outer.mask
             length, kinds = _tokens_given(kwargs)
-            self._running.call = ModelCall(mask, length, kinds, torch.is_grad_enabled(), outer)
+            grads = torch.is_grad_enabled()
+            self._running.call = ModelCall(mask, length, kinds, module, grads, outer)
 
         return enter
 
     def _leaving(self, module: nn.Module, args: object, output: object) -> None:
         call = self.running
-        if call is None:  # a hook before ours failed, so that we never entered
+        if call is None or call.module is not module:  # a hook before ours failed: never entered
             return
         self._running.call = call.outer
         if call.checkpointed:
