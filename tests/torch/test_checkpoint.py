@@ -285,7 +285,7 @@ DAMAGED_TENSORS: list[tuple[Callable[..., None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "match"), DAMAGED_TENSORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("change", "match"), DAMAGED_TENSORS)
 def test_damaged_tensors(saved: Path, change: Callable[..., None], match: str) -> None:
     rewrite(saved, tensors=change)
     refused(saved, match)
