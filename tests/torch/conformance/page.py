@@ -26,8 +26,8 @@ that a released checkpoint trains well, or how it behaves on a GPU.
 
 ## Classes with the experts interface
 
-One adapter covers all {count} classes, without class-specific code. Each class passes the whole suite
-in `tests/torch/conformance`:
+One adapter covers all {count} classes, without class-specific code. Each class passes the whole
+suite in `tests/torch/conformance`:
 
 - At step 0, outputs equal those of the base model. With unequal ranks, outputs and all gradients
   of A and B equal those of the same model with W + s B A written into its weights, and so do the
