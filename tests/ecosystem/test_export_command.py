@@ -103,6 +103,6 @@ def test_the_example_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "rank per layer" in done.stdout
-    difference = re.search(r"difference of a logit: (\S+)", done.stdout)
+    difference = re.search(r"difference between logits: (\S+)", done.stdout)
     assert difference is not None
     assert float(difference[1]) < 1e-4
