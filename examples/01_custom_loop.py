@@ -1,7 +1,7 @@
-"""Dynamic ranks in a training loop of your own; runs as is in half a minute on two cores.
+"""Dynamic ranks in your own training loop. Takes half a minute on two cores.
 
-Three lines are drlora's: the engine, ``attach``, and what is given to the optimizer. Statistics,
-growth and newborn rank dimensions then follow ``optimizer.step()``.
+Only three lines are specific to drlora: the engine, ``attach``, and the optimizer's parameters.
+drlora hooks into ``optimizer.step()`` to update its statistics and grow ranks.
 """
 
 import torch
@@ -14,7 +14,10 @@ STEPS = 60
 
 
 def make_model() -> OlmoeForCausalLM:
-    """A small mixture-of-experts model; ``from_pretrained`` in real life."""
+    """Build a small MoE model.
+
+    In practice, use ``from_pretrained``, then ``model.train()``: it returns evaluation mode.
+    """
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=64,
@@ -33,7 +36,7 @@ def make_model() -> OlmoeForCausalLM:
 
 
 def make_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Rows that count upwards from a random start: something to learn."""
+    """Make sequences that count upwards from a random start."""
     start = torch.randint(0, 64, (16, 1), generator=generator)
     tokens = (start + torch.arange(24)) % 64
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}

@@ -1,6 +1,6 @@
-"""Dynamic ranks under Transformers' Trainer: attach, then train as always.
+"""Dynamic ranks with the Trainer of Transformers: attach, then train as usual.
 
-The callback is optional: it logs the ranks and writes the adapter into each checkpoint.
+The callback is optional. It logs the ranks and saves the adapter in every checkpoint.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ STEPS = 20
 
 
 def load_rows(tokenizer: AutoTokenizer) -> Dataset:
-    """The shipped task as token rows of one length."""
+    """Tokenize the task that ships with drlora, padded to one length."""
     rows = Dataset.from_json(str(TRAIN_FILE)).select(range(320))
 
     def tokenize(row: dict[str, str]) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
-"""A policy of your own, designed and tested without a model: ``python 03_policy_offline.py``.
+"""Write an allocation policy and test it without a model: ``python 03_policy_offline.py``.
 
-``pytest 03_policy_offline.py`` runs its tests. Give a recording (``attach(..., record=path)``, or
-``engine.record_to(path)``) as an argument to try the policy on a run of yours.
+``pytest 03_policy_offline.py`` runs its tests. To try the policy on one of your own runs, pass a
+recording as an argument (made with ``attach(..., record=path)`` or ``engine.record_to(path)``).
 """
 
 import sys
@@ -14,26 +14,26 @@ from drlora_core.testing import check_policy, make_request
 
 
 def half_by_routing(request: AllocationRequest) -> np.ndarray:
-    """Half of the quota by saliency, the rest by routing alone; two units per expert at most."""
+    """Give half of the quota by saliency, the rest by routing; at most two units per expert."""
     limits = np.minimum(request.limits, 2)
     first = walk(request.saliency, make_request(request.quota // 2, request.ranks, limits))
     rest = make_request(request.quota - first.sum(), request.ranks, limits - first)
     return first + walk(request.routing, rest)
 
 
-def test_it_keeps_the_contract() -> None:
+def test_policy_satisfies_the_contract() -> None:
     check_policy(half_by_routing)
 
 
-def test_it_serves_the_salient_and_then_the_busy() -> None:
+def test_policy_prefers_salient_then_frequent_experts() -> None:
     request = make_request(
         quota=4, ranks=[1, 1, 1], limits=[4, 4, 4], routing=[0.5, 0.3, 0.2], importance=[0, 0, 1]
     )
     assert half_by_routing(request).tolist() == [2, 0, 2]
 
 
-def made_up_recording() -> Recording:
-    """Two layers whose experts differ in how often they are used and in how much they matter."""
+def synthetic_recording() -> Recording:
+    """Make two layers whose experts differ in routing frequency and in importance."""
     rng = np.random.default_rng(0)
     share = {name: rng.dirichlet(np.ones(16)) for name in ("first", "second")}
     routing = {name: rng.dirichlet(50 * mean, size=100) for name, mean in share.items()}
@@ -43,7 +43,7 @@ def made_up_recording() -> Recording:
 
 
 def main() -> None:
-    recording = Recording.open(sys.argv[1]) if len(sys.argv) > 1 else made_up_recording()
+    recording = Recording.open(sys.argv[1]) if len(sys.argv) > 1 else synthetic_recording()
     config = recording.config or AllocatorConfig(
         r_init=4, r_target=8, r_max=16, warmup_steps=20, growth_interval=10, growth_end=100
     )

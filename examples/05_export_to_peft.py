@@ -1,6 +1,6 @@
-"""Train with dynamic ranks, export, and load the result with PEFT alone.
+"""Train with dynamic ranks, export to PEFT, and load the export without drlora.
 
-The second process imports transformers and peft, nothing of drlora, and gives the same logits.
+A second process imports only transformers and peft and computes the same logits.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ with torch.no_grad():
 
 
 def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> drlora_torch.Adapter:
-    """A few steps, just to have something to export; see 01 for a real loop."""
+    """Train for a few steps, to have something to export; 01 has a complete loop."""
     config = AllocatorConfig(
         r_init=2,
         r_target=4,
@@ -63,14 +63,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         report = adapter.export_peft(folder / "peft")
-        print("common rank by layer:", list(report.ranks.values()))
+        print("rank per layer:", list(report.ranks.values()))
         smaller = adapter.export_peft(folder / "peft_rank_4", rank=4)
-        print(f"compressed to rank 4: error of the worst expert {smaller.largest_error:.1%}")
+        print(f"compressed to rank 4: largest error of an expert {smaller.largest_error:.1%}")
         arguments = [MODEL_DIR, folder / "peft", TEXT, folder / "logits"]
         command = [sys.executable, "-W", "ignore", "-c", WITH_PEFT, *map(str, arguments)]
         subprocess.run(command, check=True)
         theirs = load_file(folder / "logits")["logits"]
-    print(f"largest difference of a logit: {(ours - theirs).abs().max():.1e}")
+    print(f"largest difference between logits: {(ours - theirs).abs().max():.1e}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A mixture of experts written by hand, in plain PyTorch; runs as is in a few seconds.
+"""Dynamic ranks for an MoE block written in plain PyTorch. Takes a few seconds.
 
-What drlora has to know of a class of blocks stands in one call of ``register_moe``. It is checked
-at every forward: tokens that the declared routing does not account for are an error.
+One call of ``register_moe`` declares the block class. drlora checks the declaration at every
+forward: it raises an error if the experts receive other tokens than the declared routing says.
 """
 
 import torch
@@ -53,13 +53,13 @@ def make_model() -> nn.Module:
 def main() -> None:
     model = make_model()
 
-    # Ten lines of drlora's:
+    # The drlora part:
     drlora_torch.register_moe(
         MoEBlock,
         experts="experts",  # the ModuleList in the block
         projections=("up", "down"),  # the Linears in an expert
-        router="router",  # what decides in the block ...
-        routing=lambda block, scores: block.choose(scores),  # ... and what the block makes of it
+        router="router",  # the module that scores the experts
+        routing=lambda block, scores: block.choose(scores),  # indices and weights
     )
     config = AllocatorConfig(
         r_init=2, r_target=4, r_max=12, warmup_steps=10, growth_interval=5, growth_end=40
@@ -70,7 +70,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(1, STEPS + 1):
         start = torch.randint(0, VOCABULARY, (16, 1), generator=generator)
-        tokens = (start + torch.arange(24)) % VOCABULARY  # rows that count upwards
+        tokens = (start + torch.arange(24)) % VOCABULARY  # sequences that count upwards
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()

@@ -1,10 +1,18 @@
-"""Hypothesis profiles: HYPOTHESIS_PROFILE=fast (default), ci (the same examples always) or deep."""
+"""Hypothesis profiles and threads.
+
+HYPOTHESIS_PROFILE is fast (default), ci (always the same examples) or deep. Tests and the
+processes that they start use one thread each: sums keep one order, and parallel tests do not
+compete for cores.
+"""
 
 from __future__ import annotations
 
 import os
 
 from hypothesis import HealthCheck, settings
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[variable] = "1"  # read when NumPy and torch are imported
 
 settings.register_profile(
     "fast",

@@ -248,6 +248,42 @@ def check_public_names(package: object) -> None:
             assert inspect.getdoc(value), f"{name} has no docstring"
             own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
             assert own, f"{name} only inherits a docstring"
+        if inspect.isclass(value):
+            assert undocumented_methods(value, package.__name__) == []  # type: ignore[attr-defined]
+
+
+def undocumented_methods(cls: type, package: str) -> list[str]:
+    """Public methods and properties without a docstring, inherited ones of the package included."""
+    found = []
+    for base in (base for base in cls.__mro__ if base.__module__.split(".")[0] == package):
+        for name, member in vars(base).items():
+            function = getattr(member, "fget", getattr(member, "__func__", member))
+            if not name.startswith("_") and inspect.isfunction(function) and not function.__doc__:
+                found.append(f"{base.__name__}.{name}")
+    return found
+
+
+def test_undocumented_methods_are_found() -> None:
+    class Base:
+        def bare(self) -> None: ...
+
+        @property
+        def size(self) -> int:
+            return 0
+
+        @classmethod
+        def make(cls) -> None: ...
+
+        def told(self) -> None:
+            """Say something."""
+
+        def _private(self) -> None: ...
+
+    class Derived(Base):
+        pass
+
+    found = undocumented_methods(Derived, Base.__module__.split(".")[0])
+    assert found == ["Base.bare", "Base.size", "Base.make"]
 
 
 def test_public_names_of_the_core_are_documented() -> None:

@@ -1,4 +1,4 @@
-"""The examples that need no torch run as they are."""
+"""The examples that need no torch run unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_the_offline_policy_compares_itself_with_the_papers() -> None:
+def test_the_offline_policy_is_compared_with_the_papers() -> None:
     printed = run(str(EXAMPLE))
     assert "greedy: mean rank 8.00" in printed
     assert "half_by_routing: mean rank 8.00" in printed
@@ -31,6 +31,6 @@ def test_the_offline_policy_runs_on_a_recording(tmp_path: Path) -> None:
     assert "greedy: mean rank 4.00" in run(str(EXAMPLE), str(tmp_path / "run"))
 
 
-def test_the_policys_own_tests_pass() -> None:
-    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE))
+def test_the_tests_of_the_example_pass() -> None:
+    printed = run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(EXAMPLE))
     assert "2 passed" in printed

@@ -66,16 +66,20 @@ def unfused(model: nn.Module, fused: Mapping[str, Fused]) -> dict[str, list[Plac
 
 
 def _marker(parameter: Fused, index: int) -> Tensor:
-    """Number parameter, expert and row of every row of a tensor with four rows an expert."""
+    """Encode parameter, expert and row as numbers: four rows per expert, two equal columns.
+
+    Two columns, because Transformers before 5.23 squeezes dimensions of size 1.
+    """
     experts = parameter.shape[0]
     numbers = torch.arange(4 * experts, dtype=torch.float64) + index * 2**32
-    return numbers.view(experts, 1, 4) if parameter.transposed else numbers.view(experts, 4, 1)
+    numbers = numbers.view(experts, 4, 1).repeat(1, 1, 2)
+    return numbers.transpose(1, 2).contiguous() if parameter.transposed else numbers
 
 
 def _read(marker: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    numbers = marker.flatten().long()
-    first = int(numbers[0])
-    rows = tuple((numbers - first + first % 4).tolist())
+    numbers = list(dict.fromkeys(marker.flatten().long().tolist()))  # without the second column
+    first = numbers[0]
+    rows = tuple(number - first + first % 4 for number in numbers)
     return first >> 32, (first % 2**32) // 4, rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,7 +181,7 @@ def test_report(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "repeats the run&#39;s decisions exactly" in page
     assert "<h2>Diagnostics</h2>" in page
-    assert 'src="http' not in page
+    assert not re.search(r'<(script|link|img)\b[^>]*\b(src|href)="http', page)  # not in the scripts
     assert drlora("report", run_dir).code == 0
     assert (run_dir / "report.html").exists()
     values = drlora("report", run_dir, "--json").json

@@ -102,7 +102,7 @@ def test_the_example_runs() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "common rank by layer" in done.stdout
-    difference = re.search(r"difference of a logit: (\S+)", done.stdout)
+    assert "rank per layer" in done.stdout
+    difference = re.search(r"difference between logits: (\S+)", done.stdout)
     assert difference is not None
     assert float(difference[1]) < 1e-4

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL anywhere, a run ends like one in peace, bit for bit."""
+"""A run killed with SIGKILL at random points ends like an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 

@@ -286,9 +286,7 @@ DAMAGED_TENSORS: list[tuple[Callable[..., None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("change", "match"), DAMAGED_TENSORS, ids=[str(i) for i in range(len(DAMAGED_TENSORS))]
-)
+@pytest.mark.parametrize(("change", "match"), DAMAGED_TENSORS)
 def test_damaged_tensors(saved: Path, change: Callable[..., None], match: str) -> None:
     rewrite(saved, tensors=change)
     refused(saved, match)

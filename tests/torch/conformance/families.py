@@ -1,8 +1,8 @@
 """All 67 model classes of Transformers that follow its experts interface, as tiny models.
 
-One row a class. ``SIZES`` are given to every config that has the field; a row lists only what its
-class needs beside them. Sizes: E = 8 experts, K = 2, H = 32, I = 24, two MoE layers, so that no
-expert weight is square.
+One row per class. Every config gets the ``SIZES`` that it has a field for; a row lists what else
+its class needs. Sizes: E = 8 experts, K = 2, H = 32, I = 24, two MoE layers. No expert
+weight is square.
 """
 
 from __future__ import annotations

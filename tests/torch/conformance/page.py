@@ -1,6 +1,6 @@
-"""Write docs/families.md from the tables of the tests: ``python -m tests.torch.conformance.page``.
+"""Generate docs/families.md from the test tables: ``python -m tests.torch.conformance.page``.
 
-A test keeps the page and the tables the same.
+A test checks that the page is up to date.
 """
 
 from __future__ import annotations
@@ -16,58 +16,61 @@ PATH = Path("docs/families.md")
 TRANSFORMERS = "5.23"
 HEAD = """# Model families
 
-The mixture-of-experts classes of Transformers {version}, and what the tests check of each. This
-page is written by `python -m tests.torch.conformance.page` from the tables that the tests run over;
-`drlora inspect MODEL` says the same of a model at hand.
+The mixture-of-experts classes of Transformers {version}, and what the tests check for each. The
+script `python -m tests.torch.conformance.page` generates this page from the tables that the tests
+use. `drlora inspect MODEL` prints the same information for a given model.
 
-Every check runs on tiny random models on a CPU (8 experts, H = 32, I = 24): it shows that the
-arithmetic, the statistics and the files are right for the conventions of a family, not that a
-released checkpoint trains well, nor how it behaves on a GPU.
+All checks run on a CPU with tiny random models (8 experts, H = 32, I = 24). They show that
+arithmetic, statistics and files are correct for the conventions of a family. They do not show
+that a released checkpoint trains well, or how it behaves on a GPU.
 
 ## Classes with the experts interface
 
-{count} classes, one adapter, no code of their own. Each passes the whole suite
-(`tests/torch/conformance`):
+One adapter covers all {count} classes, without class-specific code. Each class passes the whole
+suite in `tests/torch/conformance`:
 
-- outputs equal the base model's at step 0; with unequal ranks, outputs and every gradient of A and
-  B equal those of the same model with W + s B A written into its weights, and so do the gradients
-  of every other parameter, routers included: relative error below 1e-11, in float64 (what a model
-  computes in float32 on purpose is computed in float64 here too);
-- both kernels agree (float32), and the model trains in bfloat16, routers included;
-- phi equals a plain recomputation from the routing that the experts receive, and the importance one
-  from the gradients; padding and evaluation count nothing, checkpointed layers count once
-  (reentrant or not);
-- growth leaves the function as it is; `detach` restores every bit; a saved adapter comes back bit
-  for bit;
-- merged outputs equal adapted ones (1e-11); `unmerge` restores every bit; `merge_and_save` writes a
-  checkpoint that `from_pretrained` reads back bit for bit;
+- At step 0, outputs equal those of the base model. With unequal ranks, outputs and all gradients
+  of A and B equal those of the same model with W + s B A written into its weights, and so do the
+  gradients of every other parameter, including routers. The relative error is below 1e-11 in
+  float64 (the tests also raise to float64 what a model deliberately computes in float32).
+- Both kernels agree (float32), and the model trains in bfloat16, including routers.
+- phi equals a simple recomputation from the routing that the experts receive, and the importance
+  one from the gradients. Padding and evaluation are not counted; checkpointed layers are counted
+  once (reentrant or not).
+- Growth leaves the function unchanged, `detach` restores every bit, and a saved adapter loads bit
+  for bit.
+- Merged outputs equal adapted outputs (1e-11), `unmerge` restores every bit, and
+  `from_pretrained` reads a checkpoint of `merge_and_save` bit for bit.
 - `discover` finds every layer and its router.
 
-Vision towers take no mask, so there is no padding to check. Reentrant checkpointing, as always in
-PyTorch, needs inputs that require grad: drlora sees to it at the token embeddings, but where you
-pass `inputs_embeds` yourself, call `requires_grad_(True)` on them.
+Vision towers take no mask, so padding is not checked there. Reentrant checkpointing in PyTorch
+needs inputs that require grad. drlora ensures this at the token embeddings; if you pass
+`inputs_embeds` yourself, call `requires_grad_(True)` on them.
 
-Flags, as the class declares them: G gate, B biases, T weights stored [in, out], C gate and up in
-halves (else interleaved), N norm on the experts' output, A a gate function of its own.
+Flags, as declared by the class: G gate, B biases, T weights stored [in, out], C gate and up
+concatenated (otherwise interleaved), N norm on the experts' output, A a custom gate function.
 
-| family | class | flags | layers | what is special |
+| family | class | flags | layers | notes |
 |---|---|---|---|---|
 """
 MIDDLE = """
 ## Other conventions
 
-{count} families store or call their experts in ways of their own; each way has its adapter
-(`tests/torch/conventions` runs a suite of the same kind over them, `merge` and `unmerge`
-included). [Adding a model](adding_a_model.md) tells how to declare another class. The last column
-says how PEFT adapts them in [an export](ecosystem.md#export-to-peft): the classes above by
+{count} families store or call their experts differently; each convention has its own adapter. The
+suite in `tests/torch/conventions` makes the same kinds of checks, including `merge` and
+`unmerge`. [Adding a model](adding_a_model.md) explains how to declare another class. The last
+column says how PEFT loads [an export](ecosystem.md#export-to-peft); for the classes above it uses
 `target_parameters`.
 
 | family | adapted as | projections | in PEFT |
 |---|---|---|---|
 """
-IN_PEFT = {"stacked": "no way; `per_expert=True`", "per-expert Linears": "`target_modules`"}
+IN_PEFT = {
+    "stacked": "unsupported; use `per_expert=True`",
+    "per-expert Linears": "`target_modules`",
+}
 REFUSED = """
-## Refused, and why
+## Refused classes
 
 | class | reason |
 |---|---|
@@ -75,7 +78,6 @@ REFUSED = """
 
 
 def text() -> str:
-    """Return the page."""
     lines = [HEAD.format(version=TRANSFORMERS, count=len(FAMILIES))]
     lines += [_row(name, family) for name, family in FAMILIES.items()]
     lines.append(MIDDLE.format(count=len(OTHERS)))
@@ -91,7 +93,7 @@ def text() -> str:
 def _row(name: str, family: Family) -> str:
     special = [family.fast] if family.fast and name != "olmoe" else []
     if not family.checkpoints:
-        special.append("Transformers refuses gradient checkpointing, so that is not checked")
+        special.append("Transformers does not support gradient checkpointing here")
     return (
         f"| {name} | {family.model} | `{family.flags}` | {family.layers} | {'; '.join(special)} |\n"
     )

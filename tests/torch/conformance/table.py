@@ -6,7 +6,7 @@ from tests.torch.conformance.families import HYBRID, Family
 
 FAMILIES: dict[str, Family] = {
     "afmoe": Family(model="AfmoeForCausalLM"),
-    "aria": Family(model="AriaTextForCausalLM", fast="transposed, halves", flags="G-TC--"),
+    "aria": Family(model="AriaTextForCausalLM", fast="transposed, concatenated", flags="G-TC--"),
     "axk1": Family(model="AXK1ForCausalLM"),
     "axk2": Family(model="AXK2ForCausalLM"),
     "bailing_hybrid": Family(model="BailingHybridForCausalLM", sizes={"layer_types": HYBRID}),
@@ -40,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(model="Ernie4_5_MoeForCausalLM"),
     "ernie4_5_vl_moe": Family(
         model="Ernie4_5_VLMoeTextModel",
-        fast="two sets of experts a layer",
+        fast="two sets of experts per layer",
         sizes={
             "moe_intermediate_size": [24, 20],
             "rope_parameters": {
@@ -132,7 +132,7 @@ FAMILIES: dict[str, Family] = {
     "laguna": Family(model="LagunaForCausalLM"),
     "lfm2_moe": Family(
         model="Lfm2MoeForCausalLM",
-        fast="activation that is no module, convolution layers",
+        fast="activation is a function, convolution layers",
         sizes={"layer_types": ["conv", "full_attention"]},
     ),
     "mellum": Family(model="MellumForCausalLM"),
@@ -173,7 +173,7 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(model="OlmoeForCausalLM", fast="the norm, unnormalised weights"),
     "openai_privacy_filter": Family(
         model="OpenAIPrivacyFilterForTokenClassification",
-        fast="transposed and biased halves, own eager loop, bidirectional",
+        fast="transposed, concatenated, biases, own eager loop, bidirectional",
         flags="GBTC-A",
     ),
     "phimoe": Family(model="PhimoeForCausalLM", fast="sparsemixer"),
@@ -184,7 +184,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_omni_moe": Family(model="Qwen3OmniMoeThinkerTextModel"),
     "qwen3_omni_moe_talker": Family(
         model="Qwen3OmniMoeTalkerModel",
-        fast="inputs that are embeddings",
+        fast="takes embeddings as input",
         module="qwen3_omni_moe",
         inputs="embeds",
         sizes={"shared_expert_intermediate_size": 28},

@@ -1,4 +1,4 @@
-"""Build the models of the table and run them: inputs, outputs, gradients, and what experts see."""
+"""Build and run the models of the table: inputs, outputs, gradients, and the experts' inputs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def build(name: str, seed: int = 0, *, exact: bool = False, **changes: Any) -> A
 
 
 class Float64Throughout(TorchFunctionMode):
-    """Inside, what models do in float32 on purpose (routers, sums) is done in float64 too.
+    """Within this mode, explicit float32 computations (routers, sums) use float64 too.
 
-    So parity can be asked for to the last digits.
+    Parity can then be checked to the last digits.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,7 +110,7 @@ def output(model: Any, arguments: dict[str, Any]) -> Tensor:
         result = model(**cast)
     logits = getattr(result, "logits", None)
     chosen: Tensor = result.last_hidden_state if logits is None else logits
-    mask = arguments.get("attention_mask")  # what a model makes of padding is its own affair
+    mask = arguments.get("attention_mask")  # outputs at padding are undefined
     if mask is not None and chosen.dim() == 3:
         chosen = chosen * mask.unsqueeze(-1).to(chosen.dtype)
     return chosen
