@@ -65,8 +65,9 @@ class BlockHooks:
         if declaration.router is not None:
             router = block.get_submodule(declaration.router)
             self.handles.append(router.register_forward_hook(partial(self._remember, block)))
+        linears = declaration.linears(block)
         for projection, _ in lora.items():
-            for expert, linear in enumerate(declaration.linears(block, projection)):
+            for expert, linear in enumerate(linears[projection]):
                 hook = partial(self._add, projection, expert)
                 self.handles.append(linear.register_forward_hook(hook))
 

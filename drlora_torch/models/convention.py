@@ -8,7 +8,6 @@ Shape letters: T tokens, K experts per token, N experts, I input and O output fe
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.location import Location
 
-ATTACHMENT = "_drlora_attachment"  # set on every module that runs with a LoRA
+ATTACHMENT = "_drlora_attachment"
+"""Set on a module that runs with a LoRA: (lora, observer), which refuses to be copied."""
 ON_META = "is on the meta device; load the weights first, without offloading them (to CPU or disk)"
 
 Undo = Callable[[], None]
@@ -42,14 +42,6 @@ class Observer(Protocol):
             top_k_index: chosen experts, integers [T, K]; values >= N are sentinels.
             top_k_weights: what their outputs are multiplied with, [T, K].
         """
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Attachment:
-    """Set on an adapted layer; holds the adapter, so that the layer cannot be copied."""
-
-    lora: ExpertLoRA
-    observer: Observer
 
 
 class Convention(Protocol):
@@ -96,7 +88,7 @@ def dotted_name(kind: type) -> str:
 
 def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Undo:
     """Note on a layer which LoRA it runs with."""
-    vars(module)[ATTACHMENT] = Attachment(lora, observer)
+    vars(module)[ATTACHMENT] = (lora, observer)
     return lambda: delattr(module, ATTACHMENT)
 
 

@@ -17,15 +17,7 @@ from drlora_torch.models.step3p7 import STEP3P7
 from drlora_torch.models.switch_transformers import SWITCH_TRANSFORMERS
 
 DECLARED = {each.block_name: each for each in (SWITCH_TRANSFORMERS, NLLB_MOE)}
-BUILT_IN = (
-    ExpertsInterface(),
-    STEP3P7,
-    LONGCAT_FLASH,
-    DBRX,
-    LLAMA4,
-    JETMOE,
-    JETMOE_ATTENTION,
-)
+BUILT_IN = (ExpertsInterface(), STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
 
 
 def find_convention(module: nn.Module) -> Convention | None:

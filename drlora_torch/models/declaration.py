@@ -32,9 +32,10 @@ class Declaration:
             return list(container.values())
         return list(container) if isinstance(container, nn.ModuleList) else []
 
-    def linears(self, block: nn.Module, projection: str) -> list[Any]:
-        """One projection of every expert."""
-        return [expert.get_submodule(projection) for expert in self.container(block)]
+    def linears(self, block: nn.Module) -> dict[str, list[Any]]:
+        """Every projection of every expert."""
+        experts = self.container(block)
+        return {name: [each.get_submodule(name) for each in experts] for name in self.projections}
 
 
 _DECLARED: dict[type, Declaration] = {}  # what users declared; known families are constants

@@ -52,12 +52,7 @@ def choose_layers(
 ) -> list[MoELayer]:
     """Choose the layers to adapt: those whose name matches one of the patterns (``fnmatch``).
 
-    Without patterns all but those that are adapted on request only.
-
-    Args:
-        model: the model, for messages.
-        found: its layers, from :func:`discover`.
-        patterns: name patterns.
+    Without patterns all of ``found`` but those that are adapted on request only.
 
     Raises:
         ModelError: there is no MoE layer, or a chosen one has an obstacle.

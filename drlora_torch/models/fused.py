@@ -154,9 +154,8 @@ def run_instead(module: nn.Module, adapted: Callable[..., Tensor], observer: Obs
     vars(module)[place] = forward
 
     def remove() -> None:
-        if inherited:
-            del vars(module)[place]
-        else:
+        del vars(module)[place]
+        if not inherited:
             vars(module)[place] = own
 
     return remove

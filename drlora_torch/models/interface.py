@@ -48,13 +48,9 @@ class ExpertsInterface:
         return getattr(module, projection_names(module)[0], None)
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        shapes = {}
-        for name in projection_names(module):
-            _, *features = getattr(module, name).shape
-            shapes[name] = ProjectionShape(
-                *(features if module.is_transposed else reversed(features))
-            )
-        return shapes
+        order = 1 if module.is_transposed else -1  # of [N, I, O], else [N, O, I]
+        weights = {name: getattr(module, name) for name in projection_names(module)}
+        return {name: ProjectionShape(*w.shape[1:][::order]) for name, w in weights.items()}
 
     def obstacle(self, module: Any) -> str | None:
         weights: dict[str, Any] = {n: getattr(module, n, None) for n in projection_names(module)}
@@ -101,20 +97,15 @@ def projection_names(module: Any) -> tuple[str, str]:
 def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Experts with LoRA; what Transformers calls instead of its eager or grouped experts.
+    """Experts with LoRA on tokens [T, H] and their routing [T, K]; gives [T, H].
 
-    Args:
-        module: the experts module.
-        hidden_states: [T, H].
-        top_k_index: int64 [T, K]; values >= N are sentinels and contribute nothing.
-        top_k_weights: routing weights, [T, K].
-
-    Returns:
-        [T, H], in the dtype of ``hidden_states``.
+    Transformers calls it instead of its eager or grouped experts.
     """
-    lora, observer = vars(module)[ATTACHMENT].lora, vars(module)[ATTACHMENT].observer
+    lora, observer = vars(module)[ATTACHMENT]
     if not observer.enabled:
-        base = base_forward(module, vars(module)[BASE_CONFIG])
+        own = type(module).forward.__wrapped__
+        chosen = vars(module)[BASE_CONFIG]._experts_implementation
+        base: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, own)
         return base(module, hidden_states, top_k_index, top_k_weights)
     first, second = projection_names(module)
     dtype = compute_dtype(getattr(module, first))
@@ -140,12 +131,3 @@ def experts_forward(
     output = output.to(hidden_states.dtype)
     observer.routed(lora, output, top_k_index, top_k_weights)
     return output
-
-
-def base_forward(module: Any, config: Any) -> Callable[..., Tensor]:
-    """Return what the module would run without us: its own forward, or the user's choice."""
-    own: Callable[..., Tensor] = type(module).forward.__wrapped__
-    chosen: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(
-        config._experts_implementation, own
-    )
-    return chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,25 +33,20 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
     def remember(router: Any, args: object, output: Any) -> None:
         last.routing = _routing(output)
 
-    def project(projection: str, inputs: Tensor, counts: list[int]) -> Tensor:
-        experts = _experts(counts, inputs.device)
+    def forward(projection: str, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        experts = _experts(expert_size, inputs.device)
         dispatch = Dispatch.sort(experts.unsqueeze(1), lora.table.num_experts)
-        return convention.projector(module, lora, dispatch)(projection, inputs)
-
-    def first(inputs: Tensor, expert_size: list[int]) -> Tensor:
-        return project(FIRST, inputs, expert_size)
-
-    def second(inputs: Tensor, expert_size: list[int]) -> Tensor:
-        output = project(LAST, inputs, expert_size)
-        observer.routed(lora, output, *last.routing)
+        output = convention.projector(module, lora, dispatch)(projection, inputs)
+        if projection == LAST:
+            observer.routed(lora, output, *last.routing)
         return output
 
     return undo_all(
         [
             give_lora(module, lora, observer),
             module.router.register_forward_hook(remember).remove,
-            run_instead(getattr(module, FIRST), first, observer),
-            run_instead(getattr(module, LAST), second, observer),
+            run_instead(module.input_linear, partial(forward, FIRST), observer),
+            run_instead(module.output_linear, partial(forward, LAST), observer),
         ]
     )
 

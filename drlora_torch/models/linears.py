@@ -37,11 +37,12 @@ class PerExpertLinears:
     def first_weight(self, module: Any) -> Tensor | None:
         if self.obstacle(module) is not None:
             return None
-        weight: Tensor = self._linears(module)[self.declaration.projections[0]][0].weight
+        weight: Tensor = next(iter(self.declaration.linears(module).values()))[0].weight
         return weight
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        return {name: _shape(linears[0]) for name, linears in self._linears(module).items()}
+        linears = self.declaration.linears(module)
+        return {name: _shape(each[0]) for name, each in linears.items()}
 
     def obstacle(self, module: Any) -> str | None:
         declaration = self.declaration
@@ -50,7 +51,7 @@ class PerExpertLinears:
                 return f"{declaration.experts!r} is not a ModuleList or ModuleDict with experts"
             if declaration.router is not None:
                 module.get_submodule(declaration.router)
-            linears = self._linears(module)
+            linears = declaration.linears(module)
         except AttributeError as error:
             return f"it is not as register_moe was told: {error}"
         for name, each in linears.items():
@@ -60,7 +61,8 @@ class PerExpertLinears:
         return None
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        weight: Tensor = self.declaration.linears(module, projection)[expert].weight
+        linear: Any = self.declaration.container(module)[expert].get_submodule(projection)
+        weight: Tensor = linear.weight
         if (reason := quantised(weight)) is not None:
             raise ModelError(f"{projection} of expert {expert} {reason} to merge the adapter")
         return weight
@@ -79,10 +81,6 @@ class PerExpertLinears:
         remove_lora = give_lora(module, lora, observer)
         hooks = BlockHooks(self.declaration, module, lora, observer)
         return undo_all([remove_lora, *(handle.remove for handle in hooks.handles)])
-
-    def _linears(self, module: Any) -> dict[str, list[Any]]:
-        declaration = self.declaration
-        return {name: declaration.linears(module, name) for name in declaration.projections}
 
 
 def _shape(linear: Any) -> ProjectionShape:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drlora_torch.errors import ModelError
@@ -32,11 +33,17 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
         index = logits.topk(router.top_k, dim=1).indices  # as the router itself chose
         last.routing = index, scores.detach().gather(1, index)
 
-    def forward(hidden_states: Tensor) -> Tensor:
+    def forward(hidden_states: Tensor) -> Tensor:  # [N * T, H]; rows that are not chosen give 0
         routing, last.routing = getattr(last, "routing", None), None
         if routing is None:
             raise ModelError(f"{lora.name}: its experts were called without their router")
-        output = _run(convention, module, lora, hidden_states, routing[0])
+        index = routing[0]
+        dispatch = Dispatch.sort(index, lora.table.num_experts)
+        project = convention.projector(module, lora, dispatch)
+        chosen = index.reshape(-1)[dispatch.order] * index.shape[0] + dispatch.tokens  # [S]
+        gate, up = project("gate_up_proj", hidden_states[chosen]).chunk(2, dim=-1)
+        rows = project("down_proj", up * module.experts.act_fn(gate)).to(hidden_states.dtype)
+        output = torch.zeros_like(hidden_states).index_copy(0, chosen, rows)
         observer.routed(lora, output, *routing)
         return output
 
@@ -47,17 +54,6 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
             module.router.register_forward_hook(remember).remove,
         ]
     )
-
-
-def _run(convention: Fused, module: Any, lora: ExpertLoRA, inputs: Tensor, index: Tensor) -> Tensor:
-    """Experts with LoRA on weighted inputs [N * T, H]; rows not chosen stay 0."""
-    dispatch = Dispatch.sort(index, lora.table.num_experts)
-    project = convention.projector(module, lora, dispatch)
-    chosen = index.reshape(-1)[dispatch.order] * index.shape[0] + dispatch.tokens  # [S]
-    gate, up = project("gate_up_proj", inputs[chosen]).chunk(2, dim=-1)
-    rows = project("down_proj", up * module.experts.act_fn(gate))
-    output = inputs.new_zeros(inputs.shape[0], rows.shape[1])
-    return output.index_copy(0, chosen, rows.to(inputs.dtype))
 
 
 LLAMA4 = Fused(
