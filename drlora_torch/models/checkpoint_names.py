@@ -65,7 +65,7 @@ def unfused(model: nn.Module, fused: Mapping[str, Fused]) -> dict[str, list[Plac
 
 
 def _marker(parameter: Fused, index: int) -> Tensor:
-    """Four numbered rows for each expert: more could be told apart no better."""
+    """Number four rows of each expert; the model has more, but is split in halves at most."""
     experts = parameter.shape[0]
     numbers = torch.arange(4 * experts, dtype=torch.float64) + index * 2**32
     return numbers.view(experts, 1, 4) if parameter.transposed else numbers.view(experts, 4, 1)

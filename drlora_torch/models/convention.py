@@ -111,10 +111,11 @@ def quantised(weight: Tensor) -> str | None:
 
 
 def weights_obstacle(weights: Mapping[str, object], dims: int) -> str | None:
-    """Say why a layer with these weights cannot be adapted: missing, meta, offloaded, quantised."""
+    """Say why a layer with these weights cannot be adapted, None if it can."""
     for name, weight in weights.items():
         if not isinstance(weight, Tensor) or weight.dim() != dims:
             return f"its {name} is not a {dims}-D tensor"
-        if reason := ON_META if weight.is_meta else quantised(weight):
+        reason = ON_META if weight.is_meta else quantised(weight)
+        if reason is not None:
             return f"its {name} {reason}"
     return None

@@ -106,7 +106,7 @@ def _refused(model: nn.Module, name: str, module: Any, reason: str, routers: set
         experts_class=type(module).__name__,
         num_experts=len(module) if container else module.num_experts,
         projections={},
-        router=_router_beside(model, name, routers),
+        router=None if container else _router_beside(model, name, routers),
         dtype=_dtype_name(next(module.parameters(), None)),
         obstacle=reason,
         convention="none",

@@ -25,7 +25,6 @@ class PerExpertLinears:
 
     @property
     def router(self) -> str | None:
-        """Name of the router inside the block."""
         return self.declaration.router
 
     def num_experts(self, module: Any) -> int:
