@@ -8,6 +8,7 @@ Shape letters: T tokens, K experts per token, N experts, I input and O output fe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -92,14 +93,12 @@ def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Undo:
     return lambda: delattr(module, ATTACHMENT)
 
 
-def undo_all(undos: list[Undo]) -> Undo:
-    """One function that undoes several changes, last first."""
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
-    return undo
+def undo_all(*undos: Undo) -> Undo:
+    """Return one function that undoes several changes, last first."""
+    stack = contextlib.ExitStack()
+    for undo in undos:
+        stack.callback(undo)
+    return stack.close
 
 
 def quantised(weight: Tensor) -> str | None:

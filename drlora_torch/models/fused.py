@@ -125,7 +125,7 @@ def routed(run: Run) -> Install:
             observer.routed(lora, output, top_k_index, top_k_weights)
             return output.view(hidden_states.shape)
 
-        return undo_all([give_lora(module, lora, observer), run_instead(module, forward, observer)])
+        return undo_all(give_lora(module, lora, observer), run_instead(module, forward, observer))
 
     return install
 

@@ -42,12 +42,10 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
         return output
 
     return undo_all(
-        [
-            give_lora(module, lora, observer),
-            module.router.register_forward_hook(remember).remove,
-            run_instead(module.input_linear, partial(forward, FIRST), observer),
-            run_instead(module.output_linear, partial(forward, LAST), observer),
-        ]
+        give_lora(module, lora, observer),
+        module.router.register_forward_hook(remember).remove,
+        run_instead(module.input_linear, partial(forward, FIRST), observer),
+        run_instead(module.output_linear, partial(forward, LAST), observer),
     )
 
 

@@ -79,7 +79,7 @@ class PerExpertLinears:
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         remove_lora = give_lora(module, lora, observer)
         hooks = BlockHooks(self.declaration, module, lora, observer)
-        return undo_all([remove_lora, *(handle.remove for handle in hooks.handles)])
+        return undo_all(remove_lora, *(handle.remove for handle in hooks.handles))
 
 
 def _shape(linear: Any) -> ProjectionShape:

@@ -48,11 +48,9 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
         return output
 
     return undo_all(
-        [
-            give_lora(module, lora, observer),
-            run_instead(module.experts, forward, observer),
-            module.router.register_forward_hook(remember).remove,
-        ]
+        give_lora(module, lora, observer),
+        run_instead(module.experts, forward, observer),
+        module.router.register_forward_hook(remember).remove,
     )
 
 
