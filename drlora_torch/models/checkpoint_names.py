@@ -1,22 +1,21 @@
 """The names that a model's checkpoints give to its experts, as Transformers itself converts them.
 
-Transformers 5 fuses experts when it reads a checkpoint and takes them apart again when it writes
-one. Engines that serve the checkpoint go by the names in it, so those are asked for: small tensors
-of numbers take the way that weights take when they are saved, and the numbers tell what went where.
+Transformers 5 fuses experts when it reads a checkpoint and splits them again when it writes one.
+Engines that serve a checkpoint need the names in it. To find them, small tensors of numbers pass
+through the conversion that saves weights, and the numbers tell which row went where.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-ALL, FIRST_HALF, SECOND_HALF, EVEN, ODD = (0, 1, 2, 3), (0, 1), (2, 3), (0, 2), (1, 3)
-"""Of four rows of an expert; more than four are told apart no better."""
+from drlora_torch.models.wrappers import unwrapped
 
 
 class Place(NamedTuple):
@@ -33,35 +32,35 @@ class Fused(NamedTuple):
     """A parameter of all experts."""
 
     shape: tuple[int, ...]
-    """As the model keeps it: [N, O, I] or [N, I, O]."""
+    """[N, O, I], or [N, I, O] if transposed."""
     transposed: bool
 
     @property
     def outputs(self) -> int:
-        """O."""
         return self.shape[2 if self.transposed else 1]
 
 
 def unfused(model: nn.Module, fused: Mapping[str, Fused]) -> dict[str, list[Place]]:
     """Places of each parameter by its name; those that stay fused on disk are left out."""
-    inside = getattr(model, "get_base_model", None)  # of a PeftModel
-    base: Any = model if inside is None else inside()
-    if not isinstance(base, PreTrainedModel):
+    model = unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
         return {}
     names = list(fused)
     markers = {name: _marker(fused[name], index) for index, name in enumerate(names)}
     try:
-        saved = revert_weight_conversion(base, markers)
+        saved = revert_weight_conversion(model, markers)
     except (RuntimeError, ValueError, LookupError, AttributeError):
         return {}  # a conversion that needs more of the model than its experts
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[Place]] = {name: [] for name in names}
     for name, marker in saved.items():
         if marker.dim() != 2:
             continue
-        index, expert, rows = _read(marker)
-        place = _place(name, expert, rows, fused[names[index]].outputs)
-        if place is not None:
-            places.setdefault(names[index], []).append(place)
+        numbers = list(dict.fromkeys(marker.flatten().long().tolist()))  # without the second column
+        index, first = divmod(numbers[0], 2**32)
+        rows = tuple(number - numbers[0] + first % 4 for number in numbers)
+        parameter = names[index]
+        if (part := _part(rows, fused[parameter].outputs)) is not None:
+            places[parameter].append(Place(name.removesuffix(".weight"), first // 4, part))
     return {name: found for name, found in places.items() if _is_whole(found, fused[name])}
 
 
@@ -76,24 +75,17 @@ def _marker(parameter: Fused, index: int) -> Tensor:
     return numbers.transpose(1, 2).contiguous() if parameter.transposed else numbers
 
 
-def _read(marker: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    numbers = list(dict.fromkeys(marker.flatten().long().tolist()))  # without the second column
-    first = numbers[0]
-    rows = tuple(number - first + first % 4 for number in numbers)
-    return first >> 32, (first % 2**32) // 4, rows
-
-
-def _place(name: str, expert: int, rows: tuple[int, ...], outputs: int) -> Place | None:
+def _part(rows: tuple[int, ...], outputs: int) -> slice | None:
+    """The part of a projection that some of its four rows stand for."""
     half = outputs // 2
-    slices = {
-        ALL: slice(0, outputs),
-        FIRST_HALF: slice(0, half),
-        SECOND_HALF: slice(half, outputs),
-        EVEN: slice(0, outputs, 2),
-        ODD: slice(1, outputs, 2),
+    parts = {
+        (0, 1, 2, 3): slice(0, outputs),
+        (0, 1): slice(0, half),
+        (2, 3): slice(half, outputs),
+        (0, 2): slice(0, outputs, 2),
+        (1, 3): slice(1, outputs, 2),
     }
-    found = slices.get(rows)
-    return None if found is None else Place(name.removesuffix(".weight"), expert, found)
+    return parts.get(rows)
 
 
 def _is_whole(places: list[Place], parameter: Fused) -> bool:

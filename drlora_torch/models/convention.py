@@ -1,15 +1,15 @@
 """What drlora must know of a way to store and call experts: one object per convention.
 
 A convention is declared, never guessed from shapes: by flags of the module, by its class, or by
-:func:`drlora_torch.register_moe`. Conventions are tried in the order of ``conventions.py``.
+:func:`drlora_torch.register_moe`.
 
 Shape letters: T tokens, K experts per token, N experts, I input and O output features.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.location import Location
 
-ATTACHMENT = "_drlora_attachment"  # set on every module that runs with a LoRA
+ATTACHMENT = "_drlora_attachment"
+"""Set on a module that runs with a LoRA: (lora, observer), which refuses to be copied."""
+ON_META = "is on the meta device; load the weights first, without offloading them (to CPU or disk)"
+
+Undo = Callable[[], None]
+"""Reverts a change of the model exactly."""
 
 
 class Observer(Protocol):
@@ -26,7 +31,6 @@ class Observer(Protocol):
     @property
     def enabled(self) -> bool:
         """False while the base model is wanted."""
-        ...
 
     def routed(
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -39,15 +43,6 @@ class Observer(Protocol):
             top_k_index: chosen experts, integers [T, K]; values >= N are sentinels.
             top_k_weights: what their outputs are multiplied with, [T, K].
         """
-        ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Attachment:
-    """Set on an adapted layer; holds the adapter, so that the layer cannot be copied."""
-
-    lora: ExpertLoRA
-    observer: Observer
 
 
 class Convention(Protocol):
@@ -56,83 +51,70 @@ class Convention(Protocol):
     @property
     def name(self) -> str:
         """As :class:`drlora_torch.MoELayer` gives it."""
-        ...
 
-    def matches(self, module: nn.Module) -> bool:
-        """Tell whether a module is such a layer, adapted or not."""
-        ...
+    @property
+    def router(self) -> str | None:
+        """Name of the router inside the layer; None if it stands beside it."""
+
+    @property
+    def only_on_request(self) -> bool:
+        """True if a layer is adapted only where the option ``layers`` names it."""
 
     def num_experts(self, module: Any) -> int:
         """N; 0 where it cannot be told."""
-        ...
 
     def first_weight(self, module: Any) -> Tensor | None:
         """Return a weight whose dtype and device speak for the layer; None if it has none."""
-        ...
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
         """Features by projection, in the order they are applied; only without an obstacle."""
-        ...
-
-    def router_child(self, module: Any) -> str | None:
-        """Name of the router inside the layer; None if it stands beside it."""
-        ...
-
-    def only_on_request(self, module: Any) -> bool:
-        """Tell whether a layer is adapted only if the option ``layers`` names it."""
-        ...
 
     def obstacle(self, module: Any) -> str | None:
         """Say why a layer cannot be adapted, None if it can."""
-        ...
 
-    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-        """Let a layer run with a LoRA, a child of it; return what undoes that exactly.
-
-        Of several adapters only the active one is installed.
-        """
-        ...
+    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
+        """Let a layer run with a LoRA, a child of it; of several adapters only the active one."""
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
         """The weight of one expert, a view [O, I]: what is written to it, the model computes."""
-        ...
 
     def location(self, module: Any, projection: str) -> Location:
         """Tell the parameter or the Linears that hold the weights of a projection."""
-        ...
 
 
-def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-    """Note on a layer which LoRA it runs with; return what takes the note away."""
-    vars(module)[ATTACHMENT] = Attachment(lora, observer)
-
-    def remove() -> None:
-        del vars(module)[ATTACHMENT]
-
-    return remove
+def dotted_name(kind: type) -> str:
+    """Return the name of a class with its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:
-    """One function that undoes several changes, last first."""
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
-    return undo
+def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Undo:
+    """Note on a layer which LoRA it runs with."""
+    vars(module)[ATTACHMENT] = (lora, observer)
+    return lambda: delattr(module, ATTACHMENT)
 
 
-def weights_obstacle(weights: Iterable[tuple[str, object]], dims: int) -> str | None:
-    """Say why a layer with these weights cannot be adapted: missing, meta, offloaded, quantised."""
-    for name, weight in weights:
+def undo_all(*undos: Undo) -> Undo:
+    """Return one function that undoes several changes, last first."""
+    stack = contextlib.ExitStack()
+    for undo in undos:
+        stack.callback(undo)
+    return stack.close
+
+
+def quantised(weight: Tensor) -> str | None:
+    """Say that a weight is quantised, None if it is not."""
+    if weight.is_floating_point() and weight.element_size() > 1:
+        return None
+    kind = str(weight.dtype).removeprefix("torch.")
+    return f"is quantised ({kind}); load the model in a floating-point dtype"
+
+
+def weights_obstacle(weights: Mapping[str, object], dims: int) -> str | None:
+    """Say why a layer with these weights cannot be adapted, None if it can."""
+    for name, weight in weights.items():
         if not isinstance(weight, Tensor) or weight.dim() != dims:
             return f"its {name} is not a {dims}-D tensor"
-        if weight.is_meta:
-            return (
-                f"its {name} is on the meta device; load the weights first, without offloading "
-                "them (to CPU or disk)"
-            )
-        if not weight.is_floating_point() or weight.element_size() == 1:
-            kind = str(weight.dtype).removeprefix("torch.")
-            return f"its {name} is quantised ({kind}); load the model in a floating-point dtype"
+        reason = ON_META if weight.is_meta else quantised(weight)
+        if reason is not None:
+            return f"its {name} {reason}"
     return None

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from drlora_torch.errors import ModelError
-
-
-class Routing(Protocol):
-    """Tells the routing of a forward: (index, weights), [tokens, experts per token] each."""
-
-    def __call__(self, block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the block and what its router returned."""
-        ...
+from drlora_torch.models.convention import dotted_name
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Declaration:
     """What :func:`register_moe` was told of one class."""
 
-    block_class: type[nn.Module] | str
-    """A class, or the dotted name of one that need not be imported."""
+    block_name: str
+    """Dotted name of the class, which need not be imported."""
     experts: str | Callable[[Any], Sequence[nn.Module]]
     projections: tuple[str, ...]
     router: str | None
-    routing: Routing
-
-    @property
-    def block_name(self) -> str:
-        """Dotted name of the class."""
-        return self.block_class if isinstance(self.block_class, str) else _dotted(self.block_class)
+    routing: Callable[..., tuple[Tensor, Tensor]]
 
     def container(self, block: nn.Module) -> list[nn.Module]:
         """Experts of a block in the order of their indices."""
@@ -44,12 +32,13 @@ class Declaration:
             return list(container.values())
         return list(container) if isinstance(container, nn.ModuleList) else []
 
-    def linears(self, block: nn.Module, projection: str) -> list[nn.Module]:
-        """One projection of every expert."""
-        return [expert.get_submodule(projection) for expert in self.container(block)]
+    def linears(self, block: nn.Module) -> dict[str, list[Any]]:
+        """Every projection of every expert."""
+        experts = self.container(block)
+        return {name: [each.get_submodule(name) for each in experts] for name in self.projections}
 
 
-_DECLARED: dict[str, Declaration] = {}  # what users declared; known families are constants
+_DECLARED: dict[type, Declaration] = {}  # what users declared; known families are constants
 
 
 def register_moe(
@@ -109,12 +98,7 @@ def register_moe(
         raise ModelError(f"router must be the name of a child of the block, got {router!r}")
     if not callable(routing):
         raise ModelError(f"routing must be a function, got {routing!r}")
-    declaration = Declaration(block_class, experts, names, router, routing)
-    _DECLARED[declaration.block_name] = declaration
-
-
-def _dotted(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    _DECLARED[block_class] = Declaration(dotted_name(block_class), experts, names, router, routing)
 
 
 def declaration_of(module: nn.Module, known: Mapping[str, Declaration]) -> Declaration | None:
@@ -125,8 +109,6 @@ def declaration_of(module: nn.Module, known: Mapping[str, Declaration]) -> Decla
         known: declarations of families by the dotted name of their block.
     """
     for kind in type(module).__mro__:
-        name = _dotted(kind)
-        declaration = _DECLARED.get(name) or known.get(name)
-        if declaration is not None and declaration.block_class in (kind, name):
-            return declaration
+        if found := _DECLARED.get(kind) or known.get(dotted_name(kind)):
+            return found
     return None

@@ -6,14 +6,14 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from drlora_core.errors import UnknownLayerError, near_misses
 from drlora_torch.errors import ModelError
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.records import MoELayer
-from drlora_torch.models.refused import UNDECLARED, Refused, is_undeclared
+from drlora_torch.models.refused import refusal
 
 
 def discover(model: nn.Module) -> list[MoELayer]:
@@ -35,14 +35,15 @@ def discover(model: nn.Module) -> list[MoELayer]:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    routers = _declared_router_classes(model)
     found: list[MoELayer] = []
     for name, module in model.named_modules():
         if any(not layer.name or name.startswith(f"{layer.name}.") for layer in found):
             continue  # a part of a layer is no layer of its own
         if (convention := find_convention(module)) is not None:
-            found.append(_record(model, name, module, convention))
-        elif is_undeclared(name, module):
-            found.append(_undeclared(model, name, module))
+            found.append(_adaptable(model, name, module, convention, routers))
+        elif (reason := refusal(model, name, module)) is not None:
+            found.append(_refused(model, name, module, reason, routers))
     return found
 
 
@@ -51,12 +52,7 @@ def choose_layers(
 ) -> list[MoELayer]:
     """Choose the layers to adapt: those whose name matches one of the patterns (``fnmatch``).
 
-    Without patterns all but those that are adapted on request only.
-
-    Args:
-        model: the model, for messages.
-        found: its layers, from :func:`discover`.
-        patterns: name patterns.
+    Without patterns all of ``found`` but those that are adapted on request only.
 
     Raises:
         ModelError: there is no MoE layer, or a chosen one has an obstacle.
@@ -67,81 +63,81 @@ def choose_layers(
             f"{type(model).__name__} has no mixture-of-experts layer that drlora can adapt; "
             "drlora_torch.discover(model) lists what it finds"
         )
-    names = [layer.name for layer in found]
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern):
-            raise UnknownLayerError(
-                f"no MoE layer matches {pattern!r}; {near_misses(pattern, names)}"
-            )
-    chosen = [
-        layer
-        for layer in found
-        if (patterns is None and not layer.only_on_request)
-        or any(fnmatch.fnmatchcase(layer.name, p) for p in patterns or ())
-    ]
+    if patterns is None:
+        chosen = [layer for layer in found if not layer.only_on_request]
+    else:
+        names = [layer.name for layer in found]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise UnknownLayerError(
+                    f"no MoE layer matches {pattern!r}; {near_misses(pattern, names)}"
+                )
+        chosen = [
+            layer for layer in found if any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)
+        ]
     for layer in chosen:
         if layer.obstacle is not None:
             raise ModelError(f"layer {layer.name!r} cannot be adapted: {layer.obstacle}")
     return chosen
 
 
-def _record(model: nn.Module, name: str, module: Any, convention: Convention) -> MoELayer:
+def _adaptable(
+    model: nn.Module, name: str, module: Any, convention: Convention, routers: set[type]
+) -> MoELayer:
     obstacle = convention.obstacle(module)
-    weight = convention.first_weight(module)
+    inside = convention.router
     return MoELayer(
         name=name,
         experts_class=type(module).__name__,
         num_experts=convention.num_experts(module),
         projections={} if obstacle else convention.projection_shapes(module),
-        router=_router_name(model, name, convention.router_child(module)),
-        dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
+        router=_joined(name, inside) if inside else _router_beside(model, name, routers),
+        dtype=_dtype_name(convention.first_weight(module)),
         obstacle=obstacle,
         convention=convention.name,
-        only_on_request=convention.only_on_request(module),
+        only_on_request=convention.only_on_request,
     )
 
 
-def _undeclared(model: nn.Module, name: str, module: Any) -> MoELayer:
-    block = type(model.get_submodule(name.rpartition(".")[0]))
-    weight = next(iter(module.parameters()), None)
+def _refused(model: nn.Module, name: str, module: Any, reason: str, routers: set[type]) -> MoELayer:
+    container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     return MoELayer(
         name=name,
         experts_class=type(module).__name__,
-        num_experts=len(module),
+        num_experts=len(module) if container else module.num_experts,
         projections={},
-        router=None,
-        dtype="unknown" if weight is None else str(weight.dtype).removeprefix("torch."),
-        obstacle=UNDECLARED.format(block=f"{block.__module__}.{block.__qualname__}"),
-        convention=Refused.name,
+        router=None if container else _router_beside(model, name, routers),
+        dtype=_dtype_name(next(module.parameters(), None)),
+        obstacle=reason,
+        convention="none",
     )
 
 
-def _router_name(model: nn.Module, layer: str, child: str | None) -> str | None:
-    """The router in the layer, or the one beside it.
+def _dtype_name(weight: Tensor | None) -> str:
+    return "unknown" if weight is None else str(weight.dtype).removeprefix("torch.")
 
-    It is of the class that the model declares to record logits of, else of the only class there
-    that is called a router.
-    """
-    if child is not None:
-        return f"{layer}.{child}" if layer else child
-    parent, _, _ = layer.rpartition(".")
-    classes = _declared_router_classes(model)
-    beside = list(model.get_submodule(parent).named_children())
-    declared = [name for name, module in beside if type(module) in classes]
-    called = [name for name, module in beside if type(module).__name__.endswith("Router")]
+
+def _router_beside(model: nn.Module, layer: str, routers: set[type]) -> str | None:
+    """A module beside the layer of a declared class, else the only one there called a router."""
+    parent = layer.rpartition(".")[0]
+    beside = {name: type(child) for name, child in model.get_submodule(parent).named_children()}
+    declared = [name for name, kind in beside.items() if kind in routers]
+    called = [name for name, kind in beside.items() if kind.__name__.endswith("Router")]
     if not declared and len(called) != 1:
         return None
-    name = (declared or called)[0]
-    return f"{parent}.{name}" if parent else name
+    return _joined(parent, (declared or called)[0])
+
+
+def _joined(module: str, child: str) -> str:
+    return f"{module}.{child}" if module else child
 
 
 def _declared_router_classes(model: nn.Module) -> set[type]:
     """Classes under ``router_logits`` in the ``_can_record_outputs`` of the model's parts."""
-    classes: set[type] = set()
+    classes: set[Any] = set()
     for module in model.modules():
         recorded = getattr(type(module), "_can_record_outputs", None) or {}
         entries = recorded.get("router_logits", ())
         for entry in entries if isinstance(entries, (list, tuple)) else (entries,):
-            target: Any = getattr(entry, "target_class", entry)
-            classes.add(target)
+            classes.add(getattr(entry, "target_class", entry))
     return classes

@@ -22,13 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.convention import (
-    ATTACHMENT,
-    Attachment,
-    Observer,
-    give_lora,
-    weights_obstacle,
-)
+from drlora_torch.models.convention import ATTACHMENT, Observer, Undo, give_lora, weights_obstacle
 from drlora_torch.models.fused import compute_dtype
 from drlora_torch.models.location import ExpertParameter
 
@@ -40,43 +34,30 @@ class ExpertsInterface:
     """The convention of every class decorated with ``use_experts_implementation``."""
 
     name = "interface"
+    router = None  # the interface hands experts their routing; the router is elsewhere
+    only_on_request = False
 
     def matches(self, module: nn.Module) -> bool:
-        declared = vars(module)
-        return "is_transposed" in declared and "has_gate" in declared and "config" in declared
-
-    def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        shapes = {}
-        for name in projection_names(module):
-            _, rows, columns = getattr(module, name).shape
-            shapes[name] = (
-                ProjectionShape(rows, columns)
-                if module.is_transposed
-                else ProjectionShape(columns, rows)
-            )
-        return shapes
+        return {"is_transposed", "has_gate", "config"} <= vars(module).keys()
 
     def num_experts(self, module: Any) -> int:
         weight = self.first_weight(module)
-        return 0 if weight is None else int(weight.shape[0])
+        return 0 if weight is None else len(weight)
 
     def first_weight(self, module: Any) -> Tensor | None:
         return getattr(module, projection_names(module)[0], None)
 
-    def router_child(self, module: Any) -> str | None:
-        return None  # the interface hands experts their routing; the router is elsewhere
-
-    def only_on_request(self, module: Any) -> bool:
-        return False
+    def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
+        order = 1 if module.is_transposed else -1  # of [N, I, O], else [N, O, I]
+        weights = {name: getattr(module, name) for name in projection_names(module)}
+        return {name: ProjectionShape(*w.shape[1:][::order]) for name, w in weights.items()}
 
     def obstacle(self, module: Any) -> str | None:
-        weights = [(name, getattr(module, name, None)) for name in projection_names(module)]
-        if (hindrance := weights_obstacle(weights, dims=3)) is not None:
-            return hindrance
-        first, second = (weight.shape[0] for _, weight in weights if weight is not None)
-        if first != second:
-            return f"its projections have {first} and {second} experts"
-        return None
+        weights: dict[str, Any] = {n: getattr(module, n, None) for n in projection_names(module)}
+        if (obstacle := weights_obstacle(weights, dims=3)) is not None:
+            return obstacle
+        first, second = (len(weight) for weight in weights.values())
+        return None if first == second else f"its projections have {first} and {second} experts"
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
         weight: Tensor = getattr(module, projection)[expert]
@@ -89,7 +70,7 @@ class ExpertsInterface:
             interleaved=not getattr(module, "is_concatenated", True),
         )
 
-    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
+    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
         base_config = module.config
         config = copy.deepcopy(base_config)
@@ -116,57 +97,37 @@ def projection_names(module: Any) -> tuple[str, str]:
 def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Experts with LoRA; what Transformers calls instead of its eager or grouped experts.
+    """Experts with LoRA on tokens [T, H] and their routing [T, K]; gives [T, H].
 
-    Args:
-        module: the experts module.
-        hidden_states: [T, H].
-        top_k_index: int64 [T, K]; values >= N are sentinels and contribute nothing.
-        top_k_weights: routing weights, [T, K].
-
-    Returns:
-        [T, H], in the dtype of ``hidden_states``.
+    Transformers calls it instead of its eager or grouped experts.
     """
-    attachment: Attachment = vars(module)[ATTACHMENT]
-    lora, observer = attachment.lora, attachment.observer
+    lora, observer = vars(module)[ATTACHMENT]
     if not observer.enabled:
-        base = base_forward(module, vars(module)[BASE_CONFIG])
+        own = type(module).forward.__wrapped__
+        chosen = vars(module)[BASE_CONFIG]._experts_implementation
+        base: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, own)
         return base(module, hidden_states, top_k_index, top_k_weights)
     first, second = projection_names(module)
     dtype = compute_dtype(getattr(module, first))
     dispatch = Dispatch.sort(top_k_index, lora.table.num_experts)
-    hidden = hidden_states.to(dtype)
-    rows = _project(module, lora, first, hidden, dispatch, gather=True)
+
+    def project(name: str, inputs: Tensor, **options: Any) -> Tensor:
+        return expert_linear(
+            inputs.to(dtype),
+            getattr(module, name),
+            getattr(module, f"{name}_bias") if module.has_bias else None,
+            lora.factors(name),
+            dispatch,
+            transposed=module.is_transposed,
+            **options,
+        )
+
+    rows = project(first, hidden_states, gather=True)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    rows = rows.to(dtype)
     if module.has_post_expert_norm:
-        rows = module.post_expert_norm(_project(module, lora, second, rows, dispatch))
-        output = dispatch.combine(rows, top_k_weights)
+        output = dispatch.combine(module.post_expert_norm(project(second, rows)), top_k_weights)
     else:
-        output = _project(module, lora, second, rows, dispatch, routing_weights=top_k_weights)
+        output = project(second, rows, routing_weights=top_k_weights)
     output = output.to(hidden_states.dtype)
     observer.routed(lora, output, top_k_index, top_k_weights)
     return output
-
-
-def _project(
-    module: Any, lora: ExpertLoRA, name: str, inputs: Tensor, dispatch: Dispatch, **options: Any
-) -> Tensor:
-    return expert_linear(
-        inputs,
-        getattr(module, name),
-        getattr(module, f"{name}_bias") if module.has_bias else None,
-        lora.factors(name),
-        dispatch,
-        transposed=module.is_transposed,
-        **options,
-    )
-
-
-def base_forward(module: Any, config: Any) -> Callable[..., Tensor]:
-    """Return what the module would run without us: its own forward, or the user's choice."""
-    own: Callable[..., Tensor] = type(module).forward.__wrapped__
-    chosen: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(
-        config._experts_implementation, own
-    )
-    return chosen

@@ -9,8 +9,9 @@ Shape letters: T tokens, K experts per token, N experts, S = T * K (token, exper
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,53 +19,34 @@ from torch import Tensor
 
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.models.convention import Observer, give_lora, undo_all
+from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
 from drlora_torch.models.fused import Fused, run_instead
 from drlora_torch.models.location import ExpertParameter
 
-ATTENTION = "transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA"
 FIRST, LAST = "input_linear", "output_linear"
 
 
-def _install(
-    convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer
-) -> Callable[[], None]:
+def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
     """Give the block its LoRA, its projections a forward, its router a hook."""
     last = threading.local()  # the routing of the router's last call in each thread
 
     def remember(router: Any, args: object, output: Any) -> None:
         last.routing = _routing(output)
 
-    def first(inputs: Tensor, expert_size: list[int]) -> Tensor:
-        return _project(convention, module, FIRST, lora, inputs, expert_size)
-
-    def second(inputs: Tensor, expert_size: list[int]) -> Tensor:
-        output = _project(convention, module, LAST, lora, inputs, expert_size)
-        observer.routed(lora, output, *last.routing)
+    def forward(projection: str, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        experts = _experts(expert_size, inputs.device)
+        dispatch = Dispatch.sort(experts.unsqueeze(1), lora.table.num_experts)
+        output = convention.projector(module, lora, dispatch)(projection, inputs)
+        if projection == LAST:
+            observer.routed(lora, output, *last.routing)
         return output
 
     return undo_all(
-        [
-            give_lora(module, lora, observer),
-            module.router.register_forward_hook(remember).remove,
-            run_instead(getattr(module, FIRST), first, observer),
-            run_instead(getattr(module, LAST), second, observer),
-        ]
+        give_lora(module, lora, observer),
+        module.router.register_forward_hook(remember).remove,
+        run_instead(module.input_linear, partial(forward, FIRST), observer),
+        run_instead(module.output_linear, partial(forward, LAST), observer),
     )
-
-
-def _project(
-    convention: Fused,
-    module: Any,
-    projection: str,
-    lora: ExpertLoRA,
-    inputs: Tensor,
-    counts: list[int],
-) -> Tensor:
-    rows = inputs.to(convention.compute_dtype(module))
-    experts = _experts(counts, inputs.device)
-    dispatch = Dispatch.sort(experts.unsqueeze(1), lora.table.num_experts)
-    return convention.project(module, projection, lora, rows, dispatch)
 
 
 def _experts(counts: list[int], device: torch.device) -> Tensor:
@@ -85,12 +67,16 @@ def _routing(output: Any) -> tuple[Tensor, Tensor]:
 
 JETMOE = Fused(
     name="single projections",
-    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE", ATTENTION),
+    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE",),
     weights={
         projection: ExpertParameter(module=projection, name="weight", transposed=False)
         for projection in (FIRST, LAST)
     },
     install_into=_install,
     router="router",
-    on_request=ATTENTION,
+)
+JETMOE_ATTENTION = dataclasses.replace(
+    JETMOE,
+    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA",),
+    only_on_request=True,
 )

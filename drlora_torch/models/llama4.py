@@ -11,22 +11,20 @@ Shape letters: T tokens, K experts per token, N experts, H model width, S = T * 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drlora_torch.errors import ModelError
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.models.convention import Observer, give_lora, undo_all
+from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
 from drlora_torch.models.fused import Fused, run_instead
 from drlora_torch.models.location import ExpertParameter
 
 
-def _install(
-    convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer
-) -> Callable[[], None]:
+def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
     """Give the block its LoRA, its experts a forward, its router a hook."""
     last = threading.local()  # the routing of the router's last call in each thread
 
@@ -35,35 +33,25 @@ def _install(
         index = logits.topk(router.top_k, dim=1).indices  # as the router itself chose
         last.routing = index, scores.detach().gather(1, index)
 
-    def forward(hidden_states: Tensor) -> Tensor:
+    def forward(hidden_states: Tensor) -> Tensor:  # [N * T, H]; rows that are not chosen give 0
         routing, last.routing = getattr(last, "routing", None), None
         if routing is None:
             raise ModelError(f"{lora.name}: its experts were called without their router")
-        output = _run(convention, module, lora, hidden_states, routing[0])
+        index = routing[0]
+        dispatch = Dispatch.sort(index, lora.table.num_experts)
+        project = convention.projector(module, lora, dispatch)
+        chosen = index.reshape(-1)[dispatch.order] * index.shape[0] + dispatch.tokens  # [S]
+        gate, up = project("gate_up_proj", hidden_states[chosen]).chunk(2, dim=-1)
+        rows = project("down_proj", up * module.experts.act_fn(gate)).to(hidden_states.dtype)
+        output = torch.zeros_like(hidden_states).index_copy(0, chosen, rows)
         observer.routed(lora, output, *routing)
         return output
 
     return undo_all(
-        [
-            give_lora(module, lora, observer),
-            run_instead(module.experts, forward, observer),
-            module.router.register_forward_hook(remember).remove,
-        ]
+        give_lora(module, lora, observer),
+        run_instead(module.experts, forward, observer),
+        module.router.register_forward_hook(remember).remove,
     )
-
-
-def _run(convention: Fused, module: Any, lora: ExpertLoRA, inputs: Tensor, index: Tensor) -> Tensor:
-    """Experts with LoRA on weighted inputs [N * T, H]; rows not chosen stay 0."""
-    dtype = convention.compute_dtype(module)
-    dispatch = Dispatch.sort(index, lora.table.num_experts)
-    chosen = index.reshape(-1)[dispatch.order] * index.shape[0] + dispatch.tokens  # [S]
-    rows = inputs[chosen].to(dtype)
-    rows = convention.project(module, "gate_up_proj", lora, rows, dispatch)
-    gate, up = rows.chunk(2, dim=-1)
-    rows = (up * module.experts.act_fn(gate)).to(dtype)
-    rows = convention.project(module, "down_proj", lora, rows, dispatch)
-    output = inputs.new_zeros(inputs.shape[0], rows.shape[1])
-    return output.index_copy(0, chosen, rows.to(inputs.dtype))
 
 
 LLAMA4 = Fused(

@@ -1,20 +1,10 @@
-"""Experts that cannot be adapted: listed by name, so that no model is half adapted in silence.
-
-Each class is refused for a reason of its own. A ``ModuleList`` or ``ModuleDict`` called ``experts``
-in a block that nobody declared is refused because what its block does with it cannot be guessed.
-"""
+"""Experts that cannot be adapted: listed with the reason, so that no model is adapted by half."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from torch import nn
 
-from torch import Tensor, nn
-
-from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
-from drlora_torch.models.convention import Observer
-from drlora_torch.models.fused import is_of_class
-from drlora_torch.models.location import Location
+from drlora_torch.models.convention import dotted_name
 
 DEQUANTISE = (
     "its experts are quantised ({kind}) and multiplied by kernels that cannot add a LoRA; load the "
@@ -47,46 +37,16 @@ UNDECLARED = (
 )
 
 
-class Refused:
-    """The convention of the classes above; adapts nothing."""
+def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Say why experts without a convention cannot be adapted; None if they are no experts.
 
-    name = "none"
-
-    def matches(self, module: nn.Module) -> bool:
-        return is_of_class(module, tuple(REASONS))
-
-    def num_experts(self, module: Any) -> int:
-        return int(module.num_experts)
-
-    def first_weight(self, module: Any) -> Tensor | None:
-        return next(iter(module.parameters()), None)
-
-    def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        return {}
-
-    def router_child(self, module: Any) -> str | None:
-        return None
-
-    def only_on_request(self, module: Any) -> bool:
-        return False
-
-    def obstacle(self, module: Any) -> str | None:
-        return next(reason for name, reason in REASONS.items() if is_of_class(module, (name,)))
-
-    def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Callable[[], None]:
-        self._refuse()
-
-    def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        self._refuse()
-
-    def location(self, module: Any, projection: str) -> Location:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise AssertionError("a layer with an obstacle is not adapted")
-
-
-def is_undeclared(name: str, module: nn.Module) -> bool:
-    """True for a container of modules called ``experts``; ask only where no layer was found."""
-    container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    return container and name.rpartition(".")[2] == "experts" and len(module) > 1  # type: ignore[arg-type]
+    A container called ``experts`` counts as experts: what its block does with it is not known.
+    """
+    for kind in type(module).__mro__:
+        if dotted_name(kind) in REASONS:
+            return REASONS[dotted_name(kind)]
+    block, _, own_name = name.rpartition(".")
+    container = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1
+    if container and own_name == "experts":
+        return UNDECLARED.format(block=dotted_name(type(model.get_submodule(block))))
+    return None

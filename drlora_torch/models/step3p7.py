@@ -9,28 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.lora.dispatch import Dispatch
-from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.models.fused import Fused, routed
+from drlora_torch.models.fused import Fused, Project, routed
 from drlora_torch.models.location import ExpertParameter
 
 
-def _run(
-    convention: Fused, module: Any, lora: ExpertLoRA, tokens: Tensor, index: Tensor, weights: Tensor
-) -> Tensor:
-    dtype = convention.compute_dtype(module)
-    dispatch = Dispatch.sort(index, lora.table.num_experts)
-    rows = convention.project(module, "gate_up_proj", lora, tokens.to(dtype), dispatch, gather=True)
-    rows = module._apply_gate(rows).to(dtype)
-    return convention.project(module, "down_proj", lora, rows, dispatch, routing_weights=weights)
+def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    rows = module._apply_gate(project("gate_up_proj", tokens, gather=True))
+    return project("down_proj", rows, routing_weights=weights)
 
 
 STEP3P7 = Fused(
     name="undecorated",
     classes=("transformers.models.step3p7.modeling_step3p7.Step3p7Experts",),
     weights={
-        "gate_up_proj": ExpertParameter(name="gate_up_proj", transposed=False),
-        "down_proj": ExpertParameter(name="down_proj", transposed=False),
+        name: ExpertParameter(name=name, transposed=False) for name in ("gate_up_proj", "down_proj")
     },
     install_into=routed(_run),
 )

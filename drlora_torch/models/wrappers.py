@@ -1,4 +1,4 @@
-"""Models inside wrappers of other libraries: PEFT's, whose LoRA of other modules stays beside ours.
+"""Models that PEFT has wrapped or adapted: its LoRA of other modules stays beside ours.
 
 PEFT is never imported here: a model that it adapted exists only where it has been imported.
 """
@@ -12,11 +12,7 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside a PeftModel, any other as it is.
-
-    Names of layers are then those of the base model, so that an adapter file fits with and
-    without PEFT around.
-    """
+    """Return the model inside a PeftModel: layers have the same names with and without PEFT."""
     peft: Any = sys.modules.get("peft")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         base: nn.Module = model.get_base_model()

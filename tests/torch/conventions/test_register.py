@@ -168,6 +168,13 @@ def test_an_undeclared_block_is_refused() -> None:
         helpers.attach(model)
 
 
+def test_a_class_that_is_defined_again_is_another_class() -> None:
+    """As when a cell of a notebook runs twice: models of the first class keep its declaration."""
+    again = type("Block", (nn.Module,), {"__module__": Block.__module__})
+    drlora_torch.register_moe(again, **DECLARED, routing=by_gate)  # type: ignore[arg-type]
+    assert [layer.obstacle for layer in drlora_torch.discover(Model())] == [None, None]
+
+
 WRONG_ROUTING = [
     (lambda block, logits: by_gate(block, -logits), "gets . of 21 tokens, but its w1 was called"),
     (lambda block, logits: logits, r"must return \(index, weights\)"),
