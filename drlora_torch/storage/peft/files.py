@@ -1,14 +1,16 @@
-"""The two files of an adapter directory of PEFT: safetensors and JSON, written together."""
+"""An adapter directory of PEFT: safetensors and a JSON configuration, written together."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drlora_core import atomic
@@ -36,7 +38,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration of an adapter directory.
+    """Read the tensors and the configuration.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -46,10 +48,38 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise CheckpointError(f"no PEFT adapter at {path}: it has no {name}")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        with safe_open(str(path / WEIGHTS_FILE), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"the PEFT adapter at {path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG_FILE} does not hold a configuration")
     return tensors, config
+
+
+def scaling_of(config: Mapping[str, Any], target: str) -> float:
+    """Scaling of a target: alpha / r, either of which a pattern may change.
+
+    Raises:
+        CheckpointError: the configuration gives it no finite scaling.
+
+    Example:
+        >>> scaling_of({"r": 4, "lora_alpha": 8}, "mlp.experts.down_proj")
+        2.0
+    """
+    try:
+        rank = float(_by_pattern(config.get("rank_pattern"), target, config["r"]))
+        alpha = float(_by_pattern(config.get("alpha_pattern"), target, config["lora_alpha"]))
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        raise CheckpointError(f"no readable r and lora_alpha for {target!r}: {error}") from error
+    if not math.isfinite(scaling):
+        raise CheckpointError(f"the scaling of {target!r} is not finite")
+    return scaling
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, target: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the name, as PEFT does."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", target):
+            return value
+    return default

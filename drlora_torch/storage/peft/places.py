@@ -1,13 +1,30 @@
-"""Where the weights of adapted layers are, and the names that their experts have or would have."""
+"""Names in an adapter directory: of modules, and of experts that the model may keep fused."""
 
 from __future__ import annotations
 
 from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.models.checkpoint_names import Fused, Place, unfused
 from drlora_torch.models.conventions import convention_of
-from drlora_torch.models.location import ExpertParameter, Location
-from drlora_torch.storage.peft import per_expert
-from drlora_torch.storage.peft.names import joined, own_name
+from drlora_torch.models.location import ExpertLinears, ExpertParameter, Location
+
+PREFIX = "base_model.model."
+"""PEFT puts it before every name of a tensor."""
+FUSED, PARTS = "gate_up_proj", ("gate_proj", "up_proj")
+
+
+def own_name(name: str) -> str:
+    """Name of a module in the model itself, where that is already inside a PeftModel."""
+    return name.removeprefix(PREFIX).replace(".base_layer", "")
+
+
+def joined(*parts: str) -> str:
+    """Dotted name of parts, of which some may be empty.
+
+    Example:
+        >>> joined("mlp", "", "w1")
+        'mlp.w1'
+    """
+    return ".".join(part for part in parts if part)
 
 
 def locations(layer: AdaptedLayer) -> dict[str, Location]:
@@ -17,39 +34,63 @@ def locations(layer: AdaptedLayer) -> dict[str, Location]:
 
 
 def parameters_of(layer: AdaptedLayer) -> dict[str, ExpertParameter]:
-    """Those that are in one parameter."""
+    """The projections of a layer that are one parameter each."""
     return {p: each for p, each in locations(layer).items() if isinstance(each, ExpertParameter)}
 
 
-class Places:
-    """Names of the unfused experts of a model."""
+def namings(attached: Attached) -> dict[tuple[str, str], list[list[Place]]]:
+    """The places of every layer and projection under each naming, preferred naming first.
 
-    def __init__(self, attached: Attached) -> None:
-        self._layers = attached.layers
-        fused = {}
-        for name, layer in attached.layers.items():
-            for each in parameters_of(layer).values():
-                weight = getattr(layer.experts.get_submodule(each.module), each.name)
-                if weight.dim() == 3:
-                    shape = tuple(weight.shape)
-                    fused[_parameter(name, each)] = Fused(shape, each.transposed)
-        self._on_disk = unfused(attached.model, fused)
-
-    def of(self, name: str, projection: str) -> list[Place]:
-        """Places of a projection of a layer: as its checkpoints name them, if they do."""
-        return self.candidates(name, projection)[0]
-
-    def candidates(self, name: str, projection: str) -> list[list[Place]]:
-        """All namings, best first."""
-        layer = self._layers[name]
-        where, experts = locations(layer)[projection], layer.record.num_experts
-        shape = layer.record.projections[projection]
-        named = [per_expert.own_places(own_name(name), projection, where, shape, experts)]
-        if isinstance(where, ExpertParameter):
-            on_disk = self._on_disk.get(_parameter(name, where), [])
-            named.insert(0, [place for place in on_disk if place.expert < experts])
-        return [places for places in named if places]
+    Transformers is asked for the names that its checkpoints have; experts that stay fused there
+    have only those of :func:`own_places`.
+    """
+    fused = {}
+    for layer in attached.layers.values():
+        for each in parameters_of(layer).values():
+            weight = getattr(layer.experts.get_submodule(each.module), each.name)
+            if weight.dim() == 3:
+                fused[qualified(layer, each)] = Fused(tuple(weight.shape), each.transposed)
+    on_disk = unfused(attached.model, fused)
+    found = {}
+    for name, layer in attached.layers.items():
+        for projection, where in locations(layer).items():
+            candidates = [own_places(layer, projection, where)]
+            if isinstance(where, ExpertParameter):
+                named = on_disk.get(qualified(layer, where), [])
+                experts = layer.record.num_experts
+                candidates.insert(0, [place for place in named if place.expert < experts])
+            found[name, projection] = [each for each in candidates if each]
+    return found
 
 
-def _parameter(name: str, where: ExpertParameter) -> str:
-    return joined(own_name(name), where.module, where.name)
+def own_places(layer: AdaptedLayer, projection: str, where: Location) -> list[Place]:
+    """Places under the names that the model itself has, or would have if it were not fused.
+
+    Fused experts get ``{experts}.{i}.gate_proj``, ``up_proj`` and ``down_proj``, or the
+    projection's own name.
+    """
+    name = own_name(layer.record.name)
+    outputs = layer.record.projections[projection].out_features
+    parts = [(projection, slice(0, outputs))]
+    if isinstance(where, ExpertLinears):
+        return [
+            Place(joined(name, expert, where.projection), index, slice(0, outputs))
+            for index, expert in enumerate(where.experts)
+        ]
+    if projection == FUSED:
+        half = outputs // 2
+        rows = [slice(0, half), slice(half, outputs)]
+        if where.interleaved:
+            rows = [slice(0, outputs, 2), slice(1, outputs, 2)]
+        parts = list(zip(PARTS, rows, strict=True))
+    parent = joined(name, where.module if where.name == projection else "")
+    return [
+        Place(joined(parent, str(expert), part), expert, rows)
+        for expert in range(layer.record.num_experts)
+        for part, rows in parts
+    ]
+
+
+def qualified(layer: AdaptedLayer, where: ExpertParameter) -> str:
+    """Name of a parameter in the model itself."""
+    return joined(own_name(layer.record.name), where.module, where.name)
