@@ -49,15 +49,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"no adapter at {path}: expected a directory with {FILE_NAME}")
     try:
         with safe_open(str(source), framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            if text is None:
-                raise CheckpointError(f"{source} is a safetensors file, but not a drlora adapter")
+            description = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        description = json.loads(text)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{source} is damaged or truncated: {error}") from error
     if not isinstance(description, dict):
-        raise CheckpointError(f"{source} has no readable description")
+        raise CheckpointError(f"{source} is not a drlora adapter: it has no description of one")
     return tensors, description

@@ -9,11 +9,9 @@ see :meth:`drlora_torch.step.tracker.StepTracker.state_dict`.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,28 +27,9 @@ from drlora_torch.options import AdapterOptions
 from drlora_torch.parameters import unfreeze_routers
 from drlora_torch.step.processes import several_processes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint, history
+from drlora_torch.storage.checkpoint_checks import Saved, as_checkpoint_error
 
 VERSION = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """The content of a file whose description was read; its tensors are not checked yet."""
-
-    path: Path
-    layers: Mapping[str, Any]
-    options: AdapterOptions
-    config: AllocatorConfig
-    state: Mapping[str, Any]  # of the engine
-    events: Sequence[Mapping[str, Any]]
-    base: object
-    tensors: Mapping[str, Tensor]
-    skipped_steps: int
-
-    @property
-    def pending(self) -> dict[str, Tensor]:
-        """Partial state of the step in which the file was saved."""
-        return {key: t for key, t in self.tensors.items() if key.startswith("pending/")}
 
 
 def save(attached: Attached, path: Path) -> Path:
@@ -100,11 +79,12 @@ def read(path: Path) -> Saved:
         CheckpointError: it is missing, damaged, foreign or of another version.
     """
     tensors, description = adapter_file.read(path)
-    with checkpoint_checks.as_checkpoint_error(path):
-        if description["version"] != VERSION or isinstance(description["version"], bool):
+    with as_checkpoint_error(path):
+        version = description["version"]
+        if version != VERSION or isinstance(version, bool):
             raise CheckpointError(
-                f"the adapter has format version {description['version']!r}; this drlora reads "
-                f"{VERSION} (files of a newer drlora need a newer drlora)"
+                f"the adapter has format version {version!r}; this drlora reads {VERSION} "
+                "(files of a newer drlora need a newer drlora)"
             )
         state = dict(description["engine"])
         state["layers"] = {name: dict(fields) for name, fields in state["layers"].items()}
@@ -116,7 +96,6 @@ def read(path: Path) -> Saved:
             path,
             dict(description["layers"]),
             AdapterOptions(**description["options"]),
-            AllocatorConfig.model_validate(state["config"]),
             state,
             list(description.get("events", [])),
             description.get("base"),
@@ -131,8 +110,9 @@ def restore_engine(saved: Saved, policy: Policy | None = None) -> AllocatorEngin
     Raises:
         CheckpointError: its state is damaged.
     """
-    with checkpoint_checks.as_checkpoint_error(saved.path):
-        engine = AllocatorEngine(saved.config, policy=policy)
+    with as_checkpoint_error(saved.path):
+        config = AllocatorConfig.model_validate(saved.state["config"])
+        engine = AllocatorEngine(config, policy=policy)
         engine.load_state_dict(saved.state)
         return engine
 
@@ -144,12 +124,12 @@ def check(
     found: Sequence[MoELayer],
     check_base: bool,
 ) -> list[GrowthEvent]:
-    """Check a file against a model, and return its growth events.
+    """Check a file against a model, adapted or not, and return its growth events.
 
     Args:
         saved: the file.
         engine: its engine.
-        model: the base model, adapted or not.
+        model: the base model.
         found: the layers of the model.
         check_base: compare the fingerprint of the base's expert weights.
 
@@ -157,16 +137,12 @@ def check(
         CheckpointError: something is missing, damaged, or of another model.
     """
     records = {record.name: record for record in found}
-    with checkpoint_checks.as_checkpoint_error(saved.path):
-        checkpoint_checks.check_layers(saved.layers, records)
+    with as_checkpoint_error(saved.path):
+        checkpoint_checks.check_layers(saved, records)
         if check_base:
-            hint = "load(..., check_base=False) loads it all the same"
-            fingerprint.check(model, records, saved.base, hint)
-        wanted = checkpoint_checks.wanted_tensors(
-            model, records, saved.layers, saved.options, saved.config
-        )
-        checkpoint_checks.check_tensors(saved.tensors, wanted, saved.layers, saved.options)
-        checkpoint_checks.check_slots(saved.tensors, saved.layers, saved.options, engine)
+            fingerprint.check(model, records, saved.base)
+        checkpoint_checks.check_tensors(saved, engine, model, records)
+        checkpoint_checks.check_slots(saved, engine)
         return history.from_saved(saved.events, saved.tensors, engine)
 
 
@@ -196,9 +172,8 @@ def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
         CheckpointError: as for loading, or the adapter was made with other options.
     """
     saved = read(path)
-    own = attached.options.model_dump(exclude={"layers"})
-    same_layers = set(saved.layers) == set(attached.layers)
-    if saved.options.model_dump(exclude={"layers"}) != own or not same_layers:
+    options = saved.options.model_copy(update={"layers": attached.options.layers})
+    if options != attached.options or set(saved.layers) != set(attached.layers):
         raise CheckpointError(f"{path} was saved by an adapter with other options or layers")
     records = [layer.record for layer in attached.layers.values()]
     events = check(saved, restore_engine(saved), attached.model, records, check_base)
@@ -221,9 +196,8 @@ def _pending(attached: Attached) -> dict[str, Tensor]:
     found = attached.unfinished if tracker is None else tracker.state_dict()
     if found and several_processes():
         warnings.warn(
-            "saved between micro-batches of an optimizer step: with several processes those are "
-            "left out, since each process has gradients of its own; go on from the beginning of "
-            "the step",
+            "saved between micro-batches of an optimizer step: with several processes, each has "
+            "gradients of its own, so these are not saved; resume from the beginning of the step",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -36,15 +36,8 @@ def of_model(model: nn.Module, records: Iterable[MoELayer]) -> dict[str, Any]:
     }
 
 
-def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object, hint: str) -> None:
-    """Refuse a model whose experts are not those of a saved fingerprint.
-
-    Args:
-        model: the base model.
-        records: its layers by name.
-        saved: the fingerprint; None in files that have none, which pass.
-        hint: how to load all the same; ends the message.
-    """
+def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object) -> None:
+    """Refuse a model whose experts are not those of a saved fingerprint; None passes."""
     if saved is None:
         return
     if not isinstance(saved, dict) or not isinstance(saved.get("experts"), dict):
@@ -62,7 +55,8 @@ def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object, hint
         raise CheckpointError(
             f"the base model is another: the expert weights of {differing[0]!r}{more} are not "
             f"those that the adapter was trained on (a {saved.get('model')}, {saved.get('dtype')}; "
-            f"this is a {own['model']}, {own['dtype']}); {hint}"
+            f"this is a {own['model']}, {own['dtype']}); "
+            "load(..., check_base=False) loads it all the same"
         )
 
 
