@@ -21,12 +21,8 @@ FILE_NAME = "drlora_adapter.safetensors"
 KEY = "drlora"
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
-    """Write an adapter file into a folder, replacing an older one at once.
-
-    Raises:
-        CheckpointError: the disk is full or may not be written; what was there is untouched.
-    """
+def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write an adapter file into a folder, replacing an older one at once."""
     target = folder / FILE_NAME
     metadata = {KEY: json.dumps(description)}
     try:
@@ -35,15 +31,10 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
         raise CheckpointError(
             f"could not write {target}: {error}; what was there before is untouched"
         ) from error
-    return target
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter from a folder or file.
-
-    Raises:
-        CheckpointError: it is missing, truncated, or not a file of ours.
-    """
+    """Read an adapter from a folder or file."""
     source = path / FILE_NAME if path.is_dir() else path
     if not source.is_file():
         raise CheckpointError(f"no adapter at {path}: expected a directory with {FILE_NAME}")

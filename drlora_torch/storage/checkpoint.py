@@ -32,12 +32,8 @@ from drlora_torch.storage.checkpoint_checks import Saved, as_checkpoint_error
 VERSION = 2
 
 
-def save(attached: Attached, path: Path) -> Path:
-    """Write the adapter file into a folder.
-
-    Raises:
-        CheckpointError: nothing could be written; what was there before is untouched.
-    """
+def save(attached: Attached, path: Path) -> None:
+    """Write the adapter file into a folder."""
     state = attached.engine.state_dict()
     tensors: dict[str, Tensor] = {}
     for name, layer in attached.layers.items():
@@ -69,15 +65,11 @@ def save(attached: Attached, path: Path) -> Path:
         },
     }
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return adapter_file.write(path, whole, description)
+    adapter_file.write(path, whole, description)
 
 
 def read(path: Path) -> Saved:
-    """Read a file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, foreign or of another version.
-    """
+    """Read a file; refuse it if it is missing, damaged, foreign or of another version."""
     tensors, description = adapter_file.read(path)
     with as_checkpoint_error(path):
         version = description["version"]
@@ -93,23 +85,19 @@ def read(path: Path) -> Saved:
             if name:
                 state["layers"][name][field] = tensor.numpy()
         return Saved(
-            path,
-            dict(description["layers"]),
-            AdapterOptions(**description["options"]),
-            state,
-            list(description.get("events", [])),
-            description.get("base"),
-            tensors,
-            int(description["skipped_steps"]),
+            path=path,
+            layers=dict(description["layers"]),
+            options=AdapterOptions(**description["options"]),
+            state=state,
+            events=list(description.get("events", [])),
+            base=description.get("base"),
+            tensors=tensors,
+            skipped_steps=int(description["skipped_steps"]),
         )
 
 
 def restore_engine(saved: Saved, policy: Policy | None = None) -> AllocatorEngine:
-    """Build the engine of a file.
-
-    Raises:
-        CheckpointError: its state is damaged.
-    """
+    """Build the engine of a file."""
     with as_checkpoint_error(saved.path):
         config = AllocatorConfig.model_validate(saved.state["config"])
         engine = AllocatorEngine(config, policy=policy)
@@ -124,17 +112,9 @@ def check(
     found: Sequence[MoELayer],
     check_base: bool,
 ) -> list[GrowthEvent]:
-    """Check a file against a model, adapted or not, and return its growth events.
+    """Check a file and its engine against a model and its layers; return the growth events.
 
-    Args:
-        saved: the file.
-        engine: its engine.
-        model: the base model.
-        found: the layers of the model.
-        check_base: compare the fingerprint of the base's expert weights.
-
-    Raises:
-        CheckpointError: something is missing, damaged, or of another model.
+    ``check_base`` compares the fingerprint of the base's expert weights too.
     """
     records = {record.name: record for record in found}
     with as_checkpoint_error(saved.path):
@@ -166,11 +146,7 @@ def fill_routers(attached: Attached, saved: Saved) -> None:
 
 
 def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
-    """Bring an adapter to a saved state, in place: parameters keep their identity.
-
-    Raises:
-        CheckpointError: as for loading, or the adapter was made with other options.
-    """
+    """Bring an adapter to a saved state, in place: parameters keep their identity."""
     saved = read(path)
     options = saved.options.model_copy(update={"layers": attached.options.layers})
     if options != attached.options or set(saved.layers) != set(attached.layers):

@@ -58,16 +58,7 @@ def wanted_tensors(
 def from_saved(
     saved: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], engine: AllocatorEngine
 ) -> list[GrowthEvent]:
-    """Rebuild the events of a file.
-
-    Args:
-        saved: what :func:`to_json` gave.
-        tensors: the tensors of the file, the :func:`wanted_tensors` among them.
-        engine: the restored engine, whose ranks the events must lead to.
-
-    Raises:
-        CheckpointError: the events lead to other ranks.
-    """
+    """Rebuild the events of a file; they must lead to the ranks of its engine."""
     arrays: dict[str, dict[str, NDArray[Any]]] = {field: {} for field in (*KINDS, "ranks")}
     for key in wanted_tensors(len(saved), engine):
         name, _, field = key.partition(MARK)

@@ -26,12 +26,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
 
 
 def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Resolve a directory, a file, or the id of a repository on the hub to a local path.
-
-    Raises:
-        CheckpointError: it is none of them, or the hub cannot be reached and the adapter is not
-            cached.
-    """
+    """Resolve a directory, a file, or the id of a repository on the hub to a local path."""
     local = Path(path)
     if local.exists() or not is_repo_id(str(path)):
         return local
@@ -53,16 +48,10 @@ def is_repo_id(name: str) -> bool:
 def upload(
     folder: Path, repo_id: str, private: bool | None, write_card: Callable[[str], str]
 ) -> None:
-    """Upload the adapter of a folder with a model card, making the repository if need be.
+    """Upload the adapter of a folder, creating the repository if it does not exist.
 
-    Args:
-        folder: where the adapter is; the card is written there too, unless it has one.
-        repo_id: name of the repository, with or without an owner.
-        private: visibility of a repository that is made; None for the account's default.
-        write_card: gives the text of the card for the full name of the repository.
-
-    Raises:
-        CheckpointError: the hub refused or cannot be reached; the local files are complete.
+    ``write_card`` gives the text of a model card for the full name of the repository. The card is
+    written to the folder and uploaded too; one that is already there stays.
     """
     try:
         api = huggingface_hub.HfApi()

@@ -321,9 +321,9 @@ DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
     (_set("engine", "layers", to={}), "complete|layers"),
     (_set("layers", to={}), "unknown tensor"),
     (_set("layers", to=[]), "unknown tensor"),
-    (_set("events", to=[]), "growth events are incomplete"),
-    (_drop("events"), "growth events are incomplete"),
-    (_set("events", to=[{"step": 4}]), "complete|has shape|not torch.int64"),
+    (_set("events", to=[]), "has an unknown tensor '.*/events/"),
+    (_drop("events"), "has an unknown tensor '.*/events/"),
+    (_set("events", to=[{"step": 4}]), "/events/.* has shape|not a complete adapter"),
 ]
 
 

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle.routers import trained_routers
-from drlora_torch.models.location import ExpertLinears
 from drlora_torch.options import RouterMode
-from drlora_torch.storage.peft import files, per_expert, places, stacked
-from drlora_torch.storage.peft.factors import Factors, FloatArray, read_slots, resize
-from drlora_torch.storage.peft.places import PREFIX, own_name
+from drlora_torch.storage.peft import files, per_expert, stacked
+from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
+from drlora_torch.storage.peft.files import PREFIX, own_name
 
-AllFactors = Mapping[tuple[str, str], Factors]
-"""By layer and projection."""
 Linear = tuple[str, str, str]
 """Names of a layer, of an expert in it, and of a Linear in the expert."""
 
@@ -56,65 +53,34 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
     }
     if separate:  # serving engines take one rank
         ranks = dict.fromkeys(ranks, max(ranks.values()))
-    factors: dict[tuple[str, str], Factors] = {}
     errors: dict[str, dict[str, FloatArray]] = {name: {} for name in attached.layers}
-    for name, layer in attached.layers.items():
-        for projection, slots in layer.lora.items():
-            factors[name, projection], errors[name][projection] = resize(
-                read_slots(layer.lora, slots), ranks[name]
-            )
-    if separate:
-        tensors, fields = _for_engines(attached, factors)
-    else:
-        tensors, fields = _for_peft(attached, factors, keep_ranks=rank is None)
-    tensors |= _routers(attached)
-    files.write(path, tensors, _config(attached, max(ranks.values()), fields))
-    return ExportReport(path, ranks, errors)
-
-
-def _for_engines(
-    attached: Attached, factors: AllFactors
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One LoRA per expert; engines take the names of modules without their path."""
-    tensors: dict[str, Tensor] = {}
-    modules = set()
-    for key, (preferred, *_) in places.namings(attached).items():
-        modules |= {place.name.rpartition(".")[2] for place in preferred}
-        experts, rank, _ = factors[key].lora_A.shape
-        tensors |= per_expert.tensors(preferred, factors[key], [rank] * experts)
-    return tensors, {"target_modules": sorted(modules)}
-
-
-def _for_peft(
-    attached: Attached, factors: AllFactors, *, keep_ranks: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors as PEFT would save them, and what the configuration says of their modules."""
-    tensors: dict[str, Tensor] = {}
-    patterns: dict[str, int] = {}
+    tensors = _routers(attached)
+    parameters: dict[str, int] = {}
     linears: dict[Linear, int] = {}
+    namings = per_expert.namings(attached) if separate else {}
     for name, layer in attached.layers.items():
-        targets = stacked.targets(layer, places.parameters_of(layer))
-        for projection, where in places.locations(layer).items():
-            both = factors[name, projection]
-            experts, rank, _ = both.lora_A.shape
-            if isinstance(where, ExpertLinears):
-                ranks = [rank] * experts
-                if keep_ranks:  # PEFT has no rank 0
-                    ranks = [max(own, 1) for own in layer.lora.table.ranks().tolist()]
-                named = places.own_places(layer, projection, where)
-                tensors |= per_expert.tensors(named, both, ranks)
-                for expert, own in zip(where.experts, ranks, strict=True):
-                    linears[own_name(name), expert, where.projection] = own
-            else:
-                target = targets[projection]
-                tensors |= stacked.tensors(both, target)
-                patterns[target.parameter] = rank
-    fields: dict[str, Any] = {"target_parameters": list(patterns) or None}
-    if linears:
-        fields["target_modules"] = pattern(linears)
-    for rank in dict.fromkeys(linears.values()):
-        patterns[pattern(linear for linear, own in linears.items() if own == rank)] = rank
-    return tensors, {**fields, "rank_pattern": patterns}
+        targets = {} if separate else stacked.targets(layer, stacked.parameters_of(layer))
+        expert_ranks = [ranks[name]] * layer.record.num_experts
+        if rank is None and not separate:  # PEFT has no rank 0
+            expert_ranks = [max(own, 1) for own in layer.lora.table.ranks().tolist()]
+        for projection, slots in layer.lora.items():
+            experts = read_slots(layer.lora, slots)
+            factors, errors[name][projection] = resize(experts, ranks[name])
+            if projection in targets:
+                tensors |= stacked.tensors(factors, targets[projection])
+                parameters[targets[projection].parameter] = ranks[name]
+                continue
+            places = per_expert.own_places(layer, projection)
+            if separate:
+                places = namings[name, projection][0]
+            tensors |= per_expert.tensors(places, factors, expert_ranks)
+            for place in places:
+                expert, _, linear = place.name.removeprefix(f"{own_name(name)}.").rpartition(".")
+                linears[own_name(name), expert, linear] = expert_ranks[place.expert]
+    files.write(
+        path, tensors, _config(attached, max(ranks.values()), parameters, linears, separate)
+    )
+    return ExportReport(path, ranks, errors)
 
 
 def pattern(linears: Iterable[Linear]) -> str:
@@ -157,16 +123,27 @@ def _routers(attached: Attached) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(attached: Attached, rank: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig that differ from its defaults, or that readers expect.
+def _config(
+    attached: Attached,
+    rank: int,
+    parameters: Mapping[str, int],
+    linears: Mapping[Linear, int],
+    separate: bool,
+) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig that readers expect or that differ from its defaults.
 
-    Scaling alpha / r of every module is ours.
+    Parameters and Linears come with their ranks; alpha / r of each is our scaling.
     """
     own_config = getattr(attached.model, "config", None)
     architectures = (type(attached.model).__name__, getattr(own_config, "architectures", None))
-    patterns = {name: own for name, own in fields.get("rank_pattern", {}).items() if own != rank}
+    modules: list[str] | str = pattern(linears) if linears else []
+    if separate:  # engines take the names of modules without their path
+        modules = sorted({name for _, _, name in linears})
     learned = attached.options.router is not RouterMode.FROZEN
     routers = sorted({own_name(str(layer.record.router)) for layer in attached.layers.values()})
+    patterns = {name: own for name, own in parameters.items() if own != rank}
+    for other in dict.fromkeys(own for own in linears.values() if own != rank):
+        patterns[pattern(linear for linear, own in linears.items() if own == other)] = other
 
     def alpha(rank: int) -> float:
         exact = attached.options.scaling(attached.engine.config) * rank
@@ -176,12 +153,11 @@ def _config(attached: Attached, rank: int, fields: Mapping[str, Any]) -> dict[st
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if "ForCausalLM" in str(architectures) else None,
         "base_model_name_or_path": getattr(own_config, "_name_or_path", None) or None,
-        "target_modules": [],
-        "target_parameters": None,
-        "modules_to_save": routers if learned else None,
-        **fields,
         "r": rank,
         "lora_alpha": alpha(rank),
         "rank_pattern": patterns,
         "alpha_pattern": {name: alpha(own) for name, own in patterns.items()},
+        "target_modules": modules,
+        "target_parameters": list(parameters) or None,
+        "modules_to_save": routers if learned else None,
     }

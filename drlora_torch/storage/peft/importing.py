@@ -17,9 +17,9 @@ from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lifecycle.routers import trained_routers
 from drlora_torch.lora.layers import ProjectionShape
-from drlora_torch.storage.peft import files, per_expert, places, stacked
+from drlora_torch.storage.peft import files, per_expert, stacked
 from drlora_torch.storage.peft.factors import Expert, Factors, FloatArray, resize, write_slots
-from drlora_torch.storage.peft.places import PREFIX, own_name
+from drlora_torch.storage.peft.files import PREFIX, own_name
 
 Errors = dict[str, dict[str, FloatArray]]
 
@@ -38,7 +38,7 @@ def start_from(attached: Attached, path: Path) -> Errors:
     for name, layer in attached.layers.items():
         for projection, experts in _take_stacked(layer, config, held).items():
             found[name, projection] = experts
-    for (name, projection), namings in places.namings(attached).items():
+    for (name, projection), namings in per_expert.namings(attached).items():
         shape = attached.layers[name].record.projections[projection]
         for naming in namings:
             separate = per_expert.take(held, config, naming, shape)
@@ -65,8 +65,8 @@ def _take_stacked(
     suffixes = tuple(f".{target}" for target in config.get("target_parameters") or ())
     chosen = {
         projection: where
-        for projection, where in places.parameters_of(layer).items()
-        if f".{places.qualified(layer, where)}".endswith(suffixes)  # as PEFT matches them
+        for projection, where in stacked.parameters_of(layer).items()
+        if f".{stacked.qualified(layer, where)}".endswith(suffixes)  # as PEFT matches them
     }
     found = {}
     for projection, target in stacked.targets(layer, chosen).items():

@@ -13,12 +13,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lora.layers import ProjectionShape
-from drlora_torch.models.checkpoint_names import Place
+from drlora_torch.models.checkpoint_names import Fused, Place, unfused
+from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.location import ExpertLinears
 from drlora_torch.storage.peft.factors import Expert, Factors
-from drlora_torch.storage.peft.files import scaling_of
-from drlora_torch.storage.peft.places import PREFIX
+from drlora_torch.storage.peft.files import PREFIX, joined, own_name, scaling_of
+from drlora_torch.storage.peft.stacked import parameters_of, qualified
+
+FUSED, PARTS = "gate_up_proj", ("gate_proj", "up_proj")
+
+
+def namings(attached: Attached) -> dict[tuple[str, str], list[list[Place]]]:
+    """The places of every layer and projection under each naming, preferred naming first.
+
+    Transformers is asked for the names that its checkpoints have; experts that stay fused there
+    have only those of :func:`own_places`.
+    """
+    fused = {}
+    for layer in attached.layers.values():
+        for each in parameters_of(layer).values():
+            weight = getattr(layer.experts.get_submodule(each.module), each.name)
+            if weight.dim() == 3:
+                fused[qualified(layer, each)] = Fused(tuple(weight.shape), each.transposed)
+    on_disk = unfused(attached.model, fused)
+    found = {}
+    for name, layer in attached.layers.items():
+        parameters = parameters_of(layer)
+        for projection, _ in layer.lora.items():
+            named: list[Place] = []
+            if projection in parameters:
+                named = on_disk.get(qualified(layer, parameters[projection]), [])
+            adapted = [place for place in named if place.expert < layer.record.num_experts]
+            own = own_places(layer, projection)
+            found[name, projection] = [adapted, own] if adapted else [own]
+    return found
+
+
+def own_places(layer: AdaptedLayer, projection: str) -> list[Place]:
+    """Places under the names that the model itself has, or would have if it were not fused.
+
+    Fused experts get ``{experts}.{i}.gate_proj``, ``up_proj`` and ``down_proj``, or the
+    projection's own name.
+    """
+    name = own_name(layer.record.name)
+    where = convention_of(layer.experts).location(layer.experts, projection)
+    outputs = layer.record.projections[projection].out_features
+    parts = [(projection, slice(0, outputs))]
+    if isinstance(where, ExpertLinears):
+        return [
+            Place(joined(name, expert, where.projection), index, slice(0, outputs))
+            for index, expert in enumerate(where.experts)
+        ]
+    if projection == FUSED:
+        half = outputs // 2
+        rows = [slice(0, half), slice(half, outputs)]
+        if where.interleaved:
+            rows = [slice(0, outputs, 2), slice(1, outputs, 2)]
+        parts = list(zip(PARTS, rows, strict=True))
+    parent = joined(name, where.module if where.name == projection else "")
+    return [
+        Place(joined(parent, str(expert), part), expert, rows)
+        for expert in range(layer.record.num_experts)
+        for part, rows in parts
+    ]
 
 
 def tensors(places: Sequence[Place], factors: Factors, ranks: Sequence[int]) -> dict[str, Tensor]:
@@ -40,9 +100,6 @@ def take(
     """Take the LoRA at some places out of ``held``, scaled for a scaling of 1; None if none is.
 
     Parts of an expert with one A share it, else their ranks add up.
-
-    Raises:
-        CheckpointError: some places have a LoRA and others do not, or none that fits.
     """
     if not any(f"{PREFIX}{place.name}.lora_A.weight" in held for place in places):
         return None

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from drlora_torch.attached import AdaptedLayer
 from drlora_torch.errors import CheckpointError
+from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.location import ExpertParameter
 from drlora_torch.storage.peft.factors import Expert, Factors
-from drlora_torch.storage.peft.places import PREFIX, joined, own_name, qualified
+from drlora_torch.storage.peft.files import PREFIX, joined, own_name
 
 
 class Target(NamedTuple):
@@ -37,21 +38,28 @@ class Target(NamedTuple):
     """PEFT takes inputs for outputs."""
 
 
-def targets(layer: AdaptedLayer, chosen: Mapping[str, ExpertParameter]) -> dict[str, Target]:
-    """What PEFT makes of the chosen projections of a layer.
+def parameters_of(layer: AdaptedLayer) -> dict[str, ExpertParameter]:
+    """The adapted projections of a layer that are one parameter each."""
+    convention = convention_of(layer.experts)
+    found = {p: convention.location(layer.experts, p) for p, _ in layer.lora.items()}
+    return {p: where for p, where in found.items() if isinstance(where, ExpertParameter)}
 
-    Raises:
-        CheckpointError: PEFT cannot wrap the module of a parameter.
-    """
+
+def qualified(layer: AdaptedLayer, where: ExpertParameter) -> str:
+    """Name of a parameter in the model itself."""
+    return joined(own_name(layer.record.name), where.module, where.name)
+
+
+def targets(layer: AdaptedLayer, chosen: Mapping[str, ExpertParameter]) -> dict[str, Target]:
+    """What PEFT makes of the chosen projections of a layer."""
     name = layer.record.name
     found = {}
     for projection, where in chosen.items():
         if where.read_from_outside:
             raise CheckpointError(
-                f"PEFT cannot adapt {projection} of layer {name!r} "
-                f"({type(layer.experts).__name__}): it adds a LoRA only while the module "
-                f"{where.module!r} runs, but that weight is read before; "
-                "export_peft(per_expert=True) or merge_and_save() can write it"
+                f"PEFT cannot adapt {projection} of layer {name!r}: the weight is read before "
+                f"its module {where.module!r} runs; use export_peft(per_expert=True) or "
+                "merge_and_save()"
             )
         wrapper = joined(own_name(name), where.module)
         if not wrapper:
@@ -87,11 +95,7 @@ def tensors(factors: Factors, target: Target) -> dict[str, Tensor]:
 
 
 def take(held: dict[str, Tensor], target: Target, experts: int) -> list[Expert]:
-    """Take the LoRA of a target out of ``held``: that of its first experts.
-
-    Raises:
-        CheckpointError: it is missing, or not of as many experts as the target has.
-    """
+    """Take the LoRA of a target out of ``held``: that of its first experts."""
     try:
         flat_A, flat_B = (held.pop(f"{PREFIX}{target.key}.lora_{part}.weight") for part in "AB")
         lora_A = flat_A.reshape(target.experts, -1, flat_A.shape[-1])
