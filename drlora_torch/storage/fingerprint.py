@@ -9,7 +9,7 @@ Shape letters: I input and O output features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,12 @@ COMPARABLE = {"float32", "bfloat16", "float64"}  # a float16 model rounds on its
 
 
 @torch.no_grad()
-def of_model(model: nn.Module, records: Iterable[MoELayer]) -> dict[str, Any]:
+def of_model(model: nn.Module, layers: Sequence[MoELayer]) -> dict[str, Any]:
     """Describe the experts of these layers, as JSON values."""
-    layers = list(records)
     return {
         "model": type(model).__name__,
         "dtype": layers[0].dtype,
-        "experts": {
-            layer.name: _digest(model.get_submodule(layer.name), layer) for layer in layers
-        },
+        "experts": {each.name: _digest(model.get_submodule(each.name), each) for each in layers},
     }
 
 

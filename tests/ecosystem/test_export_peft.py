@@ -278,6 +278,7 @@ def test_imports_that_are_refused(exported: Path) -> None:
         ({"r": 0, "rank_pattern": {}}, "no readable r"),
         ({"use_dora": True}, "plain LoRA"),
         ({"rank_pattern": {"(": 1}}, "no readable r"),
+        ({"rank_pattern": [1]}, "no readable r"),
     ):
         before = (exported / "adapter_config.json").read_text()
         change(exported, **fields)

@@ -64,12 +64,13 @@ def resize(experts: Sequence[Expert], rank: int) -> tuple[Factors, FloatArray]:
     lora_B = first_B.new_zeros(len(experts), first_B.shape[0], rank)
     error = np.zeros(len(experts))
     truncate = max(len(a) for a, _ in experts) > rank
-    for expert, (a, b) in enumerate(experts):
+    for expert, factors in enumerate(experts):
+        a, b = factors
         if truncate:
             used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
-            a, b = a[used], b[:, used]  # noqa: PLW2901
+            a, b = a[used], b[:, used]
         if len(a) > rank:
-            a, b, error[expert] = _truncate(a, b, rank)  # noqa: PLW2901
+            a, b, error[expert] = _truncate(a, b, rank)
         lora_A[expert, : len(a)], lora_B[expert, :, : len(a)] = a, b
     return Factors(lora_A, lora_B), error
 
