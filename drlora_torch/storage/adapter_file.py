@@ -21,12 +21,8 @@ FILE_NAME = "drlora_adapter.safetensors"
 KEY = "drlora"
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
-    """Write an adapter file into a folder, replacing an older one at once.
-
-    Raises:
-        CheckpointError: the disk is full or may not be written; what was there is untouched.
-    """
+def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write an adapter file into a folder, replacing an older one at once."""
     target = folder / FILE_NAME
     metadata = {KEY: json.dumps(description)}
     try:
@@ -35,29 +31,19 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
         raise CheckpointError(
             f"could not write {target}: {error}; what was there before is untouched"
         ) from error
-    return target
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter from a folder or file.
-
-    Raises:
-        CheckpointError: it is missing, truncated, or not a file of ours.
-    """
+    """Read an adapter from a folder or file."""
     source = path / FILE_NAME if path.is_dir() else path
     if not source.is_file():
         raise CheckpointError(f"no adapter at {path}: expected a directory with {FILE_NAME}")
     try:
         with safe_open(str(source), framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            if text is None:
-                raise CheckpointError(f"{source} is a safetensors file, but not a drlora adapter")
+            description = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        description = json.loads(text)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{source} is damaged or truncated: {error}") from error
     if not isinstance(description, dict):
-        raise CheckpointError(f"{source} has no readable description")
+        raise CheckpointError(f"{source} is not a drlora adapter: it has no description of one")
     return tensors, description

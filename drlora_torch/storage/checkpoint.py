@@ -9,11 +9,9 @@ see :meth:`drlora_torch.step.tracker.StepTracker.state_dict`.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,36 +27,13 @@ from drlora_torch.options import AdapterOptions
 from drlora_torch.step.parameters import unfreeze_routers
 from drlora_torch.step.processes import several_processes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint, history
+from drlora_torch.storage.checkpoint_checks import Saved, as_checkpoint_error
 
 VERSION = 2
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """The content of a file whose description was read; its tensors are not checked yet."""
-
-    path: Path
-    layers: Mapping[str, Any]
-    options: AdapterOptions
-    config: AllocatorConfig
-    state: Mapping[str, Any]  # of the engine
-    events: Sequence[Mapping[str, Any]]
-    base: object
-    tensors: Mapping[str, Tensor]
-    skipped_steps: int
-
-    @property
-    def pending(self) -> dict[str, Tensor]:
-        """Partial state of the step in which the file was saved."""
-        return {key: t for key, t in self.tensors.items() if key.startswith("pending/")}
-
-
-def save(attached: Attached, path: Path) -> Path:
-    """Write the adapter file into a folder.
-
-    Raises:
-        CheckpointError: nothing could be written; what was there before is untouched.
-    """
+def save(attached: Attached, path: Path) -> None:
+    """Write the adapter file into a folder."""
     state = attached.engine.state_dict()
     tensors: dict[str, Tensor] = {}
     for name, layer in attached.layers.items():
@@ -90,21 +65,18 @@ def save(attached: Attached, path: Path) -> Path:
         },
     }
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return adapter_file.write(path, whole, description)
+    adapter_file.write(path, whole, description)
 
 
 def read(path: Path) -> Saved:
-    """Read a file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, foreign or of another version.
-    """
+    """Read a file; refuse it if it is missing, damaged, foreign or of another version."""
     tensors, description = adapter_file.read(path)
-    with checkpoint_checks.as_checkpoint_error(path):
-        if description["version"] != VERSION or isinstance(description["version"], bool):
+    with as_checkpoint_error(path):
+        version = description["version"]
+        if version != VERSION or isinstance(version, bool):
             raise CheckpointError(
-                f"the adapter has format version {description['version']!r}; this drlora reads "
-                f"{VERSION} (files of a newer drlora need a newer drlora)"
+                f"the adapter has format version {version!r}; this drlora reads {VERSION} "
+                "(files of a newer drlora need a newer drlora)"
             )
         state = dict(description["engine"])
         state["layers"] = {name: dict(fields) for name, fields in state["layers"].items()}
@@ -113,26 +85,22 @@ def read(path: Path) -> Saved:
             if name:
                 state["layers"][name][field] = tensor.numpy()
         return Saved(
-            path,
-            dict(description["layers"]),
-            AdapterOptions(**description["options"]),
-            AllocatorConfig.model_validate(state["config"]),
-            state,
-            list(description.get("events", [])),
-            description.get("base"),
-            tensors,
-            int(description["skipped_steps"]),
+            path=path,
+            layers=dict(description["layers"]),
+            options=AdapterOptions(**description["options"]),
+            state=state,
+            events=list(description.get("events", [])),
+            base=description.get("base"),
+            tensors=tensors,
+            skipped_steps=int(description["skipped_steps"]),
         )
 
 
 def restore_engine(saved: Saved, policy: Policy | None = None) -> AllocatorEngine:
-    """Build the engine of a file.
-
-    Raises:
-        CheckpointError: its state is damaged.
-    """
-    with checkpoint_checks.as_checkpoint_error(saved.path):
-        engine = AllocatorEngine(saved.config, policy=policy)
+    """Build the engine of a file."""
+    with as_checkpoint_error(saved.path):
+        config = AllocatorConfig.model_validate(saved.state["config"])
+        engine = AllocatorEngine(config, policy=policy)
         engine.load_state_dict(saved.state)
         return engine
 
@@ -144,29 +112,17 @@ def check(
     found: Sequence[MoELayer],
     check_base: bool,
 ) -> list[GrowthEvent]:
-    """Check a file against a model, and return its growth events.
+    """Check a file and its engine against a model and its layers; return the growth events.
 
-    Args:
-        saved: the file.
-        engine: its engine.
-        model: the base model, adapted or not.
-        found: the layers of the model.
-        check_base: compare the fingerprint of the base's expert weights.
-
-    Raises:
-        CheckpointError: something is missing, damaged, or of another model.
+    ``check_base`` compares the fingerprint of the base's expert weights too.
     """
     records = {record.name: record for record in found}
-    with checkpoint_checks.as_checkpoint_error(saved.path):
-        checkpoint_checks.check_layers(saved.layers, records)
+    with as_checkpoint_error(saved.path):
+        checkpoint_checks.check_layers(saved, records)
         if check_base:
-            hint = "load(..., check_base=False) loads it all the same"
-            fingerprint.check(model, records, saved.base, hint)
-        wanted = checkpoint_checks.wanted_tensors(
-            model, records, saved.layers, saved.options, saved.config
-        )
-        checkpoint_checks.check_tensors(saved.tensors, wanted, saved.layers, saved.options)
-        checkpoint_checks.check_slots(saved.tensors, saved.layers, saved.options, engine)
+            fingerprint.check(model, records, saved.base)
+        checkpoint_checks.check_tensors(saved, engine, model, records)
+        checkpoint_checks.check_slots(saved, engine)
         return history.from_saved(saved.events, saved.tensors, engine)
 
 
@@ -190,15 +146,10 @@ def fill_routers(attached: Attached, saved: Saved) -> None:
 
 
 def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
-    """Bring an adapter to a saved state, in place: parameters keep their identity.
-
-    Raises:
-        CheckpointError: as for loading, or the adapter was made with other options.
-    """
+    """Bring an adapter to a saved state, in place: parameters keep their identity."""
     saved = read(path)
-    own = attached.options.model_dump(exclude={"layers"})
-    same_layers = set(saved.layers) == set(attached.layers)
-    if saved.options.model_dump(exclude={"layers"}) != own or not same_layers:
+    options = saved.options.model_copy(update={"layers": attached.options.layers})
+    if options != attached.options or set(saved.layers) != set(attached.layers):
         raise CheckpointError(f"{path} was saved by an adapter with other options or layers")
     records = [layer.record for layer in attached.layers.values()]
     events = check(saved, restore_engine(saved), attached.model, records, check_base)
@@ -221,9 +172,8 @@ def _pending(attached: Attached) -> dict[str, Tensor]:
     found = attached.unfinished if tracker is None else tracker.state_dict()
     if found and several_processes():
         warnings.warn(
-            "saved between micro-batches of an optimizer step: with several processes those are "
-            "left out, since each process has gradients of its own; go on from the beginning of "
-            "the step",
+            "saved between micro-batches of an optimizer step: with several processes, each has "
+            "gradients of its own, so these are not saved; resume from the beginning of the step",
             RuntimeWarning,
             stacklevel=4,
         )

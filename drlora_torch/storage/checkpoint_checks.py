@@ -1,12 +1,10 @@
-"""What must hold of an adapter file before anything is loaded from it.
-
-Shape letters: P rank slots, N experts.
-"""
+"""An adapter file as it was read, and what must hold of it before anything is loaded from it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drlora_core import AllocatorConfig, AllocatorEngine
+from drlora_core import AllocatorEngine
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lora.slots import FREE, Layout
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.step.tracker import GRADIENT, IMPORTANCE, ROUTING
-from drlora_torch.storage.history import MARK
+from drlora_torch.storage import history
 
-Wanted = Mapping[str, tuple[tuple[int, ...], bool]]
-"""Shapes of tensors in a file by name, and whether they hold floating-point numbers."""
+Wanted = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+"""Shape and dtype of tensors in a file by name; None for any floating-point dtype."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """The content of a file whose description was read; its tensors are not checked yet."""
+
+    path: Path
+    layers: Mapping[str, Any]
+    options: AdapterOptions
+    state: Mapping[str, Any]  # of the engine
+    events: Sequence[Mapping[str, Any]]
+    base: object  # the fingerprint of the base model
+    tensors: Mapping[str, Tensor]
+    skipped_steps: int
+
+    @property
+    def pending(self) -> dict[str, Tensor]:
+        """Partial state of the step in which the file was saved."""
+        return {key: t for key, t in self.tensors.items() if key.startswith("pending/")}
 
 
 @contextlib.contextmanager
@@ -39,118 +56,117 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
-def check_layers(layers: Mapping[str, Any], records: Mapping[str, MoELayer]) -> None:
+def check_layers(saved: Saved, records: Mapping[str, MoELayer]) -> None:
     """The model has the layers of the file, with its experts and projections."""
-    for name, saved in layers.items():
+    for name, layer in saved.layers.items():
         if name not in records:
             raise CheckpointError(
                 f"the adapter is for a layer {name!r}, which the model does not have "
                 f"(it has {len(records)} MoE layers)"
             )
-        record = records[name]
-        if record.num_experts != saved["num_experts"]:
-            raise CheckpointError(
-                f"layer {name!r} has {record.num_experts} experts, the adapter is for "
-                f"{saved['num_experts']}"
-            )
-        own = {projection: list(shape) for projection, shape in record.projections.items()}
-        if own != saved["projections"]:
-            raise CheckpointError(
-                f"layer {name!r} has projections {own}, the adapter is for {saved['projections']}"
-            )
-
-
-def wanted_tensors(
-    model: nn.Module,
-    records: Mapping[str, MoELayer],
-    layers: Mapping[str, Any],
-    options: AdapterOptions,
-    config: AllocatorConfig,
-) -> Wanted:
-    """The tensors that a file of these layers and options must hold."""
-    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for name, layer in layers.items():
-        slots = layer["num_experts"] * options.slots_per_expert(config)
-        wanted |= {f"{name}/{field}": ((slots,), False) for field in ("owner", "position", "ages")}
-        for projection, (inputs, outputs) in layer["projections"].items():
-            if options.targets is None or projection in options.targets:
-                wanted[f"{name}/{projection}/lora_A"] = (slots, inputs), True
-                wanted[f"{name}/{projection}/lora_B"] = (slots, outputs), True
-        router = records[name].router
-        if options.router is not RouterMode.FROZEN and router is not None:
-            for parameter, value in model.get_submodule(router).named_parameters():
-                wanted[f"router/{router}.{parameter}"] = tuple(value.shape), True
-    return wanted
+        shapes = {p: list(shape) for p, shape in records[name].projections.items()}
+        for what, own, theirs in (
+            ("experts", records[name].num_experts, layer["num_experts"]),
+            ("projections", shapes, layer["projections"]),
+        ):
+            if own != theirs:
+                raise CheckpointError(
+                    f"layer {name!r}: the model has {own} {what}, the adapter is for {theirs}"
+                )
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor],
-    wanted: Wanted,
-    layers: Mapping[str, Any],
-    options: AdapterOptions,
+    saved: Saved, engine: AllocatorEngine, model: nn.Module, records: Mapping[str, MoELayer]
 ) -> None:
-    """Every wanted tensor is there, with its shape and kind; no unknown one; all are finite.
+    """Every wanted tensor is there, with its shape and dtype; no unknown one; all are finite.
 
     The partial state of a step may be there too, and may hold any value: after an overflow its
     step must be skipped.
     """
-    own = {k: tensor for k, tensor in tensors.items() if "/engine/" not in k and MARK not in k}
-    optional = _partial_state(wanted, layers, options.auto_step)
-    present = {key: optional[key] for key in own.keys() & optional.keys()}
-    differing = sorted((wanted.keys() | present.keys()) ^ own.keys())
+    wanted = _wanted_tensors(saved, engine, model, records)
+    optional = _partial_state(wanted, saved)
+    found = {key: tensor for key, tensor in saved.tensors.items() if "/engine/" not in key}
+    expected = wanted | {key: optional[key] for key in found.keys() & optional.keys()}
+    differing = sorted(expected.keys() ^ found.keys())
     if differing:
         verb = "lacks" if differing[0] in wanted else "has an unknown"
         raise CheckpointError(f"the adapter {verb} tensor {differing[0]!r}")
-    for key, (shape, floating) in {**wanted, **present}.items():
-        if tuple(own[key].shape) != shape:
-            raise CheckpointError(f"{key} has shape {tuple(own[key].shape)}, not {shape}")
-        if not (own[key].is_floating_point() if floating else own[key].dtype == torch.int64):
-            raise CheckpointError(f"{key} has a wrong dtype, {own[key].dtype}")
-        if floating and key in wanted and not bool(torch.isfinite(own[key]).all()):
+    for key, (shape, dtype) in expected.items():
+        tensor = found[key]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{key} has shape {tuple(tensor.shape)}, not {shape}")
+        if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
+            raise CheckpointError(f"{key} has a wrong dtype, {tensor.dtype}")
+        if key in wanted and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{key} holds values that are not finite")
-        if key.startswith(ROUTING) and (bool((own[key] < 0).any()) or float(own[key][-1]) % 1):
+        if key.startswith(ROUTING) and ((tensor < 0).any() or tensor[-1] % 1 != 0):
             raise CheckpointError(f"{key} holds counts that are impossible")
 
 
-def check_slots(
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, Any],
-    options: AdapterOptions,
-    engine: AllocatorEngine,
-) -> None:
+def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
     """The slot tables hold exactly the ranks of the engine, each dimension once."""
-    if set(engine.layer_names) != set(layers):
+    if set(engine.layer_names) != set(saved.layers):
         raise CheckpointError("the saved engine is of other layers than the adapter")
+    masked = saved.options.layout is Layout.MASKED
     for name in engine.layer_names:
-        owner, position = tensors[f"{name}/owner"].numpy(), tensors[f"{name}/position"].numpy()
-        ranks = engine.ranks(name)
+        owner, position, ages = (
+            saved.tensors[f"{name}/{field}"].numpy() for field in ("owner", "position", "ages")
+        )
         held = owner != FREE
-        owned = set(zip(owner[held].tolist(), position[held].tolist(), strict=True))
-        wanted = {(e, j) for e, rank in enumerate(ranks.tolist()) for j in range(rank)}
-        if owned != wanted or int(held.sum()) != len(wanted):
-            raise CheckpointError(f"layer {name!r}: the slot table does not hold the saved ranks")
+        owned = sorted(zip(owner[held].tolist(), position[held].tolist(), strict=True))
+        wanted = [(e, j) for e, rank in enumerate(engine.ranks(name).tolist()) for j in range(rank)]
         reserved = np.flatnonzero(held) // engine.config.r_max
-        if options.layout is Layout.MASKED and (owner[held] != reserved).any():
-            raise CheckpointError(f"layer {name!r}: a slot belongs to another expert's range")
-        ages = tensors[f"{name}/ages"].numpy()
-        if ages.min() < -1 or (ages[~held] != -1).any():
-            raise CheckpointError(f"layer {name!r}: ages of slots are impossible")
+        for wrong, what in (
+            (owned != wanted, "the slot table does not hold the saved ranks"),
+            (masked and (owner[held] != reserved).any(), "a slot is in another expert's range"),
+            (ages.min() < -1 or (ages[~held] != -1).any(), "ages of slots are impossible"),
+        ):
+            if wrong:
+                raise CheckpointError(f"layer {name!r}: {what}")
         free = torch.from_numpy(~held)
-        for projection in layers[name]["projections"]:
-            for part in ("lora_A", "lora_B"):
-                tensor = tensors.get(f"{name}/{projection}/{part}")
-                if tensor is not None and tensor[free].any():
-                    raise CheckpointError(f"{name}/{projection}: a slot nobody owns is not 0")
+        for key in _lora_shapes(saved, name):
+            if saved.tensors[key][free].any():
+                raise CheckpointError(f"{key}: a slot nobody owns is not 0")
 
 
-def _partial_state(wanted: Wanted, layers: Mapping[str, Any], auto_step: bool) -> Wanted:
-    """Tensors of the partial state of a step that a file may hold."""
-    found: dict[str, tuple[tuple[int, ...], bool]] = {
-        f"{ROUTING}{name}": ((layers[name]["num_experts"] + 1,), True) for name in layers
+def _lora_shapes(saved: Saved, name: str) -> dict[str, int]:
+    """A and B of a layer, and how many features each has."""
+    targets = saved.options.targets
+    return {
+        f"{name}/{projection}/{part}": features
+        for projection, shape in saved.layers[name]["projections"].items()
+        if targets is None or projection in targets
+        for part, features in zip(("lora_A", "lora_B"), shape, strict=True)
     }
-    for key, (shape, floating) in wanted.items():
-        if floating:
-            found[f"{GRADIENT}{key}"] = shape, True
-            if not auto_step and not key.startswith("router/"):
-                found[f"{IMPORTANCE}{key}"] = shape[:1], True
+
+
+def _wanted_tensors(
+    saved: Saved, engine: AllocatorEngine, model: nn.Module, records: Mapping[str, MoELayer]
+) -> Wanted:
+    """The tensors that a file of these layers and options must hold, the engine's aside."""
+    wanted: Wanted = {**history.wanted_tensors(len(saved.events), engine)}
+    for name, layer in saved.layers.items():
+        slots = layer["num_experts"] * saved.options.slots_per_expert(engine.config)
+        for field in ("owner", "position", "ages"):
+            wanted[f"{name}/{field}"] = (slots,), torch.int64
+        for key, features in _lora_shapes(saved, name).items():
+            wanted[key] = (slots, features), None
+        router = records[name].router
+        if saved.options.router is not RouterMode.FROZEN and router is not None:
+            for parameter, value in model.get_submodule(router).named_parameters():
+                wanted[f"router/{router}.{parameter}"] = tuple(value.shape), None
+    return wanted
+
+
+def _partial_state(wanted: Wanted, saved: Saved) -> Wanted:
+    """Tensors of the partial state of a step that a file may hold."""
+    found: Wanted = {
+        f"{ROUTING}{name}": ((layer["num_experts"] + 1,), None)
+        for name, layer in saved.layers.items()
+    }
+    for key, (shape, dtype) in wanted.items():
+        if dtype is None:  # it learns
+            found[f"{GRADIENT}{key}"] = shape, None
+            if not saved.options.auto_step and not key.startswith("router/"):
+                found[f"{IMPORTANCE}{key}"] = shape[:1], None
     return found

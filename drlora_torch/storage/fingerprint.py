@@ -9,7 +9,7 @@ Shape letters: I input and O output features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,27 +24,17 @@ COMPARABLE = {"float32", "bfloat16", "float64"}  # a float16 model rounds on its
 
 
 @torch.no_grad()
-def of_model(model: nn.Module, records: Iterable[MoELayer]) -> dict[str, Any]:
+def of_model(model: nn.Module, layers: Sequence[MoELayer]) -> dict[str, Any]:
     """Describe the experts of these layers, as JSON values."""
-    layers = list(records)
     return {
         "model": type(model).__name__,
         "dtype": layers[0].dtype,
-        "experts": {
-            layer.name: _digest(model.get_submodule(layer.name), layer) for layer in layers
-        },
+        "experts": {each.name: _digest(model.get_submodule(each.name), each) for each in layers},
     }
 
 
-def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object, hint: str) -> None:
-    """Refuse a model whose experts are not those of a saved fingerprint.
-
-    Args:
-        model: the base model.
-        records: its layers by name.
-        saved: the fingerprint; None in files that have none, which pass.
-        hint: how to load all the same; ends the message.
-    """
+def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object) -> None:
+    """Refuse a model whose experts are not those of a saved fingerprint; None passes."""
     if saved is None:
         return
     if not isinstance(saved, dict) or not isinstance(saved.get("experts"), dict):
@@ -62,7 +52,8 @@ def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object, hint
         raise CheckpointError(
             f"the base model is another: the expert weights of {differing[0]!r}{more} are not "
             f"those that the adapter was trained on (a {saved.get('model')}, {saved.get('dtype')}; "
-            f"this is a {own['model']}, {own['dtype']}); {hint}"
+            f"this is a {own['model']}, {own['dtype']}); "
+            "load(..., check_base=False) loads it all the same"
         )
 
 

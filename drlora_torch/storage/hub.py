@@ -7,48 +7,37 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub import errors
+
 from drlora_core import atomic
 from drlora_torch.errors import CheckpointError
 from drlora_torch.storage.adapter_file import FILE_NAME
 
 CARD_FILE = "README.md"
+REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
+    (
+        errors.LocalEntryNotFoundError,
+        "the hub cannot be reached (or HF_HUB_OFFLINE is set), and the adapter is not cached",
+    ),
+    (errors.EntryNotFoundError, f"the repository holds no {FILE_NAME}"),
+    (errors.RepositoryNotFoundError, "no such repository on the hub that this account may read"),
+)
 
 
 def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Resolve a directory, a file, or the id of a repository on the hub to a local path.
-
-    Raises:
-        CheckpointError: it is neither, or the hub cannot be reached and has not been before.
-    """
+    """Resolve a directory, a file, or the id of a repository on the hub to a local path."""
     local = Path(path)
     if local.exists() or not is_repo_id(str(path)):
         return local
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
     try:
-        return Path(hf_hub_download(str(path), FILE_NAME, revision=revision))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"no adapter at {path}: there is no such directory, the hub cannot be reached (or is "
-            "switched off by HF_HUB_OFFLINE), and the adapter is not in the local cache"
-        ) from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(
-            f"the repository {path!r} on the hub holds no {FILE_NAME}: it is no drlora adapter"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no adapter at {path}: there is no such directory, and no such repository on the hub "
-            "that this account may read"
-        ) from error
+        return Path(huggingface_hub.hf_hub_download(str(path), FILE_NAME, revision=revision))
     except Exception as error:  # timeouts, proxies and refused logins raise kinds of their own
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path!r} could not be fetched from the hub: {reason}") from error
+        reasons = (reason for kind, reason in REASONS if isinstance(error, kind))
+        raise CheckpointError(
+            f"no adapter at {path}: there is no such directory, and it could not be fetched from "
+            f"the hub: {next(reasons, _first_line(error))}"
+        ) from error
 
 
 def is_repo_id(name: str) -> bool:
@@ -59,21 +48,13 @@ def is_repo_id(name: str) -> bool:
 def upload(
     folder: Path, repo_id: str, private: bool | None, write_card: Callable[[str], str]
 ) -> None:
-    """Upload the adapter of a folder with a model card, making the repository if need be.
+    """Upload the adapter of a folder, creating the repository if it does not exist.
 
-    Args:
-        folder: where the adapter is; the card is written there too, unless it has one.
-        repo_id: name of the repository, with or without an owner.
-        private: visibility of a repository that is made; None for the account's default.
-        write_card: gives the text of the card for the full name of the repository.
-
-    Raises:
-        CheckpointError: the hub refused or cannot be reached; the local files are complete.
+    ``write_card`` gives the text of a model card for the full name of the repository. The card is
+    written to the folder and uploaded too; one that is already there stays.
     """
-    from huggingface_hub import HfApi
-
     try:
-        api = HfApi()
+        api = huggingface_hub.HfApi()
         repo = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if not (folder / CARD_FILE).exists():
             atomic.write_text(folder / CARD_FILE, write_card(repo))
@@ -84,8 +65,11 @@ def upload(
             commit_message="Upload drlora adapter",
         )
     except Exception as error:  # whatever the hub's client and the network raise
-        reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"the adapter is written to {folder}, but could not be uploaded to {repo_id!r}: "
-            f"{reason}"
+            f"{_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -149,6 +149,9 @@ def test_the_directory_is_standard(tmp_path: Path) -> None:
     assert config["rank_pattern"] == {f"{second}.gate_up_proj": 4, f"{second}.down_proj": 4}
     assert config["alpha_pattern"] == {f"{second}.gate_up_proj": 8, f"{second}.down_proj": 8}
     assert config["task_type"] == "CAUSAL_LM"
+    read = peft.LoraConfig.from_pretrained(tmp_path)  # what we leave to its defaults
+    assert (read.use_rslora, read.use_dora, read.fan_in_fan_out) == (False, False, False)
+    assert (read.bias, read.lora_dropout) == ("none", 0.0)
     held = load_file(tmp_path / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
     assert held[key].shape == (models.EXPERTS * 4, models.HIDDEN)
@@ -276,6 +279,7 @@ def test_imports_that_are_refused(exported: Path) -> None:
         ({"r": 0, "rank_pattern": {}}, "no readable r"),
         ({"use_dora": True}, "plain LoRA"),
         ({"rank_pattern": {"(": 1}}, "no readable r"),
+        ({"rank_pattern": [1]}, "no readable r"),
     ):
         before = (exported / "adapter_config.json").read_text()
         change(exported, **fields)

@@ -1,10 +1,12 @@
-"""The LoRA of one projection with the same rank for every expert: padded, or compressed by SVD.
+"""The LoRA of one projection: read from the slots, brought to one rank, and written back.
 
-Shape letters: N experts, R the common rank, I and O input and output features.
+Shape letters: N experts, R the common rank, r the rank of one expert, I and O input and output
+features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,77 +16,71 @@ from torch import Tensor
 
 from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
 
+Expert = tuple[Tensor, Tensor]
+"""A [r, I] and B [O, r] of one expert."""
+FloatArray = NDArray[np.float64]
+
 
 class Factors(NamedTuple):
-    """A [N, R, I] and B [N, O, R]; dimensions beyond an expert's own rank are 0."""
+    """The factors of all experts at one rank; dimensions beyond an expert's own rank are 0."""
 
-    lora_A: Tensor
-    lora_B: Tensor
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.lora_A.shape[1]
-
-
-class Uniform(NamedTuple):
-    """Factors of one rank, and what they lost."""
-
-    factors: Factors
-    error: NDArray[np.float64]
-    """Relative Frobenius error of B A of each expert, [N]; 0 where nothing was lost."""
+    lora_A: Tensor  # [N, R, I]
+    lora_B: Tensor  # [N, O, R]
 
 
 @torch.no_grad()
-def padded(lora: ExpertLoRA, projection: str) -> Factors:
-    """Zero-pad the factors of every expert to the layer's largest rank (at least 1)."""
-    slots = lora.projections[projection]
-    assert isinstance(slots, SlotLoRA)
-    ranks = lora.table.ranks()
-    experts, rank = ranks.size, max(int(ranks.max()), 1)
-    lora_A = torch.zeros(experts, rank, slots.shape.in_features, dtype=slots.lora_A.dtype)
-    lora_B = torch.zeros(experts, slots.shape.out_features, rank, dtype=slots.lora_B.dtype)
+def read_slots(lora: ExpertLoRA, slots: SlotLoRA) -> list[Expert]:
+    """The factors of every expert at its own rank, on the CPU."""
+    lora_A, lora_B = slots.lora_A.detach().cpu(), slots.lora_B.detach().cpu()
+    owned = np.split(lora.table.active(), np.cumsum(lora.table.ranks())[:-1])
+    return [(lora_A[own], lora_B[own].T) for own in owned]
+
+
+@torch.no_grad()
+def write_slots(lora: ExpertLoRA, slots: SlotLoRA, factors: Factors) -> None:
+    """Write the factors; rank dimensions in which B is 0 keep their fresh rows of A."""
     active = lora.table.active()
-    owner, position = (
-        torch.from_numpy(each[active]) for each in (lora.table.owner, lora.table.position)
-    )
-    lora_A[owner, position] = slots.lora_A.detach().cpu()[active]
-    lora_B[owner, :, position] = slots.lora_B.detach().cpu()[active]
-    return Factors(lora_A, lora_B)
+    owner, position = lora.table.owner[active], lora.table.position[active]
+    rows, columns = factors.lora_A[owner, position], factors.lora_B[owner, :, position]
+    filled = (columns != 0).any(dim=1)
+    index = torch.from_numpy(active)[filled].to(lora.device)
+    slots.lora_A[index] = rows[filled].to(slots.lora_A)
+    slots.lora_B[index] = columns[filled].to(slots.lora_B)
 
 
 @torch.no_grad()
-def of_rank(factors: Factors, rank: int) -> Uniform:
-    """Bring every expert to one rank: zeros where it has less, the best approximation where more.
+def resize(experts: Sequence[Expert], rank: int) -> tuple[Factors, FloatArray]:
+    """Bring every expert to one rank: pad with zeros, or take the best approximation.
 
-    The best approximation of a rank (Eckart-Young) cuts the singular value decomposition of B A,
-    computed on the small factors of its QR decompositions: B A = Q_B (R_B R_A^T) Q_A^T. An expert
-    that fits keeps its A and B as they are.
+    The best approximation of a rank (Eckart-Young) truncates the singular value decomposition of
+    B A, computed on the small factors of its QR decompositions: B A = Q_B (R_B R_A^T) Q_A^T.
+
+    Returns:
+        The factors, and the relative Frobenius error of B A of each expert, [N]. An expert that
+        fits keeps its A and B, and its error is 0.
     """
-    experts, own, inputs = factors.lora_A.shape
-    lora_A = factors.lora_A.new_zeros(experts, rank, inputs)
-    lora_B = factors.lora_B.new_zeros(experts, factors.lora_B.shape[1], rank)
-    error = np.zeros(experts)
-    for expert in range(experts):
-        a, b = factors.lora_A[expert], factors.lora_B[expert]
-        if own > rank:
+    first_A, first_B = experts[0]
+    lora_A = first_A.new_zeros(len(experts), rank, first_A.shape[1])
+    lora_B = first_B.new_zeros(len(experts), first_B.shape[0], rank)
+    error = np.zeros(len(experts))
+    truncate = max(len(a) for a, _ in experts) > rank
+    for expert, factors in enumerate(experts):
+        a, b = factors
+        if truncate:
             used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
             a, b = a[used], b[:, used]
-        if len(a) <= rank:
-            lora_A[expert, : len(a)], lora_B[expert, :, : len(a)] = a, b
-            continue
-        u, s, v = _decomposed(a.double(), b.double())
-        kept = min(rank, s.numel())
-        root = s[:kept].sqrt()
-        lora_A[expert, :kept] = (root.unsqueeze(1) * v[:, :kept].T).to(a)
-        lora_B[expert, :, :kept] = (u[:, :kept] * root).to(b)
-        error[expert] = float(s[kept:].norm() / s.norm())
-    return Uniform(Factors(lora_A, lora_B), error)
+        if len(a) > rank:
+            a, b, error[expert] = _truncate(a, b, rank)
+        lora_A[expert, : len(a)], lora_B[expert, :, : len(a)] = a, b
+    return Factors(lora_A, lora_B), error
 
 
-def _decomposed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V of b @ a, with no more singular values than a has rows."""
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
+def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Cut b @ a to a lower rank, and tell the relative error."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, q_a @ v_t.T
+    root = s[:rank].sqrt()
+    kept_A = root.unsqueeze(1) * (q_a @ v_t.T)[:, :rank].T
+    kept_B = (q_b @ u)[:, :rank] * root
+    return kept_A.to(a), kept_B.to(b), float(s[rank:].norm() / s.norm())

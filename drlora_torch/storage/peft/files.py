@@ -1,28 +1,28 @@
-"""The two files of an adapter directory of PEFT: safetensors and JSON, written together."""
+"""An adapter directory of PEFT: its two files, its names, and what its configuration means."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drlora_core import atomic
 from drlora_torch.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""PEFT puts it before every name of a tensor."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write both files; older ones are replaced only once both are complete.
-
-    Raises:
-        CheckpointError: the disk is full or may not be written.
-    """
+    """Write both files; older ones are replaced only once both are complete."""
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with atomic.replaced_files(path) as folder:
@@ -36,20 +36,56 @@ def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration of an adapter directory.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
+    """Read the tensors and the configuration."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise CheckpointError(f"no PEFT adapter at {path}: it has no {name}")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        with safe_open(str(path / WEIGHTS_FILE), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"the PEFT adapter at {path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG_FILE} does not hold a configuration")
     return tensors, config
+
+
+def own_name(name: str) -> str:
+    """Name of a module in the model itself, where that is already inside a PeftModel."""
+    return name.removeprefix(PREFIX).replace(".base_layer", "")
+
+
+def joined(*parts: str) -> str:
+    """Dotted name of parts, of which some may be empty.
+
+    Example:
+        >>> joined("mlp", "", "w1")
+        'mlp.w1'
+    """
+    return ".".join(part for part in parts if part)
+
+
+def scaling_of(config: Mapping[str, Any], target: str) -> float:
+    """Scaling of a target: alpha / r, either of which a pattern may change.
+
+    Example:
+        >>> scaling_of({"r": 4, "lora_alpha": 8}, "mlp.experts.down_proj")
+        2.0
+    """
+    try:
+        rank = _value(config, "r", "rank_pattern", target)
+        alpha = _value(config, "lora_alpha", "alpha_pattern", target)
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not math.isfinite(scaling):
+            raise ValueError("the scaling is not finite")
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
+        raise CheckpointError(f"no readable r and lora_alpha for {target!r}: {error}") from error
+    return scaling
+
+
+def _value(config: Mapping[str, Any], field: str, patterns: str, target: str) -> float:
+    """The value of the first pattern that matches the end of the name, as PEFT does."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", target):
+            return float(value)
+    return float(config[field])

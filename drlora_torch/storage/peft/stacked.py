@@ -12,21 +12,22 @@ PEFT 0.21 reads a weight [N, x, y] as [N, O, I], and as [N, I, O] where its modu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from drlora_torch.attached import AdaptedLayer
 from drlora_torch.errors import CheckpointError
+from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.location import ExpertParameter
-from drlora_torch.storage.peft.factors import Factors
-from drlora_torch.storage.peft.names import joined
+from drlora_torch.storage.peft.factors import Expert, Factors
+from drlora_torch.storage.peft.files import PREFIX, joined, own_name
 
 
 class Target(NamedTuple):
     """A parameter as PEFT sees it."""
 
-    projection: str
     parameter: str
     """Qualified name, as ``target_parameters`` has it."""
     key: str
@@ -37,36 +38,49 @@ class Target(NamedTuple):
     """PEFT takes inputs for outputs."""
 
 
-def targets(layer: nn.Module, name: str, chosen: dict[str, ExpertParameter]) -> list[Target]:
-    """What PEFT makes of the chosen projections of a layer.
+def parameters_of(layer: AdaptedLayer) -> dict[str, ExpertParameter]:
+    """The adapted projections of a layer that are one parameter each."""
+    convention = convention_of(layer.experts)
+    found = {p: convention.location(layer.experts, p) for p, _ in layer.lora.items()}
+    return {p: where for p, where in found.items() if isinstance(where, ExpertParameter)}
 
-    Raises:
-        CheckpointError: PEFT cannot wrap the module of a parameter.
-    """
-    holders: dict[str, list[str]] = {}
-    for projection, where in chosen.items():
-        _check(layer, name, projection, where)
-        holders.setdefault(where.module, []).append(projection)
+
+def qualified(layer: AdaptedLayer, where: ExpertParameter) -> str:
+    """Name of a parameter in the model itself."""
+    return joined(own_name(layer.record.name), where.module, where.name)
+
+
+def targets(layer: AdaptedLayer, chosen: Mapping[str, ExpertParameter]) -> dict[str, Target]:
+    """What PEFT makes of the chosen projections of a layer."""
+    name = layer.record.name
     found = {}
-    for holder, projections in holders.items():
-        module, full = layer.get_submodule(holder), joined(name, holder)
-        order = _in_order(module, [chosen[each].name for each in projections])
-        for projection in projections:
-            where = chosen[projection]
-            weight: Tensor = getattr(module, where.name)
-            depth = len(order) - 1 - order.index(where.name)
-            found[projection] = Target(
-                projection,
-                joined(full, where.name),
-                full + ".base_layer" * depth,
-                weight.shape[0],
-                where.transposed != getattr(module, "is_transposed", False),
+    for projection, where in chosen.items():
+        if where.read_from_outside:
+            raise CheckpointError(
+                f"PEFT cannot adapt {projection} of layer {name!r}: the weight is read before "
+                f"its module {where.module!r} runs; use export_peft(per_expert=True) or "
+                "merge_and_save()"
             )
-    return [found[projection] for projection in chosen]
+        wrapper = joined(own_name(name), where.module)
+        if not wrapper:
+            raise CheckpointError(
+                "PEFT cannot adapt a parameter of the model itself, only of a module in it"
+            )
+        module = layer.experts.get_submodule(where.module)
+        wrapped = {each.name for each in chosen.values() if each.module == where.module}
+        order = [each for each, _ in module.named_parameters(recurse=False) if each in wrapped]
+        outer = len(order) - 1 - order.index(where.name)
+        found[projection] = Target(
+            qualified(layer, where),
+            wrapper + ".base_layer" * outer,
+            getattr(module, where.name).shape[0],
+            where.transposed != getattr(module, "is_transposed", False),
+        )
+    return found
 
 
-def flat(factors: Factors, target: Target) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B as PEFT keeps them."""
+def tensors(factors: Factors, target: Target) -> dict[str, Tensor]:
+    """lora_A and lora_B as PEFT saves them."""
     lora_A, lora_B = factors
     if target.swapped:
         lora_A, lora_B = lora_B.transpose(1, 2), lora_A.transpose(1, 2)
@@ -74,41 +88,22 @@ def flat(factors: Factors, target: Target) -> tuple[Tensor, Tensor]:
     if missing:
         pad = (0, 0, 0, 0, 0, missing)
         lora_A, lora_B = (nn.functional.pad(each, pad) for each in (lora_A, lora_B))
-    return lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)
+    return {
+        f"{PREFIX}{target.key}.lora_A.weight": lora_A.flatten(0, 1),
+        f"{PREFIX}{target.key}.lora_B.weight": lora_B.permute(1, 2, 0).flatten(1),
+    }
 
 
-def unflat(flat_A: Tensor, flat_B: Tensor, target: Target, experts: int) -> Factors:
-    """Undo :func:`flat`.
-
-    Raises:
-        CheckpointError: they are not of as many experts, or of experts that are not adapted.
-    """
+def take(held: dict[str, Tensor], target: Target, experts: int) -> list[Expert]:
+    """Take the LoRA of a target out of ``held``: that of its first experts."""
     try:
+        flat_A, flat_B = (held.pop(f"{PREFIX}{target.key}.lora_{part}.weight") for part in "AB")
         lora_A = flat_A.reshape(target.experts, -1, flat_A.shape[-1])
         lora_B = flat_B.reshape(flat_B.shape[0], -1, target.experts).permute(2, 0, 1)
-    except (RuntimeError, IndexError) as error:
+    except (KeyError, RuntimeError, IndexError) as error:
         raise CheckpointError(
             f"no LoRA of {target.experts} experts at {target.key!r}: {error}"
         ) from error
     if target.swapped:
         lora_A, lora_B = lora_B.transpose(1, 2), lora_A.transpose(1, 2)
-    return Factors(lora_A[:experts], lora_B[:experts])
-
-
-def _check(layer: nn.Module, name: str, projection: str, where: ExpertParameter) -> None:
-    if where.read_from_outside:
-        raise CheckpointError(
-            f"PEFT cannot adapt {projection} of layer {name!r} ({type(layer).__name__}): it adds a "
-            f"LoRA while the module {where.module!r} runs, but that weight is read before; "
-            "export_peft(per_expert=True) or merge_and_save() can write it"
-        )
-    if not joined(name, where.module):
-        raise CheckpointError(
-            "PEFT cannot adapt a parameter of the model itself, only of a module in it"
-        )
-
-
-def _in_order(module: nn.Module, parameters: Iterable[str]) -> list[str]:
-    """Parameters in the order in which PEFT wraps them."""
-    wanted = set(parameters)
-    return [name for name, _ in module.named_parameters(recurse=False) if name in wanted]
+    return list(zip(lora_A[:experts], lora_B[:experts], strict=True))
