@@ -97,9 +97,8 @@ class AllocatorConfig(BaseModel):
             steps: optimizer steps of the training.
             timetable: ``early``: events between 5 % and 25 % of the steps; ``late``: 10 % and 60 %.
             events: number of events; fewer if there are too few steps.
-            **fields: any other fields. Given ``warmup_steps``, ``growth_interval`` and
-                ``growth_end`` are kept. The default of ``max_growth`` here lets an expert that
-                gets rank at every event reach ``r_max`` at the last one.
+            **fields: any other fields. The default of ``max_growth`` here lets an expert that gets
+                rank at every event reach ``r_max`` at the last one.
 
         Raises:
             TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable.

@@ -118,11 +118,7 @@ class AllocatorEngine:
             self._recorder.sample(name, routing, importance, tokens)
 
     def skip(self, name: str) -> None:
-        """Close the current step for this layer without a sample (say, after a NaN).
-
-        Raises:
-            UnknownLayerError, StepOrderError: as :meth:`observe`.
-        """
+        """Close the current step for this layer without a sample (say, after a NaN)."""
         state = self._layer(name)
         if state.observed:
             raise StepOrderError(f"layer {name!r} was already observed in step {self._step + 1}")
@@ -196,8 +192,7 @@ class AllocatorEngine:
         """Restore a saved state. An engine without layers takes the layers of the state.
 
         Raises:
-            LayoutError: other layers, configuration or version, or damaged values; the engine is
-                unchanged.
+            LayoutError: the state does not fit or is damaged; the engine is unchanged.
         """
         layers, carry, step = snapshot.load_state(state, self.config)
         if self._layers:

@@ -62,8 +62,6 @@ def replay(
 ) -> Replay:
     """Drive a new engine with a recording's statistics.
 
-    A replay cannot know how the statistics would have changed under other ranks.
-
     Args:
         recording: the statistics.
         config: default: that of the recorded run.

@@ -83,7 +83,7 @@ def load_state(
     if not isinstance(state, Mapping):
         raise LayoutError(f"an engine state is a dict, got {type(state).__name__}")
     if (version := state.get("version")) != VERSION:
-        raise LayoutError(f"the engine state has version {version!r}; only {VERSION} can be read")
+        raise LayoutError(f"the state has version {version!r}; this drlora reads version {VERSION}")
     try:
         values = EngineValues.model_validate(dict(state))
     except ValidationError as error:

@@ -88,10 +88,9 @@ def _check_array(
 def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 100) -> None:
     """Test a policy on generated requests.
 
-    The answer must be an integer array of the right shape, with no growth below 0 or above its
-    limit, and within the quota. The same request must give the same answer, and the input arrays
-    must not change. If ``equivariant``, renumbering experts of different saliencies must renumber
-    the answer in the same way.
+    The answer must be int [N], within limits and quota, and the same for the same request; the
+    input arrays must not change. If ``equivariant``, renumbering experts of different saliencies
+    must renumber the answer in the same way.
 
     Args:
         policy: the callable to test.

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 
 def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
-    """Return T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0."""
+    """T_grow: all t with warmup_steps < t <= growth_end and (t - warmup_steps) % interval == 0."""
     return range(warmup_steps + growth_interval, growth_end + 1, growth_interval)
 
 

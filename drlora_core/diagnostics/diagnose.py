@@ -25,8 +25,7 @@ class Diagnosis:
     """Result of `diagnose`."""
 
     findings: tuple[Finding, ...]
-    not_checked: Mapping[str, str]
-    """Checks that could not be made, with the reason."""
+    not_checked: Mapping[str, str]  # checks that could not be made, with the reason
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings] or ["nothing found"]
@@ -34,7 +33,6 @@ class Diagnosis:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
