@@ -17,20 +17,8 @@ from pathlib import Path
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace one file; the folder is made if it is missing.
 
-    Args:
-        path: the file.
-        write: fills the temporary file whose path it is given.
-
-    Raises:
-        OSError: nothing could be written; an older file is untouched. What ``write`` raises passes
-            through, with the same promise.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> write_file(file, lambda part: part.write_text("whole"))
-        >>> file.read_text()
-        'whole'
+    ``write`` fills the temporary file whose path it is given. On any error, also one of ``write``,
+    an older file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path, ".part")
@@ -59,9 +47,6 @@ def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
     Older entries of the same names give way, and so do those that match the pattern ``stale`` (a
     checkpoint may have had more shards). They are deleted only once everything new is in place: on
     any error they come back, and ``folder`` is as it was.
-
-    Raises:
-        OSError: nothing could be written or put in place.
     """
     part = _beside(folder, ".part")
     try:

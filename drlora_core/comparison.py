@@ -31,22 +31,12 @@ def overlap(one: IntArray, two: IntArray) -> float:
 
 
 def spearman(one: ArrayLike, two: ArrayLike) -> float:
-    """Spearman's rank correlation; NaN where one side is constant.
-
-    Example:
-        >>> spearman([1, 2, 3], [10, 40, 90])
-        1.0
-    """
+    """Spearman's rank correlation; NaN where one side is constant."""
     return _correlation("spearmanr", one, two)
 
 
 def kendall(one: ArrayLike, two: ArrayLike) -> float:
-    """Kendall's tau-b, which corrects for ties; NaN where one side is constant.
-
-    Example:
-        >>> round(kendall([1, 2, 3], [1, 3, 2]), 3)
-        0.333
-    """
+    """Kendall's tau-b, which corrects for ties; NaN where one side is constant."""
     return _correlation("kendalltau", one, two)
 
 
@@ -58,13 +48,8 @@ def _correlation(name: str, one: ArrayLike, two: ArrayLike) -> float:
 
 
 def total_variation(one: ArrayLike, two: ArrayLike) -> float:
-    """Half the L1 distance of two distributions, 0 to 1; the inputs are normalised.
-
-    Example:
-        >>> total_variation([2, 0], [1, 1])
-        0.5
-    """
-    left, right = np.asarray(one, dtype=np.float64), np.asarray(two, dtype=np.float64)
+    """Half the L1 distance of two distributions, 0 to 1; the inputs are normalised."""
+    left, right = np.asarray(one, np.float64), np.asarray(two, np.float64)
     return float(np.abs(left / left.sum() - right / right.sum()).sum() / 2.0)
 
 
@@ -82,12 +67,7 @@ def gini(values: ArrayLike) -> float:
 
 
 def entropy(values: ArrayLike) -> float:
-    """Shannon entropy of the normalised values over its maximum, log N: 1 where all are equal.
-
-    Example:
-        >>> entropy([1, 1]), entropy([3, 0])
-        (1.0, 0.0)
-    """
+    """Shannon entropy of the normalised values over its maximum, log N: 1 where all are equal."""
     counts = np.asarray(values, dtype=np.float64)
     if counts.size == 1 or counts.sum() <= 0.0:
         return 1.0
@@ -99,10 +79,6 @@ def churn(deltas: ArrayLike) -> float:
 
     0: every event serves the same experts alike; 1: no expert is served at two events in a row.
     NaN where fewer than two events place anything.
-
-    Example:
-        >>> churn([[1, 0], [0, 1], [0, 1]])
-        0.5
     """
     rows = np.abs(np.asarray(deltas, dtype=np.float64))
     rows = rows[rows.sum(axis=1) > 0]
@@ -126,8 +102,7 @@ class LayerComparison:
     entropy_b: float
     churn_a: float
     churn_b: float
-    differing: int
-    """Experts whose final ranks differ."""
+    differing: int  # experts whose final ranks differ
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,8 +120,7 @@ class Comparison:
     """Result of `compare`."""
 
     layers: tuple[LayerComparison, ...]
-    differences: tuple[ExpertDifference, ...]
-    """All experts whose final ranks differ, the largest difference first."""
+    differences: tuple[ExpertDifference, ...]  # the largest difference first
 
     def mean(self, measure: str) -> float:
         """Mean of a measure of `LayerComparison` over the layers where it is defined."""
@@ -159,17 +133,11 @@ class Comparison:
         return means | {"differing": len(self.differences)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
         return {"summary": self.summary(), **dataclasses.asdict(self)}
 
 
 def mean_of_defined(values: ArrayLike) -> float:
-    """Mean of the values that are not NaN; NaN if there is none.
-
-    Example:
-        >>> mean_of_defined([1.0, float("nan"), 2.0])
-        1.5
-    """
+    """Mean of the values that are not NaN; NaN if there is none."""
     defined: FloatArray = np.asarray(values, dtype=np.float64)
     defined = defined[~np.isnan(defined)]
     return float(defined.mean()) if defined.size else float("nan")
@@ -185,10 +153,8 @@ def compare(a: Replay, b: Replay) -> Comparison:
         DRLoRAError: SciPy is not installed.
     """
     if a.layers != b.layers:
-        raise LayoutError(
-            f"the replays have different layers: {list(a.layers.items())[:3]} ... and "
-            f"{list(b.layers.items())[:3]} ..."
-        )
+        one, two = list(a.layers.items())[:3], list(b.layers.items())[:3]
+        raise LayoutError(f"the replays have different layers: {one} ... and {two} ...")
     differences = [
         ExpertDifference(name, int(expert), int(ranks[expert]), int(b.final_ranks[name][expert]))
         for name, ranks in a.final_ranks.items()

@@ -22,7 +22,8 @@ def _whole_number(value: object) -> int:
     raise ValueError(f"must be a whole number, got {value!r}")
 
 
-Count = Annotated[int, BeforeValidator(_whole_number)]
+Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
+PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune"]
 ScopeName = Literal["layer", "global"]
 TimetableName = Literal["early", "late"]
@@ -46,21 +47,21 @@ class AllocatorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    r_init: Count = Field(default=8, ge=1)
+    r_init: PositiveCount = 8
     """Rank of every expert at the start (policy ``prune``: the larger rank it cuts down from)."""
-    r_target: Count = Field(default=16, ge=1)
+    r_target: PositiveCount = 16
     """Mean rank per expert at the end: the budget of a layer is ``num_experts * r_target``."""
-    r_max: Count = Field(default=32, ge=1)
+    r_max: PositiveCount = 32
     """Largest rank that one expert may have."""
-    warmup_steps: Count = Field(default=200, ge=0)
+    warmup_steps: Count = 200
     """Optimizer steps before growth may begin; statistics are gathered from step 1 on."""
-    growth_interval: Count = Field(default=200, ge=1)
+    growth_interval: PositiveCount = 200
     """Optimizer steps from one growth event to the next."""
-    growth_end: Count = Field(default=2200, ge=0)
+    growth_end: Count = 2200
     """Last optimizer step at which an event may happen."""
-    quota: Annotated[Count, Field(ge=1)] | None = None
+    quota: PositiveCount | None = None
     """Rank units per event and layer; None: the budget is spread evenly over the events."""
-    max_growth: Annotated[Count, Field(ge=1)] | None = None
+    max_growth: PositiveCount | None = None
     """Most units one expert may get at one event; None: only ``r_max`` limits it."""
     gamma: float = Field(default=1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency, S = f * g / (r + 1)^gamma."""
@@ -78,9 +79,9 @@ class AllocatorConfig(BaseModel):
     """``layer``: a quota per layer; ``global``: one quota over all layers."""
     layer_floor: float = Field(default=0.25, ge=0.0, le=1.0)
     """Scope ``global`` only: share of its even quota that each layer always gets."""
-    layer_ceiling: Annotated[Count, Field(ge=1)] | None = None
+    layer_ceiling: PositiveCount | None = None
     """Scope ``global`` only: largest mean rank of a layer; None: min(r_max, 2 * r_target)."""
-    seed: Count = Field(default=0, ge=0)
+    seed: Count = 0
     """Seed of policy ``random`` and of the rows of A in drlora_torch."""
 
     @classmethod
@@ -96,9 +97,8 @@ class AllocatorConfig(BaseModel):
             steps: optimizer steps of the training.
             timetable: ``early``: events between 5 % and 25 % of the steps; ``late``: 10 % and 60 %.
             events: number of events; fewer if there are too few steps.
-            **fields: any other fields. Given ``warmup_steps``, ``growth_interval`` and
-                ``growth_end`` are kept. The default of ``max_growth`` here lets an expert that
-                gets rank at every event reach ``r_max`` at the last one.
+            **fields: any other fields. The default of ``max_growth`` here lets an expert that gets
+                rank at every event reach ``r_max`` at the last one.
 
         Raises:
             TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable.
@@ -177,8 +177,7 @@ class AllocatorConfig(BaseModel):
     def _check_ranks(self) -> None:
         if self.r_target > self.r_max:
             raise ValueError(
-                f"r_target {self.r_target} > r_max {self.r_max}: the mean rank cannot exceed the "
-                f"largest; use r_max >= {self.r_target}"
+                f"r_target {self.r_target} > r_max {self.r_max}; use r_max >= {self.r_target}"
             )
         if self.r_init > self.r_max:
             raise ValueError(
@@ -212,23 +211,20 @@ class AllocatorConfig(BaseModel):
             raise ValueError(
                 f"no growth event: none of the steps {self.warmup_steps} < t <= {self.growth_end} "
                 f"is warmup_steps plus a multiple of growth_interval {self.growth_interval}; use "
-                f"growth_end >= {self.warmup_steps + self.growth_interval}, or r_init = r_target "
-                f"for static LoRA"
+                f"growth_end >= {self.warmup_steps + self.growth_interval}, or r_init = r_target"
             )
         if self.policy == "prune" or self.quota is not None or self.max_growth is None:
             return
         needed = self.r_target - self.r_init
         if self.max_growth * events < needed:
             raise ValueError(
-                f"the budget is out of reach: per expert, max_growth {self.max_growth} x {events} "
-                f"events = {self.max_growth * events} < {needed} = r_target - r_init needed; use "
-                f"max_growth >= {-(-needed // events)} or more events"
+                f"the budget is out of reach: max_growth {self.max_growth} x {events} events = "
+                f"{self.max_growth * events} < {needed} = r_target - r_init; use max_growth >= "
+                f"{-(-needed // events)} or more events"
             )
 
 
-def _window(
-    steps: int, timetable: str, events: int, given: Mapping[str, object]
-) -> dict[str, object]:
+def _window(steps: int, timetable: str, events: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Choose warmup_steps, growth_interval and growth_end; given values are kept."""
     if timetable not in timetables.TIMETABLES:
         hint = near_misses(timetable, timetables.TIMETABLES)
@@ -237,5 +233,5 @@ def _window(
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)
-    window = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
-    return {name: given.get(name, value) for name, value in window.items()}
+    chosen = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
+    return {name: given.get(name, value) for name, value in chosen.items()}

@@ -77,9 +77,7 @@ class AllocatorEngine:
         if not whole or num_experts < 1:
             raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
         if self._step or any(state.observed for state in self._layers.values()):
-            raise LayoutError(
-                f"layer {name!r} comes too late: add all layers before the first sample"
-            )
+            raise LayoutError(f"layer {name!r} comes too late: add it before the first sample")
         self._layers[name] = layer.make_state(self.config, int(num_experts))
         self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._layers)
         self._report_shortfall(name, int(num_experts))
@@ -120,11 +118,7 @@ class AllocatorEngine:
             self._recorder.sample(name, routing, importance, tokens)
 
     def skip(self, name: str) -> None:
-        """Close the current step for this layer without a sample (say, after a NaN).
-
-        Raises:
-            UnknownLayerError, StepOrderError: as :meth:`observe`.
-        """
+        """Close the current step for this layer without a sample (say, after a NaN)."""
         state = self._layer(name)
         if state.observed:
             raise StepOrderError(f"layer {name!r} was already observed in step {self._step + 1}")
@@ -198,8 +192,7 @@ class AllocatorEngine:
         """Restore a saved state. An engine without layers takes the layers of the state.
 
         Raises:
-            LayoutError: other layers, configuration or version, or damaged values; the engine is
-                unchanged.
+            LayoutError: the state does not fit or is damaged; the engine is unchanged.
         """
         layers, carry, step = snapshot.load_state(state, self.config)
         if self._layers:
@@ -220,11 +213,9 @@ class AllocatorEngine:
         self._recorder = recorder
 
     def _layer(self, name: str) -> layer.LayerState:
-        try:
-            return self._layers[name]
-        except (KeyError, TypeError):
-            hint = near_misses(str(name), self._layers)
-            raise UnknownLayerError(f"no layer {name!r}; {hint}") from None
+        if not isinstance(name, str) or name not in self._layers:
+            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self._layers)}")
+        return self._layers[name]
 
     def _check_observed(self) -> None:
         if not self._layers:
@@ -233,8 +224,8 @@ class AllocatorEngine:
         if missing:
             raise StepOrderError(
                 f"step {self._step + 1} has no sample of {len(missing)} of {len(self._layers)} "
-                f"layers, first {missing[0]!r}; call engine.observe(...) for every layer before "
-                f"engine.step(), or engine.skip(name) to leave one out"
+                f"layers, first {missing[0]!r}; call engine.observe(...) or engine.skip(name) for "
+                f"every layer before engine.step()"
             )
 
     def _report_shortfall(self, name: str, num_experts: int) -> None:

@@ -39,12 +39,7 @@ class PolicyError(DRLoRAError):
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """End an error message with the names closest to a wrong one, or else with the known names.
-
-    Example:
-        >>> near_misses("layers.0", ["layer.0", "layer.1"])
-        "did you mean 'layer.0' or 'layer.1'?"
-    """
+    """End an error message with the names closest to a wrong one, or else with the known names."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if close:
@@ -69,11 +64,7 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Import a library that only an extra of drlora installs.
-
-    Raises:
-        DRLoRAError: it is not installed; the message names the extra.
-    """
+    """Import a library that only an extra of drlora installs, or name the extra in an error."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -14,7 +14,6 @@ from drlora_core.ema import FloatArray, IntArray
 from drlora_core.layer import LayerState
 from drlora_core.policies import AllocationRequest, Policy, run_policy
 from drlora_core.pools import Pool, allocate, layer_means, make_pools
-from drlora_core.saliency import saliency
 
 Layers = Mapping[str, LayerState]
 
@@ -46,17 +45,10 @@ def decide(
     carry: tuple[int, ...],
     step: int,
 ) -> tuple[GrowthEvent | None, Layers, tuple[int, ...]]:
-    """Decide the event after optimizer step ``step``, if there is one.
+    """Decide the event after optimizer step ``step`` (from 1), if there is one.
 
-    Args:
-        config: the configuration.
-        policy: the growth policy; None for policy ``prune``.
-        layers: the states of all layers.
-        carry: units that each pool carried over from earlier events.
-        step: the optimizer step, from 1.
-
-    Returns:
-        The event or None, the new states of the layers, and the units that each pool carries over.
+    The policy is None for ``prune``; ``carry`` holds the units that each pool carried over. Returns
+    the event or None, the new states of the layers, and the units that each pool carries over.
     """
     index = timetable.event_index(
         step, config.warmup_steps, config.growth_interval, config.growth_end
@@ -65,9 +57,7 @@ def decide(
         return None, layers, carry
     pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
     signals = {name: layer.signals(state, config) for name, state in layers.items()}
-    scores = {
-        name: saliency(*signals[name], state.ranks, config.gamma) for name, state in layers.items()
-    }
+    scores = {name: layer.layer_saliency(state, config) for name, state in layers.items()}
     after: dict[str, LayerState] = {}
     cut: dict[str, NDArray[np.bool_]] = {}
     left_over = []
@@ -78,14 +68,15 @@ def decide(
             after |= pruned
             cut |= cut_here
             left_over.append(0)
-        else:
-            ranks = np.concatenate([state.ranks for state in members.values()])
-            available = event_quota(config, pool, index) + carried
-            quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
-            request = _make_request(config, pool, ranks, quota, signals, scores, step, number)
-            grown, left = _grow(config, policy, members, pool, request, index)
-            after |= grown
-            left_over.append(left)
+            continue
+        ranks = np.concatenate([state.ranks for state in members.values()])
+        available = event_quota(config, pool, index) + carried
+        quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
+        request = _make_request(config, pool, ranks, quota, signals, scores, step, number)
+        growth = _spread(config, policy, pool, request, index)
+        for name, part in zip(pool.names, pool.slices(), strict=True):
+            after[name] = layer.grow(layers[name], growth[part])
+        left_over.append(quota - int(growth.sum()))
     event = GrowthEvent(
         step=step,
         index=index,
@@ -98,25 +89,17 @@ def decide(
     return event, {name: after[name] for name in layers}, tuple(left_over)
 
 
-def _grow(
-    config: AllocatorConfig,
-    policy: Policy,
-    members: Layers,
-    pool: Pool,
-    request: AllocationRequest,
-    index: int,
-) -> tuple[dict[str, LayerState], int]:
-    """Spread a pool's quota; return the new states and the units left over."""
-    if config.scope == "global":
-        floors, capacities = _compute_bounds(config, pool, request.ranks, index)
-        growth = allocate(policy, request, pool, floors, capacities)
-    else:
-        growth = run_policy(policy, request, pool.describe())
-    after = {
-        name: layer.grow(state, growth[part])
-        for (name, state), part in zip(members.items(), pool.slices(), strict=True)
-    }
-    return after, request.quota - int(growth.sum())
+def _spread(
+    config: AllocatorConfig, policy: Policy, pool: Pool, request: AllocationRequest, index: int
+) -> IntArray:
+    """Spread a pool's quota, [N]; with scope ``global`` within each layer's floor and ceiling."""
+    if config.scope == "layer":
+        return run_policy(policy, request, pool.describe())
+    totals = np.array([request.ranks[part].sum() for part in pool.slices()])
+    capacities = np.array(pool.sizes) * config.mean_rank_ceiling - totals
+    shares = [event_quota(config, single, index) for single in pool.split()]
+    floors = np.floor(config.layer_floor * np.array(shares)).astype(np.int64)
+    return allocate(policy, request, pool, np.minimum(floors, capacities), capacities)
 
 
 def event_quota(config: AllocatorConfig, pool: Pool, index: int) -> int:
@@ -156,21 +139,6 @@ def _make_request(
     )
 
 
-def _compute_bounds(
-    config: AllocatorConfig, pool: Pool, ranks: IntArray, index: int
-) -> tuple[IntArray, IntArray]:
-    """Scope ``global``: the fewest and the most units each layer may get, [layers]."""
-    totals = np.array([ranks[part].sum() for part in pool.slices()])
-    sizes = np.array(pool.sizes)
-    share = [
-        event_quota(config, Pool((name,), (size,)), index)
-        for name, size in zip(pool.names, pool.sizes, strict=True)
-    ]
-    capacities = sizes * config.mean_rank_ceiling - totals
-    floors = np.floor(config.layer_floor * np.array(share)).astype(np.int64)
-    return np.minimum(floors, capacities), capacities
-
-
 def _prune(
     config: AllocatorConfig, members: Layers, index: int
 ) -> tuple[dict[str, LayerState], dict[str, NDArray[np.bool_]]]:
@@ -178,9 +146,8 @@ def _prune(
     states = list(members.values())
     ranks = np.concatenate([state.ranks for state in states])
     averages = np.concatenate([layer.dimension_importance(state, config) for state in states])
-    cut = pruning.least_important(
-        averages, ranks, int(ranks.sum()) - config.scheduled_total(ranks.size, index)
-    )
+    excess = int(ranks.sum()) - config.scheduled_total(ranks.size, index)
+    cut = pruning.least_important(averages, ranks, excess)
     ends = np.cumsum([state.num_experts for state in states])[:-1]
     parts = dict(zip(members, np.split(cut, ends), strict=True))
     after = {

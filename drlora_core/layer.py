@@ -31,20 +31,19 @@ class LayerState:
 
     @property
     def num_experts(self) -> int:
-        """N, the experts of the layer."""
         return self.ranks.size
 
 
 def make_state(config: AllocatorConfig, num_experts: int) -> LayerState:
     """Make the first state: every expert at the starting rank, every average at 0."""
-    dimensions = np.zeros((num_experts, config.r_max)) if config.policy == "prune" else None
+    prunes = config.policy == "prune"
     return LayerState(
         ranks=np.full(num_experts, config.starting_rank, dtype=np.int64),
         routing=np.zeros(num_experts),
         routing_count=0,
         importance=np.zeros(num_experts),
         importance_count=np.zeros(num_experts, dtype=np.int64),
-        dimensions=dimensions,
+        dimensions=np.zeros((num_experts, config.r_max)) if prunes else None,
         observed=False,
     )
 
@@ -55,11 +54,7 @@ def observe(
     routing: ArrayLike | None,
     importance: ArrayLike | None,
 ) -> LayerState:
-    """Update the averages with one sample of phi [N] and of importance [N] or [N, R].
-
-    Raises:
-        StatisticError: missing, wrongly shaped, negative or non-finite samples.
-    """
+    """Update the averages with one sample of phi [N] and of importance [N] or [N, R]."""
     frequency, frequency_count = state.routing, state.routing_count
     if routing is not None:
         phi = _check("routing", _to_floats("routing", routing), [(state.num_experts,)])

@@ -40,11 +40,9 @@ OTHER_RULES = {
 class LayerShape:
     """One MoE layer."""
 
-    index: int
-    """Number of the decoder layer, from 0."""
+    index: int  # number of the decoder layer, from 0
     num_experts: int
-    projections: Mapping[str, tuple[int, int]]
-    """Input and output size of each adapted projection of one expert."""
+    projections: Mapping[str, tuple[int, int]]  # input and output size, by name, of one expert
 
     @property
     def slot_parameters(self) -> int:
@@ -62,11 +60,9 @@ class ModelShape:
     """The MoE layers of a model."""
 
     model_type: str
-    num_layers: int
-    """All decoder layers, dense ones too."""
+    num_layers: int  # all decoder layers, dense ones too
     layers: tuple[LayerShape, ...]
-    total_parameters: int | None = None
-    """Parameters of the whole model; None where only config.json was read."""
+    total_parameters: int | None = None  # of the whole model; None: only config.json was read
 
 
 def read_model_config(
@@ -80,17 +76,8 @@ def read_model_config(
 ) -> ModelShape:
     """Read the MoE layers from a config.json, or from a directory that has one.
 
-    Args:
-        path: the file or directory; nothing else of the model is read.
-        num_experts: replaces what the file says; likewise the others.
-        moe_layers: the number of MoE layers; they are then counted from layer 0.
-        hidden_size: input and output size of an expert.
-        intermediate_size: inner size of one expert.
-        gated: whether experts have a gate beside the up projection.
-
-    Raises:
-        LayoutError: not a model's configuration, or one whose experts this reader cannot find.
-        OSError: the file cannot be read.
+    The other arguments replace what the file says; ``moe_layers`` layers are counted from layer 0.
+    A LayoutError says what this reader cannot find.
     """
     path = Path(path)
     values = read_json(path)
@@ -121,12 +108,7 @@ def read_model_config(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a config.json, or that of a directory.
-
-    Raises:
-        LayoutError: it is not a JSON object.
-        OSError: it cannot be read.
-    """
+    """Read a config.json, or that of a directory."""
     path = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -21,16 +21,12 @@ class Storage:
     """What one way of storing the LoRA takes, over all MoE layers."""
 
     name: str
-    rank: int
-    """Slots per expert, on average over a layer."""
+    rank: int  # slots per expert, on average over a layer
     parameters: int
-    weights: int
-    """Bytes, as are the following."""
+    weights: int  # bytes, as are the following
     gradients: int
-    adam: int
-    """Both moments of Adam; in PyTorch they have the dtype of the parameter."""
+    adam: int  # both moments; in PyTorch they have the dtype of the parameter
     total: int
-    """Bytes of weights, gradients and Adam."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,12 +35,9 @@ class PlannedEvent:
 
     index: int
     step: int
-    quota: int
-    """Rank units placed (policy ``prune``: cut, negative)."""
-    total: int
-    """Total rank of the layer after the event."""
-    mean: float
-    """Mean rank of its experts after the event."""
+    quota: int  # rank units placed (policy ``prune``: cut, negative)
+    total: int  # total rank of the layer after the event
+    mean: float  # mean rank of its experts after the event
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,32 +47,26 @@ class Plan:
     shape: ModelShape
     config: AllocatorConfig
     dtype: DType
-    expert_parameters: int
-    """Parameters of the frozen expert weights of all MoE layers."""
+    expert_parameters: int  # of the frozen expert weights of all MoE layers
     storages: list[Storage]
-    peft_transient: int
-    """Bytes that PEFT also builds per layer and forward: the update B A of every expert."""
-    timetable: dict[int, list[PlannedEvent]]
-    """Events of a layer, by its number of experts."""
-    budget_met: dict[int, int | None]
-    """Step after which a layer's budget is met, by its number of experts; None: never."""
+    peft_transient: int  # bytes that PEFT also builds per layer and forward: B A of every expert
+    timetable: dict[int, list[PlannedEvent]]  # events of a layer, by its number of experts
+    budget_met: dict[int, int | None]  # step after which a layer's budget is met; None: never
 
 
 def make_plan(shape: ModelShape, config: AllocatorConfig, dtype: DType = "float32") -> Plan:
     """Compute the plan of a model under a configuration."""
-    timetables = {
-        size: planned_events(config, size)
-        for size in sorted({layer.num_experts for layer in shape.layers})
-    }
+    sizes = sorted({layer.num_experts for layer in shape.layers})
+    frozen = [layer.expert_parameters for layer in shape.layers]
     return Plan(
         shape=shape,
         config=config,
         dtype=dtype,
-        expert_parameters=sum(layer.expert_parameters for layer in shape.layers),
+        expert_parameters=sum(frozen),
         storages=storages(shape, config, dtype),
-        peft_transient=BYTES[dtype] * max(layer.expert_parameters for layer in shape.layers),
-        timetable=timetables,
-        budget_met={size: step_of_budget(config, size) for size in timetables},
+        peft_transient=BYTES[dtype] * max(frozen),
+        timetable={size: planned_events(config, size) for size in sizes},
+        budget_met={size: step_of_budget(config, size) for size in sizes},
     )
 
 
@@ -103,13 +90,7 @@ def storages(shape: ModelShape, config: AllocatorConfig, dtype: DType) -> list[S
     size = per_rank * BYTES[dtype]
     return [
         Storage(
-            name,
-            rank,
-            parameters=per_rank * rank,
-            weights=size * rank,
-            gradients=size * rank,
-            adam=2 * size * rank,
-            total=4 * size * rank,
+            name, rank, per_rank * rank, size * rank, size * rank, 2 * size * rank, 4 * size * rank
         )
         for name, rank in ranks.items()
     ]
@@ -119,12 +100,6 @@ def planned_events(config: AllocatorConfig, num_experts: int) -> list[PlannedEve
     """List the events of a layer of ``num_experts`` experts, if limits leave nothing unplaced.
 
     With scope ``global`` this is the layer's even share.
-
-    Example:
-        >>> config = AllocatorConfig(r_init=2, r_target=4, r_max=8, warmup_steps=0,
-        ...                          growth_interval=5, growth_end=10)
-        >>> [(event.step, event.quota, event.total) for event in planned_events(config, 3)]
-        [(5, 3, 9), (10, 3, 12)]
     """
     totals = [config.scheduled_total(num_experts, k) for k in range(config.num_events + 1)]
     return [

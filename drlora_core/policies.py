@@ -66,17 +66,17 @@ REQUEST_ARRAYS = ("ranks", "limits", "routing", "importance", "scale")
 
 
 class Policy(Protocol):
-    """Spreads ``request.quota`` units over the experts; pure, deterministic, no side effects."""
+    """Spreads ``request.quota`` units over the experts; pure, deterministic, no side effects.
 
-    def __call__(self, request: AllocationRequest) -> IntArray:
-        """Return the growth of each expert, int64 [N]."""
-        ...
+    It returns the growth of each expert, int64 [N].
+    """
+
+    def __call__(self, request: AllocationRequest) -> IntArray: ...
 
 
 def policy_name(policy: Policy) -> str:
     """Return the name of a policy: that of its function or class."""
-    name: str = getattr(policy, "__name__", type(policy).__name__)
-    return name
+    return str(getattr(policy, "__name__", type(policy).__name__))
 
 
 def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
@@ -88,7 +88,7 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    eligible = np.flatnonzero(request.limits)  # the others get nothing
+    eligible = np.flatnonzero(request.limits)
     order = eligible[_descending(scores[eligible], request.ranks[eligible])]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
@@ -100,8 +100,7 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
 def _descending(scores: FloatArray, ranks: IntArray) -> IntArray:
     """Order by score descending, then rank ascending, then index."""
     order = np.argsort(-scores)  # the fast sort leaves ties in any order
-    ordered = scores[order]
-    if (ordered[1:] == ordered[:-1]).any():
+    if (np.diff(scores[order]) == 0).any():
         order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
     return order
 
@@ -163,7 +162,7 @@ def proportional(request: AllocationRequest) -> IntArray:
 
 
 def _normalize(weights: FloatArray, eligible: NDArray[np.bool_]) -> FloatArray:
-    """Divide weights by their sum; equal shares for the open experts where all weights are 0."""
+    """Divide weights by their sum; equal shares for eligible experts where all weights are 0."""
     if not eligible.any():
         return np.zeros_like(weights)
     if weights.sum() <= 0.0:
@@ -178,26 +177,14 @@ def uniform(request: AllocationRequest) -> IntArray:
 
 
 GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
-    {
-        "greedy": greedy,
-        "rescored": rescored,
-        "proportional": proportional,
-        "uniform": uniform,
-        "random": random,
-    }
+    {policy.__name__: policy for policy in (greedy, rescored, proportional, uniform, random)}
 )
 
 
 def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntArray:
-    """Call a policy and check its answer.
+    """Call a policy with read-only arrays and check its answer.
 
-    Args:
-        policy: the callable.
-        request: its input; the arrays are made read-only.
-        experts: names the experts in error messages, such as ``layer 'model.layers.0'``.
-
-    Raises:
-        PolicyError: naming the experts, the step, the index and the value.
+    A PolicyError uses ``experts``, such as ``layer 'model.layers.0'``, and the step to say where.
     """
     for name in REQUEST_ARRAYS:
         getattr(request, name).setflags(write=False)

@@ -25,24 +25,25 @@ class Pool:
 
     @property
     def num_experts(self) -> int:
-        """Experts of all layers of the pool."""
         return sum(self.sizes)
 
     def slices(self) -> list[slice]:
-        """Return the range of each layer's experts, in the order of ``names``."""
+        """The range of each layer's experts, in the order of ``names``."""
         ends = itertools.accumulate(self.sizes)
         return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
+    def split(self) -> list[Pool]:
+        """A pool of each layer."""
+        return [Pool((name,), (n,)) for name, n in zip(self.names, self.sizes, strict=True)]
+
     def describe(self) -> str:
-        """Name the pool in error messages."""
         return f"layer {self.names[0]!r}" if len(self.names) == 1 else f"{len(self.names)} layers"
 
 
 def make_pools(config: AllocatorConfig, sizes: Mapping[str, int]) -> list[Pool]:
     """Make a pool of each layer, or one of all layers (scope ``global``), from expert counts."""
-    if config.scope == "global" and sizes:
-        return [Pool(tuple(sizes), tuple(sizes.values()))]
-    return [Pool((name,), (size,)) for name, size in sizes.items()]
+    everything = Pool(tuple(sizes), tuple(sizes.values()))
+    return [everything] if config.scope == "global" and sizes else everything.split()
 
 
 def layer_means(values: FloatArray, pool: Pool) -> FloatArray:
@@ -58,15 +59,8 @@ def allocate(
 ) -> IntArray:
     """Spread a global quota so that each layer gets at least its floor, at most its capacity.
 
-    Args:
-        policy: the growth policy; it runs on each layer for the floors, then on all experts.
-        request: over all experts of the pool.
-        pool: which experts belong to which layer.
-        floors: least units of each layer, int64 [layers]; in sum at most the quota.
-        capacities: most units of each layer, int64 [layers].
-
-    Returns:
-        Growth of each expert, int64 [N].
+    The policy runs on each layer for the floors, then on all experts. ``floors`` and ``capacities``
+    are int64 [layers]; the floors sum to at most the quota. Returns the growth, int64 [N].
     """
     growth = np.zeros_like(request.ranks)
     for name, part, units in zip(pool.names, pool.slices(), floors, strict=True):

@@ -17,30 +17,21 @@ def least_important(scores: FloatArray, ranks: IntArray, count: int) -> NDArray[
 
     The lowest scores are cut first. Ties are cut in this order: larger rank of the expert, later
     dimension, later expert. (AdaLoRA compares with a threshold instead: when all scores tie, it
-    keeps 0 of a budget of 6.)
-
-    Args:
-        scores: importance of each rank dimension, float64 [N, R].
-        ranks: active ranks, int64 [N].
-        count: dimensions to cut, at most ``ranks.sum() - N``.
-
-    Returns:
-        Bool [N, R], True where a dimension is cut.
+    keeps 0 of a budget of 6.) ``scores`` are float64 [N, R], ``count`` is at most
+    ``ranks.sum() - N``. Returns bool [N, R], True where a dimension is cut.
     """
     candidates = active_dimensions(ranks, scores.shape[1])
     best = np.where(candidates, scores, -np.inf).argmax(axis=1)
     candidates[np.arange(ranks.size), best] = False
     experts, dimensions = np.nonzero(candidates)
-    order = np.lexsort((-experts, -dimensions, -ranks[experts], scores[experts, dimensions]))[
-        :count
-    ]
+    order = np.lexsort((-experts, -dimensions, -ranks[experts], scores[experts, dimensions]))
+    first = order[:count]
     cut = np.zeros(scores.shape, dtype=np.bool_)
-    cut[experts[order], dimensions[order]] = True
+    cut[experts[first], dimensions[first]] = True
     return cut
 
 
 def compact(values: FloatArray, cut: NDArray[np.bool_]) -> FloatArray:
     """Move the kept columns to the front, in order, and fill the rest with zeros."""
     order = np.argsort(cut, axis=1, kind="stable")
-    kept = np.take_along_axis(np.where(cut, 0.0, values), order, axis=1)
-    return kept
+    return np.take_along_axis(np.where(cut, 0.0, values), order, axis=1)

@@ -28,8 +28,8 @@ CAVEAT = (
     "A replay uses the statistics as recorded: it cannot know how they would have changed under "
     "other ranks."
 )
+# Fields of an event, and what they are called in `first_difference`.
 DECISIONS = {"ranks": "rank", "deltas": "growth", "saliency": "saliency", "cut": "cut"}
-"""Fields of an event, and what they are called in `first_difference`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,16 +37,12 @@ class Replay:
     """The decisions of an engine on a recording."""
 
     config: AllocatorConfig
-    policy: str
-    """Name of the policy: that of the configuration, or of the callable."""
-    layers: dict[str, int]
-    """Experts of each layer."""
+    policy: str  # name of the configuration's policy, or of the callable
+    layers: dict[str, int]  # experts of each layer
     steps: int
     events: tuple[GrowthEvent, ...]
-    final_ranks: Mapping[str, IntArray]
-    """Ranks after the last step, int64 [N] by layer."""
-    engine: AllocatorEngine
-    """The engine after the last step."""
+    final_ranks: Mapping[str, IntArray]  # after the last step, int64 [N] by layer
+    engine: AllocatorEngine  # after the last step
 
     def trajectory(self, name: str) -> IntArray:
         """Ranks of a layer at the start and after each event, int64 [K + 1, N]."""
@@ -65,8 +61,6 @@ def replay(
     recording: Recording, config: AllocatorConfig | None = None, policy: Policy | None = None
 ) -> Replay:
     """Drive a new engine with a recording's statistics.
-
-    A replay cannot know how the statistics would have changed under other ranks.
 
     Args:
         recording: the statistics.
@@ -109,14 +103,13 @@ def replay(
 def _check_dimensions(recording: Recording, config: AllocatorConfig) -> None:
     if recording.dimensions is None:
         raise LayoutError(
-            "policy 'prune' needs the importance of every rank dimension, which this recording "
-            "does not hold; only runs with policy 'prune' record it (or "
-            "Recording.from_arrays(dimensions=...))"
+            "policy 'prune' needs the importance of every rank dimension, which only runs with "
+            "policy 'prune' record (or Recording.from_arrays(dimensions=...))"
         )
-    if recording.dimensions.shape[2] != config.r_max:
+    if (recorded := recording.dimensions.shape[2]) != config.r_max:
         raise LayoutError(
-            f"the recording has {recording.dimensions.shape[2]} rank dimensions, "
-            f"r_max is {config.r_max}; replay policy 'prune' with the recorded r_max"
+            f"the recording has {recorded} rank dimensions, r_max is {config.r_max}; replay policy "
+            f"'prune' with the recorded r_max"
         )
 
 
@@ -125,9 +118,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
     prunes = engine.config.policy == "prune"
     records = [recording.layer(name) for name in recording.layers]
     orders = {
-        record.name: initial_order(record.routing.shape[1], engine.config.r_max)
-        for record in records
-        if prunes
+        name: initial_order(size, engine.config.r_max) for name, size in recording.layers.items()
     }
     events = []
     for row in range(recording.steps):
@@ -159,8 +150,7 @@ def _read_dimensions(
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])
         raise StatisticError(
             f"layer {record.name!r}, step {row + 1}: dimension {int(order[expert, dimension])} of "
-            f"expert {expert} was not recorded (the run had cut it), but this replay keeps it; a "
-            f"replay of policy 'prune' must cut at least the dimensions that the run cut"
+            f"expert {expert} was not recorded: the run had cut it, but this replay keeps it"
         )
     return sample
 

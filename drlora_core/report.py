@@ -1,4 +1,4 @@
-"""A self-contained HTML report of a recorded run."""
+"""A self-contained HTML report of a recorded run, with Plotly figures (extra ``report``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from drlora_core import plots
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import diagnose
 from drlora_core.errors import import_extra
@@ -28,13 +27,7 @@ td:first-child, th:first-child { text-align: left; }
 def render(recording: Recording, config: AllocatorConfig | None = None, title: str = "Run") -> str:
     """Render the report as one HTML page: decisions, figures of the ranks, diagnostics.
 
-    Args:
-        recording: the run.
-        config: replay the run's statistics under another configuration instead of its own.
-        title: heading.
-
-    Raises:
-        DRLoRAError: jinja2, plotly or scipy is not installed, or the recording cannot be replayed.
+    A given ``config`` replaces the run's own: the page then shows a replay under it.
     """
     jinja2 = import_extra("jinja2", "report")
     environment = jinja2.Environment(
@@ -44,11 +37,11 @@ def render(recording: Recording, config: AllocatorConfig | None = None, title: s
         trim_blocks=True,
     )
     result = replay(recording, config)
-    figures = [plots.total_rank(result), plots.rank_map(result), plots.rank_histogram(result)]
+    figures = [total_rank(result), rank_map(result), rank_histogram(result)]
     most_spread = heapq.nlargest(
         SHOWN_TRAJECTORIES, result.layers, key=lambda name: result.final_ranks[name].std()
     )
-    figures += [plots.trajectories(result, name) for name in most_spread]
+    figures += [trajectories(result, name) for name in most_spread]
     page: str = environment.get_template("report.html").render(
         title=title,
         style=STYLE,
@@ -98,3 +91,53 @@ def _summarize(recording: Recording, result: Replay) -> str:
     if (difference := first_difference(recording.events, result.events)) is None:
         return f"{text} The replay repeats the run's decisions exactly."
     return f"{text} The replay differs from the run: {difference} (recorded, replayed)."
+
+
+def rank_map(result: Replay) -> Any:
+    """Draw the final ranks: a row per layer, a column per expert in index order."""
+    width = max(result.layers.values())
+    cells = np.full((len(result.layers), width), np.nan)
+    for row, ranks in enumerate(result.final_ranks.values()):
+        cells[row, : ranks.size] = ranks
+    figure = _figure("Final rank of every expert", "expert", "layer")
+    return figure.add_heatmap(z=cells, y=list(result.layers), colorbar={"title": "rank"}, zmin=0)
+
+
+def total_rank(result: Replay) -> Any:
+    """Draw the largest, mean and smallest rank of all experts over the steps."""
+    ranks = np.concatenate([result.trajectory(name) for name in result.layers], axis=1)
+    figure = _figure("Rank over the run", "optimizer step", "rank")
+    for label, values in (
+        ("largest", ranks.max(axis=1)),
+        ("mean", ranks.mean(axis=1)),
+        ("smallest", ranks.min(axis=1)),
+    ):
+        _add_steps(figure, result, label, values)
+    return figure
+
+
+def trajectories(result: Replay, name: str) -> Any:
+    """Draw the ranks of one layer's experts over the steps."""
+    figure = _figure(f"Ranks of {name}", "optimizer step", "rank")
+    for expert, ranks in enumerate(result.trajectory(name).T):
+        _add_steps(figure, result, f"expert {expert}", ranks, width=1)
+    return figure
+
+
+def rank_histogram(result: Replay) -> Any:
+    """Draw how many experts ended at each rank."""
+    ranks = np.concatenate(list(result.final_ranks.values()))
+    values, counts = np.unique(ranks, return_counts=True)
+    return _figure("Experts by final rank", "rank", "experts").add_bar(x=values, y=counts)
+
+
+def _figure(title: str, x: str, y: str) -> Any:
+    figure = import_extra("plotly.graph_objects", "report").Figure()
+    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+
+
+def _add_steps(figure: Any, result: Replay, label: str, values: Any, width: float = 2) -> None:
+    """Add a line that changes at each event; ``values`` are at the start and after each event."""
+    steps = [0, *(event.step for event in result.events)]
+    line = {"shape": "hv", "width": width}
+    figure.add_scatter(x=steps, y=values, name=label, mode="lines", line=line)

@@ -14,13 +14,7 @@ from drlora_core.ema import FloatArray, IntArray
 def saliency(
     routing: FloatArray, importance: FloatArray, ranks: IntArray, gamma: float
 ) -> FloatArray:
-    """S_i = f_i * g_i / (r_i + 1)^gamma (DR-LoRA, arXiv 2601.04823).
-
-    Args:
-        routing: f, routing frequency, float64 [N].
-        importance: g, rank importance, float64 [N].
-        ranks: r, active ranks, int64 [N].
-        gamma: exponent of the rank penalty, >= 0.
+    """S_i = f_i * g_i / (r_i + 1)^gamma, [N] (DR-LoRA, arXiv 2601.04823).
 
     Example:
         >>> saliency(np.array([0.5, 0.5]), np.array([2.0, 2.0]), np.array([1, 3]), 1.0).tolist()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, ValidationError
 
 from drlora_core import timetable
 from drlora_core.config import AllocatorConfig, Count
@@ -33,7 +34,6 @@ def _check_array(dtype: type, value: Any) -> NDArray[Any]:
 
 Floats = Annotated[FloatArray, PlainValidator(functools.partial(_check_array, np.float64))]
 Integers = Annotated[IntArray, PlainValidator(functools.partial(_check_array, np.int64))]
-NonNegative = Annotated[Count, Field(ge=0)]
 
 
 class LayerValues(BaseModel):
@@ -43,7 +43,7 @@ class LayerValues(BaseModel):
 
     ranks: Integers
     routing: Floats
-    routing_count: NonNegative
+    routing_count: Count
     importance: Floats
     importance_count: Integers
     observed: StrictBool
@@ -54,8 +54,8 @@ class EngineValues(BaseModel):
     """The state of an engine."""
 
     config: dict[str, Any]
-    step: NonNegative
-    carry: tuple[NonNegative, ...]
+    step: Count
+    carry: tuple[Count, ...]
     layers: dict[str, LayerValues]
 
 
@@ -63,15 +63,10 @@ def save_state(
     config: AllocatorConfig, layers: Layers, carry: tuple[int, ...], step: int
 ) -> dict[str, Any]:
     """Return the state as a nested dict; arrays are copies."""
-    saved = {}
+    saved: dict[str, dict[str, Any]] = {}
     for name, state in layers.items():
-        values = {field: getattr(state, field) for field in LayerValues.model_fields}
-        if state.dimensions is None:
-            del values["dimensions"]
-        saved[name] = {
-            field: value.copy() if isinstance(value, np.ndarray) else value
-            for field, value in values.items()
-        }
+        values = {field: copy.copy(getattr(state, field)) for field in LayerValues.model_fields}
+        saved[name] = {field: value for field, value in values.items() if value is not None}
     return {
         "version": VERSION,
         "config": config.model_dump(mode="json"),
@@ -84,17 +79,11 @@ def save_state(
 def load_state(
     state: Any, config: AllocatorConfig
 ) -> tuple[dict[str, LayerState], tuple[int, ...], int]:
-    """Check a state against a configuration; return the layers, the carried units and the step.
-
-    Raises:
-        LayoutError: naming what differs.
-    """
+    """Check a state against a configuration; return the layers, the carried units and the step."""
     if not isinstance(state, Mapping):
         raise LayoutError(f"an engine state is a dict, got {type(state).__name__}")
     if (version := state.get("version")) != VERSION:
-        raise LayoutError(
-            f"the engine state has version {version!r}; this drlora reads version {VERSION}"
-        )
+        raise LayoutError(f"the state has version {version!r}; this drlora reads version {VERSION}")
     try:
         values = EngineValues.model_validate(dict(state))
     except ValidationError as error:
@@ -103,9 +92,7 @@ def load_state(
     layers = {name: _load_layer(name, layer, config) for name, layer in values.layers.items()}
     pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
     if len(values.carry) != len(pools):
-        raise LayoutError(
-            f"the engine state carries {len(values.carry)} quotas for {len(pools)} pools"
-        )
+        raise LayoutError(f"the state carries {len(values.carry)} quotas for {len(pools)} pools")
     for pool in pools:
         total = sum(int(layers[name].ranks.sum()) for name in pool.names)
         _check_budget(pool.describe(), total, pool.num_experts, config, values.step)
@@ -113,11 +100,7 @@ def load_state(
 
 
 def check_layout(loaded: Layers, own: Layers) -> None:
-    """Check that a state has the engine's layers, in the same order, of the same sizes.
-
-    Raises:
-        LayoutError: naming the first difference.
-    """
+    """Check that a state has the engine's layers, in the same order, of the same sizes."""
     for name in loaded:
         if name not in own:
             raise LayoutError(f"the state has a layer {name!r}; {near_misses(name, own)}")
@@ -125,9 +108,7 @@ def check_layout(loaded: Layers, own: Layers) -> None:
         if name not in loaded:
             raise LayoutError(f"the state lacks layer {name!r}; it has {len(loaded)} layers")
         if (size := loaded[name].num_experts) != state.num_experts:
-            raise LayoutError(
-                f"layer {name!r} has {state.num_experts} experts, the state has {size}"
-            )
+            raise LayoutError(f"{name!r} has {state.num_experts} experts, the state has {size}")
     if list(loaded) != list(own):
         raise LayoutError(f"the state's layers are in another order: {list(loaded)[:3]} ...")
 
@@ -161,15 +142,11 @@ def _load_layer(name: str, values: LayerValues, config: AllocatorConfig) -> Laye
             raise LayoutError(f"layer {name!r}: {field} has shape {found}, not {shape}")
     least = 1 if prunes else config.starting_rank
     if ranks.min() < least or ranks.max() > config.r_max:
-        raise LayoutError(
-            f"layer {name!r}: ranks lie in {ranks.min()}..{ranks.max()}, "
-            f"not {least}..{config.r_max}"
-        )
-    ceiling = ranks.size * config.mean_rank_ceiling
-    if config.scope == "global" and ranks.sum() > ceiling:
-        raise LayoutError(
-            f"layer {name!r}: ranks sum to {ranks.sum()}, above its ceiling of {ceiling}"
-        )
+        found = f"{ranks.min()}..{ranks.max()}"
+        raise LayoutError(f"layer {name!r}: ranks lie in {found}, not {least}..{config.r_max}")
+    total, ceiling = int(ranks.sum()), ranks.size * config.mean_rank_ceiling
+    if config.scope == "global" and total > ceiling:
+        raise LayoutError(f"layer {name!r}: ranks sum to {total}, above its ceiling of {ceiling}")
     return LayerState(**dict(values))
 
 

@@ -19,9 +19,7 @@ from drlora_core.errors import DRLoRAError, LayoutError, import_extra
 from drlora_core.recording import Recording
 from drlora_core.replay import CAVEAT, Replay, replay
 
-Row = dict[str, Any]
-SMALL = 200_000
-"""Samples (steps x layers x configurations) below which one process is faster."""
+SMALL = 200_000  # samples (steps x layers x configurations) below which one process is faster
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class Sweep:
     replays: Mapping[str, Replay]
     seconds: float
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[dict[str, Any]]:
         """Return a row per configuration: spread of its ranks, overlap with the first."""
         first = next(iter(self.replays.values()))
         return [_describe(name, first, result) for name, result in self.replays.items()]
@@ -77,10 +75,7 @@ def sweep(
         small = recording.steps * len(recording.layers) * len(configs) < SMALL
         processes = 1 if small else os.cpu_count() or 1
     started = time.perf_counter()
-    if min(processes, len(configs)) <= 1:
-        results = _run_here(recording, configs)
-    else:
-        results = _run_in_processes(recording, configs, min(processes, len(configs)))
+    results = _run(recording, configs, min(processes, len(configs)))
     if progress:
         console = import_extra("rich.console", "cli").Console(stderr=True)
         track = import_extra("rich.progress", "cli").track
@@ -89,20 +84,16 @@ def sweep(
     return Sweep({name: replays[name] for name in configs}, time.perf_counter() - started)
 
 
-def _run_here(
-    recording: Recording, configs: Mapping[str, AllocatorConfig]
-) -> Iterator[tuple[str, Replay]]:
-    for name, config in configs.items():
-        yield name, _replay_named(recording, name, config)
-
-
-def _run_in_processes(
+def _run(
     recording: Recording, configs: Mapping[str, AllocatorConfig], processes: int
 ) -> Iterator[tuple[str, Replay]]:
+    """Replay each configuration, as they finish; in this process if it is to be one."""
+    if processes <= 1:
+        yield from ((name, _replay_named(recording, name, configs[name])) for name in configs)
+        return
     context = multiprocessing.get_context("spawn")  # fork is unsafe with the threads of torch
-    pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
     try:
-        with pool:
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
             tasks = {
                 pool.submit(_replay_named, recording, name, config): name
                 for name, config in configs.items()
@@ -123,7 +114,7 @@ def _replay_named(recording: Recording, name: str, config: AllocatorConfig) -> R
         raise type(error)(f"configuration {name!r}: {error}") from error
 
 
-def _describe(name: str, first: Replay, result: Replay) -> Row:
+def _describe(name: str, first: Replay, result: Replay) -> dict[str, Any]:
     ranks = list(result.final_ranks.values())
     compared = compare(first, result)
     return {

@@ -40,18 +40,9 @@ def make_request(
 ) -> AllocationRequest:
     """Build the input of a policy; arrays that are left out are 1 for every expert.
 
-    Args:
-        quota: rank units to place, >= 0.
-        ranks: active ranks, whole numbers [N], >= 1.
-        limits: most units each expert may get, whole numbers [N], >= 0.
-        saliency: S at the present ranks, float [N], as a shortcut: sets f to S, g to 1 and gamma
-            to 0, so it cannot be combined with routing, importance, gamma or scale.
-        routing: f, float [N].
-        importance: g, float [N].
-        gamma: exponent of the rank penalty (1).
-        scale: what S is divided by, float [N].
-        step: optimizer step of the event.
-        seed: seed of ``request.generator()``.
+    :class:`~drlora_core.policies.AllocationRequest` describes the arguments. ``saliency``, S at the
+    present ranks, float [N], is a shortcut: it sets f to S, g to 1 and gamma to 0, so it cannot be
+    combined with routing, importance, gamma or scale.
 
     Raises:
         ValueError: arrays of different lengths, negative values, saliency given twice.
@@ -85,11 +76,8 @@ def _check_array(
 ) -> NDArray[Any]:
     whole = dtype is np.int64
     array = np.ones(size) if values is None else np.array(values, None if whole else np.float64)
-    if (
-        not array.size
-        or (whole and array.dtype.kind not in "iu")
-        or not (np.isfinite(array).all() and (array >= least).all())
-    ):
+    valid = array.size and (not whole or array.dtype.kind in "iu")
+    if not valid or not (np.isfinite(array).all() and (array >= least).all()):
         kind = "whole" if whole else "finite"
         raise ValueError(f"{name} must be a list of {kind} numbers >= {least}, got {values!r}")
     if array.shape != (size,):
@@ -100,10 +88,9 @@ def _check_array(
 def check_policy(policy: Policy, *, equivariant: bool = True, examples: int = 100) -> None:
     """Test a policy on generated requests.
 
-    The answer must be an integer array of the right shape, with no growth below 0 or above its
-    limit, and within the quota. The same request must give the same answer, and the input arrays
-    must not change. If ``equivariant``, renumbering experts of different saliencies must renumber
-    the answer in the same way.
+    The answer must be int [N], within limits and quota, and the same for the same request; the
+    input arrays must not change. If ``equivariant``, renumbering experts of different saliencies
+    must renumber the answer in the same way.
 
     Args:
         policy: the callable to test.
@@ -194,17 +181,14 @@ def _check_once(policy: Policy, request: AllocationRequest) -> IntArray:
         try:
             answers.append(run_policy(policy, copy, about))
         except PolicyError as error:
-            if "read-only" in str(error):
-                raise AssertionError(f"policy {name!r} writes to its input: {error}") from error
-            raise AssertionError(str(error)) from error
+            writes = f"policy {name!r} writes to its input: " if "read-only" in str(error) else ""
+            raise AssertionError(f"{writes}{error}") from error
         for field in REQUEST_ARRAYS:
             if not np.array_equal(getattr(copy, field), getattr(request, field)):
                 raise AssertionError(f"policy {name!r} writes to its input {field!r}: {about}")
     if not np.array_equal(answers[0], answers[1]):
-        raise AssertionError(
-            f"policy {name!r} is not deterministic: {answers[0].tolist()}, then "
-            f"{answers[1].tolist()} for {about}"
-        )
+        one, two = (answer.tolist() for answer in answers)
+        raise AssertionError(f"policy {name!r} is not deterministic: {one}, then {two} for {about}")
     return answers[0]
 
 
@@ -214,10 +198,9 @@ def _check_permuted(
     got = _check_once(policy, _select(request, order))
     if not np.array_equal(got, growth[order]):
         raise AssertionError(
-            f"policy {policy_name(policy)!r} depends on the numbering of the experts: "
-            f"{growth.tolist()} for {_describe(request)}, but in the order "
-            f"{order} it gives {got.tolist()}, not {growth[order].tolist()} "
-            "(equivariant=False turns this check off)"
+            f"policy {policy_name(policy)!r} depends on the numbering of the experts (allowed with "
+            f"equivariant=False): {growth.tolist()} for {_describe(request)}, but in the order "
+            f"{order} it gives {got.tolist()}, not {growth[order].tolist()}"
         )
 
 

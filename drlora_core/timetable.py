@@ -7,12 +7,7 @@ from types import MappingProxyType
 
 
 def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
-    """Return T_grow: all t with warmup_steps < t <= growth_end, (t - warmup_steps) % interval == 0.
-
-    Example:
-        >>> list(growth_steps(warmup_steps=5, growth_interval=10, growth_end=30))
-        [15, 25]
-    """
+    """T_grow: all t with warmup_steps < t <= growth_end and (t - warmup_steps) % interval == 0."""
     return range(warmup_steps + growth_interval, growth_end + 1, growth_interval)
 
 
@@ -39,30 +34,20 @@ def cubic_total(event: int, num_events: int, start: int, target: int) -> int:
 
     target + (start - target) * (1 - k / K)^3, rounded down: the schedule of AdaLoRA
     (arXiv 2303.10512, eq. 12) between warmup_steps and growth_end.
-
-    Example:
-        >>> [cubic_total(k, 4, start=64, target=32) for k in (1, 2, 3, 4)]
-        [45, 36, 32, 32]
     """
     return target + (start - target) * (num_events - event) ** 3 // num_events**3
 
 
+# By name: the growth events lie between these shares of the training steps.
 TIMETABLES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"early": (0.05, 0.25), "late": (0.1, 0.6)}
 )
-"""By name: the growth events lie between these shares of the training steps."""
 
 
 def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, int]:
     """Return ``growth_interval`` and ``growth_end`` of events at even intervals after the warmup.
 
     There are fewer events if there are fewer steps; ``growth_end`` is at most ``last_step``.
-
-    Example:
-        >>> even_events(warmup_steps=10, last_step=50, events=8)
-        (5, 50)
-        >>> even_events(warmup_steps=1, last_step=4, events=8)
-        (1, 4)
     """
     room = last_step - warmup_steps
     if room < 1:
@@ -73,10 +58,5 @@ def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, in
 
 
 def growth_cap(r_init: int, r_max: int, events: int) -> int:
-    """Return the ``max_growth`` that takes an expert from r_init to r_max in all the events.
-
-    Example:
-        >>> growth_cap(r_init=8, r_max=32, events=8)
-        3
-    """
+    """Return the ``max_growth`` that takes an expert from r_init to r_max in all the events."""
     return max(-(-(r_max - r_init) // events), 1)

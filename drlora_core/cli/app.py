@@ -22,13 +22,8 @@ from drlora_core.errors import DRLoRAError, describe_validation_error
 from drlora_core.replay import CAVEAT
 
 ENTRY_POINTS = "drlora.commands"
-# Libraries that a command may find missing, and the extra that brings them.
-EXTRAS = {
-    **dict.fromkeys(
-        ("torch", "transformers", "safetensors", "accelerate", "datasets", "trl"), "finetune"
-    ),
-    "plotly": "report",
-}
+# Libraries that a command may find missing; the extra ``finetune`` brings them.
+FINETUNE = {"torch", "transformers", "safetensors", "accelerate", "datasets", "trl"}
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)
 
 
@@ -36,17 +31,16 @@ class Group(TyperGroup):
     """A group of commands that shows a user error in one sentence and exits with code 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:
-            if (extra := EXTRAS.get(error.name or "")) is None:
+            if error.name not in FINETUNE:
                 raise
             typer.echo(
                 f"drlora: {ctx.invoked_subcommand} needs {error.name}, which is not installed: "
-                f'pip install -c constraints.txt "drlora[{extra}]"',
+                f'pip install -c constraints.txt "drlora[finetune]"',
                 err=True,
             )
             raise typer.Exit(2) from None

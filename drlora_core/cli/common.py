@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pydantic_core
 import typer
 from rich.console import Console
@@ -27,22 +28,14 @@ Settings = Annotated[
         f"policy=rescored; may be repeated. Fields: {', '.join(AllocatorConfig.model_fields)}.",
     ),
 ]
-ConfigFile = Annotated[
-    Path | None, typer.Option(help="JSON file of the allocator's configuration.")
-]
+ConfigFile = Annotated[Path | None, typer.Option(help="JSON file of the allocator configuration.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def build_config(
     base: Mapping[str, Any], file: Path | None, settings: Sequence[str] | None
 ) -> AllocatorConfig:
-    """Read a configuration from a JSON file (or the base) and apply ``NAME=VALUE`` settings.
-
-    Raises:
-        DRLoRAError: a setting with an unknown name or without a value.
-        pydantic.ValidationError: the file is not a configuration, or it refuses a value.
-        OSError: the file cannot be read.
-    """
+    """Read a configuration from a JSON file (or the base) and apply ``NAME=VALUE`` settings."""
     values: dict[str, Any] = dict(base)
     if file is not None:
         values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
@@ -66,11 +59,7 @@ def _parse_value(text: str) -> Any:
 
 
 def open_recording(path: Path, importance: Any = "ones") -> Recording:
-    """Open a recording, a run's directory that has one, or a routing trace (.npz).
-
-    Raises:
-        LayoutError: there is none, or several.
-    """
+    """Open a recording, a run's directory that has one, or a routing trace (.npz)."""
     if path.suffix == ".npz":
         return load_trace(path, importance=importance)
     return Recording.open(find_recording(path))
@@ -83,10 +72,10 @@ def find_recording(path: Path) -> Path:
     found = sorted({child.parent for name in HEADERS for child in path.glob(f"*/{name}")})
     if len(found) == 1:
         return found[0]
-    if not found:
-        raise LayoutError(f"{path} holds no recording (no directory in it has a recording.json)")
-    names = ", ".join(child.name for child in found)
-    raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
+    if found:
+        names = ", ".join(child.name for child in found)
+        raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
+    raise LayoutError(f"{path} holds no recording (no directory in it has a recording.json)")
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None) -> None:
@@ -114,7 +103,7 @@ def _console() -> Console:
 
 
 def format_cell(value: Any) -> str:
-    """Format a table cell."""
+    """Format a table cell; - where there is no value."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):
@@ -126,22 +115,14 @@ def format_cell(value: Any) -> str:
 
 def emit(values: Any) -> None:
     """Print JSON; NaN and infinity become null."""
-    text = pydantic_core.to_json(
-        values, indent=2, inf_nan_mode="null", fallback=lambda array: array.tolist()
-    )
+    text = pydantic_core.to_json(values, indent=2, inf_nan_mode="null", fallback=np.ndarray.tolist)
     print(text.decode())
 
 
 def format_bytes(size: int) -> str:
-    """Format a number of bytes in a readable unit.
-
-    Example:
-        >>> format_bytes(3 * 2**30)
-        '3.00 GiB'
-    """
-    amount, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024 or unit == "TiB":
-            break
+    """Format a number of bytes in a readable unit, such as 3.00 GiB."""
+    amount, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
         amount /= 1024
-    return f"{amount:.2f} {unit}"
+        del units[0]
+    return f"{amount:.2f} {units[0]}"

@@ -57,11 +57,8 @@ def plan(
     made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), kind)
     if as_json:
         common.emit(made)
-        return
-    _show_model(made)
-    _show_memory(made)
-    for size in made.timetable:
-        _show_timetable(made, size)
+    else:
+        _show(made)
 
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
@@ -93,7 +90,7 @@ def _load_reader() -> Callable[[str], ModelShape] | None:
     return None
 
 
-def _show_model(made: Plan) -> None:
+def _show(made: Plan) -> None:
     shape = made.shape
     total = shape.total_parameters
     common.say(
@@ -110,14 +107,9 @@ def _show_model(made: Plan) -> None:
     }
     for line in sorted(adapted):
         common.say(f"adapted: {line}")
-
-
-def _show_memory(made: Plan) -> None:
-    rows = []
-    for storage in made.storages:
-        row: dict[str, Any] = dataclasses.asdict(storage)
-        sizes = {name: common.format_bytes(row[name]) for name in SIZES}
-        rows.append(row | sizes)
+    rows: list[dict[str, Any]] = [dataclasses.asdict(storage) for storage in made.storages]
+    for row in rows:
+        row |= {name: common.format_bytes(row[name]) for name in SIZES}
     common.table(
         f"Memory of the LoRA ({made.dtype})",
         rows,
@@ -125,6 +117,8 @@ def _show_memory(made: Plan) -> None:
         f"{common.format_bytes(made.peft_transient)} per layer. Base model and activations are "
         f"not counted.",
     )
+    for size in made.timetable:
+        _show_timetable(made, size)
 
 
 def _show_timetable(made: Plan, size: int) -> None:
@@ -136,8 +130,7 @@ def _show_timetable(made: Plan, size: int) -> None:
         note = f"{left_out} events in the middle are left out; --json has all"
     common.table(f"Growth of a layer of {size} experts (policy {made.config.policy})", rows, note)
     target, met = made.config.r_target, made.budget_met[size]
-    goal = f"the budget of {size * target:,} per layer (mean rank {target})"
-    if met is None:
-        common.say(f"{goal} is never met with this quota")
-    else:
-        common.say(f"{goal} is met {f'at step {met}' if met else 'from the start'}")
+    when = {None: "never met with this quota", 0: "met from the start"}.get(
+        met, f"met at step {met}"
+    )
+    common.say(f"the budget of {size * target:,} per layer (mean rank {target}) is {when}")

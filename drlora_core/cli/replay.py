@@ -73,20 +73,16 @@ def replay_command(
 def _read_config(
     opened: Recording, allocator: Path | None, settings: list[str] | None
 ) -> AllocatorConfig:
-    base: dict[str, Any] = ten_events(opened.steps)
-    if opened.config is not None:
-        base = opened.config.model_dump()
+    own = opened.config
+    base = ten_events(opened.steps) if own is None else own.model_dump()
     return common.build_config(base, allocator, settings)
 
 
 def ten_events(steps: int) -> dict[str, int]:
     """Spread ten events over the steps, after a tenth of them."""
     interval = max(1, (steps - steps // 10) // 10)
-    return {
-        "warmup_steps": max(0, steps - 10 * interval),
-        "growth_interval": interval,
-        "growth_end": steps,
-    }
+    warmup = max(0, steps - 10 * interval)
+    return {"warmup_steps": warmup, "growth_interval": interval, "growth_end": steps}
 
 
 def _vary_policy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,14 +33,9 @@ def report(
         raise LayoutError(f"{path} has no configuration; look at it with: drlora replay {path}")
     if as_json:
         result = replay(opened)
-        common.emit(
-            {
-                "notes": opened.notes,
-                "events": event_rows(result),
-                "final_ranks": result.final_ranks,
-                "diagnosis": diagnose(opened).to_dict(),
-            }
-        )
+        values: dict[str, Any] = {"notes": opened.notes, "events": event_rows(result)}
+        values |= {"final_ranks": result.final_ranks, "diagnosis": diagnose(opened).to_dict()}
+        common.emit(values)
         return
     page = render(opened, title=f"Ranks of {run_dir.resolve().name}")
     target = output or (run_dir if path != run_dir else run_dir.parent) / "report.html"

@@ -3,7 +3,8 @@
 docs/diagnostics.md describes every finding.
 """
 
-from drlora_core.diagnostics.diagnose import CHECKS, Diagnosis, diagnose
+from drlora_core.diagnostics.checks import CHECKS
+from drlora_core.diagnostics.diagnose import Diagnosis, diagnose
 from drlora_core.diagnostics.subject import Finding, Thresholds
 
 __all__ = ["CHECKS", "Diagnosis", "Finding", "Thresholds", "diagnose"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
 from drlora_core.config import AllocatorConfig
-from drlora_core.diagnostics import allocation, signals
+from drlora_core.diagnostics.checks import CHECKS
 from drlora_core.diagnostics.subject import (
     Finding,
     NotCheckedError,
-    Subject,
     Thresholds,
     from_engine,
     from_recording,
@@ -21,34 +19,13 @@ from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError
 from drlora_core.recording import Recording
 
-CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = MappingProxyType(
-    {
-        check.__name__: check
-        for check in (
-            allocation.saturated_growth,
-            allocation.even_growth,
-            allocation.stagnant_growth,
-            allocation.unplaced_quota,
-            allocation.monopolised_budget,
-            signals.unreliable_first_event,
-            signals.never_routed,
-            signals.lost_traffic,
-            signals.uninformative_routing,
-            signals.uninformative_importance,
-            signals.unrelated_signals,
-        )
-    }
-)
-"""Every check, by name. A check returns a finding, or None if it finds no problem."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Diagnosis:
     """Result of `diagnose`."""
 
     findings: tuple[Finding, ...]
-    not_checked: Mapping[str, str]
-    """Checks that could not be made, with the reason."""
+    not_checked: Mapping[str, str]  # checks that could not be made, with the reason
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings] or ["nothing found"]
@@ -56,7 +33,6 @@ class Diagnosis:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
         return dataclasses.asdict(self)
 
 

@@ -1,6 +1,6 @@
 """What a check gets and returns, the same for a live engine and for a recording.
 
-Shapes: T steps, N experts of a layer.
+Shapes: N experts of a layer.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ class NotCheckedError(Exception):
 class Finding:
     """A problem that a check found."""
 
-    message: str
-    """What was found, one sentence."""
-    advice: str
-    """What to try, one sentence."""
-    evidence: Mapping[str, Any]
-    """The numbers behind it: plain numbers, strings, and dicts of numbers by layer."""
+    message: str  # what was found
+    advice: str  # what to try
+    evidence: Mapping[str, Any]  # plain numbers, strings, and dicts of numbers by layer
     severity: Literal["warning", "note"] = "warning"
-    name: str = ""
-    """Name of the check, as in docs/diagnostics.md; `diagnose` sets it."""
+    name: str = ""  # of the check, as in docs/diagnostics.md; `diagnose` sets it
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.message} [{self.name}]\n  try: {self.advice}"
@@ -44,59 +40,39 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Limits of the checks; all are shares or correlations unless said otherwise."""
+    """Limits of the checks; docs/diagnostics.md describes each check."""
 
-    progress: float = 0.5
-    """Share of the growth R that must be placed before its distribution is judged."""
-    few_experts: float = 0.6
-    """Saturation: at most this share of experts got any rank ..."""
-    few_factor: float = 1.25
-    """... at most this many times the fewest that r_max allows (a factor) ..."""
-    full_share: float = 0.8
-    """... and at least this share of the growth went to experts at r_max."""
-    even_distance: float = 0.05
-    """Largest total-variation distance from even ranks at which ranks are called even."""
-    reliable_correlation: float = 0.5
-    """Least rank correlation of importance between the two windows before the first event."""
-    noise_correlation: float = 0.2
-    """Rank correlation of a signal between the halves of a run, below which it is noise."""
-    flat_variation: float = 0.05
-    """Coefficient of variation over experts, below which a signal is flat."""
-    unrelated_correlation: float = 0.1
-    """Largest mean rank correlation of f and g at which they are called unrelated."""
-    stagnant_events: int = 2
-    """Last events in a row without growth, although quota was due and budget is left (count)."""
-    traffic_loss: float = 0.5
-    """Relative loss of routing weight since the first event, above which an expert lost traffic."""
-    misplaced_share: float = 0.25
-    """Share of the rank above r_target that may belong to experts that lost traffic."""
-    monopoly_ratio: float = 2.0
-    """Scope ``global``: growth of a layer over its even share, from which it is a monopoly."""
-    window: int = 3
-    """Least number of steps in a window (count)."""
+    progress: float = 0.5  # share of the growth to be placed before its spread is judged
+    few_experts: float = 0.6  # saturation: at most this share of experts grew, ...
+    few_factor: float = 1.25  # ... at most this many times the fewest that r_max allows, ...
+    full_share: float = 0.8  # ... and at least this share of the growth is at r_max
+    even_distance: float = 0.05  # total variation from even ranks, up to which they are even
+    reliable_correlation: float = 0.5  # least rank correlation of g between two early windows
+    noise_correlation: float = 0.2  # a signal is noise if its halves correlate less than this
+    flat_variation: float = 0.05  # a signal with a smaller coefficient of variation is flat
+    unrelated_correlation: float = 0.1  # largest rank correlation of unrelated f and g
+    stagnant_events: int = 2  # number of last events without growth although budget is left
+    traffic_loss: float = 0.5  # relative loss of routing weight since the first event
+    misplaced_share: float = 0.25  # share of the rank above r_target that lost its traffic
+    monopoly_ratio: float = 2.0  # growth of a layer over its even share, scope ``global``
+    window: int = 3  # least number of steps in a window
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """A run, up to its present step."""
+    """A run, up to its present step; mappings are by layer name, arrays are [N]."""
 
     config: AllocatorConfig
-    layers: Mapping[str, int]
+    layers: Mapping[str, int]  # experts of each layer
     step: int
     ranks: Mapping[str, IntArray]
-    """Ranks now, [N] by layer."""
-    routing: Mapping[str, FloatArray]
-    """f now (a recording: mean of its last quarter), [N]; empty where never recorded."""
-    importance: Mapping[str, FloatArray]
-    """g likewise."""
-    unplaced: int
-    """Units that limits left over, carried to the next event."""
-    events: tuple[GrowthEvent, ...] | None = None
-    """None on a live engine, which keeps no past."""
+    routing: Mapping[str, FloatArray]  # f now (a recording: mean of its last quarter)
+    importance: Mapping[str, FloatArray]  # g likewise; no entry for a layer never recorded
+    unplaced: int  # units carried to the next event
+    events: tuple[GrowthEvent, ...] | None = None  # None: a live engine keeps no history
     recording: Recording | None = None
 
     def growth(self, name: str) -> IntArray:
-        """Units each expert got since the start, [N]."""
         return self.ranks[name] - self.config.starting_rank
 
     def progress(self) -> float:
@@ -132,25 +108,22 @@ def from_recording(recording: Recording, config: AllocatorConfig | None) -> Subj
     if recording.steps == 0:
         raise LayoutError("the recording has no steps, so there is nothing to diagnose")
     start = {n: np.full(size, settings.starting_rank) for n, size in recording.layers.items()}
+    recent = -max(1, recording.steps // 4)
     return Subject(
         config=settings,
         layers=recording.layers,
         step=recording.steps,
         ranks=events[-1].ranks if events else start,
-        routing=_recent_means(recording, "routing"),
-        importance=_recent_means(recording, "importance"),
+        routing=window_means(recording, "routing", recent),
+        importance=window_means(recording, "importance", recent),
         unplaced=events[-1].unplaced if events else 0,
         events=events,
         recording=recording,
     )
 
 
-def _recent_means(recording: Recording, signal: str) -> dict[str, FloatArray]:
-    return window_means(recording, signal, -max(1, recording.steps // 4), None)
-
-
 def window_means(
-    recording: Recording, signal: str, start: int | None, stop: int | None
+    recording: Recording, signal: str, start: int = 0, stop: int | None = None
 ) -> dict[str, FloatArray]:
     """Mean ``routing`` or ``importance`` of steps ``start:stop``, [N], of layers with samples."""
     means = {}

@@ -96,8 +96,8 @@ def rounded_quota(event: int, num_events: int, budget: int) -> int:
 
 
 def no_carry(*arguments: Any) -> Any:
-    after, _ = events_grow(*arguments)
-    return after, 0
+    event, layers, carry = events_decide(*arguments)
+    return event, layers, (0,) * len(carry)
 
 
 def ties_by_index_only(scores: Any, request: AllocationRequest) -> Any:
@@ -132,7 +132,7 @@ def rescored_in_one_walk(request: AllocationRequest) -> Any:
 
 
 timetable_event_index = timetable.event_index
-events_grow = events._grow
+events_decide = events.decide
 policies_walk = policies.walk
 
 BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
@@ -148,7 +148,7 @@ BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("greedy", timetable, "event_index", event_at_the_end_of_warmup),
     ("greedy", timetable, "event_index", event_not_at_growth_end),
     ("greedy", timetable, "even_quota", rounded_quota),
-    ("greedy", events, "_grow", no_carry),
+    ("greedy", events, "decide", no_carry),
     ("greedy", policies, "walk", ties_by_index_only),
     ("greedy", policies, "walk", ties_to_the_later_expert),
     ("proportional", policies, "walk", ties_to_the_later_expert),

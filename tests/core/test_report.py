@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drlora_core import plots
+from drlora_core import report
 from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, render
@@ -26,16 +26,16 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 def test_figures_show_the_ranks(recording: Recording) -> None:
     result = replay(recording)
-    cells = np.asarray(plots.rank_map(result).data[0].z)
+    cells = np.asarray(report.rank_map(result).data[0].z)
     np.testing.assert_array_equal(cells[0], result.final_ranks["first"])
     np.testing.assert_array_equal(cells[1, :4], result.final_ranks["second"])
     assert np.isnan(cells[1, 4:]).all()
-    lines = {line.name: list(line.y) for line in plots.total_rank(result).data}
+    lines = {line.name: list(line.y) for line in report.total_rank(result).data}
     assert lines["mean"][0] == 2.0
     assert lines["mean"][-1] == 4.0
-    experts = plots.trajectories(result, "second").data
+    experts = report.trajectories(result, "second").data
     assert [line.y[-1] for line in experts] == result.final_ranks["second"].tolist()
-    bars = plots.rank_histogram(result).data[0]
+    bars = report.rank_histogram(result).data[0]
     assert sum(bars.y) == 10
 
 
