@@ -25,11 +25,14 @@ DIMENSIONS = 4
 
 
 def routing_profile(model: nn.Module, rows: Sequence[Row], size: int, padding: int) -> Arrays:
-    """Routing frequency phi [N] of every layer, over all tokens of the rows: one forward pass."""
+    """Routing frequency phi [N] of every layer, over all tokens of the rows.
+
+    The backward pass is there because routing counts only where one follows.
+    """
     device = next(model.parameters()).device
     with _untrained(model, rank=1) as adapter:
         for part in in_order(rows, size):
-            logits(model, collate(part, padding, device))
+            cross_entropy(*logits(model, collate(part, padding, device))).backward()
         adapter.step()
         return {name: adapter.engine.routing_frequency(name) for name in adapter.layers}
 
