@@ -48,11 +48,11 @@ class LayerRecord:
         return self.presence > 0
 
     def routing_at(self, row: int) -> FloatArray | None:
-        """phi of one row (step ``row + 1``), or None if it was not given."""
+        """phi of step ``row + 1``, [N], or None if it was not given."""
         return self.routing[row] if self.presence[row] & files.BITS["routing"] else None
 
     def importance_at(self, row: int) -> FloatArray | None:
-        """Mean importance of one row, or None if it was not given."""
+        """Mean importance of step ``row + 1``, [N], or None if it was not given."""
         return self.importance[row] if self.presence[row] & files.BITS["importance"] else None
 
     def find_impossible(self, r_max: int) -> dict[str, NDArray[np.bool_]]:
@@ -97,16 +97,15 @@ class Recording:
     path: Path | None = None
 
     def __post_init__(self) -> None:
-        source = f"recording {self.path}: " if self.path else ""
+        r_max = self.config.r_max if self.config else 2**31 - 1
         for layer in map(self.layer, self.layers):
-            found = layer.find_impossible(self.config.r_max if self.config else 2**31 - 1)
-            for name, wrong in found.items():
+            for name, wrong in layer.find_impossible(r_max).items():
                 if wrong.any():
                     row, *index = (int(number) for number in np.argwhere(wrong)[0])
                     value = getattr(layer, name)[(row, *index)]
                     raise StatisticError(
-                        f"{source}layer {layer.name!r}, step {row + 1}: {name}{index or ''} is "
-                        f"{value}, which no run records"
+                        f"layer {layer.name!r}, step {row + 1}: {name}{index or ''} is {value}, "
+                        f"which no run records" + (f" (recording {self.path})" if self.path else "")
                     )
         for value in vars(self).values():
             if isinstance(value, np.ndarray):
@@ -187,21 +186,20 @@ class Recording:
         """Build a recording from statistics of any origin.
 
         Args:
-            routing: phi by layer, float [T, N]; None if unknown (then replay with
-                ``use_routing=False``).
-            importance: g's samples by layer, float [T, N]; None if unknown.
+            routing: phi by layer, float [T, N]; if None, replay with ``use_routing=False``.
+            importance: g's samples by layer, float [T, N]; likewise.
             tokens: counted tokens of each step, int [T].
             ranks: ranks when the samples were taken, int [T, N] by layer.
-            dimensions: s_j by layer, float [T, N, R], R equal in all layers, NaN for dimensions
-                that were not active; needed to replay policy ``prune``.
+            dimensions: s_j by layer, float [T, N, R], NaN where inactive; for policy ``prune``.
             config: configuration of the run.
 
         Raises:
             LayoutError: layers, steps or shapes that do not fit together.
-            StatisticError: naming layer, step and value of the first impossible number.
+            StatisticError: naming layer, step and value of an impossible number.
         """
         given = {"routing": routing, "importance": importance, "ranks": ranks}
-        layers, arrays = _join_layers(given | {"dimensions": dimensions})
+        given["dimensions"] = dimensions
+        layers, arrays = _join_layers({name: value for name, value in given.items() if value})
         shape = (len(next(iter(arrays.values()))), len(layers))
         counts = np.full(shape[0], files.UNKNOWN["i"]) if tokens is None else np.asarray(tokens)
         if counts.shape != shape[:1] or counts.dtype.kind not in "iu":
@@ -242,28 +240,24 @@ class Recording:
         files.write_header(path, header, self.steps)
 
 
-def _join_layers(
-    given: Mapping[str, ByLayer | None],
-) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
+def _join_layers(given: dict[str, ByLayer]) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
     """Return the experts of each layer, and the arrays over all experts."""
-    by_name = {name: by_layer for name, by_layer in given.items() if by_layer}
-    if not by_name:
-        raise LayoutError("give routing or importance of at least one layer, {name: [T, N]}")
     sizes: dict[str, tuple[int, ...]] = {}
     joined = {}
-    for name, by_layer in by_name.items():
-        parts = [_to_array(name, layer, values) for layer, values in by_layer.items()]
-        found = {layer: part.shape[:2] for layer, part in zip(by_layer, parts, strict=True)}
+    for name, by_layer in given.items():
+        parts = {layer: _to_array(name, layer, values) for layer, values in by_layer.items()}
+        found = {layer: part.shape[:2] for layer, part in parts.items()}
         sizes = sizes or found
-        if list(found.items()) != list(sizes.items()):
+        if list(found.items()) != list(sizes.items()) or len({t for t, _ in found.values()}) > 1:
             raise LayoutError(
-                f"the arrays must have the same layers in the same order, steps and experts; "
-                f"{name} has {found}, not {sizes}"
+                f"{name} has shapes {found}; accepted: the same layers, in the same order, with "
+                f"the same steps and experts in all arrays, as in {sizes}"
             )
-        try:
-            joined[name] = np.concatenate(parts, axis=1)
-        except ValueError as error:
-            raise LayoutError(f"{name} differs in steps or dimensions: {error}") from error
+        if len({part.shape[2:] for part in parts.values()}) > 1:
+            raise LayoutError(f"{name} has different numbers of rank dimensions in its layers")
+        joined[name] = np.concatenate(list(parts.values()), axis=1)
+    if not sizes:
+        raise LayoutError("give routing or importance of at least one layer, {name: [T, N]}")
     return {layer: experts for layer, (_, experts) in sizes.items()}, joined
 
 

@@ -24,6 +24,7 @@ SAMPLED, BITS = 1, {"routing": 2, "importance": 4, "dimensions": 8}
 UNKNOWN = {"f": np.nan, "i": -1, "u": 0}
 """Stands for a missing value, by kind of number."""
 SEGMENT_STEPS, SEGMENT_BYTES = 256, 8 * 2**20
+"""A segment has at most so many steps; fewer where they take more bytes than this."""
 HEADER_BYTES, NPY_HEADER_BYTES = 2**24, 1024
 """Longest header that is read, of a recording and of a NumPy array."""
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -95,17 +96,15 @@ def write_header(folder: Path, header: Header, steps: int | None) -> None:
 
 
 def read_header(folder: Path) -> Header:
-    """Read and check the header.
-
-    Raises:
-        LayoutError: not a recording, another version, or damaged.
-        FileNotFoundError: there is nothing at the path.
-    """
+    """Read and check the header."""
     file = folder / FILE
     if not folder.exists():
         raise FileNotFoundError(f"there is no recording at {folder}")
     if not file.is_file() or file.stat().st_size > HEADER_BYTES:
-        raise LayoutError(f"{folder} is not a recording in .npz files: it has no valid {FILE}")
+        raise LayoutError(
+            f"{folder} has no valid {FILE}: it is not a recording, or it is a recording in Zarr, "
+            f"which this version no longer reads: record again"
+        )
     try:
         return Header.model_validate_json(file.read_bytes())
     except ValidationError as error:
@@ -152,11 +151,7 @@ def write_segment(path: Path, rows: Rows, events: Sequence[GrowthEvent], header:
 
 
 def read_segments(folder: Path, header: Header, stop: int = sys.maxsize) -> Iterator[Segment]:
-    """Yield the steps and events of each segment, up to the segment that holds step ``stop``.
-
-    Raises:
-        LayoutError: naming the segment that is damaged or missing.
-    """
+    """Yield the steps and events of each segment, up to the segment that holds step ``stop``."""
     start = 0
     for path in sorted(folder.glob(SEGMENTS)):
         if start >= stop:
@@ -209,8 +204,7 @@ def _to_event(row: Any, header: Header) -> GrowthEvent:
 def discard_steps(folder: Path, header: Header, steps: int) -> list[GrowthEvent]:
     """Keep the first ``steps`` steps, mark the recording as incomplete, and return its events.
 
-    Raises:
-        LayoutError: there are fewer steps, or a segment is damaged; nothing was discarded.
+    If there are fewer steps, or one of them is damaged, nothing is discarded.
     """
     start = end = 0
     rows, events = header.make_rows(0), []

@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import format as files
@@ -42,12 +41,6 @@ class Recorder(Protocol):
         """Finish; the engine stops recording."""
 
 
-class HasConfig(Protocol):
-    """What the writer needs of an engine."""
-
-    config: AllocatorConfig
-
-
 class RecordingWriter:
     """Records an engine to a folder; a :class:`Recorder`.
 
@@ -56,7 +49,7 @@ class RecordingWriter:
 
     Args:
         path: a new or empty folder, or the recording to continue.
-        engine: the engine.
+        engine: the ``AllocatorEngine`` (its module imports this one).
         policy: name of the policy that decides.
         chunk_steps: steps per segment; at most, and by default, as many as docs/recording.md says.
     """
@@ -64,25 +57,33 @@ class RecordingWriter:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        engine: HasConfig,
+        engine: Any,
         *,
         policy: str | None = None,
         chunk_steps: int | None = None,
     ) -> None:
         self.path = Path(path)
-        self._config, self._policy, self._chunk_steps = engine.config, policy, chunk_steps
+        self._engine, self._policy, self._chunk_steps = engine, policy, chunk_steps
         self._process = os.getpid()
         self._header: files.Header | None = None  # None: closed, or no step yet
         self._steps, self._flushed_at = 0, time.monotonic()
         self._rows: list[files.Rows] = []  # steps that are only in memory, and their events
         self._events: list[GrowthEvent] = []
-        self._samples: dict[str, tuple[dict[str, FloatArray], int | None]] = {}
+        self._samples: dict[str, tuple[dict[str, FloatArray], float]] = {}
 
     def sample(self, name: str, routing: Given, importance: Given, tokens: int | None) -> None:
         """Copy a layer's accepted sample; it is written with its step."""
-        given = {"routing": routing, "importance": importance}.items()
-        arrays = {what: np.array(value, np.float64) for what, value in given if value is not None}
-        self._samples[name] = arrays, tokens
+        arrays = {}
+        if routing is not None:
+            arrays["routing"] = np.array(routing, dtype=np.float64)
+        if importance is not None:
+            arrays["importance"] = np.array(importance, dtype=np.float64)
+            if arrays["importance"].ndim == 2:
+                if self._engine.config.policy == "prune":
+                    arrays["dimensions"] = arrays["importance"]
+                ranks = self._engine.ranks(name)
+                arrays["importance"] = mean_over_active(arrays["importance"], ranks)
+        self._samples[name] = arrays, files.UNKNOWN["i"] if tokens is None else tokens
 
     def step(self, step: int, ranks: Ranks, event: GrowthEvent | None) -> None:
         """Append a step; it replaces a recorded step of this number and all later ones.
@@ -122,7 +123,7 @@ class RecordingWriter:
     def _open(self, ranks: Ranks, steps: int) -> files.Header:
         """Create the recording, or keep its first ``steps`` steps."""
         self.flush()
-        config, layers = self._config, {name: values.size for name, values in ranks.items()}
+        config, layers = self._engine.config, {name: values.size for name, values in ranks.items()}
         depth = config.r_max if config.policy == "prune" else None
         header = files.Header(layers=layers, config=config, policy=self._policy, dimensions=depth)
         if self._header is None:
@@ -143,16 +144,15 @@ class RecordingWriter:
             row["ranks"][part] = ranks[name]
             if name not in self._samples:
                 continue
-            arrays, tokens = self._samples[name]
-            if arrays.get("importance", ranks[name]).ndim == 2:
-                sample = arrays["importance"]
-                arrays = arrays | {"importance": mean_over_active(sample, ranks[name])}
-                if header.dimensions:
-                    arrays["dimensions"] = to_recorded(sample, ranks[name], self._order[part])
+            arrays, row["tokens"][position] = self._samples[name]
+            row["presence"][position] = files.SAMPLED + sum(files.BITS[what] for what in arrays)
+            if "dimensions" in arrays:
+                order = self._order[part]
+                arrays = arrays | {
+                    "dimensions": to_recorded(arrays["dimensions"], ranks[name], order)
+                }
             for what, values in arrays.items():
                 row[what][part] = values
-            row["presence"][position] = files.SAMPLED + sum(files.BITS[what] for what in arrays)
-            row["tokens"][position] = files.UNKNOWN["i"] if tokens is None else tokens
         return rows
 
     def _follow_cut(self, event: GrowthEvent) -> None:

@@ -335,7 +335,7 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
         (
             {"routing": {"a": np.ones((2, 2)), "b": np.ones((3, 3))}},
             LayoutError,
-            "routing differs in steps",
+            "the same steps",
         ),
         ({"routing": {"b": np.ones((3, 3)), "a": np.ones((3, 2))}}, LayoutError, "same order"),
         (
@@ -355,7 +355,7 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
         (
             {"dimensions": {"a": np.ones((3, 2, 4)), "b": np.ones((3, 3, 5))}},
             LayoutError,
-            "dimensions differs in steps or dimensions",
+            "different numbers of rank",
         ),
         (
             {"dimensions": {"a": np.ones((3, 2, 4)), "b": -np.ones((3, 3, 4))}},
