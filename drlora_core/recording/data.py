@@ -93,7 +93,7 @@ class Recording:
     policy: str | None = None
     """Name of the policy of the run, which may be a callable in place of ``config.policy``."""
     notes: tuple[str, ...] = ()
-    """What the reader found: say, that the writer is still at work or was killed."""
+    """Findings of the reader: say, that the writer still works or was killed."""
     path: Path | None = None
 
     def __post_init__(self) -> None:
@@ -156,18 +156,19 @@ class Recording:
         names = header.step_type.names or ()
         arrays: dict[str, Any] = {name: np.concatenate([p[name] for p in parts]) for name in names}
         ranks, steps = arrays.pop("ranks").astype(np.int64), len(arrays["presence"])
-        state = f"was closed at step {header.steps}"
+        note = f"the recording was closed at step {header.steps}; it has {steps} steps"
         if header.steps is None:
-            state = "was not closed (its writer is still at work or was killed)"
+            note = (
+                f"the recording was not closed: its writer is still at work or was killed; steps "
+                f"after step {steps} may be missing"
+            )
         return cls(
             layers=header.layers,
             ranks=None if (ranks == files.UNKNOWN["i"]).all() else ranks,
             events=tuple(event for _, events in segments for event in events),
             config=header.config,
             policy=header.policy,
-            notes=()
-            if header.steps == steps
-            else (f"the recording {state}; it has {steps} steps",),
+            notes=() if header.steps == steps else (note,),
             path=path,
             **arrays,
         )
@@ -236,29 +237,27 @@ class Recording:
                 if (array := getattr(self, name)) is not None:
                     rows[name] = array[start:end]
             events = [event for event in self.events if start < event.step <= end]
-            files.write_segment(files.segment_path(path, start), rows, events, header)
+            files.write_segment(path, start, rows, events, header)
         files.write_header(path, header, self.steps)
 
 
 def _join_layers(given: dict[str, ByLayer]) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
     """Return the experts of each layer, and the arrays over all experts."""
-    sizes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     joined = {}
     for name, by_layer in given.items():
         parts = {layer: _to_array(name, layer, values) for layer, values in by_layer.items()}
-        found = {layer: part.shape[:2] for layer, part in parts.items()}
-        sizes = sizes or found
-        if list(found.items()) != list(sizes.items()) or len({t for t, _ in found.values()}) > 1:
-            raise LayoutError(
-                f"{name} has shapes {found}; accepted: the same layers, in the same order, with "
-                f"the same steps and experts in all arrays, as in {sizes}"
-            )
-        if len({part.shape[2:] for part in parts.values()}) > 1:
-            raise LayoutError(f"{name} has different numbers of rank dimensions in its layers")
+        first = next(iter(parts.values()))
+        shapes = shapes or {layer: (len(first), part.shape[1]) for layer, part in parts.items()}
+        if list(parts) != list(shapes):
+            raise LayoutError(f"{name} must have the layers {list(shapes)[:3]}, in the same order")
+        for layer, part in parts.items():
+            if part.shape != (wanted := shapes[layer] + first.shape[2:]):
+                raise LayoutError(f"layer {layer!r}: {name} has shape {part.shape}, not {wanted}")
         joined[name] = np.concatenate(list(parts.values()), axis=1)
-    if not sizes:
+    if not joined:
         raise LayoutError("give routing or importance of at least one layer, {name: [T, N]}")
-    return {layer: experts for layer, (_, experts) in sizes.items()}, joined
+    return {layer: experts for layer, (_, experts) in shapes.items()}, joined
 
 
 def _to_array(name: str, layer: str, values: ArrayLike) -> NDArray[Any]:

@@ -133,8 +133,10 @@ def segment_path(folder: Path, start: int) -> Path:
     return folder / f"{start + 1:08d}.npz"
 
 
-def write_segment(path: Path, rows: Rows, events: Sequence[GrowthEvent], header: Header) -> None:
-    """Write a segment; ``numpy.load`` reads it."""
+def write_segment(
+    folder: Path, start: int, rows: Rows, events: Sequence[GrowthEvent], header: Header
+) -> None:
+    """Write the segment that follows ``start`` steps; ``numpy.load`` reads it."""
     event_rows = np.zeros(len(events), header.event_type)
     for row, event in zip(event_rows, events, strict=True):
         for name in event_rows.dtype.names or ():
@@ -147,7 +149,7 @@ def write_segment(path: Path, rows: Rows, events: Sequence[GrowthEvent], header:
         with part.open("wb") as stream:
             np.savez(stream, steps=rows, events=event_rows)
 
-    atomic.write_file(path, write)
+    atomic.write_file(segment_path(folder, start), write)
 
 
 def read_segments(folder: Path, header: Header, stop: int = sys.maxsize) -> Iterator[Segment]:
@@ -222,5 +224,5 @@ def discard_steps(folder: Path, header: Header, steps: int) -> list[GrowthEvent]
             path.unlink()
     if end > steps:
         kept = [event for event in events if event.step > start]
-        write_segment(segment_path(folder, start), rows[: steps - start], kept, header)
+        write_segment(folder, start, rows[: steps - start], kept, header)
     return events

@@ -107,8 +107,8 @@ class RecordingWriter:
     def flush(self) -> None:
         """Write the steps that are only in memory."""
         if self._header is not None and self._rows:
-            path = files.segment_path(self.path, self._steps - len(self._rows))
-            files.write_segment(path, np.concatenate(self._rows), self._events, self._header)
+            start, rows = self._steps - len(self._rows), np.concatenate(self._rows)
+            files.write_segment(self.path, start, rows, self._events, self._header)
             self._rows, self._events = [], []
         self._flushed_at = time.monotonic()
 

@@ -133,8 +133,14 @@ def test_saving_the_engine_state_flushes_the_recording(tmp_path: Path) -> None:
     engine.record_to(tmp_path / "run")
     recorded.drive(engine, 5)
     engine.state_dict()
+    engine.state_dict()  # nothing new to write
     assert Recording.open(tmp_path / "run").steps == 5
+    recorded.drive(engine, 15)
     engine.record_to(None)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["00000001.npz", "00000006.npz", "recording.json"]
+    recorded.record(tmp_path / "reference")
+    same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
 
 def test_slow_steps_are_written_before_the_segment_is_full(
@@ -335,7 +341,7 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
         (
             {"routing": {"a": np.ones((2, 2)), "b": np.ones((3, 3))}},
             LayoutError,
-            "the same steps",
+            r"'b': routing has shape \(3, 3\), not \(2, 3\)",
         ),
         ({"routing": {"b": np.ones((3, 3)), "a": np.ones((3, 2))}}, LayoutError, "same order"),
         (
@@ -355,7 +361,7 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
         (
             {"dimensions": {"a": np.ones((3, 2, 4)), "b": np.ones((3, 3, 5))}},
             LayoutError,
-            "different numbers of rank",
+            r"'b': dimensions has shape \(3, 3, 5\), not \(3, 3, 4\)",
         ),
         (
             {"dimensions": {"a": np.ones((3, 2, 4)), "b": -np.ones((3, 3, 4))}},
