@@ -17,12 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import DRLoRAError, LayoutError, UnknownLayerError, near_misses
+from drlora_core.errors import LayoutError, StatisticError, UnknownLayerError, near_misses
 from drlora_core.events import GrowthEvent
-from drlora_core.recording import checks, folder, segment
-from drlora_core.recording import header as headers
+from drlora_core.recording import format as files
 
-ARRAYS = ("routing", "importance", "presence", "tokens", "ranks", "dimensions")
+ByLayer = Mapping[str, ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -31,30 +30,42 @@ class LayerRecord:
 
     name: str
     routing: FloatArray
-    """phi, [T, N]; NaN where no sample of it was taken."""
+    """phi, [T, N]; NaN where it was not given."""
     importance: FloatArray
-    """Mean of s_j over the active dimensions, [T, N]; NaN where no sample of it was taken."""
+    """Mean of s_j over the active dimensions, [T, N]; NaN where it was not given."""
     dimensions: FloatArray | None
     """s_j, [T, N, R], dimensions numbered as at the start, NaN where cut; policy ``prune`` only."""
     ranks: IntArray | None
-    """Ranks that the step's samples were taken at, [T, N]; None if never recorded."""
+    """Ranks when the samples were taken, [T, N]; None if unknown."""
     tokens: IntArray
     """Counted tokens, [T]; -1 where unknown."""
     presence: NDArray[np.uint8]
-    """What each sample held, [T], bits of :mod:`drlora_core.recording.header`."""
+    """What was sampled, [T]: 0 if skipped, else 1 + 2 (routing) + 4 (importance) + 8 (s_j)."""
 
     @property
     def sampled(self) -> NDArray[np.bool_]:
-        """False where the engine was told to skip the layer, bool [T]."""
-        return (self.presence & headers.SAMPLED) > 0
+        """False where the engine skipped the layer, bool [T]."""
+        return self.presence > 0
 
     def routing_at(self, row: int) -> FloatArray | None:
-        """phi of one row (step ``row + 1``), or None if it was not given."""
-        return self.routing[row] if self.presence[row] & headers.BITS["routing"] else None
+        """phi of step ``row + 1``, [N], or None if it was not given."""
+        return self.routing[row] if self.presence[row] & files.BITS["routing"] else None
 
     def importance_at(self, row: int) -> FloatArray | None:
-        """Mean importance of one row, or None if it was not given."""
-        return self.importance[row] if self.presence[row] & headers.BITS["importance"] else None
+        """Mean importance of step ``row + 1``, [N], or None if it was not given."""
+        return self.importance[row] if self.presence[row] & files.BITS["importance"] else None
+
+    def find_impossible(self, r_max: int) -> dict[str, NDArray[np.bool_]]:
+        """Find the values of each array that no run can have."""
+        found = {"tokens": self.tokens < files.UNKNOWN["i"]}
+        for name in ("routing", "importance"):
+            values, given = getattr(self, name), (self.presence & files.BITS[name]) > 0
+            found[name] = given[:, None] & ~((values >= 0.0) & (values < np.inf))
+        if self.ranks is not None:
+            found["ranks"] = (self.ranks < 1) | (self.ranks > r_max)
+        if self.dimensions is not None:
+            found["dimensions"] = (self.dimensions < 0.0) | np.isinf(self.dimensions)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,24 +89,32 @@ class Recording:
     dimensions: FloatArray | None = None
     events: tuple[GrowthEvent, ...] = ()
     config: AllocatorConfig | None = None
-    """Configuration of the run; None for data that comes from elsewhere."""
+    """Configuration of the run; None for data from elsewhere."""
     policy: str | None = None
     """Name of the policy of the run, which may be a callable in place of ``config.policy``."""
     notes: tuple[str, ...] = ()
-    """What the reader found: say, that the writer is still at work or was killed."""
+    """Findings of the reader: say, that the writer still works or was killed."""
     path: Path | None = None
 
     def __post_init__(self) -> None:
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        checks.check(self.layers, arrays, None if self.config is None else self.config.r_max)
-        for array in arrays.values():
-            if array is not None:
-                array.setflags(write=False)
+        r_max = self.config.r_max if self.config else 2**31 - 1
+        for layer in map(self.layer, self.layers):
+            for name, wrong in layer.find_impossible(r_max).items():
+                if wrong.any():
+                    row, *index = (int(number) for number in np.argwhere(wrong)[0])
+                    value = getattr(layer, name)[(row, *index)]
+                    raise StatisticError(
+                        f"layer {layer.name!r}, step {row + 1}: {name}{index or ''} is {value}, "
+                        f"which no run records" + (f" (recording {self.path})" if self.path else "")
+                    )
+        for value in vars(self).values():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
 
     @property
     def steps(self) -> int:
         """Optimizer steps recorded, T."""
-        return int(self.presence.shape[0])
+        return len(self.presence)
 
     @property
     def num_experts(self) -> int:
@@ -110,8 +129,7 @@ class Recording:
         """
         if name not in self.layers:
             raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self.layers)}")
-        position = list(self.layers).index(name)
-        part = self.slices()[name]
+        part, position = files.split_experts(self.layers)[name], list(self.layers).index(name)
         return LayerRecord(
             name=name,
             routing=self.routing[:, part],
@@ -122,74 +140,81 @@ class Recording:
             presence=self.presence[:, position],
         )
 
-    def slices(self) -> dict[str, slice]:
-        """Where each layer's experts lie in the arrays over E."""
-        return checks.slices(self.layers)
-
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Recording:
-        """Read a recording into memory, even while it is being written.
+        """Read a recording into memory, even while it is written.
 
         Raises:
-            LayoutError: not a recording, another version, damaged, or with holes.
+            LayoutError: not a recording, another version, damaged, or with missing steps.
+            StatisticError: naming layer, step and value of an impossible number.
             OSError: the path cannot be read.
         """
         path = Path(path)
-        header = headers.read(path)
-        events: list[GrowthEvent] = []
-        parts: dict[str, list[NDArray[Any]]] = {
-            name: [np.empty((0, *spec.columns), spec.dtype)]
-            for name, spec in header.step_arrays.items()
-        }
-        for arrays, new in folder.read_segments(path, header):
-            events += new
-            for name, rows in arrays.items():
-                parts[name].append(rows)
-        fields: dict[str, Any] = {
-            name: np.ascontiguousarray(np.concatenate(rows)) for name, rows in parts.items()
-        }
-        ranks = fields.pop("ranks")
-        if ranks.any():  # `save` writes zeros where ranks are unknown
-            fields["ranks"] = ranks.astype(np.int64)
-        fields |= {"config": header.config, "policy": header.policy, "events": tuple(events)}
-        fields["notes"] = _notes(header, len(fields["presence"]))
-        try:
-            return cls(layers=header.layers, path=path, **fields)
-        except DRLoRAError as error:
-            raise type(error)(f"recording {path}: {error}") from error
+        header = files.read_header(path)
+        segments = list(files.read_segments(path, header))
+        parts = [header.make_rows(0), *(rows for rows, _ in segments)]
+        names = header.step_type.names or ()
+        arrays: dict[str, Any] = {name: np.concatenate([p[name] for p in parts]) for name in names}
+        ranks, steps = arrays.pop("ranks").astype(np.int64), len(arrays["presence"])
+        note = f"the recording was closed at step {header.steps}; it has {steps} steps"
+        if header.steps is None:
+            note = (
+                f"the recording was not closed: its writer is still at work or was killed; steps "
+                f"after step {steps} may be missing"
+            )
+        return cls(
+            layers=header.layers,
+            ranks=None if (ranks == files.UNKNOWN["i"]).all() else ranks,
+            events=tuple(event for _, events in segments for event in events),
+            config=header.config,
+            policy=header.policy,
+            notes=() if header.steps == steps else (note,),
+            path=path,
+            **arrays,
+        )
 
     @classmethod
     def from_arrays(
         cls,
-        routing: Mapping[str, ArrayLike] | None,
-        importance: Mapping[str, ArrayLike] | None = None,
+        routing: ByLayer | None,
+        importance: ByLayer | None = None,
         *,
         tokens: ArrayLike | None = None,
-        ranks: Mapping[str, ArrayLike] | None = None,
-        dimensions: Mapping[str, ArrayLike] | None = None,
+        ranks: ByLayer | None = None,
+        dimensions: ByLayer | None = None,
         config: AllocatorConfig | None = None,
     ) -> Recording:
         """Build a recording from statistics of any origin.
 
         Args:
-            routing: phi by layer, float [T, N]; None if unknown (then replay with
-                ``use_routing=False``).
-            importance: g's samples by layer, float [T, N]; None if unknown.
+            routing: phi by layer, float [T, N]; if None, replay with ``use_routing=False``.
+            importance: g's samples by layer, float [T, N]; likewise.
             tokens: counted tokens of each step, int [T].
-            ranks: ranks at which the samples were taken, int [T, N] by layer.
-            dimensions: s_j by layer, float [T, N, R], R equal in all layers, NaN for dimensions
-                that were not active; needed to replay policy ``prune``.
-            config: configuration of the run that they come from.
+            ranks: ranks when the samples were taken, int [T, N] by layer.
+            dimensions: s_j by layer, float [T, N, R], NaN where inactive; for policy ``prune``.
+            config: configuration of the run.
 
         Raises:
             LayoutError: layers, steps or shapes that do not fit together.
-            StatisticError: naming layer, step and value of the first impossible number.
+            StatisticError: naming layer, step and value of an impossible number.
         """
         given = {"routing": routing, "importance": importance, "ranks": ranks}
         given["dimensions"] = dimensions
-        layers, arrays = checks.join(given, tokens)
-        policy = None if config is None else config.policy
-        return cls(layers=layers, config=config, policy=policy, **arrays)
+        layers, arrays = _join_layers({name: value for name, value in given.items() if value})
+        shape = (len(next(iter(arrays.values()))), len(layers))
+        counts = np.full(shape[0], files.UNKNOWN["i"]) if tokens is None else np.asarray(tokens)
+        if counts.shape != shape[:1] or counts.dtype.kind not in "iu":
+            raise LayoutError(f"tokens must be whole numbers, one for each of {shape[0]} steps")
+        bits = files.SAMPLED + sum(bit for name, bit in files.BITS.items() if name in arrays)
+        unknown = np.full((shape[0], sum(layers.values())), np.nan)
+        return cls(
+            layers=layers,
+            config=config,
+            policy=None if config is None else config.policy,
+            presence=np.full(shape, bits, dtype=np.uint8),
+            tokens=np.repeat(counts.astype(np.int64)[:, None], shape[1], axis=1),
+            **({"routing": unknown, "importance": unknown} | arrays),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording to a new path.
@@ -201,28 +226,48 @@ class Recording:
         if path.is_dir() and any(path.iterdir()):
             raise LayoutError(f"{path} is not empty; choose a new path for the recording")
         depth = None if self.dimensions is None else self.dimensions.shape[2]
-        header = headers.Header(
+        header = files.Header(
             layers=self.layers, config=self.config, policy=self.policy, dimensions=depth
-        ).with_segment_steps(None)
-        ranks = np.zeros(self.routing.shape) if self.ranks is None else self.ranks
-        headers.write(path, header)
-        for start in range(0, self.steps, header.segment_steps):
-            end = start + header.segment_steps
-            rows: segment.Arrays = {
-                name: (ranks if name == "ranks" else getattr(self, name))[start:end].astype(dtype)
-                for name, (dtype, *_) in header.step_arrays.items()
-            }
-            events = [event for event in self.events if start < event.step <= end]
-            segment.write(folder.segment_path(path, start), rows, events, header)
-        headers.write(path, header.with_steps(self.steps))
-
-
-def _notes(header: headers.Header, steps: int) -> tuple[str, ...]:
-    if header.steps is None:
-        return (
-            f"the recording was not closed: its writer is still at work or was killed; up to "
-            f"{header.segment_steps - 1} steps after step {steps} may be missing",
         )
-    if header.steps != steps:
-        return (f"the recording was closed at step {header.steps}, but has {steps} steps now",)
-    return ()
+        files.write_header(path, header, None)
+        for start in range(0, self.steps, header.segment_steps):
+            end = min(start + header.segment_steps, self.steps)
+            rows = header.make_rows(end - start)
+            for name in rows.dtype.names or ():
+                if (array := getattr(self, name)) is not None:
+                    rows[name] = array[start:end]
+            events = [event for event in self.events if start < event.step <= end]
+            files.write_segment(path, start, rows, events, header)
+        files.write_header(path, header, self.steps)
+
+
+def _join_layers(given: dict[str, ByLayer]) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
+    """Return the experts of each layer, and the arrays over all experts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    joined = {}
+    for name, by_layer in given.items():
+        parts = {layer: _to_array(name, layer, values) for layer, values in by_layer.items()}
+        first = next(iter(parts.values()))
+        shapes = shapes or {layer: (len(first), part.shape[1]) for layer, part in parts.items()}
+        if list(parts) != list(shapes):
+            raise LayoutError(f"{name} must have the layers {list(shapes)[:3]}, in the same order")
+        for layer, part in parts.items():
+            if part.shape != (wanted := shapes[layer] + first.shape[2:]):
+                raise LayoutError(f"layer {layer!r}: {name} has shape {part.shape}, not {wanted}")
+        joined[name] = np.concatenate(list(parts.values()), axis=1)
+    if not joined:
+        raise LayoutError("give routing or importance of at least one layer, {name: [T, N]}")
+    return {layer: experts for layer, (_, experts) in shapes.items()}, joined
+
+
+def _to_array(name: str, layer: str, values: ArrayLike) -> NDArray[Any]:
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise StatisticError(f"layer {layer!r}: {name} is not an array of numbers") from error
+    accepted = "[steps, experts, r_max]" if name == "dimensions" else "[steps, experts]"
+    if array.ndim != accepted.count(",") + 1 or 0 in array.shape:
+        raise LayoutError(f"layer {layer!r}: {name} has shape {array.shape}; accepted: {accepted}")
+    if name == "ranks" and (array % 1.0 != 0.0).any():
+        raise StatisticError(f"layer {layer!r}: ranks are not whole numbers")
+    return array.astype(np.int64) if name == "ranks" else array

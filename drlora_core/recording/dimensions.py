@@ -1,7 +1,7 @@
 """Identity of rank dimensions while policy ``prune`` cuts some and closes the gaps.
 
-A recording numbers the dimensions of an expert as at the start; the engine renumbers the kept ones
-at every event. ``order[i, j]`` is the recording's number of what is dimension j of expert i now.
+A recording numbers the dimensions of an expert as at the start. The engine renumbers the kept ones
+at every event: its dimension j of expert i is dimension ``order[i, j]`` of the recording.
 
 Shapes: E experts, R rank dimensions.
 """
@@ -16,12 +16,12 @@ from drlora_core.saliency import active_dimensions
 
 
 def initial_order(num_experts: int, r_max: int) -> IntArray:
-    """Every dimension has its own number, int64 [E, R]."""
+    """Return the order before any cut, int64 [E, R]."""
     return np.tile(np.arange(r_max, dtype=np.int64), (num_experts, 1))
 
 
 def follow(order: IntArray, cut: NDArray[np.bool_]) -> IntArray:
-    """Order after a cut (bool [E, R], numbered as before it): kept ones move to the front.
+    """Return the order after a cut (bool [E, R], numbered as before it): kept ones come first.
 
     Example:
         >>> follow(initial_order(1, 4), np.array([[True, False, True, False]])).tolist()
@@ -39,5 +39,5 @@ def to_recorded(sample: FloatArray, ranks: IntArray, order: IntArray) -> FloatAr
 
 
 def from_recorded(recorded: FloatArray, order: IntArray) -> FloatArray:
-    """Renumber a recorded sample [E, R] as an engine does that has made the cuts of ``order``."""
+    """Renumber a recorded sample [E, R] as in an engine after the cuts of ``order``."""
     return np.take_along_axis(recorded, order, axis=1)

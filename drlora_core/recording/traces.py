@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core.ema import FloatArray
 from drlora_core.errors import LayoutError, StatisticError
 from drlora_core.recording.data import Recording
 
@@ -27,30 +26,24 @@ def from_routing_trace(
     seed: int = 0,
     layer_names: list[str] | None = None,
 ) -> Recording:
-    """Make a recording of summed routing weights; importance was not traced and is made up.
-
-    phi of a step is ``weight_sum / tokens``.
+    """Make a recording of summed routing weights; phi of a step is ``weight_sum / tokens``.
 
     Args:
         weight_sum: routing weights summed over the tokens of a step, float [T, L, N].
         tokens: tokens of each step, int [T], all positive.
         importance: ``"ones"`` (experts differ by routing only) or ``"sampled"``: a lognormal level
-            for each expert times a lognormal noise for each step (an invention, for tests of a
-            policy's behaviour, not of a method's merit).
+            for each expert times lognormal noise for each step. Both are made up.
         seed: of ``"sampled"``.
         layer_names: default ``layers.0`` and so on.
 
     Raises:
-        LayoutError, StatisticError: shapes, or a step, layer and value that cannot be.
+        LayoutError, StatisticError: wrong shapes, or an impossible value, by step and layer.
     """
-    sums = np.asarray(weight_sum, dtype=np.float64)
-    counts = np.asarray(tokens)
-    whole = counts.dtype.kind in "iu"
-    if sums.ndim != 3 or 0 in sums.shape or counts.shape != sums.shape[:1] or not whole:
+    sums, counts = np.asarray(weight_sum, dtype=np.float64), np.asarray(tokens)
+    if sums.ndim != 3 or counts.shape != sums.shape[:1] or counts.dtype.kind not in "iu":
         raise LayoutError(
             f"weight_sum has shape {sums.shape}, tokens are {counts.dtype}{list(counts.shape)}; "
-            f"accepted: [steps, layers, experts], none of them 0, and whole numbers [steps], one "
-            f"for each step of weight_sum"
+            f"accepted: [steps, layers, experts] and whole numbers [steps], one for each step"
         )
     if (counts < 1).any():
         step = int(np.argmax(counts < 1))
@@ -58,23 +51,19 @@ def from_routing_trace(
     names = layer_names or [f"layers.{index}" for index in range(sums.shape[1])]
     if len(names) != sums.shape[1]:
         raise LayoutError(f"{len(names)} layer names for {sums.shape[1]} layers")
+    if importance not in ("ones", "sampled"):
+        raise LayoutError(f"importance {importance!r} is unknown; accepted: 'ones' or 'sampled'")
+    scores = np.ones(sums.shape)
+    if importance == "sampled":
+        rng = np.random.default_rng(seed)
+        level = rng.lognormal(0.0, 0.5, size=sums.shape[1:])
+        scores = level * rng.lognormal(0.0, 0.25, size=sums.shape)
     phi = sums / counts[:, None, None]
-    scores = _importance(importance, sums.shape, seed)
     return Recording.from_arrays(
         {name: phi[:, index] for index, name in enumerate(names)},
         {name: scores[:, index] for index, name in enumerate(names)},
         tokens=counts,
     )
-
-
-def _importance(choice: str, shape: tuple[int, ...], seed: int) -> FloatArray:
-    if choice == "ones":
-        return np.ones(shape)
-    if choice != "sampled":
-        raise LayoutError(f"importance {choice!r} is unknown; accepted: 'ones' or 'sampled'")
-    rng = np.random.default_rng(seed)
-    level = rng.lognormal(0.0, 0.5, size=shape[1:])
-    return np.asarray(level * rng.lognormal(0.0, 0.25, size=shape))
 
 
 def load_trace(
@@ -86,15 +75,13 @@ def load_trace(
         LayoutError: not such a file (nothing in it is ever unpickled).
         OSError: it cannot be read.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             weight_sum, tokens = file["weight_sum"], file["tokens"]
     except OSError:
         raise
     except Exception as error:  # np.load raises ValueError, KeyError, BadZipFile, EOFError, ...
         raise LayoutError(
-            f"{path} is not a routing trace, an .npz file with arrays weight_sum "
-            f"[steps, layers, experts] and tokens [steps]: {error}"
+            f"{path} is not a routing trace, an .npz file with weight_sum and tokens: {error}"
         ) from error
     return from_routing_trace(weight_sum, tokens, importance=importance, seed=seed)

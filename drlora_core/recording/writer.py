@@ -4,179 +4,158 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core.config import AllocatorConfig
-from drlora_core.ema import IntArray
-from drlora_core.errors import LayoutError
+from drlora_core.ema import FloatArray, IntArray
 from drlora_core.events import GrowthEvent
-from drlora_core.recording import header as headers
-from drlora_core.recording.dimensions import to_recorded
-from drlora_core.recording.header import Header
-from drlora_core.recording.running import RunningSegment
-from drlora_core.recording.segment import Arrays
+from drlora_core.recording import format as files
+from drlora_core.recording.dimensions import follow, initial_order, to_recorded
 from drlora_core.saliency import mean_over_active
+
+FLUSH_SECONDS = 30.0
+"""A step that comes later than this after the last write first writes the steps before it."""
+Given = ArrayLike | None
+Ranks = Mapping[str, IntArray]
 
 
 class Recorder(Protocol):
     """Receives the samples and steps of an engine."""
 
-    def sample(
-        self,
-        name: str,
-        routing: ArrayLike | None,
-        importance: ArrayLike | None,
-        tokens: int | None,
-    ) -> None:
-        """Take the sample of a layer, which the engine has accepted."""
-        ...
+    def sample(self, name: str, routing: Given, importance: Given, tokens: int | None) -> None:
+        """Take a layer's sample, which the engine has accepted."""
 
-    def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
-        """Close an optimizer step; ``ranks`` are those that the samples were taken at."""
-        ...
+    def step(self, step: int, ranks: Ranks, event: GrowthEvent | None) -> None:
+        """Close an optimizer step; ``ranks`` are those before the event."""
 
     def flush(self) -> None:
-        """Write everything to disk; called when the engine's state is saved."""
-        ...
+        """Write everything to disk; the engine's state is being saved."""
 
     def close(self) -> None:
-        """Finish; called when the engine stops recording."""
-        ...
-
-
-class Source(Protocol):
-    """What the writer needs of an engine."""
-
-    @property
-    def config(self) -> AllocatorConfig:
-        """The run's configuration."""
-        ...
-
-    def ranks(self, name: str) -> IntArray:
-        """Active ranks of a layer, int64 [N]."""
-        ...
+        """Finish; the engine stops recording."""
 
 
 class RecordingWriter:
     """Records an engine to a folder; a :class:`Recorder`.
 
-    The folder is made at the first step, when the engine knows its layers. If the engine was
-    resumed, the recording at the path is continued after the engine's last step, and its later
-    steps are discarded.
+    The first step creates the folder. A resumed engine continues the recording at the path: the
+    steps after the engine's last one are discarded.
 
     Args:
-        path: where to write; a new or empty folder, or the recording to continue.
-        source: the engine.
+        path: a new or empty folder, or the recording to continue.
+        engine: the ``AllocatorEngine`` (its module imports this one).
         policy: name of the policy that decides.
-        chunk_steps: steps per segment; None chooses at most 256, less for very wide models.
+        chunk_steps: steps per segment; at most, and by default, as many as docs/recording.md says.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        source: Source,
+        engine: Any,
         *,
         policy: str | None = None,
         chunk_steps: int | None = None,
     ) -> None:
         self.path = Path(path)
-        self._source = source
-        self._policy = policy
-        self._segment_steps = chunk_steps
-        self._running: RunningSegment | None = None
-        self._samples: dict[str, tuple[Arrays, int]] = {}
+        self._engine, self._policy, self._chunk_steps = engine, policy, chunk_steps
         self._process = os.getpid()
+        self._header: files.Header | None = None  # None: closed, or no step yet
+        self._steps, self._flushed_at = 0, time.monotonic()
+        self._rows: list[files.Rows] = []  # steps that are only in memory, and their events
+        self._events: list[GrowthEvent] = []
+        self._samples: dict[str, tuple[dict[str, FloatArray], float]] = {}
 
-    def sample(
-        self,
-        name: str,
-        routing: ArrayLike | None,
-        importance: ArrayLike | None,
-        tokens: int | None,
-    ) -> None:
-        """Take a copy of a layer's accepted sample; it is written with its step."""
-        given = {"routing": routing, "importance": importance}
-        arrays = {
-            what: np.array(values, dtype=np.float64)
-            for what, values in given.items()
-            if values is not None
-        }
-        if importance is not None and arrays["importance"].ndim == 2:
-            if self._source.config.policy == "prune":
-                arrays["dimensions"] = arrays["importance"]
-            arrays["importance"] = mean_over_active(arrays["importance"], self._source.ranks(name))
-        self._samples[name] = arrays, headers.UNKNOWN_TOKENS if tokens is None else tokens
+    def sample(self, name: str, routing: Given, importance: Given, tokens: int | None) -> None:
+        """Copy a layer's accepted sample; it is written with its step."""
+        arrays = {}
+        if routing is not None:
+            arrays["routing"] = np.array(routing, dtype=np.float64)
+        if importance is not None:
+            arrays["importance"] = np.array(importance, dtype=np.float64)
+            if arrays["importance"].ndim == 2:
+                if self._engine.config.policy == "prune":
+                    arrays["dimensions"] = arrays["importance"]
+                ranks = self._engine.ranks(name)
+                arrays["importance"] = mean_over_active(arrays["importance"], ranks)
+        self._samples[name] = arrays, files.UNKNOWN["i"] if tokens is None else tokens
 
-    def step(self, step: int, ranks: Mapping[str, IntArray], event: GrowthEvent | None) -> None:
-        """Append a step; a step that was recorded before is replaced, and all after it.
+    def step(self, step: int, ranks: Ranks, event: GrowthEvent | None) -> None:
+        """Append a step; it replaces a recorded step of this number and all later ones.
 
         Raises:
             LayoutError: a gap, or another run's recording at the path.
             OSError: the disk refuses; the step is not counted and can be repeated.
         """
-        if self._running is None or self._running.steps != step - 1:
+        header = self._header
+        if header is None or self._steps != step - 1:
+            header = self._open(ranks, step - 1)
+        full = len(self._rows) >= min(self._chunk_steps or sys.maxsize, header.segment_steps)
+        if full or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self.flush()
-            self._running = self._open(ranks, step - 1)
-            atexit.register(self.close)
-        row, start = self._running.new_row(), 0
-        for position, (name, layer_ranks) in enumerate(ranks.items()):
-            part = slice(start, start + layer_ranks.size)
-            start = part.stop
-            row["ranks"][part] = layer_ranks
+        self._rows.append(self._make_row(header, ranks))
+        self._steps, self._samples = step, {}
+        if event is not None:
+            self._events.append(event)
+            self._follow_cut(event)
+
+    def flush(self) -> None:
+        """Write the steps that are only in memory."""
+        if self._header is not None and self._rows:
+            start, rows = self._steps - len(self._rows), np.concatenate(self._rows)
+            files.write_segment(self.path, start, rows, self._events, self._header)
+            self._rows, self._events = [], []
+        self._flushed_at = time.monotonic()
+
+    def close(self) -> None:
+        """Flush, and mark the recording as complete; a later step opens it again."""
+        atexit.unregister(self.close)
+        if self._header is not None and os.getpid() == self._process:  # not in a forked child
+            self.flush()
+            files.write_header(self.path, self._header, self._steps)
+            self._header = None
+
+    def _open(self, ranks: Ranks, steps: int) -> files.Header:
+        """Create the recording, or keep its first ``steps`` steps."""
+        self.flush()
+        config, layers = self._engine.config, {name: values.size for name, values in ranks.items()}
+        depth = config.r_max if config.policy == "prune" else None
+        header = files.Header(layers=layers, config=config, policy=self._policy, dimensions=depth)
+        if self._header is None:
+            files.check_folder(self.path, header, steps)
+        events = files.discard_steps(self.path, header, steps)
+        self._header, self._steps = header, steps
+        self._order = initial_order(sum(layers.values()), depth or 0)
+        for event in events:
+            self._follow_cut(event)
+        atexit.register(self.close)
+        return header
+
+    def _make_row(self, header: files.Header, ranks: Ranks) -> files.Rows:
+        """Return one step [1] with the samples."""
+        rows = header.make_rows(1)
+        row = rows[0]
+        for position, (name, part) in enumerate(files.split_experts(header.layers).items()):
+            row["ranks"][part] = ranks[name]
             if name not in self._samples:
                 continue
             arrays, row["tokens"][position] = self._samples[name]
-            row["presence"][position] = headers.SAMPLED + sum(headers.BITS[what] for what in arrays)
+            row["presence"][position] = files.SAMPLED + sum(files.BITS[what] for what in arrays)
+            if "dimensions" in arrays:
+                order = self._order[part]
+                arrays = arrays | {
+                    "dimensions": to_recorded(arrays["dimensions"], ranks[name], order)
+                }
             for what, values in arrays.items():
                 row[what][part] = values
-            if "dimensions" in arrays:
-                order = self._running.order[part]
-                row["dimensions"][part] = to_recorded(arrays["dimensions"], layer_ranks, order)
-        self._running.append(event)
-        self._samples = {}
+        return rows
 
-    def flush(self) -> None:
-        """Write everything that is still in memory."""
-        if self._running is not None:
-            self._running.flush()
-
-    def close(self) -> None:
-        """Flush, and mark the recording as complete; further steps open it again."""
-        atexit.unregister(self.close)
-        if self._running is not None and os.getpid() == self._process:  # not in a forked child
-            self._running.close()
-            self._running = None
-
-    def _open(self, ranks: Mapping[str, IntArray], steps: int) -> RunningSegment:
-        """Create the recording, or open it after ``steps`` steps; later ones are discarded."""
-        path, config = self.path, self._source.config
-        layers = {name: values.size for name, values in ranks.items()}
-        if self._running is not None:
-            return RunningSegment(path, self._running.header, steps)
-        exists = path.is_dir() and any(path.iterdir())
-        if exists and not steps:
-            raise LayoutError(
-                f"{path} is not empty, and the engine is at its start; a recording is only "
-                f"continued by a resumed engine: choose a new path"
-            )
-        if steps and not exists:
-            raise LayoutError(
-                f"there is no recording at {path} to continue, and the engine is at step {steps}; "
-                f"a recording starts before the first step"
-            )
-        if exists:
-            header = headers.read(path)
-        else:
-            depth = config.r_max if config.policy == "prune" else None
-            header = Header(layers=layers, config=config, policy=self._policy, dimensions=depth)
-            header = header.with_segment_steps(self._segment_steps)
-        if list(header.layers.items()) != list(layers.items()):
-            raise LayoutError(f"the recording {path} is of other layers; record to a new path")
-        if header.config != config:
-            raise LayoutError(f"the recording {path} is of another configuration; use a new path")
-        return RunningSegment(path, header, steps)
+    def _follow_cut(self, event: GrowthEvent) -> None:
+        if event.cut:
+            cut = np.concatenate([event.cut[name] for name in event.ranks])
+            self._order = follow(self._order, cut)

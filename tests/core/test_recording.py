@@ -14,7 +14,7 @@ from drlora_core.policies import rescored, walk
 from drlora_core.recording import (
     Recording,
     RecordingWriter,
-    running,
+    writer,
 )
 from drlora_core.replay import first_difference
 from tests.core import recorded
@@ -133,8 +133,14 @@ def test_saving_the_engine_state_flushes_the_recording(tmp_path: Path) -> None:
     engine.record_to(tmp_path / "run")
     recorded.drive(engine, 5)
     engine.state_dict()
+    engine.state_dict()  # nothing new to write
     assert Recording.open(tmp_path / "run").steps == 5
+    recorded.drive(engine, 15)
     engine.record_to(None)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["00000001.npz", "00000006.npz", "recording.json"]
+    recorded.record(tmp_path / "reference")
+    same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
 
 def test_slow_steps_are_written_before_the_segment_is_full(
@@ -144,10 +150,13 @@ def test_slow_steps_are_written_before_the_segment_is_full(
     engine.record_to(tmp_path / "run")
     recorded.drive(engine, 2)
     assert Recording.open(tmp_path / "run").steps == 0
-    monkeypatch.setattr(running, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
+    recorded.drive(engine, 1)  # the next step writes those before it
+    assert Recording.open(tmp_path / "run").steps == 2
     recorded.drive(engine, 3)
     assert Recording.open(tmp_path / "run").steps == 5
     engine.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 6
 
 
 @pytest.mark.parametrize("policy", ["greedy", "prune"])
@@ -193,7 +202,7 @@ def test_a_path_that_is_taken_or_too_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="not empty"):
         recorded.drive(fresh, 1)
     engine.record_to(tmp_path / "elsewhere")
-    with pytest.raises(LayoutError, match="no recording at"):
+    with pytest.raises(LayoutError, match="holds no recording"):
         recorded.drive(engine, 1)
     drifted = recorded.build(recorded.config())
     recorded.drive(drifted, 25)
@@ -214,7 +223,7 @@ def test_a_step_that_the_disk_refused_can_be_repeated(
     recorded.record(tmp_path / "reference")
     engine = recorded.build(recorded.config())
     engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))
-    recorded.drive(engine, 7)
+    recorded.drive(engine, 8)
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -224,10 +233,10 @@ def test_a_step_that_the_disk_refused_can_be_repeated(
             patch.setattr(os, "fsync", full)
             with pytest.raises(OSError, match="no space left"):
                 call()
-        assert engine.step_count == 7
+        assert engine.step_count == 8
         assert Recording.open(tmp_path / "run").steps == 4
     engine.step()
-    recorded.drive(engine, 12)
+    recorded.drive(engine, 11)
     engine.record_to(None)
     same(Recording.open(tmp_path / "reference"), Recording.open(tmp_path / "run"))
 
@@ -269,10 +278,10 @@ def test_numpy_reads_a_segment(tmp_path: Path) -> None:
     recorded.record(tmp_path / "run", policy="prune", r_init=8)
     recording = Recording.open(tmp_path / "run")
     with np.load(tmp_path / "run" / "00000001.npz", allow_pickle=False) as segment:
-        np.testing.assert_array_equal(segment["routing"], recording.routing)
-        np.testing.assert_array_equal(segment["dimensions"], recording.dimensions)
-        assert segment["event_step"].tolist() == [8, 12, 16]
-        assert segment["event_cut"].shape == (3, 10, 8)
+        np.testing.assert_array_equal(segment["steps"]["routing"], recording.routing)
+        np.testing.assert_array_equal(segment["steps"]["dimensions"], recording.dimensions)
+        assert segment["events"]["step"].tolist() == [8, 12, 16]
+        assert segment["events"]["cut"].shape == (3, 10, 8)
 
 
 def test_dimensions_of_arrays_are_saved(tmp_path: Path) -> None:
@@ -332,7 +341,7 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
         (
             {"routing": {"a": np.ones((2, 2)), "b": np.ones((3, 3))}},
             LayoutError,
-            "numbers of steps|has shape",
+            r"'b': routing has shape \(3, 3\), not \(2, 3\)",
         ),
         ({"routing": {"b": np.ones((3, 3)), "a": np.ones((3, 2))}}, LayoutError, "same order"),
         (
@@ -352,7 +361,7 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
         (
             {"dimensions": {"a": np.ones((3, 2, 4)), "b": np.ones((3, 3, 5))}},
             LayoutError,
-            "different numbers of rank",
+            r"'b': dimensions has shape \(3, 3, 5\), not \(3, 3, 4\)",
         ),
         (
             {"dimensions": {"a": np.ones((3, 2, 4)), "b": -np.ones((3, 3, 4))}},

@@ -1,0 +1,228 @@
+"""Files of a recording: a JSON header and NumPy segments of steps (docs/recording.md)."""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from drlora_core import atomic
+from drlora_core.config import AllocatorConfig
+from drlora_core.errors import LayoutError
+from drlora_core.events import GrowthEvent
+
+FILE, SEGMENTS = "recording.json", "[0-9]*.npz"
+SAMPLED, BITS = 1, {"routing": 2, "importance": 4, "dimensions": 8}
+"""Bits of ``presence``: what a layer's sample of a step holds; 0 is a skipped layer."""
+UNKNOWN = {"f": np.nan, "i": -1, "u": 0}
+"""Stands for a missing value, by kind of number."""
+SEGMENT_STEPS, SEGMENT_BYTES = 256, 8 * 2**20
+"""A segment has at most so many steps; fewer where they take more bytes than this."""
+HEADER_BYTES, NPY_HEADER_BYTES = 2**24, 1024
+"""Longest header that is read, of a recording and of a NumPy array."""
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Rows = NDArray[np.void]
+Segment = tuple[Rows, list[GrowthEvent]]
+
+
+class Header(BaseModel):
+    """Content of ``recording.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["drlora-recording"] = "drlora-recording"
+    version: Literal[2] = 2
+    layers: Annotated[dict[str, Count], Field(min_length=1)]
+    config: AllocatorConfig | None
+    policy: str | None
+    dimensions: Count | None
+    steps: NonNegativeInt | None = None
+
+    @property
+    def step_type(self) -> np.dtype[np.void]:
+        """Type of one step in a segment."""
+        experts, layers = (sum(self.layers.values()),), (len(self.layers),)
+        fields: list[Any] = [("routing", "<f8", experts), ("importance", "<f8", experts)]
+        fields += [
+            ("ranks", "<i4", experts),
+            ("tokens", "<i8", layers),
+            ("presence", "|u1", layers),
+        ]
+        if self.dimensions:
+            fields += [("dimensions", "<f8", (*experts, self.dimensions))]
+        return np.dtype(fields)
+
+    @property
+    def event_type(self) -> np.dtype[np.void]:
+        """Type of one growth event in a segment."""
+        experts = (sum(self.layers.values()),)
+        fields: list[Any] = [("step", "<i8"), ("index", "<i8"), ("unplaced", "<i8")]
+        fields += [("deltas", "<i8", experts), ("ranks", "<i8", experts)]
+        fields += [("saliency", "<f8", experts)]
+        if self.dimensions:
+            fields += [("cut", "|b1", (*experts, self.dimensions))]
+        return np.dtype(fields)
+
+    @property
+    def segment_steps(self) -> int:
+        """Largest number of steps in a segment."""
+        return max(1, min(SEGMENT_STEPS, SEGMENT_BYTES // self.step_type.itemsize))
+
+    def make_rows(self, count: int) -> Rows:
+        """Return steps [count] in which every value is unknown."""
+        rows = np.empty(count, self.step_type)
+        for name in rows.dtype.names or ():
+            rows[name] = UNKNOWN[rows[name].dtype.kind]
+        return rows
+
+
+def split_experts(layers: Mapping[str, int]) -> dict[str, slice]:
+    """Return where each layer's experts are among all experts."""
+    ends = np.cumsum(list(layers.values())).tolist()
+    return {name: slice(end - layers[name], end) for name, end in zip(layers, ends, strict=True)}
+
+
+def write_header(folder: Path, header: Header, steps: int | None) -> None:
+    """Write the header; ``steps`` is None until the recording is complete."""
+    header = header.model_copy(update={"steps": steps})
+    atomic.write_text(folder / FILE, header.model_dump_json(indent=1) + "\n")
+
+
+def read_header(folder: Path) -> Header:
+    """Read and check the header."""
+    file = folder / FILE
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no recording at {folder}")
+    if not file.is_file() or file.stat().st_size > HEADER_BYTES:
+        raise LayoutError(
+            f"{folder} has no valid {FILE}: it is not a recording, or it is a recording in Zarr, "
+            f"which this version no longer reads: record again"
+        )
+    try:
+        return Header.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise LayoutError(f"{file} is damaged or of another version: {what}") from error
+
+
+def check_folder(folder: Path, header: Header, steps: int) -> None:
+    """Refuse to start a recording in a folder with files, or to continue one that is not there."""
+    exists = any(folder.glob("*"))
+    if exists != (steps > 0):
+        raise LayoutError(
+            f"the engine is at step {steps}, but {folder} "
+            f"{'is not empty' if exists else 'holds no recording'}; record a new run from step 0 "
+            f"to a new path, or resume the engine of the recording"
+        )
+    if exists:
+        old = read_header(folder)
+        if list(old.layers.items()) != list(header.layers.items()) or old.config != header.config:
+            raise LayoutError(f"{folder} has other layers or another configuration; use a new path")
+
+
+def segment_path(folder: Path, start: int) -> Path:
+    """Return the path of the segment that follows ``start`` steps."""
+    return folder / f"{start + 1:08d}.npz"
+
+
+def write_segment(
+    folder: Path, start: int, rows: Rows, events: Sequence[GrowthEvent], header: Header
+) -> None:
+    """Write the segment that follows ``start`` steps; ``numpy.load`` reads it."""
+    event_rows = np.zeros(len(events), header.event_type)
+    for row, event in zip(event_rows, events, strict=True):
+        for name in event_rows.dtype.names or ():
+            value = getattr(event, name)
+            if isinstance(value, Mapping):
+                value = np.concatenate([value[layer] for layer in header.layers])
+            row[name] = value
+
+    def write(part: Path) -> None:
+        with part.open("wb") as stream:
+            np.savez(stream, steps=rows, events=event_rows)
+
+    atomic.write_file(segment_path(folder, start), write)
+
+
+def read_segments(folder: Path, header: Header, stop: int = sys.maxsize) -> Iterator[Segment]:
+    """Yield the steps and events of each segment, up to the segment that holds step ``stop``."""
+    start = 0
+    for path in sorted(folder.glob(SEGMENTS)):
+        if start >= stop:
+            return
+        with path.open("rb") as stream:
+            try:
+                if path != segment_path(folder, start):
+                    raise LayoutError(f"the segment before it, with step {start + 1}, is missing")
+                rows, events = _read_segment(stream, header, start)
+            except Exception as error:  # BadZipFile, EOFError, KeyError, MemoryError, ...
+                raise LayoutError(
+                    f"segment {path} is damaged ({type(error).__name__}: {error}); to read the "
+                    f"{start} steps before it, move it and all later segments out of the folder"
+                ) from error
+        start += len(rows)
+        yield rows, events
+
+
+def _read_segment(stream: IO[bytes], header: Header, start: int) -> Segment:
+    arrays = []
+    with zipfile.ZipFile(stream) as archive:
+        for name, dtype in (("steps", header.step_type), ("events", header.event_type)):
+            info = archive.getinfo(f"{name}.npy")
+            most = header.segment_steps * dtype.itemsize + NPY_HEADER_BYTES
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
+                raise LayoutError(f"{name} are compressed or have more than {most} bytes")
+            content = io.BytesIO(archive.read(info))  # the whole member, to check its CRC
+            array = np.lib.format.read_array(content, allow_pickle=False)
+            if array.dtype != dtype or array.ndim != 1:
+                raise LayoutError(f"{name} are {array.dtype}{list(array.shape)}, not {dtype}")
+            arrays.append(array)
+    rows, events = arrays
+    at = events["step"]
+    if ((at <= start) | (at > start + len(rows))).any() or (np.diff(at) < 1).any():
+        raise LayoutError(f"it has events after steps {at.tolist()}, which are not its own")
+    return rows, [_to_event(row, header) for row in events]
+
+
+def _to_event(row: Any, header: Header) -> GrowthEvent:
+    fields: dict[str, Any] = {"cut": {}}
+    for name in row.dtype.names:
+        if row[name].ndim == 0:
+            fields[name] = int(row[name])
+        else:
+            parts = split_experts(header.layers).items()
+            fields[name] = {layer: row[name][part].copy() for layer, part in parts}
+    return GrowthEvent(**fields)
+
+
+def discard_steps(folder: Path, header: Header, steps: int) -> list[GrowthEvent]:
+    """Keep the first ``steps`` steps, mark the recording as incomplete, and return its events.
+
+    If there are fewer steps, or one of them is damaged, nothing is discarded.
+    """
+    start = end = 0
+    rows, events = header.make_rows(0), []
+    for rows, new in read_segments(folder, header, stop=steps):
+        start, end = end, end + len(rows)
+        events += [event for event in new if event.step <= steps]
+    if end < steps:
+        raise LayoutError(
+            f"the recording {folder} ends at step {end}, the engine is at step {steps}; "
+            f"resume from an earlier state, or record a new run"
+        )
+    write_header(folder, header, None)
+    for path in sorted(folder.glob(SEGMENTS), reverse=True):  # last first: a crash leaves no gap
+        if not steps or path > segment_path(folder, start):
+            path.unlink()
+    if end > steps:
+        kept = [event for event in events if event.step > start]
+        write_segment(folder, start, rows[: steps - start], kept, header)
+    return events
