@@ -11,7 +11,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from drlora_core.recording import RecordingWriter
 from drlora_torch.adapter import Adapter
 from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.options import FinetuneOptions
@@ -21,18 +20,16 @@ from drlora_torch.integrations.trainer import DRLoRACallback
 class AdapterTrainer(SFTTrainer):
     """SFTTrainer that leaves the model's weights to :class:`DRLoRACallback`.
 
-    The callback writes the adapter into each checkpoint and restores it from there.
+    The callback writes the adapter into each checkpoint and restores it from there. TRL's model
+    card would describe a fully fine-tuned model, so none is written.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Make the folder of a checkpoint, without the base model, which has not changed."""
         Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no model card: TRL's would describe a fully fine-tuned model."""
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load no weights here."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None: ...
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
@@ -43,69 +40,19 @@ class AdapterTrainer(SFTTrainer):
             ) from error
 
 
-class FlushRecording(TrainerCallback):
-    """Writes the recording to disk with each checkpoint, so that a resumed run can continue it.
-
-    It must come before :class:`DRLoRACallback`, whose file makes a checkpoint complete.
-    """
-
-    def __init__(self, recorder: RecordingWriter) -> None:
-        self._recorder = recorder
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the steps that are still in memory."""
-        self._recorder.flush()
-
-
 def build_trainer(
     options: FinetuneOptions,
     adapter: Adapter,
     tokenizer: Any,
     rows: tuple[Any, Any],
     folder: Path,
-    recorder: RecordingWriter,
     callbacks: list[TrainerCallback],
 ) -> AdapterTrainer:
-    """Make the trainer of a run.
+    """Make the trainer of a run; its checkpoints go to ``folder``.
 
-    Args:
-        options: the run's options.
-        adapter: the attached adapter, whose model is trained.
-        tokenizer: the model's tokenizer.
-        rows: training and held-out rows, ``datasets.Dataset`` each.
-        folder: where checkpoints go.
-        recorder: the recording that the adapter's engine writes.
-        callbacks: called after ours, so that their logs hold the ranks.
+    The callbacks come after :class:`DRLoRACallback`, so that their logs hold the ranks.
     """
-    train, held_out = rows
-    trainer = AdapterTrainer(
-        model=adapter.model,
-        args=_arguments(options, folder),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[FlushRecording(recorder), DRLoRACallback(adapter), *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def train(trainer: AdapterTrainer, adapter: Adapter, checkpoint: str | None) -> None:
-    """Train to the last step, from a checkpoint if there is one.
-
-    A checkpoint of the last step is only restored: the Trainer would make one more step from it.
-    """
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step >= trainer.args.max_steps:
-            adapter.restore(checkpoint)
-            trainer.state = state
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _arguments(options: FinetuneOptions, folder: Path) -> SFTConfig:
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
@@ -129,3 +76,27 @@ def _arguments(options: FinetuneOptions, folder: Path) -> SFTConfig:
         # A balancing loss cannot train a frozen router; it would only distort the hidden states.
         router_aux_loss_coef=0.0 if options.router == "frozen" else None,
     )
+    trainer = AdapterTrainer(
+        model=adapter.model,
+        args=arguments,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        processing_class=tokenizer,
+        callbacks=[DRLoRACallback(adapter), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(trainer: AdapterTrainer, adapter: Adapter, checkpoint: str | None) -> None:
+    """Train to the last step, from a checkpoint if there is one.
+
+    A checkpoint of the last step is only restored: the Trainer would make one more step from it.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step >= trainer.args.max_steps:
+            adapter.restore(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
