@@ -29,10 +29,8 @@ def create(folder: Path, run: SavedRun) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise RunError(
-            f"output folder {str(folder)!r} exists; use another --output, or continue its run "
-            "with --resume"
-        ) from None
+        text = f"output folder {str(folder)!r} exists; use another --output, or --resume its run"
+        raise RunError(text) from None
     atomic.write_text(folder / OPTIONS, run.model_dump_json(indent=2) + "\n")
 
 

@@ -41,14 +41,11 @@ def run(
     """Fine-tune, evaluate, save and print the results.
 
     Args:
-        options: the options of the run.
+        options: those of the run.
         output: folder of the run; it must not exist unless ``resume``.
-        console: where progress and tables are printed.
-        compare: ``uniform`` trains static LoRA with the same budget too.
+        console: shows progress and tables.
+        compare: ``uniform`` trains static LoRA with the same budget too; its result comes second.
         resume: continue from the last checkpoint in ``output``.
-
-    Returns:
-        The result of each method, DR-LoRA first.
 
     Raises:
         DRLoRAError: the model, the data or the folder does not fit; nothing was overwritten.
@@ -63,8 +60,8 @@ def run(
             rows = load_rows(options)
         if "messages" in rows[0].column_names and not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                f"the data has messages, but the tokenizer of {options.model!r} has no chat "
-                "template; use prompt and completion, or an instruction-tuned model"
+                f"the data has messages, but {options.model!r} has no chat template; "
+                "use prompt and completion, or an instruction-tuned model"
             )
         with _attached(model, options) as adapter:
             if not resume:

@@ -16,13 +16,8 @@ from drlora_torch.finetune.options import is_local
 def load_model(name: str, dtype: str = "auto") -> nn.Module:
     """Load a causal language model from a folder or by its id on the Hugging Face Hub.
 
-    Args:
-        name: folder or id.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: float32 on a CPU, where half
-            precision is slow, and the dtype of the checkpoint on a GPU.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be read.
+    The dtype ``auto`` is float32 on a CPU, where half precision is slow, and that of the
+    checkpoint on a GPU. A model that cannot be loaded is a ModelError.
     """
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"

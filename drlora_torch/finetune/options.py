@@ -20,7 +20,8 @@ class FinetuneOptions(BaseModel):
     :func:`drlora_torch.attach` have too are passed on by name.
 
     Raises:
-        pydantic.ValidationError: (a ``ValueError``) for unknown fields and values out of range.
+        pydantic.ValidationError: (a ``ValueError``) for unknown fields and values out of range;
+            from :meth:`allocator_config` for impossible ranks or an impossible window.
 
     Example:
         >>> options = FinetuneOptions(model="my-model", data="my.jsonl", steps=100)
@@ -96,11 +97,7 @@ class FinetuneOptions(BaseModel):
     """Optimizer steps between checkpoints. If not given, a quarter of the steps."""
 
     def allocator_config(self) -> AllocatorConfig:
-        """Return the allocator's configuration; a window that is not given follows the steps.
-
-        Raises:
-            pydantic.ValidationError: the ranks or the window are impossible.
-        """
+        """Return the allocator's configuration; a window that is not given follows the steps."""
         shared = set(AllocatorConfig.model_fields)
         fields = self.model_dump(include=shared, exclude_none=True)
         return AllocatorConfig.for_training(self.steps, timetable=self.timetable, **fields)
@@ -127,9 +124,5 @@ def embedded_defaults() -> dict[str, object]:
 def is_local(name: str) -> bool:
     """Return True if a model or data argument is a path rather than an id on a hub."""
     path = Path(name).expanduser()
-    return (
-        path.exists()
-        or path.is_absolute()
-        or name.startswith(("./", "../", "~"))
-        or path.suffix in {".jsonl", ".json", ".txt"}
-    )
+    looks_local = path.is_absolute() or path.suffix in {".jsonl", ".json", ".txt"}
+    return looks_local or name.startswith(("./", "../", "~")) or path.exists()

@@ -31,7 +31,6 @@ class RichProgress(TrainerCallback):
 
     def __init__(self, label: str, steps: int, console: Console) -> None:
         self._label = label
-        self._console = console
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -50,10 +49,9 @@ class RichProgress(TrainerCallback):
             return
         step, loss, rank = state.global_step, f"{float(logs['loss']):.4f}", logs["total_rank"]
         self.bar.update(self._task, completed=step, loss=loss, rank=rank)
-        if not self._console.is_terminal and step % max(state.max_steps // 10, 1) == 0:
-            self._console.print(
-                f"{self._label}: step {step}/{state.max_steps}  loss {loss}  rank {rank}"
-            )
+        if self.bar.disable and step % max(state.max_steps // 10, 1) == 0:
+            line = f"{self._label}: step {step}/{state.max_steps}  loss {loss}  rank {rank}"
+            self.bar.console.print(line)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 
 Command = TypeVar("Command", bound=Callable[..., None])
 ARGUMENTS = ("model", "data")  # positional on the command line; every other field is an option
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -21,23 +22,16 @@ def add_finetune_options(command: Command) -> Command:
 
     A parameter that the user does not give is None, so that defaults are declared only once.
     """
-    *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-    fields = [_parameter(name, field) for name, field in FinetuneOptions.model_fields.items()]
-    command.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
+    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
+    for name, field in FinetuneOptions.model_fields.items():
+        given: Any = typer.Option(f"--{name.replace('_', '-')}", help=help_text(name, field))
+        if name in ARGUMENTS:
+            given = typer.Argument(help=help_text(name, field))
+        kind: Any = Annotated[field.annotation | None, given]  # type: ignore[operator]
+        parameter = inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=kind)
+        parameters.append(parameter)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
-
-
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    kind: Any = field.annotation
-    given: Any
-    if name in ARGUMENTS:
-        given = typer.Argument(help=help_text(name, field))
-    else:
-        given = typer.Option(f"--{name.replace('_', '-')}", help=help_text(name, field))
-    annotation = Annotated[kind | None, given]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
 
 
 def help_text(name: str, field: FieldInfo) -> str:

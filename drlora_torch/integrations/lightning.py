@@ -42,10 +42,8 @@ class DRLoRALightningCallback(Callback):
         dirpath: the directory for the final adapter.
 
     Raises:
-        AttachError: (from ``trainer.fit``) the adapter is not the active one, so another would be
-            trained.
-        CheckpointError: (from ``trainer.fit``) the checkpoint holds no adapter, or one that does
-            not fit.
+        AttachError: at the start of training, if another adapter is the active one.
+        CheckpointError: if the checkpoint to resume from holds no adapter, or one of another shape.
 
     Example::
 
@@ -84,16 +82,13 @@ class DRLoRALightningCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         file = checkpoint.get(KEY)
         if not isinstance(file, Tensor):
-            raise CheckpointError(
-                "the checkpoint holds no adapter; the run that wrote it needs "
-                "DRLoRALightningCallback among its callbacks"
-            )
+            raise CheckpointError("the checkpoint holds no adapter: its run had no such callback")
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / FILE_NAME).write_bytes(file.cpu().numpy().tobytes())
             self.adapter.restore(folder)
         self._events = len(self.adapter.events)
-        pending = [(parameter, parameter.grad) for parameter in self.adapter.parameters()]
-        self._gradients = [(p, gradient) for p, gradient in pending if gradient is not None]
+        parameters = self.adapter.parameters()
+        self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:

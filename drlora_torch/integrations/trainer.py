@@ -17,6 +17,8 @@ from drlora_torch.integrations.metrics import rank_metrics, top_experts
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
 
+HINT = "resume from last_checkpoint(output_dir), or use DRLoRACallback(adapter, resume_from=...)"
+
 
 class DRLoRACallback(TrainerCallback):
     """Checkpoints an adapter and logs its ranks with the Trainer's own files and losses.
@@ -40,10 +42,8 @@ class DRLoRACallback(TrainerCallback):
         resume_from: the checkpoint folder, if it is not ``checkpoint-*`` in ``output_dir``.
 
     Raises:
-        AttachError: (from ``trainer.train``) the adapter is not the active one, so another would
-            be trained.
-        CheckpointError: (from ``trainer.train``) the checkpoint that the Trainer resumes from
-            cannot be found, or holds no adapter.
+        AttachError: at the start of training, if another adapter is the active one.
+        CheckpointError: if the checkpoint to resume from cannot be found or holds no adapter.
 
     Example::
 
@@ -90,25 +90,17 @@ class DRLoRACallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.adapter.restore(state.best_model_checkpoint)
-        saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-        if saves and state.is_world_process_zero:
+        if args.save_strategy != "no" and state.is_world_process_zero:
             self.adapter.save_pretrained(str(args.output_dir))
 
     def _checkpoint(self, args: Any, state: TrainerState) -> Path:
         """Find the folder that the Trainer resumes from; callbacks are told only its step."""
         folder = self.resume_from or _folder(args, state)
         if not (folder / FILE_NAME).is_file():
-            raise CheckpointError(
-                f"the Trainer resumed at step {state.global_step}, but {folder} holds no adapter; "
-                "resume from last_checkpoint(output_dir), or name the checkpoint: "
-                "DRLoRACallback(adapter, resume_from=...)"
-            )
+            raise CheckpointError(f"{folder} holds no adapter; {HINT}")
         written = _read_state(folder)
-        if written is None or json.dumps(written.log_history) != json.dumps(state.log_history):
-            raise CheckpointError(
-                f"the Trainer resumed from another checkpoint than {folder}; name it: "
-                "DRLoRACallback(adapter, resume_from=...)"
-            )
+        if written is None or _position(written) != _position(state):
+            raise CheckpointError(f"the Trainer uses another checkpoint than {folder}; {HINT}")
         return folder
 
 
@@ -140,6 +132,10 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 def _folder(args: Any, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _position(state: TrainerState) -> str:
+    return json.dumps([state.global_step, state.log_history])  # as text, where NaN equals NaN
 
 
 def _read_state(checkpoint: Path) -> TrainerState | None:
