@@ -24,9 +24,8 @@ Compare = Literal["uniform"] | None
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of the core."""
-    app.command()(finetune)
-    app.command()(inspect)
-    app.command()(export)
+    for command in (finetune, inspect, export):
+        app.command()(command)
 
 
 @add_finetune_options

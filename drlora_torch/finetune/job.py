@@ -111,17 +111,19 @@ def _train(
     meter = Meter()
     progress = RichProgress(result.method_name(options.policy), options.steps, console)
     trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [meter, progress])
-    before = _held_out_loss(trainer, console)
+    with console.status("held-out loss"):
+        before = trainer.evaluate()
     with progress.bar:
         train(trainer, adapter, checkpoint)
-    after = _held_out_loss(trainer, console)
+    with console.status("held-out loss"):
+        after = trainer.evaluate()
     adapter.save_pretrained(output / folder.ADAPTER)
     folder.write_metrics(output, trainer.state.log_history)
     ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
     return RunResult(
         method=options.policy,
-        loss_before=before,
-        loss_after=after,
+        loss_before=before["eval_loss"],
+        loss_after=after["eval_loss"],
         tokens_per_second=meter.tokens / meter.seconds if meter.tokens else None,
         seconds=meter.seconds,
         peak_memory_mb=meter.peak_memory_mb,
@@ -132,8 +134,3 @@ def _train(
         ranks=ranks,
         files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS, folder.RECORDING)],
     )
-
-
-def _held_out_loss(trainer: Any, console: Console) -> float:
-    with console.status("held-out loss"):
-        return float(trainer.evaluate()["eval_loss"])

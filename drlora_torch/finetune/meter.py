@@ -14,14 +14,8 @@ from transformers import TrainerCallback
 class Meter(TrainerCallback):
     """Measures a training from its first step in this process to its last.
 
-    What an earlier process did before a resume does not count.
-
-    Attributes:
-        tokens: input tokens, without padding.
-        seconds: duration.
-        peak_memory_mb: in MiB; None before the first step. With a GPU, the most memory that torch
-            allocated there; otherwise the largest resident memory of the process after a step.
-        memory_source: ``GPU`` or ``process, sampled``.
+    Its attributes are fields of :class:`~drlora_torch.finetune.result.RunResult`, and the input
+    tokens without padding. What an earlier process did before a resume does not count.
     """
 
     def __init__(self) -> None:

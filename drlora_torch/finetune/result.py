@@ -34,7 +34,8 @@ class RunResult(BaseModel):
     peak_memory_mb: float | None
     """Peak memory during the training, in MiB; None if there was nothing left to train."""
     memory_source: str
-    """What ``peak_memory_mb`` measures: ``GPU`` or ``process, sampled`` (after each step)."""
+    """What ``peak_memory_mb`` measures: ``GPU``, the most memory that torch allocated there, or
+    ``process, sampled``, the largest resident memory of the process after a step."""
     budget: int
     """Total rank allowed."""
     total_rank: int

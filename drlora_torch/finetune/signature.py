@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -13,7 +13,6 @@ from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 
 Command = TypeVar("Command", bound=Callable[..., None])
 ARGUMENTS = ("model", "data")  # positional on the command line; every other field is an option
-KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -22,15 +21,14 @@ def add_finetune_options(command: Command) -> Command:
 
     A parameter that the user does not give is None, so that defaults are declared only once.
     """
-    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
+    *parameters, _ = signature(command, eval_str=True).parameters.values()
     for name, field in FinetuneOptions.model_fields.items():
         given: Any = typer.Option(f"--{name.replace('_', '-')}", help=help_text(name, field))
         if name in ARGUMENTS:
             given = typer.Argument(help=help_text(name, field))
         kind: Any = Annotated[field.annotation | None, given]  # type: ignore[operator]
-        parameter = inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=kind)
-        parameters.append(parameter)
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 

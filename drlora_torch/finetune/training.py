@@ -65,7 +65,6 @@ def build_trainer(
         seed=options.seed,
         bf16=options.dtype == "bfloat16" and torch.cuda.is_available(),
         gradient_checkpointing=options.gradient_checkpointing,
-        save_strategy="steps",
         save_steps=options.save_every or max(options.steps // 4, 1),
         save_total_limit=2,
         logging_steps=1,
