@@ -19,8 +19,6 @@ from drlora_torch.finetune import folder
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 from drlora_torch.finetune.signature import add_finetune_options
 
-Compare = Literal["uniform"] | None
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of the core."""
@@ -39,7 +37,7 @@ def finetune(
         typer.Option(help="Continue the run in this folder, with the options saved there."),
     ] = None,
     compare: Annotated[
-        Compare, typer.Option(help="Also train static LoRA with the same budget.")
+        Literal["uniform"] | None, typer.Option(help="Also train static LoRA with the same budget.")
     ] = None,
     **options: Any,
 ) -> None:

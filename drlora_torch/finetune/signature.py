@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
 
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 
-Command = TypeVar("Command", bound=Callable[..., None])
 ARGUMENTS = ("model", "data")  # positional on the command line; every other field is an option
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def add_finetune_options(command: Command) -> Command:
+def add_finetune_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the ``**options`` of a typer command, its last parameter, by one per field.
 
     A parameter that the user does not give is None, so that defaults are declared only once.
