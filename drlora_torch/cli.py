@@ -6,24 +6,24 @@ libraries are imported when a command runs, so that ``drlora --help`` stays fast
 
 from __future__ import annotations
 
-import json
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
+from drlora_core.cli.common import AsJson, emit
 from drlora_torch.errors import RunError
+from drlora_torch.finetune import folder
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 from drlora_torch.finetune.signature import add_finetune_options
-
-Compare = Literal["uniform"] | None
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of the core."""
-    app.command()(finetune)
-    app.command()(inspect)
-    app.command()(export)
+    for command in (finetune, inspect, export):
+        app.command()(command)
 
 
 @add_finetune_options
@@ -37,8 +37,7 @@ def finetune(
         typer.Option(help="Continue the run in this folder, with the options saved there."),
     ] = None,
     compare: Annotated[
-        Compare,
-        typer.Option(help="Also train static LoRA with the same budget."),
+        Literal["uniform"] | None, typer.Option(help="Also train static LoRA with the same budget.")
     ] = None,
     **options: Any,
 ) -> None:
@@ -46,31 +45,27 @@ def finetune(
     # A flag that is not given is None or False, depending on the version of click.
     chosen = {n: v for n, v in options.items() if v is not None and v is not False}
     if resume is not None:
-        _continue(resume, chosen | {"output": output, "compare": compare})
-        return
-    if "model" in chosen and "data" not in chosen:
+        run = _read_unfinished(resume, chosen | {"output": output, "compare": compare})
+    elif "model" in chosen and "data" not in chosen:
         raise RunError("a MODEL needs DATA: drlora finetune MODEL DATA --output DIR")
-    shipped = {} if "model" in chosen else embedded_defaults()
-    _run(FinetuneOptions.model_validate({**shipped, **chosen}), output, compare)
+    else:
+        shipped = {} if "model" in chosen else embedded_defaults()
+        values = FinetuneOptions.model_validate({**shipped, **chosen})
+        run = folder.SavedRun(options=values, compare=compare)
+    target = resume or output or Path("runs", time.strftime("finetune-%Y%m%d-%H%M%S"))
+
+    from drlora_torch.finetune import job
+
+    job.run(run.options, target, Console(), compare=run.compare, resume=resume is not None)
 
 
-def _continue(folder: Path, chosen: dict[str, Any]) -> None:
-    from drlora_torch.finetune import folder as folders
-
+def _read_unfinished(path: Path, chosen: dict[str, Any]) -> folder.SavedRun:
     if given := sorted(name for name, value in chosen.items() if value is not None):
         raise RunError(f"--resume uses the options of the run; leave out {', '.join(given)}")
-    saved = folders.read_unfinished(folder)
-    _run(saved.options, folder, saved.compare, resume=True)
-
-
-def _run(
-    options: FinetuneOptions, output: Path | None, compare: Compare, *, resume: bool = False
-) -> None:
-    from rich.console import Console
-
-    from drlora_torch.finetune import folder, job
-
-    job.run(options, output or folder.default_folder(), Console(), compare=compare, resume=resume)
+    run = folder.read(path)
+    if (path / folder.RESULT).is_file():
+        raise RunError(f"the run in {str(path)!r} is finished; see its {folder.RESULT}")
+    return run
 
 
 def inspect(
@@ -78,17 +73,15 @@ def inspect(
     rank: Annotated[
         int, typer.Option(min=1, help="Mean rank for which the size of the LoRA is shown.")
     ] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the mixture-of-experts layers of a model, their convention and the size of the LoRA."""
-    from rich.console import Console
-
     from drlora_torch import inspection
     from drlora_torch.finetune.model import load_model
 
     loaded = load_model(model)
     if as_json:
-        typer.echo(json.dumps(inspection.inspect(loaded, rank), indent=2))
+        emit(inspection.inspect(loaded, rank))
     else:
         inspection.show(model, loaded, rank, Console())
 
@@ -107,9 +100,20 @@ def export(
     ] = False,
 ) -> None:
     """Write the adapter of a run as a PEFT directory."""
-    from drlora_torch.finetune.export_run import export_run
+    from drlora_torch.api import load
+    from drlora_torch.finetune.model import load_model
+    from drlora_torch.integrations.trainer import last_checkpoint
 
-    report = export_run(run, output, rank=rank, per_expert=per_expert)
+    options = folder.read(run).options
+    final = run / folder.ADAPTER
+    source = final if final.is_dir() else last_checkpoint(run / folder.CHECKPOINTS)
+    if source is None:
+        raise RunError(f"the run in {str(run)!r} has saved no adapter yet")
+    target = output or run / folder.PEFT
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{str(target)!r} exists; use another --output")
+    adapter = load(load_model(options.model, options.dtype), source)
+    report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
     typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
     if rank is not None:
         typer.echo(f"largest relative error of an expert: {report.largest_error:.2e}")

@@ -9,27 +9,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.records import MoELayer
 
-COLUMNS = ("layers", "experts", "router", "adapted as", "LoRA")
-
 
 def lora_parameters(layer: MoELayer, rank: int) -> int:
-    """Return the number of LoRA parameters of a layer: N r (in + out), summed over projections.
-
-    r is the mean rank.
-
-    Example:
-        >>> from drlora_torch.lora.layers import ProjectionShape
-        >>> shapes = {"up": ProjectionShape(4, 6), "down": ProjectionShape(6, 4)}
-        >>> layer = MoELayer("experts", "Experts", 8, shapes, None, "float32")
-        >>> lora_parameters(layer, rank=2)
-        320
-    """
+    """Return N r (in + out), summed over the projections of a layer; r is the mean rank."""
     per_dimension = sum(s.in_features + s.out_features for s in layer.projections.values())
     return layer.num_experts * rank * per_dimension
 
@@ -48,9 +36,8 @@ def show(title: str, model: nn.Module, rank: int, console: Console) -> None:
     if not layers:
         console.print(f"{title} has no mixture-of-experts layers that drlora knows")
         return
-    table = Table(title=title, box=box.SIMPLE)
-    for column in COLUMNS:
-        table.add_column(column, overflow="fold")
+    columns = ("layers", "experts", "router", "adapted as", "LoRA")
+    table = Table(*(Column(c, overflow="fold") for c in columns), title=title, box=box.SIMPLE)
     for alike in _kinds(layers):
         table.add_row(*_row(alike, rank))
     console.print(table)
@@ -75,23 +62,17 @@ def _pattern(name: str) -> str:
 
 def _row(alike: Sequence[MoELayer], rank: int) -> tuple[str, ...]:
     layer = alike[0]
-    projections = [
-        f"{name} {shape.in_features} -> {shape.out_features}"
-        for name, shape in layer.projections.items()
-    ]
+    experts = [f"{layer.num_experts} {layer.experts_class}"]
+    experts += [f"{n} {s.in_features} -> {s.out_features}" for n, s in layer.projections.items()]
+    convention = layer.convention + (", if named in layers" if layer.only_on_request else "")
+    size = f"{sum(lora_parameters(one, rank) for one in alike):,}"
     return (
         f"{len(alike)} x {_pattern(layer.name) or '(the model)'}",
-        "\n".join([f"{layer.num_experts} {layer.experts_class}", *projections]),
+        "\n".join(experts),
         (layer.router or "-").rpartition(".")[2],
-        f"{_adapted_as(layer)}\n{layer.dtype}",
-        "-" if layer.obstacle else f"{sum(lora_parameters(one, rank) for one in alike):,}",
+        f"{'not adaptable' if layer.obstacle else convention}\n{layer.dtype}",
+        "-" if layer.obstacle else size,
     )
-
-
-def _adapted_as(layer: MoELayer) -> str:
-    if layer.obstacle is not None:
-        return "not adaptable"
-    return f"{layer.convention}, if named in layers" if layer.only_on_request else layer.convention
 
 
 def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:

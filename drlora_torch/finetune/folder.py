@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from drlora_torch.errors import RunError
 from drlora_torch.finetune.options import FinetuneOptions
 
 OPTIONS, RESULT, METRICS = "options.json", "result.json", "metrics.jsonl"
-ADAPTER, CHECKPOINTS, RECORDING = "adapter", "checkpoints", "recording"
+ADAPTER, CHECKPOINTS, RECORDING, PEFT = "adapter", "checkpoints", "recording", "peft"
 
 
 class SavedRun(BaseModel):
@@ -25,61 +24,27 @@ class SavedRun(BaseModel):
     compare: Literal["uniform"] | None = None
 
 
-def default_folder() -> Path:
-    """Return a new folder, named by the current time."""
-    return Path("runs") / time.strftime("finetune-%Y%m%d-%H%M%S")
-
-
 def create(folder: Path, run: SavedRun) -> None:
-    """Make the folder of a new run and write its options.
-
-    Raises:
-        RunError: the folder exists or cannot be made.
-    """
+    """Make the folder of a new run and write its options."""
     try:
-        folder.mkdir(parents=True, exist_ok=False)
-        write_json(folder / OPTIONS, run.model_dump())
+        folder.mkdir(parents=True)
     except FileExistsError:
-        raise RunError(
-            f"output folder {str(folder)!r} exists; use another --output, or --resume "
-            f"{str(folder)!r} to continue the run in it"
-        ) from None
-    except OSError as error:
-        raise RunError(f"output folder {str(folder)!r} cannot be made: {error}") from error
+        text = f"output folder {str(folder)!r} exists; use another --output, or --resume its run"
+        raise RunError(text) from None
+    atomic.write_text(folder / OPTIONS, run.model_dump_json(indent=2) + "\n")
 
 
 def read(folder: Path) -> SavedRun:
-    """Read the options of the run in a folder.
-
-    Raises:
-        RunError: the folder has no options, or they cannot be read.
-    """
+    """Read the options of the run in a folder."""
     path = folder / OPTIONS
     if not path.is_file():
         raise RunError(f"{str(folder)!r} is not the folder of a run: it has no {OPTIONS}")
     try:
         return SavedRun.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except ValidationError as error:
         raise RunError(f"{str(path)!r} cannot be read: {error}") from error
 
 
-def read_unfinished(folder: Path) -> SavedRun:
-    """Read the options of a run that is to be continued.
-
-    Raises:
-        RunError: as :func:`read`, or the run is finished.
-    """
-    saved = read(folder)
-    if (folder / RESULT).is_file():
-        raise RunError(f"the run in {str(folder)!r} is finished; see its {RESULT}")
-    return saved
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file."""
-    atomic.write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the log of a training, one JSON object per line."""
-    atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def write_metrics(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the log of a training, one JSON object per line."""
+    atomic.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))

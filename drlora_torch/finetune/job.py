@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,22 @@ from typing import Any, Literal
 from rich.console import Console
 from torch import nn
 
-from drlora_core import AllocatorEngine
-from drlora_core.recording import RecordingWriter
+from drlora_core import AllocatorEngine, atomic
 from drlora_torch.adapter import Adapter
 from drlora_torch.api import attach
-from drlora_torch.finetune import data, folder, result
+from drlora_torch.errors import DataError
+from drlora_torch.finetune import folder, result
+from drlora_torch.finetune.data import load_rows
 from drlora_torch.finetune.meter import Meter
 from drlora_torch.finetune.model import load_model, load_tokenizer
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.progress import RichProgress, quiet_libraries
 from drlora_torch.finetune.result import RunResult
+from drlora_torch.finetune.training import build_trainer, train
 from drlora_torch.integrations.trainer import last_checkpoint
 
 ATTACH_OPTIONS = {"alpha", "dropout", "layout", "router"}
 """Options that :func:`drlora_torch.attach` takes under the same name."""
-FILES = (folder.ADAPTER, folder.METRICS, folder.RECORDING)
 
 
 def run(
@@ -39,28 +41,28 @@ def run(
     """Fine-tune, evaluate, save and print the results.
 
     Args:
-        options: the options of the run.
+        options: those of the run.
         output: folder of the run; it must not exist unless ``resume``.
-        console: where progress and tables are printed.
-        compare: ``uniform`` trains static LoRA with the same budget too.
+        console: shows progress and tables.
+        compare: ``uniform`` trains static LoRA with the same budget too; its result comes second.
         resume: continue from the last checkpoint in ``output``.
-
-    Returns:
-        The result of each method, DR-LoRA first.
 
     Raises:
         DRLoRAError: the model, the data or the folder does not fit; nothing was overwritten.
         pydantic.ValidationError: impossible ranks or an impossible growth window.
+        OSError: nothing can be written to ``output``.
     """
     config = options.allocator_config()  # refuses an impossible window before anything is loaded
     with quiet_libraries():
         with console.status("loading model and data"):
-            model, tokenizer = (
-                load_model(options.model, options.dtype),
-                load_tokenizer(options.model),
+            model = load_model(options.model, options.dtype)
+            tokenizer = load_tokenizer(options.model)
+            rows = load_rows(options)
+        if "messages" in rows[0].column_names and not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"the data has messages, but {options.model!r} has no chat template; "
+                "use prompt and completion, or an instruction-tuned model"
             )
-            rows = data.load_rows(options)
-        data.check_template(rows[0], tokenizer, options.model)
         with _attached(model, options) as adapter:
             if not resume:
                 folder.create(output, folder.SavedRun(options=options, compare=compare))
@@ -74,7 +76,8 @@ def run(
             static = options.uniform()
             with _attached(model, static) as adapter:
                 results.append(_train(static, adapter, tokenizer, rows, output / compare, console))
-    folder.write_json(output / folder.RESULT, [each.model_dump() for each in results])
+    text = json.dumps([each.model_dump() for each in results], indent=2)
+    atomic.write_text(output / folder.RESULT, text + "\n")
     result.show(console, results, output)
     return results
 
@@ -88,6 +91,7 @@ def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[Adapter]:
         yield adapter
     finally:
         adapter.detach()
+        engine.record_to(None)
 
 
 def _train(
@@ -99,32 +103,27 @@ def _train(
     console: Console,
 ) -> RunResult:
     """Train one method, or continue it from its last checkpoint, and write its files."""
-    from drlora_torch.finetune.training import build_trainer, train
-
-    checkpoints = output / folder.CHECKPOINTS
+    checkpoints, recording = output / folder.CHECKPOINTS, output / folder.RECORDING
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint is None:  # a run that stopped before its first one starts again
-        shutil.rmtree(output / folder.RECORDING, ignore_errors=True)
-    recorder = RecordingWriter(output / folder.RECORDING, adapter.engine, policy=options.policy)
-    adapter.engine.record_to(recorder)
-    meter, progress = Meter(), RichProgress(result.method_name(options.policy), console)
-    try:
-        trainer = build_trainer(
-            options, adapter, tokenizer, rows, checkpoints, recorder, [meter, progress]
-        )
-        before = _held_out_loss(trainer, console)
+        shutil.rmtree(recording, ignore_errors=True)
+    adapter.engine.record_to(recording)
+    meter = Meter()
+    progress = RichProgress(result.method_name(options.policy), options.steps, console)
+    trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [meter, progress])
+    with console.status("held-out loss"):
+        before = trainer.evaluate()
+    with progress.bar:
         train(trainer, adapter, checkpoint)
-        after = _held_out_loss(trainer, console)
-    finally:
-        progress.close()
-        adapter.engine.record_to(None)
+    with console.status("held-out loss"):
+        after = trainer.evaluate()
     adapter.save_pretrained(output / folder.ADAPTER)
-    folder.write_metrics(output / folder.METRICS, trainer.state.log_history)
+    folder.write_metrics(output, trainer.state.log_history)
     ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
     return RunResult(
         method=options.policy,
-        loss_before=before,
-        loss_after=after,
+        loss_before=before["eval_loss"],
+        loss_after=after["eval_loss"],
         tokens_per_second=meter.tokens / meter.seconds if meter.tokens else None,
         seconds=meter.seconds,
         peak_memory_mb=meter.peak_memory_mb,
@@ -133,10 +132,5 @@ def _train(
         total_rank=sum(map(sum, ranks.values())),
         skipped_steps=adapter.skipped_steps,
         ranks=ranks,
-        files=[str(output / name) for name in FILES],
+        files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS, folder.RECORDING)],
     )
-
-
-def _held_out_loss(trainer: Any, console: Console) -> float:
-    with console.status("held-out loss"):
-        return float(trainer.evaluate()["eval_loss"])

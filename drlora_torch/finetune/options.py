@@ -20,7 +20,8 @@ class FinetuneOptions(BaseModel):
     :func:`drlora_torch.attach` have too are passed on by name.
 
     Raises:
-        pydantic.ValidationError: (a ``ValueError``) for unknown fields and values out of range.
+        pydantic.ValidationError: (a ``ValueError``) for unknown fields and values out of range;
+            from :meth:`allocator_config` for impossible ranks or an impossible window.
 
     Example:
         >>> options = FinetuneOptions(model="my-model", data="my.jsonl", steps=100)
@@ -30,96 +31,73 @@ class FinetuneOptions(BaseModel):
         True
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    model: str = Field(description="Hugging Face id or local folder of a mixture-of-experts model.")
-    data: str = Field(
-        description="Training data: a .jsonl, .json or .txt file, or a dataset id, with columns "
-        "text, prompt and completion, or messages."
-    )
-    eval_data: str | None = Field(
-        None,
-        description="Held-out data, in the same formats as DATA. If not given, the validation or "
-        "test split of DATA, or a random part of it.",
-    )
-    eval_fraction: float = Field(
-        0.05, gt=0.0, lt=1.0, description="Fraction of DATA to hold out if it has no split for it."
-    )
-    steps: int = Field(200, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(16, ge=1, description="Rows per device and forward pass.")
-    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate of AdamW.")
-    max_length: int = Field(512, ge=2, description="Longest row in tokens; the rest is cut off.")
-    seed: int = Field(0, ge=0, description="Seed of the data order, the rows of A and the policy.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="Data type of the base model; auto is float32 on a CPU and that of the "
-        "checkpoint on a GPU.",
-    )
-    r_init: int = Field(8, ge=1, description="Rank of every expert at the start.")
-    r_target: int = Field(16, ge=1, description="Mean rank at the end, which is the budget.")
-    r_max: int = Field(32, ge=1, description="Largest rank of one expert.")
-    alpha: float | None = Field(
-        None,
-        gt=0.0,
-        description="Scale the LoRA update by alpha / r_target. If not given, 2 * r_target.",
-    )
-    gamma: float = Field(1.0, ge=0.0, description="Exponent of the rank penalty in the saliency.")
-    timetable: TimetableName = Field(
-        "early",
-        description="Ranks grow between 5 and 25 % (early) or 10 and 60 % (late) of the steps.",
-    )
-    warmup_steps: int | None = Field(
-        None, ge=0, description="Optimizer steps before growth. If not given, by the timetable."
-    )
-    growth_interval: int | None = Field(
-        None,
-        ge=1,
-        description="Optimizer steps from one growth event to the next. If not given, as many as "
-        "make at most 8 events.",
-    )
-    growth_end: int | None = Field(
-        None,
-        ge=0,
-        description="Last optimizer step of growth. If not given, by the timetable.",
-    )
-    max_growth: int | None = Field(
-        None,
-        ge=1,
-        description="Most ranks that an expert gains per event. If not given, an expert that wins "
-        "every event reaches r_max at the last one.",
-    )
-    policy: PolicyName = Field("greedy", description="How the new ranks go to the experts.")
-    scope: ScopeName = Field(
-        "layer", description="Whether each layer has a quota of its own or all layers share one."
-    )
-    router: Literal["frozen", "after_warmup", "trainable"] = Field(
-        "frozen",
-        description="Whether the routers are trained; after_warmup: from step warmup_steps on.",
-    )
-    layout: Literal["pooled", "masked"] = Field(
-        "pooled",
-        description="Storage of the ranks: shared by the experts (pooled) or r_max for each "
-        "(masked).",
-    )
-    dropout: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Dropout probability on the LoRA inputs."
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
-    )
-    save_every: int | None = Field(
-        None,
-        ge=1,
-        description="Optimizer steps between checkpoints. If not given, a quarter of the steps.",
-    )
+    model: str
+    """Hugging Face id or local folder of a mixture-of-experts model."""
+    data: str
+    """Training data: a .jsonl, .json or .txt file, or a dataset id, with columns text, prompt and
+    completion, or messages."""
+    eval_data: str | None = None
+    """Held-out data, in the same formats as DATA. If not given, the validation or test split of
+    DATA, or a random part of it."""
+    eval_fraction: float = Field(0.05, gt=0.0, lt=1.0)
+    """Fraction of DATA to hold out if it has no split for it."""
+    steps: int = Field(200, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per device and forward pass."""
+    accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    learning_rate: float = Field(2e-4, gt=0.0)
+    """Peak learning rate of AdamW."""
+    max_length: int = Field(512, ge=2)
+    """Longest row in tokens; the rest is cut off."""
+    seed: int = Field(0, ge=0)
+    """Seed of the data order, the rows of A and the policy."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the base model; auto is float32 on a CPU and that of the checkpoint on a GPU."""
+    r_init: int = Field(8, ge=1)
+    """Rank of every expert at the start."""
+    r_target: int = Field(16, ge=1)
+    """Mean rank at the end, which is the budget."""
+    r_max: int = Field(32, ge=1)
+    """Largest rank of one expert."""
+    alpha: float | None = Field(None, gt=0.0)
+    """Scale the LoRA update by alpha / r_target. If not given, 2 * r_target."""
+    gamma: float = Field(1.0, ge=0.0)
+    """Exponent of the rank penalty in the saliency."""
+    timetable: TimetableName = "early"
+    """Ranks grow between 5 and 25 % (early) or 10 and 60 % (late) of the steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Optimizer steps before growth. If not given, by the timetable."""
+    growth_interval: int | None = Field(None, ge=1)
+    """Optimizer steps from one growth event to the next. If not given, as many as make at most 8
+    events."""
+    growth_end: int | None = Field(None, ge=0)
+    """Last optimizer step of growth. If not given, by the timetable."""
+    max_growth: int | None = Field(None, ge=1)
+    """Most ranks that an expert gains per event. If not given, an expert that wins every event
+    reaches r_max at the last one."""
+    policy: PolicyName = "greedy"
+    """How the new ranks go to the experts."""
+    scope: ScopeName = "layer"
+    """Whether each layer has a quota of its own or all layers share one."""
+    router: Literal["frozen", "after_warmup", "trainable"] = "frozen"
+    """Whether the routers are trained; after_warmup: from step warmup_steps on."""
+    layout: Literal["pooled", "masked"] = "pooled"
+    """Storage of the ranks: shared by the experts (pooled) or r_max for each (masked)."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout probability on the LoRA inputs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    save_every: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints. If not given, a quarter of the steps."""
 
     def allocator_config(self) -> AllocatorConfig:
-        """Return the allocator's configuration; a window that is not given follows the steps.
-
-        Raises:
-            pydantic.ValidationError: the ranks or the window are impossible.
-        """
+        """Return the allocator's configuration; a window that is not given follows the steps."""
         shared = set(AllocatorConfig.model_fields)
         fields = self.model_dump(include=shared, exclude_none=True)
         return AllocatorConfig.for_training(self.steps, timetable=self.timetable, **fields)
@@ -146,9 +124,5 @@ def embedded_defaults() -> dict[str, object]:
 def is_local(name: str) -> bool:
     """Return True if a model or data argument is a path rather than an id on a hub."""
     path = Path(name).expanduser()
-    return (
-        path.exists()
-        or path.is_absolute()
-        or name.startswith(("./", "../", "~"))
-        or path.suffix in {".jsonl", ".json", ".txt"}
-    )
+    looks_local = path.is_absolute() or path.suffix in {".jsonl", ".json", ".txt"}
+    return looks_local or name.startswith(("./", "../", "~")) or path.exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Column, Table
@@ -34,8 +33,9 @@ class RunResult(BaseModel):
     """Duration of the training alone."""
     peak_memory_mb: float | None
     """Peak memory during the training, in MiB; None if there was nothing left to train."""
-    memory_source: str | None
-    """What ``peak_memory_mb`` measures: ``GPU``, ``process`` or ``process, sampled``."""
+    memory_source: str
+    """What ``peak_memory_mb`` measures: ``GPU``, the most memory that torch allocated there, or
+    ``process, sampled``, the largest resident memory of the process after a step."""
     budget: int
     """Total rank allowed."""
     total_rank: int
@@ -53,23 +53,22 @@ def show(console: Console, results: list[RunResult], folder: Path) -> None:
         if len({rank for ranks in result.ranks.values() for rank in ranks}) > 1:
             console.print(_ranks(result))
     console.print(f"Files in {folder}:")
-    for result in results:
-        for name in result.files:
-            console.print(f"  {name}", highlight=False)
+    for name in (name for result in results for name in result.files):
+        console.print(f"  {name}", highlight=False)
 
 
 def _summary(results: list[RunResult]) -> Table:
-    table = Table(title="Fine-tuning")
-    table.add_column("")
-    for result in results:
-        table.add_column(method_name(result.method), justify="right")
+    columns = [Column(method_name(result.method), justify="right") for result in results]
+    table = Table("", *columns, title="Fine-tuning")
     rows = {
         "held-out loss before": [f"{r.loss_before:.4f}" for r in results],
         "held-out loss after": [f"{r.loss_after:.4f}" for r in results],
         "total rank / budget": [f"{r.total_rank} / {r.budget}" for r in results],
         "tokens per second": [_number(r.tokens_per_second) for r in results],
         "training seconds": [f"{r.seconds:.1f}" for r in results],
-        _memory_label(results): [_number(r.peak_memory_mb) for r in results],
+        f"peak memory in MiB, {results[0].memory_source}": [
+            _number(r.peak_memory_mb) for r in results
+        ],
     }
     if any(r.skipped_steps for r in results):
         rows["steps without statistics"] = [str(r.skipped_steps) for r in results]
@@ -78,33 +77,28 @@ def _summary(results: list[RunResult]) -> Table:
     return table
 
 
-def _memory_label(results: list[RunResult]) -> str:
-    sources = [r.memory_source for r in results if r.memory_source is not None]
-    return ", ".join(["peak memory in MiB", *dict.fromkeys(sources)])
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
 def _ranks(result: RunResult) -> Table:
-    names = _distinct_parts(list(result.ranks))
+    figures = [Column(name, justify="right") for name in ("min", "mean", "max")]
     table = Table(
         "layer",
-        *(Column(name, justify="right") for name in ("min", "mean", "max")),
+        *figures,
         "top experts",
         "rank of each expert",
         title=f"Ranks per layer, {method_name(result.method)}",
     )
     highest = max(max(ranks) for ranks in result.ranks.values())
-    for name, listed in zip(names, result.ranks.values(), strict=True):
-        ranks = np.array(listed)
-        top = np.argsort(-ranks, kind="stable")[:3]
+    names = _distinct_parts(list(result.ranks))
+    for name, ranks in zip(names, result.ranks.values(), strict=True):
+        top = sorted(range(len(ranks)), key=lambda expert: -ranks[expert])[:3]
         table.add_row(
             name,
-            str(ranks.min()),
-            f"{ranks.mean():.2f}",
-            str(ranks.max()),
+            str(min(ranks)),
+            f"{sum(ranks) / len(ranks):.2f}",
+            str(max(ranks)),
             ", ".join(f"{expert} ({ranks[expert]})" for expert in top),
             _bars(ranks, highest),
         )
@@ -124,7 +118,7 @@ def _distinct_parts(names: list[str]) -> list[str]:
     return [".".join(part) for part in parts]
 
 
-def _bars(ranks: np.ndarray, highest: int) -> str:
-    if ranks.size > MOST_BLOCKS:
-        return f"{ranks.size} experts"
-    return "".join(BLOCKS[(len(BLOCKS) - 1) * int(rank) // highest] for rank in ranks)
+def _bars(ranks: list[int], highest: int) -> str:
+    if len(ranks) > MOST_BLOCKS:
+        return f"{len(ranks)} experts"
+    return "".join(BLOCKS[(len(BLOCKS) - 1) * rank // highest] for rank in ranks)

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
 
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 
-Command = TypeVar("Command", bound=Callable[..., None])
 ARGUMENTS = ("model", "data")  # positional on the command line; every other field is an option
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def add_finetune_options(command: Command) -> Command:
-    """Replace the ``**options`` of a typer command by one parameter per field.
+def add_finetune_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the ``**options`` of a typer command, its last parameter, by one per field.
 
     A parameter that the user does not give is None, so that defaults are declared only once.
     """
-    own = [
-        parameter
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    fields = [_parameter(*item) for item in FinetuneOptions.model_fields.items()]
-    command.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
+    *parameters, _ = signature(command, eval_str=True).parameters.values()
+    for name, field in FinetuneOptions.model_fields.items():
+        given: Any = typer.Option(f"--{name.replace('_', '-')}", help=help_text(name, field))
+        if name in ARGUMENTS:
+            given = typer.Argument(help=help_text(name, field))
+        kind: Any = Annotated[field.annotation | None, given]  # type: ignore[operator]
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return command
-
-
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    text = help_text(name, field)
-    kind: Any = field.annotation
-    given: Any
-    if name in ARGUMENTS:
-        given = typer.Argument(help=text)
-    elif kind is bool:
-        given = typer.Option(f"--{name.replace('_', '-')}", help=text)  # without a --no-... form
-    else:
-        given = typer.Option(help=text)
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, given],
-    )
 
 
 def help_text(name: str, field: FieldInfo) -> str:
@@ -56,12 +38,10 @@ def help_text(name: str, field: FieldInfo) -> str:
         >>> help_text("steps", FinetuneOptions.model_fields["steps"])
         'Optimizer steps. [default: 200; at least 1]'
     """
-    notes = []
+    text, notes = " ".join(str(field.description).split()), []
     if field.default is not None and not field.is_required() and field.annotation is not bool:
         shipped = embedded_defaults().get(name)
-        notes.append(f"default: {field.default}")
-        if shipped is not None:
-            notes[0] += f", shipped model: {shipped}"
+        notes = [f"default: {field.default}" + (f", shipped model: {shipped}" if shipped else "")]
     limits = [
         f"{words} {value:g}"
         for bound, words in BOUNDS.items()
@@ -69,4 +49,4 @@ def help_text(name: str, field: FieldInfo) -> str:
         if (value := getattr(constraint, bound, None)) is not None
     ]
     notes += [" and ".join(limits)] if limits else []
-    return f"{field.description} [{'; '.join(notes)}]" if notes else str(field.description)
+    return f"{text} [{'; '.join(notes)}]" if notes else text

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from drlora_torch.adapter import Adapter, state_of
@@ -41,6 +41,10 @@ class DRLoRALightningCallback(Callback):
         adapter: the adapter of the module's model.
         dirpath: the directory for the final adapter.
 
+    Raises:
+        AttachError: at the start of training, if another adapter is the active one.
+        CheckpointError: if the checkpoint to resume from holds no adapter, or one of another shape.
+
     Example::
 
         trainer = Trainer(callbacks=[DRLoRALightningCallback(module.adapter, "adapter")])
@@ -54,21 +58,14 @@ class DRLoRALightningCallback(Callback):
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         adapter.parameters()  # PEFT's get_peft_model may have frozen them
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the gradients of an unfinished step again: the first validation has cleared them.
-
-        Raises:
-            AttachError: the adapter is not the active one, so another would be trained.
-        """
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         active_tracker(state_of(self.adapter))
+        # Set the gradients of an unfinished step again: the first validation has cleared them.
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._gradients = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        """Log after a growth event."""
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if len(self.adapter.events) == self._events:
             return
         self._events = len(self.adapter.events)
@@ -76,37 +73,23 @@ class DRLoRALightningCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put the adapter's file into the checkpoint, as bytes."""
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.adapter.save_pretrained(folder)
             file = bytearray((Path(folder) / FILE_NAME).read_bytes())
         checkpoint[KEY] = torch.frombuffer(file, dtype=torch.uint8)
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Restore the adapter from the checkpoint that Lightning loads.
-
-        Raises:
-            CheckpointError: the checkpoint holds no adapter, or one that does not fit.
-        """
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         file = checkpoint.get(KEY)
         if not isinstance(file, Tensor):
-            raise CheckpointError(
-                "the checkpoint holds no adapter; the run that wrote it needs "
-                "DRLoRALightningCallback among its callbacks"
-            )
+            raise CheckpointError("the checkpoint holds no adapter: its run had no such callback")
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / FILE_NAME).write_bytes(file.cpu().numpy().tobytes())
             self.adapter.restore(folder)
         self._events = len(self.adapter.events)
-        pending = [(parameter, parameter.grad) for parameter in self.adapter.parameters()]
-        self._gradients = [(p, gradient) for p, gradient in pending if gradient is not None]
+        parameters = self.adapter.parameters()
+        self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final adapter."""
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             self.adapter.save_pretrained(self.dirpath)

@@ -21,10 +21,7 @@ def rank_metrics(adapter: Adapter) -> dict[str, float]:
 def rank_entropy(ranks: np.ndarray) -> float:
     """Return the Shannon entropy of a layer's ranks, divided by that of equal ranks.
 
-    It is 1 if all ranks are equal and 0 if one expert has them all.
-
-    Args:
-        ranks: int array [N].
+    It is 1 if all ranks (int array [N]) are equal and 0 if one expert has them all.
 
     Example:
         >>> rank_entropy(np.array([3, 3])), rank_entropy(np.array([6, 0]))

@@ -7,14 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
@@ -22,7 +17,7 @@ from drlora_torch.integrations.metrics import rank_metrics, top_experts
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
 
-STATE_FILE = "trainer_state.json"  # the last file that the Trainer writes
+HINT = "resume from last_checkpoint(output_dir), or use DRLoRACallback(adapter, resume_from=...)"
 
 
 class DRLoRACallback(TrainerCallback):
@@ -46,6 +41,10 @@ class DRLoRACallback(TrainerCallback):
         adapter: the adapter of the Trainer's model.
         resume_from: the checkpoint folder, if it is not ``checkpoint-*`` in ``output_dir``.
 
+    Raises:
+        AttachError: at the start of training, if another adapter is the active one.
+        CheckpointError: if the checkpoint to resume from cannot be found or holds no adapter.
+
     Example::
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[DRLoRACallback(adapter)])
@@ -61,36 +60,19 @@ class DRLoRACallback(TrainerCallback):
         self._events = len(adapter.events)
         adapter.parameters()  # PEFT's get_peft_model may have frozen them
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore the adapter from the checkpoint that the Trainer resumes from.
-
-        Raises:
-            AttachError: the adapter is not the active one, so another would be trained.
-            CheckpointError: the checkpoint of the Trainer cannot be found, or holds no adapter.
-        """
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         active_tracker(state_of(self.adapter))
         if state.global_step:
             self.adapter.restore(self._checkpoint(args, state))
         self._events = len(self.adapter.events)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Make the Trainer log after a growth event."""
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if len(self.adapter.events) > self._events:
             control.should_log = True
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Add the ranks to the log of a training step."""
         if not logs or "loss" not in logs:
             return
         added: dict[str, float] = rank_metrics(self.adapter)
@@ -101,42 +83,24 @@ class DRLoRACallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the adapter into the checkpoint that the Trainer has just written."""
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.adapter.save_pretrained(_folder(args, state))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the final adapter; with ``load_best_model_at_end``, restore and write the best."""
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.adapter.restore(state.best_model_checkpoint)
-        saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-        if saves and state.is_world_process_zero:
+        if args.save_strategy != "no" and state.is_world_process_zero:
             self.adapter.save_pretrained(str(args.output_dir))
 
-    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+    def _checkpoint(self, args: Any, state: TrainerState) -> Path:
         """Find the folder that the Trainer resumes from; callbacks are told only its step."""
         folder = self.resume_from or _folder(args, state)
         if not (folder / FILE_NAME).is_file():
-            raise CheckpointError(
-                f"the Trainer resumed at step {state.global_step}, but {folder} holds no adapter; "
-                "if writing it was interrupted, resume from last_checkpoint(output_dir); if the "
-                "checkpoint is elsewhere, use DRLoRACallback(adapter, resume_from=...)"
-            )
-        try:
-            written = json.loads((folder / STATE_FILE).read_text())
-            same = written["global_step"], written["log_history"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from error
-        if json.dumps(same) != json.dumps((state.global_step, state.log_history)):
-            raise CheckpointError(
-                f"the Trainer resumed from another checkpoint than {folder}; name it: "
-                "DRLoRACallback(adapter, resume_from=...)"
-            )
+            raise CheckpointError(f"{folder} holds no adapter; {HINT}")
+        written = _read_state(folder)
+        if written is None or _position(written) != _position(state):
+            raise CheckpointError(f"the Trainer uses another checkpoint than {folder}; {HINT}")
         return folder
 
 
@@ -158,24 +122,25 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Unlike ``resume_from_checkpoint=True`` it skips a checkpoint that a crash has cut short: one
     without an adapter or without a readable Trainer state.
     """
-    found = [
-        (int(folder.name.rpartition("-")[2]), folder)
+    complete = {
+        state.global_step: str(folder)
         for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdecimal()
-    ]
-    for _, folder in sorted(found, reverse=True):
-        if (folder / FILE_NAME).is_file() and _readable(folder / STATE_FILE):
-            return str(folder)
-    return None
+        if (folder / FILE_NAME).is_file() and (state := _read_state(folder)) is not None
+    }
+    return complete[max(complete)] if complete else None
 
 
-def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+def _folder(args: Any, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _readable(path: Path) -> bool:
+def _position(state: TrainerState) -> str:
+    return json.dumps([state.global_step, state.log_history])  # as text, where NaN equals NaN
+
+
+def _read_state(checkpoint: Path) -> TrainerState | None:
+    """Read the last file that the Trainer writes; None if it is missing or damaged."""
     try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -155,6 +155,16 @@ def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
         confused.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-5"))
 
 
+def test_a_checkpoint_of_another_step_is_noticed_without_logs(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
+    trainers.build(tmp_path, **saving)[0].train()
+    confused, adapter = trainers.build(tmp_path, **saving)
+    confused.pop_callback(DRLoRACallback)
+    confused.add_callback(DRLoRACallback(adapter, resume_from=tmp_path / "checkpoint-1"))
+    with pytest.raises(drlora_torch.CheckpointError, match="another checkpoint than"):
+        confused.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_last_checkpoint_passes_over_one_that_was_cut_off(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nowhere") is None
     trainer, _ = trainers.build(tmp_path, save_strategy="steps", save_steps=2)

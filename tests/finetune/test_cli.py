@@ -67,7 +67,8 @@ BAD_DATA = {
         '{"messages": [{"role": "user", "content": "a"}]}\n' * 4,
         "no chat template",
     ),
-    "unknown ending": ("rows.parquets", "a", "no file"),
+    "unknown ending": ("rows.parquet", "a", ".jsonl, .json, .txt"),
+    "no such file": ("rows.jsonl", None, "could not be read: Unable to find"),
 }
 
 
@@ -76,7 +77,9 @@ def test_bad_data_is_refused_before_anything_is_written(
     case: str, moe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, text, sentence = BAD_DATA[case]
-    data = write(tmp_path / name, text) if case != "unknown ending" else tmp_path / "x.txt"
+    data = tmp_path / name
+    if text is not None:
+        data.write_text(text)
     output = tmp_path / "run"
     said = refused(
         ["finetune", str(moe_folder), str(data), "--output", str(output), *QUICK], capsys

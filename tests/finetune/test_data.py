@@ -21,7 +21,7 @@ def rows(*texts: str) -> datasets.Dataset:
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, datasets.DatasetDict]:
     """Datasets that can be loaded by their id."""
     known: dict[str, datasets.DatasetDict] = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: known[name])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: known[path])
     return known
 
 

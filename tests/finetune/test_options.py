@@ -102,7 +102,7 @@ def test_the_help_has_default_and_range_of_every_option(
     text = " ".join(capsys.readouterr().out.split())
     for name, field in FIELDS.items():
         assert field.description
-        described = text.partition(field.description)[2]
+        described = text.partition(" ".join(field.description.split()))[2]
         assert described, name
         if not field.is_required() and field.default is not None and field.annotation is not bool:
             note = f" [default: {field.default}"
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_old_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "metrics.jsonl"
-    write_metrics(file, [{"loss": 1.0}])
+    write_metrics(tmp_path, [{"loss": 1.0}])
     real = Path.write_text
 
     def full(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
@@ -154,6 +154,6 @@ def test_a_full_disk_leaves_the_old_metrics(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="no space left"):
-            write_metrics(file, [{"loss": 1.0}, {"loss": 2.0}])
+            write_metrics(tmp_path, [{"loss": 1.0}, {"loss": 2.0}])
     assert file.read_text() == '{"loss": 1.0}\n'
     assert list(tmp_path.iterdir()) == [file]
