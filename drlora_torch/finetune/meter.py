@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,7 +17,9 @@ class Meter(TrainerCallback):
     """Measures a training from its first step in this process to its last.
 
     Its attributes are fields of :class:`~drlora_torch.finetune.result.RunResult`, and the input
-    tokens without padding. What an earlier process did before a resume does not count.
+    tokens without padding. What an earlier process did before a resume does not count. Peak memory
+    is that of the GPU; without one, of the process, as Linux keeps it, or the largest of the
+    samples after each step.
     """
 
     def __init__(self) -> None:
@@ -28,12 +32,20 @@ class Meter(TrainerCallback):
         gc.collect()  # frees what an earlier training left behind
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak of getrusage(2)
+                self.memory_source = "process"
         self._tokens = state.num_input_tokens_seen
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
+        if self.memory_source == "GPU":
             memory = torch.cuda.max_memory_allocated()
+        elif self.memory_source == "process":
+            import resource  # not on Windows
+
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:
             memory = psutil.Process().memory_info().rss
         self.peak_memory_mb = max(self.peak_memory_mb or 0.0, memory / 2**20)
