@@ -72,32 +72,30 @@ class ForwardWatch:
         self._running = threading.local()
         self._in_backward: ModelCall | None = None
         self._handles: list[RemovableHandle] = []
-        for module in _mask_takers(model, list(layers)):
-            names = list(inspect.signature(module.forward).parameters)
-            place = names.index("attention_mask") if "attention_mask" in names else None
-            tower = _is_tower(module)
+        for module, arguments in _mask_takers(model, list(layers)):
             self._handles += [
-                module.register_forward_pre_hook(self._entering(place, tower), with_kwargs=True),
+                module.register_forward_pre_hook(self._entering(arguments), with_kwargs=True),
                 module.register_forward_hook(self._leaving, always_call=True),
             ]
 
     def remove(self) -> None:
-        """Take the hooks out again."""
         for handle in self._handles:
             handle.remove()
 
     @property
     def running(self) -> ModelCall | None:
         """The forward of this thread; None outside of one."""
-        call: ModelCall | None = getattr(self._running, "call", None)
-        return call
+        return getattr(self._running, "call", None)
 
     def checkpointed_call(self, layer: str) -> ModelCall | None:
         """The forward that a checkpointed layer is run again for, within its backward pass."""
         call = self._in_backward
         return call if call is not None and layer in call.checkpointed else None
 
-    def _entering(self, place: int | None, tower: bool) -> Callable[..., None]:
+    def _entering(self, arguments: list[str]) -> Callable[..., None]:
+        place = arguments.index("attention_mask") if "attention_mask" in arguments else None
+        tower = _is_tower(arguments)
+
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             outer = None if module is self._model else self.running
             if outer is None and torch.is_grad_enabled():
@@ -124,8 +122,7 @@ class ForwardWatch:
                     tensor.register_hook(lambda grad: self._reached(call))  # type: ignore[no-untyped-call]
 
     def _reached(self, call: ModelCall) -> None:
-        """The backward pass enters a forward through its output, before any of its layers."""
-        self._in_backward = call
+        self._in_backward = call  # entered through its output, before any of its layers
 
 
 def flatten_mask(mask: Tensor, num_tokens: int) -> Tensor | None:
@@ -142,52 +139,37 @@ def flatten_mask(mask: Tensor, num_tokens: int) -> Tensor | None:
     return mask[:, mask.shape[1] - length :].reshape(-1) != 0
 
 
-def _mask_takers(model: nn.Module, layers: list[str]) -> list[nn.Module]:
+def _mask_takers(model: nn.Module, layers: list[str]) -> Iterator[tuple[nn.Module, list[str]]]:
     """The model, and the modules around the layers that take tokens and a mask of their own.
 
-    Also the towers: the mask of a text says nothing of the patches of an image.
+    Also the towers: the mask of a text says nothing of the patches of an image. Each comes with the
+    names of its arguments.
     """
-    chosen = [model]
     for name, module in model.named_modules():
-        around = any(layer.startswith(f"{name}.") for layer in layers)
-        if name and around and (_takes_tokens(module) or _is_tower(module)):
-            chosen.append(module)
-    return chosen
+        if not name or any(layer.startswith(f"{name}.") for layer in layers):
+            arguments = list(inspect.signature(module.forward).parameters)
+            takes_tokens = {"input_ids", "attention_mask"} <= set(arguments)
+            if not name or takes_tokens or _is_tower(arguments):
+                yield module, arguments
 
 
-def _takes_tokens(module: nn.Module) -> bool:
-    return {"input_ids", "attention_mask"} <= _argument_names(module)
-
-
-def _is_tower(module: nn.Module) -> bool:
+def _is_tower(arguments: list[str]) -> bool:
     """True for a part of a model that takes images or sound, and no tokens."""
-    names = _argument_names(module)
-    return bool(names & SENSES) and "input_ids" not in names
-
-
-def _argument_names(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)
+    return not SENSES.isdisjoint(arguments) and "input_ids" not in arguments
 
 
 def _tokens_given(kwargs: dict[str, Any]) -> tuple[int | None, Tensor | None]:
     """The length of the rows of a forward's input, and the kinds of its tokens."""
-    tokens = [kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    lengths = [value.shape[1] for value in tokens if isinstance(value, Tensor) and value.dim() > 1]
-    kinds = [
-        value
-        for name, value in kwargs.items()
-        if name.endswith("token_type_ids") and isinstance(value, Tensor) and value.dim() == 2
-    ]
-    return (lengths[0] if lengths else None, kinds[0] if kinds else None)
+    given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim() > 1}
+    lengths = [given[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in given]
+    kinds = [v for k, v in given.items() if k.endswith("token_type_ids") and v.dim() == 2]
+    return next(iter(lengths), None), next(iter(kinds), None)
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
     """The tensors that a forward returned, in tuples, lists and dicts of any depth."""
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
+    elif isinstance(output, (dict, tuple, list)):
+        for value in output.values() if isinstance(output, dict) else output:
             yield from _tensors(value)

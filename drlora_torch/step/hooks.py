@@ -24,7 +24,7 @@ Before = Callable[[Owner, Optimizer, Closure | None], Closure | None]
 """Called with the closure of the step, or None; may return one to run in its place."""
 After = Callable[[Owner, Optimizer], None]
 
-_followers: list[tuple[weakref.ref[Any], Callable[[], None]]] = []
+_followers: dict[Callable[[], None], weakref.ref[Any]] = {}
 
 
 def follow_optimizers(
@@ -45,9 +45,14 @@ def follow_optimizers(
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if (alive := reference()) is None:
             return None
-        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        by_position = len(args) > 1  # args[0] is the optimizer
+        given = args[1] if by_position else kwargs.get("closure")
         closure = before(alive, optimizer, given)
-        return None if closure is None else _with_closure(args, kwargs, closure)
+        if closure is None:
+            return None
+        if by_position:
+            return (args[0], closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure}
 
     def post_hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (alive := reference()) is not None:
@@ -61,39 +66,19 @@ def follow_optimizers(
     def stop() -> None:
         for handle in handles:
             handle.remove()
-        _followers[:] = [entry for entry in _followers if entry[1] is not stop]
+        _followers.pop(stop, None)
 
-    _stop_orphans()
-    _followers.append((reference, stop))
+    # Adapters that were dropped without detach lose their hooks here, not when the garbage
+    # collector finds them: that may be in the middle of an optimizer's step, where torch is going
+    # through its hooks.
+    for stop_other, other in list(_followers.items()):
+        if other() is None:
+            stop_other()
+    _followers[stop] = reference
     return stop
-
-
-def held_parameters(optimizer: Optimizer) -> set[int]:
-    """Identities of the parameters that an optimizer holds."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def count_held(optimizer: Optimizer, parameters: list[nn.Parameter]) -> int:
     """How many of these parameters an optimizer holds."""
-    held = held_parameters(optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return sum(id(parameter) in held for parameter in parameters)
-
-
-def _stop_orphans() -> None:
-    """Take out the hooks of adapters that were dropped without ``detach``.
-
-    Not when the garbage collector finds them: that may be in the middle of an optimizer's step,
-    where torch is going through its hooks.
-    """
-    for reference, stop in list(_followers):
-        if reference() is None:
-            stop()
-
-
-def _with_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of ``step`` with another closure; ``args[0]`` is the optimizer."""
-    if len(args) > 1:
-        return (args[0], closure, *args[2:]), kwargs
-    return args, {**kwargs, "closure": closure}

@@ -1,16 +1,14 @@
 """Importance of rank dimensions, read from the LoRA gradients (AdaLoRA, arXiv 2303.10512, eq. 8).
 
-Shape letters: P rank slots, N experts, R = r_max rank dimensions, I inputs, O outputs.
+Shape letters: P rank slots, I input and O output features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -20,33 +18,23 @@ from drlora_torch.step.processes import several_processes
 
 @torch.no_grad()
 def mean_sensitivity(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """mean |w * dL/dw| of every row, [P, I] or [P, O] -> [P]."""
+    """mean |w * dL/dw| of every row, [P, I] or [P, O] -> float64 [P]."""
     # abs and mean use vector instructions, which linalg.vector_norm(ord=1) does not
-    return (parameter * gradient).abs_().mean(dim=1)
+    return (parameter * gradient).abs_().mean(dim=1).double()
 
 
-@torch.no_grad()
-def slot_importance(lora: ExpertLoRA) -> Tensor | None:
+def slot_importance(lora: ExpertLoRA) -> Tensor:
     """s_j of every slot: mean |A_j * dA_j| + mean |B_j * dB_j|, summed over the projections.
 
     Returns:
-        float64 [P] on the device of the parameters; None if no parameter has a gradient. A
-        parameter without one (nothing was routed there) adds 0.
+        float64 [P] on the device of the parameters. A parameter without a gradient (nothing was
+        routed there) adds 0.
     """
-    total: Tensor | None = None
-    for _, projection in lora.items():
-        for parameter in (projection.lora_A, projection.lora_B):
-            if parameter.grad is not None:
-                part = mean_sensitivity(parameter, parameter.grad).double()
-                total = part if total is None else total + part
+    total = _zeros(lora)
+    for parameter in lora.tensors().values():
+        if parameter.grad is not None:
+            total += mean_sensitivity(parameter, parameter.grad)
     return total
-
-
-def by_dimension(lora: ExpertLoRA, slots: Tensor | None) -> NDArray[np.float64]:
-    """Arrange the importance of slots by expert and rank dimension, float64 [N, R]."""
-    if slots is None:
-        return np.zeros((lora.table.num_experts, lora.table.r_max))
-    return lora.table.per_dimension(slots.cpu().numpy())
 
 
 class ImportanceReader:
@@ -58,61 +46,45 @@ class ImportanceReader:
     """
 
     def __init__(self, loras: Iterable[ExpertLoRA]) -> None:
-        self._parts: dict[str, Tensor] = {}  # importance of the slots [P] by parameter
-        self._keys: dict[str, list[str]] = {}
+        self.parts: dict[str, Tensor] = {}
+        """What was read since the last :meth:`take`, float64 [P] by parameter."""
         self._late: dict[str, Tensor] = {}  # parameters to read when the backward pass has ended
-        self._handles: list[RemovableHandle] = []
-        for lora in loras:
-            self._keys[lora.name] = list(lora.tensors())
-            for key, parameter in lora.tensors().items():
-                handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._arrived, key)
-                )
-                self._handles.append(handle)
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, key))  # type: ignore[no-untyped-call]
+            for lora in loras
+            for key, parameter in lora.tensors().items()
+        ]
 
-    def take(self, grad_scale: float) -> dict[str, Tensor | None]:
-        """Importance of every layer's slots since the last call, for the unscaled gradients."""
-        taken: dict[str, Tensor | None] = {}
-        for name, keys in self._keys.items():
-            parts = [self._parts[key] for key in keys if key in self._parts]
-            taken[name] = torch.stack(parts).sum(0) / grad_scale if parts else None
-        self._parts.clear()
+    def take(self, loras: Iterable[ExpertLoRA], grad_scale: float) -> dict[str, Tensor]:
+        """Importance of the slots [P] of every layer, for the unscaled gradients; starts anew."""
+        taken = {}
+        for lora in loras:
+            parts = [self.parts[key] for key in lora.tensors() if key in self.parts]
+            taken[lora.name] = torch.stack(parts).sum(0) / grad_scale if parts else _zeros(lora)
+        self.parts.clear()
         return taken
 
-    def forget(self) -> None:
-        """Drop what was read."""
-        self._parts.clear()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What was read since the last :meth:`take`, float64 [P] by parameter."""
-        return dict(self._parts)
-
-    def load_state_dict(self, parts: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        self._parts = dict(parts)
-
     def remove(self) -> None:
-        """Take the hooks out again."""
         for handle in self._handles:
             handle.remove()
 
     def _arrived(self, key: str, parameter: Tensor) -> None:
+        self._late[key] = parameter
         if not several_processes():
-            self._read(key, parameter)
+            self._read()
             return
         # Callbacks run in order at the end of the backward pass; one that is queued by a callback
         # comes after that of DistributedDataParallel, which averages. A backward pass that fails
         # drops its callbacks, so each arrival queues one; the first that runs reads everything.
-        self._late[key] = parameter
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._read_late))
+        queue(lambda: queue(self._read))
 
-    def _read_late(self) -> None:
+    def _read(self) -> None:
         late, self._late = self._late, {}
         for key, parameter in late.items():
             if parameter.grad is not None:
-                self._read(key, parameter)
+                self.parts[key] = mean_sensitivity(parameter, parameter.grad)
 
-    def _read(self, key: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._parts[key] = mean_sensitivity(parameter, parameter.grad).double()
+
+def _zeros(lora: ExpertLoRA) -> Tensor:
+    return torch.zeros(lora.table.num_slots, dtype=torch.float64, device=lora.device)

@@ -11,10 +11,9 @@ Shape letters: P rank slots.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +41,10 @@ def adam_ratio(n: np.ndarray, t: float, betas: tuple[float, float]) -> np.ndarra
     """
     first, second = betas
     momentum = (1.0 - first**t) / (1.0 - first**n)
-    ratio: np.ndarray = momentum * np.sqrt((1.0 - second**n) / (1.0 - second**t))
-    return ratio
+    return np.asarray(momentum * np.sqrt((1.0 - second**n) / (1.0 - second**t)))
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Snapshot:
+class Snapshot(NamedTuple):
     """Newborn rows of one parameter as they were before the optimizer's step."""
 
     parameter: nn.Parameter
@@ -62,7 +59,7 @@ def snapshot(loras: Iterable[ExpertLoRA], ages: Ages, optimizer: Optimizer) -> l
     """Keep the newborn rows that an Adam is about to move; empty for other optimizers."""
     if not isinstance(optimizer, Adam):
         return []
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     kept = []
     for lora in loras:
         young = np.flatnonzero(ages[lora.name] != OLD)
@@ -71,9 +68,9 @@ def snapshot(loras: Iterable[ExpertLoRA], ages: Ages, optimizer: Optimizer) -> l
         rows = torch.from_numpy(young).to(lora.device)
         counts = ages[lora.name][young] + 1
         for parameter in lora.tensors().values():
-            if parameter.grad is not None and id(parameter) in groups:
+            if parameter.grad is not None and parameter in groups:
                 values = parameter.index_select(0, rows)
-                kept.append(Snapshot(parameter, groups[id(parameter)], rows, values, counts))
+                kept.append(Snapshot(parameter, groups[parameter], rows, values, counts))
     return kept
 
 
@@ -88,14 +85,16 @@ def correct(snapshots: Iterable[Snapshot], optimizer: Optimizer) -> float:
     for kept in snapshots:
         t = float(optimizer.state[kept.parameter]["step"])
         # An optimizer made after the birth has made fewer steps than the row has lived.
-        ratio = adam_ratio(np.minimum(kept.counts, t), t, kept.group["betas"])
+        betas = kept.group["betas"]
+        ratio = adam_ratio(np.minimum(kept.counts, t), t, betas)
         factor = torch.from_numpy(ratio).to(kept.values).unsqueeze(-1)
         start = kept.values
         if kept.group.get("decoupled_weight_decay"):  # AdamW shrinks the row, then moves it
             start = start * (1.0 - float(kept.group["lr"]) * kept.group["weight_decay"])
         moved = kept.parameter.index_select(0, kept.rows)
         kept.parameter[kept.rows] = torch.lerp(start, moved, factor)
-        horizon = max(horizon, _settled_after(kept.group["betas"]))
+        settled = [math.log(SETTLED) / math.log(beta) for beta in betas if beta > 0]
+        horizon = max([horizon, *settled])
     return horizon
 
 
@@ -104,8 +103,3 @@ def grow_older(ages: Ages, horizon: float) -> None:
     for slots in ages.values():
         slots[slots != OLD] += 1
         slots[slots > horizon] = OLD
-
-
-def _settled_after(betas: tuple[float, float]) -> float:
-    """Own steps after which the correction is within SETTLED of 1."""
-    return max(math.log(SETTLED) / math.log(beta) if beta > 0 else 0.0 for beta in betas)

@@ -17,7 +17,6 @@ class Notices:
         self._said: set[str] = set()
 
     def check_training(self, layer: AdaptedLayer) -> None:
-        """Look at a layer that a backward pass has reached."""
         if not layer.experts.training and self._first("evaluation"):
             logger.warning(
                 "the model is trained in evaluation mode (from_pretrained returns models in it): "
@@ -34,7 +33,6 @@ class Notices:
             )
 
     def unaligned_mask(self, layer: str, num_tokens: int, shape: tuple[int, ...]) -> None:
-        """The attention mask does not fit the tokens of a layer."""
         if self._first("mask"):
             warnings.warn(
                 f"layer {layer!r} received {num_tokens} tokens, which the attention mask of shape "

@@ -27,11 +27,9 @@ def router_parameters(attached: Attached) -> dict[str, nn.Parameter]:
 
 def parameters_by_key(attached: Attached) -> dict[str, nn.Parameter]:
     """All of them by their names in files: ``{layer}/{projection}/lora_A``, ``router/{name}``."""
-    lora = {
-        key: parameter
-        for layer in attached.layers.values()
-        for key, parameter in layer.lora.tensors().items()
-    }
+    lora: dict[str, nn.Parameter] = {}
+    for layer in attached.layers.values():
+        lora |= layer.lora.tensors()
     return lora | {f"router/{name}": p for name, p in router_parameters(attached).items()}
 
 

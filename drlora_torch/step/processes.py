@@ -5,22 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import distributed
 
 
 def several_processes() -> bool:
     """True if this process trains together with others."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return bool(distributed.get_world_size() > 1)
+    return _initialized() and distributed.get_world_size() > 1
 
 
 def is_first_process() -> bool:
     """True in the process that writes for all."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0
+    return not _initialized() or distributed.get_rank() == 0
 
 
 def sum_over_processes(values: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
@@ -32,6 +27,9 @@ def sum_over_processes(values: NDArray[np.float64], device: torch.device) -> NDA
     if not several_processes():
         return values
     summed = torch.from_numpy(values.copy()).to(device)
-    torch.distributed.all_reduce(summed)
-    total: NDArray[np.float64] = summed.cpu().numpy()
-    return total
+    distributed.all_reduce(summed)
+    return np.asarray(summed.cpu(), dtype=np.float64)
+
+
+def _initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

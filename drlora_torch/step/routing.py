@@ -32,16 +32,10 @@ def sum_weights(
 ) -> Tensor:
     """Sum the routing weights of each expert over the counted tokens, and count these.
 
-    Args:
-        top_k_index: integers [T, K]; values >= N are sentinels and weigh nothing.
-        top_k_weights: [T, K].
-        mask: which tokens count, bool [T]; None for all.
-        num_experts: N.
-
-    Returns:
-        float64 [N + 1]: the sum of each expert, then the number of tokens.
+    Indices >= N are sentinels and weigh nothing. ``mask`` tells which tokens count, bool [T]; None
+    for all. Returns float64 [N + 1]: the sum of each expert, then the number of tokens.
     """
-    weights = top_k_weights.detach().double()
+    weights = top_k_weights.double()
     if mask is not None:
         weights = weights.masked_fill(~mask.unsqueeze(-1), 0.0)  # padding may hold NaN
     # index_add_ neither waits for the device, as bincount does, nor breaks deterministic mode

@@ -13,24 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drlora_torch.attached import Attached
-from drlora_torch.step.importance import by_dimension
 
-Slots = Mapping[str, Tensor | None]
-"""Importance of the slots [P] by layer; None where no gradient arrived."""
+Slots = Mapping[str, Tensor]
+"""Importance of the slots, float64 [P] by layer."""
 
 
 def observe(attached: Attached, totals: Mapping[str, NDArray[np.float64]], slots: Slots) -> None:
     """Hand the samples of a step to the engine; a layer that saw no token has none.
 
     A step without any token, or with a statistic that is not finite, is skipped and counted.
-
-    Args:
-        attached: the adapter.
-        totals: summed routing weights and number of tokens, [N + 1] by layer.
-        slots: importance.
+    ``totals`` are the summed routing weights and the number of tokens, [N + 1] by layer.
     """
     samples = {
-        name: (totals[name][:-1] / totals[name][-1], by_dimension(layer.lora, slots[name]))
+        name: (
+            totals[name][:-1] / totals[name][-1],
+            layer.lora.table.per_dimension(slots[name].cpu().numpy()),
+        )
         for name, layer in attached.layers.items()
         if totals[name][-1] != 0
     }

@@ -56,7 +56,7 @@ class StepTracker:
         self._witness = GradientWitness(self._lora_parameters()[0])
         self._reader: ImportanceReader | None = None
         if not attached.options.auto_step:
-            self._reader = ImportanceReader(layer.lora for layer in attached.layers.values())
+            self._reader = ImportanceReader(self._loras())
         self._stop_following = hooks.follow_optimizers(
             self, StepTracker._before_step, StepTracker._after_step
         )
@@ -64,7 +64,6 @@ class StepTracker:
     __reduce__ = refuse_copy
 
     def remove(self) -> None:
-        """Stop tracking: take all hooks out."""
         self._watch.remove()
         self._witness.remove()
         self._stop_following()
@@ -76,19 +75,17 @@ class StepTracker:
         self._sums.clear()
         self._witness.forget()
         if self._reader is not None:
-            self._reader.forget()
+            self._reader.parts.clear()
 
     # -- gather --------------------------------------------------------------------------------
 
     @property
     def enabled(self) -> bool:
-        """False inside ``adapter.disabled()``."""
         return self.attached.enabled
 
     def routed(
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> None:
-        """Count the routing of a forward once the backward pass reaches ``output``."""
         if self.attached.paused:
             return
         self._forwards += 1
@@ -104,7 +101,6 @@ class StepTracker:
             output.register_hook(partial(self._reached, routing))  # type: ignore[no-untyped-call]
 
     def _reached(self, routing: Routing, gradient: Tensor) -> None:
-        """The backward pass has reached the output of a forward."""
         if routing.counted or self.attached.paused:
             return
         routing.counted = True
@@ -116,19 +112,22 @@ class StepTracker:
         self._notices.check_training(layer)
         index, weights, mask = routing.top_k_index, routing.top_k_weights, self._mask(routing)
         sums = sum_weights(index, weights, mask, layer.record.num_experts)
-        before = self._sums.get(routing.layer)
-        self._sums[routing.layer] = sums if before is None else before + sums
+        if routing.layer in self._sums:
+            sums = self._sums[routing.layer] + sums
+        self._sums[routing.layer] = sums
 
     def _mask(self, routing: Routing) -> Tensor | None:
         """Which tokens of a forward count, bool [T]; None for all."""
-        if routing.call is None or routing.call.mask is None:
+        call, num_tokens = routing.call, routing.top_k_index.shape[0]
+        if call is None or call.mask is None:
             return None
-        num_tokens = routing.top_k_index.shape[0]
-        mask = routing.call.token_mask(num_tokens)
-        if mask is None:
-            self._notices.unaligned_mask(routing.layer, num_tokens, routing.call.mask.shape)
+        if (mask := call.token_mask(num_tokens)) is None:
+            self._notices.unaligned_mask(routing.layer, num_tokens, call.mask.shape)
             return None
         return mask.to(routing.top_k_index.device)
+
+    def _loras(self) -> list[ExpertLoRA]:
+        return [layer.lora for layer in self.attached.layers.values()]
 
     def _lora_parameters(self) -> list[torch.nn.Parameter]:
         return parameters.lora_parameters(self.attached)
@@ -173,15 +172,11 @@ class StepTracker:
         if all(parameter.grad is None for parameter in self._lora_parameters()):
             return  # this step does not train the adapter
         scale = getattr(optimizer, "grad_scale", None)
-        read = {} if self.attached.paused else self.attached.layers
-        slots = {name: slot_importance(layer.lora) for name, layer in read.items()}
+        loras = self._loras()
+        slots = {} if self.attached.paused else {lora.name: slot_importance(lora) for lora in loras}
         if isinstance(scale, Tensor):
-            slots = {
-                name: None if values is None else values / scale.to(values)
-                for name, values in slots.items()
-            }
+            slots = {name: values / scale.to(values) for name, values in slots.items()}
         self._slots = slots
-        loras = [layer.lora for layer in self.attached.layers.values()]
         self._snapshots = newborn.snapshot(loras, self.attached.ages, optimizer)
 
     # -- close ---------------------------------------------------------------------------------
@@ -192,8 +187,7 @@ class StepTracker:
             return
         self.attached.optimizers.add(optimizer)
         if self.attached.options.newborn is Newborn.CORRECTED:
-            horizon = newborn.correct(self._snapshots, optimizer)
-            self._horizon = max(self._horizon, horizon)
+            self._horizon = max(self._horizon, newborn.correct(self._snapshots, optimizer))
         self._snapshots = []
         if self._reader is None:
             self._close(slots)
@@ -201,16 +195,14 @@ class StepTracker:
             self._grow_older()
 
     def close_by_hand(self, grad_scale: float) -> GrowthEvent | None:
-        """Close an optimizer step with ``auto_step=False``."""
         if self._reader is None:
             raise AttachError(
                 "adapter.step() is called for you after every optimizer.step(); use "
                 "attach(..., auto_step=False) to call it yourself"
             )
-        return self._close(self._reader.take(grad_scale))
+        return self._close(self._reader.take(self._loras(), grad_scale))
 
     def _close(self, slots: Slots) -> GrowthEvent | None:
-        """Give the engine the statistics of the step and carry out its decision."""
         if self.attached.paused:
             self.forget()
             self._grow_older()
@@ -233,16 +225,14 @@ class StepTracker:
         layers = self.attached.layers
         local = [self._local_sums(name) for name in layers]
         self.forget()
-        device = next(iter(layers.values())).lora.device
-        summed = sum_over_processes(np.concatenate(local), device)
+        summed = sum_over_processes(np.concatenate(local), self._loras()[0].device)
         parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
         return dict(zip(layers, parts, strict=True))
 
     def _local_sums(self, name: str) -> NDArray[np.float64]:
         if name not in self._sums:
             return np.zeros(self.attached.layers[name].record.num_experts + 1)
-        sums: NDArray[np.float64] = self._sums[name].cpu().numpy()
-        return sums
+        return np.asarray(self._sums[name].cpu(), dtype=np.float64)
 
     # -- the partial state of a step -----------------------------------------------------------
 
@@ -264,8 +254,7 @@ class StepTracker:
                 if parameter.grad is not None:
                     found[f"{GRADIENT}{key}"] = parameter.grad
         if self._reader is not None:
-            parts = self._reader.state_dict()
-            found |= {f"{IMPORTANCE}{key}": part for key, part in parts.items()}
+            found |= {f"{IMPORTANCE}{key}": part for key, part in self._reader.parts.items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -278,7 +267,7 @@ class StepTracker:
             if (part := state.get(f"{IMPORTANCE}{key}")) is not None:
                 importance[key] = part.to(parameter.device)
         if self._reader is not None:
-            self._reader.load_state_dict(importance)
+            self._reader.parts = importance
         if any(key.startswith((GRADIENT, IMPORTANCE)) for key in state):
             self._witness.note(self._lora_parameters()[0])
         for name, layer in self.attached.layers.items():

@@ -22,9 +22,8 @@ class GradientWitness:
         def arrived(parameter: Tensor) -> None:
             version[:] = [_version_of(parameter)]
 
-        self._handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            arrived
-        )
+        hook = parameter.register_post_accumulate_grad_hook
+        self._handle = hook(arrived)  # type: ignore[no-untyped-call]
 
     @property
     def seen(self) -> bool:
@@ -52,11 +51,9 @@ class GradientWitness:
         self._version[:] = [_version_of(parameter)]
 
     def forget(self) -> None:
-        """Begin a new step."""
         self._version.clear()
 
     def remove(self) -> None:
-        """Take the hook out."""
         self._handle.remove()
 
 
