@@ -40,19 +40,9 @@ class Dispatch:
         return cls(order, order // top_k, experts.clamp(max=num_experts - 1), offsets, top_k)
 
     @functools.cached_property
-    def ends(self) -> list[int]:
-        """The offsets as numbers; waits for the device once."""
-        return self.offsets.tolist()
-
-    @functools.cached_property
     def live(self) -> Tensor:
         """Rows that belong to an expert, bool [S]."""
         return torch.arange(self.num_pairs, device=self.order.device) < self.offsets[-1]
-
-    @functools.cached_property
-    def visited(self) -> list[int]:
-        """The experts that have rows."""
-        return [e for e, rows in enumerate(self._counts[:-1]) if rows]
 
     @functools.cached_property
     def rows(self) -> Tensor:
@@ -62,32 +52,31 @@ class Dispatch:
         return rows.view(-1, self.top_k)
 
     @functools.cached_property
-    def _counts(self) -> list[int]:
-        """Rows of each expert, and last the sentinels'."""
-        return [end - start for start, end in itertools.pairwise([0, *self.ends, self.num_pairs])]
+    def counts(self) -> list[int]:
+        """Rows of each expert, and last the sentinels'; waits for the device once."""
+        ends = [0, *self.offsets.tolist(), self.num_pairs]
+        return [end - start for start, end in itertools.pairwise(ends)]
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Views of the rows of each expert, [S, ...] -> N of [n, ...]; last the sentinels'."""
-        views: tuple[Tensor, ...] = rows.split_with_sizes(self._counts)
+        views: tuple[Tensor, ...] = rows.split_with_sizes(self.counts)
         return views
 
     @property
     def num_pairs(self) -> int:
-        """S."""
         return self.order.shape[0]
 
     def empty(self, like: Tensor, features: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for a row per pair, [S, F]; zeros where sentinel rows would stay unwritten."""
-        shape = (self.num_pairs, features)
-        new = like.new_zeros if self._counts[-1] else like.new_empty
-        room: Tensor = new(shape, dtype=dtype)
+        new = like.new_zeros if self.counts[-1] else like.new_empty
+        room: Tensor = new((self.num_pairs, features), dtype=dtype)
         return room
 
     def live_weights(self, weights: Tensor) -> Tensor:
         """Routing weights [T, K] with 0 for sentinels, whose own may be anything."""
-        if not self._counts[-1]:
+        if not self.counts[-1]:
             return weights
-        return weights.masked_fill(self.rows >= self.ends[-1], 0.0)
+        return weights.masked_fill(self.rows >= self.num_pairs - self.counts[-1], 0.0)
 
     def sum(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum each token's sorted rows, times their weights [T, K] if given, [S, F] -> [T, F].

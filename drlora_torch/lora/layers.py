@@ -43,10 +43,7 @@ class SlotLoRA(nn.Module):
         """Draw fresh rows of A and zero those of B, so that the layer's function stays."""
         if not born.slots.size:
             return
-        drawn = [
-            self.rows.draw(int(expert), int(position))
-            for expert, position in zip(born.experts, born.positions, strict=True)
-        ]
+        drawn = [self.rows.draw(*each) for each in zip(born.experts, born.positions, strict=True)]
         slots = torch.from_numpy(born.slots).to(self.lora_A.device)
         self.lora_A[slots] = torch.from_numpy(np.stack(drawn)).to(self.lora_A)
         self.lora_B[slots] = 0.0
@@ -55,8 +52,7 @@ class SlotLoRA(nn.Module):
     def clear(self, slots: IntArray) -> None:
         """Zero the rows of freed slots."""
         index = torch.from_numpy(slots).to(self.lora_A.device)
-        self.lora_A[index] = 0.0
-        self.lora_B[index] = 0.0
+        self.lora_A[index] = self.lora_B[index] = 0.0
 
 
 class ExpertLoRA(nn.Module):
@@ -91,34 +87,23 @@ class ExpertLoRA(nn.Module):
         self.table = table
         self.scaling = scaling
         self.dropout = dropout
-        self.projections = nn.ModuleDict(
-            {
-                projection: SlotLoRA(
-                    shape,
-                    table.num_slots,
-                    RowGenerator(seed, name, projection, shape.in_features),
-                )
-                for projection, shape in shapes.items()
-            }
-        )
+        self.projections = nn.ModuleDict()
+        for projection, shape in shapes.items():
+            rows = RowGenerator(seed, name, projection, shape.in_features)
+            self.projections[projection] = SlotLoRA(shape, table.num_slots, rows)
         self._owned: _Owned | None = None  # of the table as it is now, on one device
 
     @property
     def device(self) -> torch.device:
-        """Where A and B are."""
         return next(self.parameters()).device
 
     def items(self) -> list[tuple[str, SlotLoRA]]:
-        """Projections by name."""
         return list(self.projections.items())  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B of all projections, as files name them: ``{layer}/{projection}/lora_A``."""
-        return {
-            f"{self.name}/{projection}/{part}": parameter
-            for projection, slots in self.items()
-            for part, parameter in (("lora_A", slots.lora_A), ("lora_B", slots.lora_B))
-        }
+        named = self.projections.named_parameters()
+        return {f"{self.name}/{key.replace('.', '/')}": parameter for key, parameter in named}
 
     def draw(self) -> None:
         """Draw the starting rows of A of every slot that has an owner."""
@@ -152,14 +137,9 @@ class ExpertLoRA(nn.Module):
         storage = self.projections[projection]
         assert isinstance(storage, SlotLoRA)
         owned = self._owned_on(storage.lora_A.device)
+        dropout = self.dropout if self.training else 0.0
         return LoRAFactors(
-            storage.lora_A,
-            storage.lora_B,
-            owned.slots,
-            owned.padded,
-            self.scaling,
-            self.dropout if self.training else 0.0,
-            self.kernel,
+            storage.lora_A, storage.lora_B, *owned, self.scaling, dropout, self.kernel
         )
 
     @torch.no_grad()

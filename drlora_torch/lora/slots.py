@@ -58,7 +58,6 @@ class SlotTable:
 
     @property
     def num_slots(self) -> int:
-        """P."""
         return self.owner.size
 
     def ranks(self) -> IntArray:
@@ -70,8 +69,8 @@ class SlotTable:
 
         Both layouts compute on slots in this order, so they give the same results.
         """
-        owned = np.flatnonzero(self.owner != FREE)
-        return owned[np.lexsort((self.position[owned], self.owner[owned]))]
+        free_first = np.lexsort((self.position, self.owner))
+        return free_first[np.count_nonzero(self.owner == FREE) :]
 
     def grow(self, growth: IntArray) -> Born:
         """Give each expert ``growth[i]`` more slots, the lowest free ones that it may have."""

@@ -6,6 +6,7 @@ I input and O output features.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from drlora_torch.lora.dispatch import Dispatch
@@ -52,5 +53,7 @@ def choose(wanted: Kernel, weight: Tensor) -> Kernel:
     """The kernel for a weight: the one asked for, or the faster one of those that take it."""
     if wanted is not Kernel.AUTO:
         return wanted
-    fast = grouped.is_fast_on(weight.device) and grouped.supports(weight)
-    return Kernel.GROUPED if fast else Kernel.RAGGED
+    # the GPUs that grouped_mm has kernels for (Ampere on), as Transformers checks it too
+    on_gpu = weight.device.type == "cuda"
+    fast = on_gpu and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    return Kernel.GROUPED if fast and grouped.supports(weight) else Kernel.RAGGED

@@ -18,18 +18,12 @@ from drlora_torch.lora.kernels.factors import LoRAFactors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes
-CAPABILITY = (8, 0)  # Ampere
 
 
 def supports(weight: Tensor) -> bool:
     """True if ``grouped_mm`` takes these weights [N, ., .]: their dtype, and rows of 16 bytes."""
     aligned = all(size * weight.element_size() % ALIGNMENT == 0 for size in weight.shape[1:])
     return weight.dtype in DTYPES and aligned
-
-
-def is_fast_on(device: torch.device) -> bool:
-    """True for the GPUs that ``grouped_mm`` has kernels for, as Transformers checks it too."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def expert_linear(
@@ -47,8 +41,7 @@ def expert_linear(
     rows = (inputs[dispatch.tokens] if gather else inputs).masked_fill(dead, 0.0)
     output = grouped_mm(rows, matrices.to(rows.dtype), offs=dispatch.offsets)
     if lora is not None:
-        low_rank = _low_rank(rows, lora, dispatch, dead)
-        output = output + lora.scaling * low_rank
+        output = output + lora.scaling * _low_rank(rows, lora, dispatch, dead)
     output = output.masked_fill(dead, 0.0)
     if bias is not None:
         output = output + bias[dispatch.experts].to(output.dtype)

@@ -142,8 +142,8 @@ class _ExpertLinear(torch.autograd.Function):
 
 def _visited(matrices: Tensor, dispatch: Dispatch) -> Iterator[tuple[int, Tensor]]:
     """Each expert that has rows, and its matrix."""
-    weights = matrices.unbind()
-    return ((e, weights[e]) for e in dispatch.visited)
+    each = zip(matrices.unbind(), dispatch.counts[:-1], strict=True)
+    return ((e, weight) for e, (weight, rows) in enumerate(each) if rows)
 
 
 def _rows(source: Tensor, dispatch: Dispatch, gather: bool) -> Callable[[int], Tensor]:
