@@ -132,21 +132,17 @@ class ExpertLoRA(nn.Module):
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""
-        if projection not in self.projections:
+        slots = dict(self.items()).get(projection)
+        if slots is None:
             return None
-        storage = self.projections[projection]
-        assert isinstance(storage, SlotLoRA)
-        owned = self._owned_on(storage.lora_A.device)
+        owned = self._owned_on(slots.lora_A.device)
         dropout = self.dropout if self.training else 0.0
-        return LoRAFactors(
-            storage.lora_A, storage.lora_B, *owned, self.scaling, dropout, self.kernel
-        )
+        return LoRAFactors(slots.lora_A, slots.lora_B, *owned, self.scaling, dropout, self.kernel)
 
     @torch.no_grad()
     def delta_weight(self, projection: str, expert: int) -> Tensor:
         """s * (B A) of one expert, [O, I], in the dtype of the LoRA parameters."""
-        slots = self.projections[projection]
-        assert isinstance(slots, SlotLoRA)
+        slots = dict(self.items())[projection]
         owned = torch.from_numpy(np.flatnonzero(self.table.owner == expert)).to(self.device)
         return self.scaling * (slots.lora_B[owned].T @ slots.lora_A[owned])
 
@@ -165,20 +161,18 @@ class _Owned(NamedTuple):
 
     @classmethod
     def of(cls, table: SlotTable, device: torch.device) -> _Owned:
-        owned = np.split(table.active(), np.cumsum(table.ranks())[:-1])
-        width = -(-max(slots.size for slots in owned) // 8) * 8
-        padded = np.full((len(owned), max(width, 8)), -1, dtype=np.int64)
-        for row, slots in zip(padded, owned, strict=True):
-            row[: slots.size] = slots
-        slots_of = [_as_slice(slots, device) for slots in owned]
-        return cls(slots_of, torch.from_numpy(padded).to(device))
+        active, ranks = table.active(), table.ranks()
+        width = max(8, -(-int(ranks.max()) // 8) * 8)
+        padded = np.full((ranks.size, width), -1, dtype=np.int64)
+        padded[np.arange(width) < ranks[:, None]] = active
+        slots = [_as_slice(owned, device) for owned in np.split(active, np.cumsum(ranks)[:-1])]
+        return cls(slots, torch.from_numpy(padded).to(device))
 
 
 def _as_slice(slots: IntArray, device: torch.device) -> slice | Tensor | None:
     """The slots of an expert as a slice where they lie side by side: a view costs no copy."""
     if not slots.size:
         return None
-    first, last = int(slots[0]), int(slots[-1])
     if (np.diff(slots) == 1).all():
-        return slice(first, last + 1)
+        return slice(int(slots[0]), int(slots[-1]) + 1)
     return torch.from_numpy(slots).to(device)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from drlora_torch.attached import Attached
 
-Slots = Mapping[str, Tensor]
-"""Importance of the slots, float64 [P] by layer."""
 
-
-def observe(attached: Attached, totals: Mapping[str, NDArray[np.float64]], slots: Slots) -> None:
+def observe(
+    attached: Attached, totals: Mapping[str, NDArray[np.float64]], slots: Mapping[str, Tensor]
+) -> None:
     """Hand the samples of a step to the engine; a layer that saw no token has none.
 
     A step without any token, or with a statistic that is not finite, is skipped and counted.
-    ``totals`` are the summed routing weights and the number of tokens, [N + 1] by layer.
+    ``totals`` are the summed routing weights and the number of tokens, [N + 1] by layer; ``slots``
+    is the importance, float64 [P] by layer.
     """
     samples = {
         name: (

@@ -30,7 +30,6 @@ from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.processes import sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
-from drlora_torch.step.samples import Slots
 from drlora_torch.step.witness import GradientWitness
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
@@ -49,7 +48,9 @@ class StepTracker:
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
         self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
-        self._slots: Slots | None = None  # read before the optimizer's step
+        self._slots: dict[str, Tensor] | None = (
+            None  # importance [P] by layer, read before the optimizer's step
+        )
         self._snapshots: list[newborn.Snapshot] = []
         self._horizon = 0.0  # of the newborn corrections in this step
         self._watch = ForwardWatch(attached.model, attached.layers)
@@ -202,7 +203,7 @@ class StepTracker:
             )
         return self._close(self._reader.take(self._loras(), grad_scale))
 
-    def _close(self, slots: Slots) -> GrowthEvent | None:
+    def _close(self, slots: dict[str, Tensor]) -> GrowthEvent | None:
         if self.attached.paused:
             self.forget()
             self._grow_older()
@@ -222,12 +223,11 @@ class StepTracker:
 
     def _take_routing(self) -> dict[str, NDArray[np.float64]]:
         """Routing sums of the step over all processes, [N + 1] by layer; counting restarts."""
-        layers = self.attached.layers
-        local = [self._local_sums(name) for name in layers]
+        local = [self._local_sums(name) for name in self.attached.layers]
         self.forget()
         summed = sum_over_processes(np.concatenate(local), self._loras()[0].device)
         parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
-        return dict(zip(layers, parts, strict=True))
+        return dict(zip(self.attached.layers, parts, strict=True))
 
     def _local_sums(self, name: str) -> NDArray[np.float64]:
         if name not in self._sums:
