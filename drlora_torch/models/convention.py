@@ -9,7 +9,7 @@ Shape letters: T tokens, K experts per token, N experts, I input and O output fe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -107,14 +107,3 @@ def quantised(weight: Tensor) -> str | None:
         return None
     kind = str(weight.dtype).removeprefix("torch.")
     return f"is quantised ({kind}); load the model in a floating-point dtype"
-
-
-def weights_obstacle(weights: Mapping[str, object], dims: int) -> str | None:
-    """Say why a layer with these weights cannot be adapted, None if it can."""
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor) or weight.dim() != dims:
-            return f"its {name} is not a {dims}-D tensor"
-        reason = ON_META if weight.is_meta else quantised(weight)
-        if reason is not None:
-            return f"its {name} {reason}"
-    return None

@@ -7,7 +7,7 @@ from torch import nn
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.dbrx import DBRX
 from drlora_torch.models.declaration import declaration_of
-from drlora_torch.models.interface import ExpertsInterface
+from drlora_torch.models.interface import INTERFACE
 from drlora_torch.models.jetmoe import JETMOE, JETMOE_ATTENTION
 from drlora_torch.models.linears import PerExpertLinears
 from drlora_torch.models.llama4 import LLAMA4
@@ -17,7 +17,7 @@ from drlora_torch.models.step3p7 import STEP3P7
 from drlora_torch.models.switch_transformers import SWITCH_TRANSFORMERS
 
 DECLARED = {each.block_name: each for each in (SWITCH_TRANSFORMERS, NLLB_MOE)}
-BUILT_IN = (ExpertsInterface(), STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
+BUILT_IN = (INTERFACE, STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
 
 
 def find_convention(module: nn.Module) -> Convention | None:

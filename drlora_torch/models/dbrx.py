@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.models.fused import Fused, Project, compute_dtype, routed
+from drlora_torch.models.fused import Fused, Project, compute_dtype, is_a, routed
 from drlora_torch.models.location import ExpertParameter
 
 
@@ -23,8 +23,8 @@ def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: 
 
 DBRX = Fused(
     name="stacked",
-    classes=("transformers.models.dbrx.modeling_dbrx.DbrxExperts",),
-    weights={
+    matches=is_a("transformers.models.dbrx.modeling_dbrx.DbrxExperts"),
+    weights=lambda module: {
         name: ExpertParameter(
             module="mlp", name=name, transposed=name == "w2", read_from_outside=True
         )

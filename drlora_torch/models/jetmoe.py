@@ -20,7 +20,7 @@ from torch import Tensor
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, run_instead
+from drlora_torch.models.fused import Fused, is_a, run_instead
 from drlora_torch.models.location import ExpertParameter
 
 FIRST, LAST = "input_linear", "output_linear"
@@ -67,8 +67,8 @@ def _routing(output: Any) -> tuple[Tensor, Tensor]:
 
 JETMOE = Fused(
     name="single projections",
-    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE",),
-    weights={
+    matches=is_a("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE"),
+    weights=lambda module: {
         projection: ExpertParameter(module=projection, name="weight", transposed=False)
         for projection in (FIRST, LAST)
     },
@@ -77,6 +77,6 @@ JETMOE = Fused(
 )
 JETMOE_ATTENTION = dataclasses.replace(
     JETMOE,
-    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA",),
+    matches=is_a("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA"),
     only_on_request=True,
 )

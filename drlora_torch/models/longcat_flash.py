@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.models.fused import Fused, Project, routed
+from drlora_torch.models.fused import Fused, Project, is_a, routed
 from drlora_torch.models.location import ExpertParameter
 
 
@@ -24,8 +24,8 @@ def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: 
 
 LONGCAT_FLASH = Fused(
     name="identity experts",
-    classes=("transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts",),
-    weights={
+    matches=is_a("transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts"),
+    weights=lambda module: {
         name: ExpertParameter(name=name, transposed=False) for name in ("gate_up_proj", "down_proj")
     },
     install_into=routed(_run),

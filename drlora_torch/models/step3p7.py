@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.models.fused import Fused, Project, routed
+from drlora_torch.models.fused import Fused, Project, is_a, routed
 from drlora_torch.models.location import ExpertParameter
 
 
@@ -20,8 +20,8 @@ def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: 
 
 STEP3P7 = Fused(
     name="undecorated",
-    classes=("transformers.models.step3p7.modeling_step3p7.Step3p7Experts",),
-    weights={
+    matches=is_a("transformers.models.step3p7.modeling_step3p7.Step3p7Experts"),
+    weights=lambda module: {
         name: ExpertParameter(name=name, transposed=False) for name in ("gate_up_proj", "down_proj")
     },
     install_into=routed(_run),
