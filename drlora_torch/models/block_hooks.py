@@ -40,7 +40,7 @@ class _Call:
 
 
 class _Running(threading.local):
-    """The call of each thread."""
+    """The forward that each thread is in."""
 
     call: _Call | None = None
 
@@ -93,13 +93,12 @@ class BlockHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, block: Any, args: object, output: object) -> None:
-        """Check the declaration, and observe the routing."""
         if (call := self._running.call) is None:
             return
         if call.routing is None:
             raise ModelError(
                 f"layer {self.lora.name!r}: its router {self.declaration.router!r} was not called "
-                "in the forward of the block, so the routing is not known; see register_moe"
+                "in the forward of its block; see register_moe"
             )
         self._check_rows(call, call.routing[0])
         self.observer.routed(self.lora, _first_tensor(output), *call.routing)
@@ -108,7 +107,6 @@ class BlockHooks:
         self._running.call = None
 
     def _routing(self, block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What the declaration says of the routing, if it has the right form."""
         found: object = self.declaration.routing(block, *args, **kwargs)
         if (
             isinstance(found, tuple)
@@ -124,7 +122,7 @@ class BlockHooks:
         )
 
     def _check_rows(self, call: _Call, index: Tensor) -> None:
-        """Each expert's Linears saw the tokens that the declared routing sends there, or all."""
+        """An expert's Linears must see the tokens that the declared routing sends there, or all."""
         num_experts = self.lora.table.num_experts
         clamped = index.clamp(max=num_experts).reshape(-1)
         wanted = torch.bincount(clamped, minlength=num_experts + 1).tolist()[:num_experts]
@@ -134,8 +132,7 @@ class BlockHooks:
                     raise ModelError(
                         f"layer {self.lora.name!r}: by the declared routing expert {expert} gets "
                         f"{due} of {index.shape[0]} tokens, but its {projection} was called with "
-                        f"{seen}; correct the arguments of register_moe for "
-                        f"{self.declaration.block_name}"
+                        f"{seen}; correct register_moe for {self.declaration.block_name}"
                     )
 
     # -- at a Linear ---------------------------------------------------------------------------
@@ -144,7 +141,6 @@ class BlockHooks:
     def _add(
         self, projection: str, expert: int, linear: Any, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        """The output of a Linear with its LoRA."""
         if not self.observer.enabled:
             return None
         x, lora = args[0], self.lora
@@ -179,6 +175,6 @@ def _first_tensor(output: object) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise ModelError(
-        f"a declared block returned {type(output).__name__}, which holds no tensor to observe; "
-        "accepted: a tensor, or a tuple, list or dict with the hidden states first"
+        f"a declared block returned {type(output).__name__}; accepted: a tensor, or a tuple, list "
+        "or dict with the hidden states first"
     )

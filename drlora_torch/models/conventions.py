@@ -5,16 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from drlora_torch.models.convention import Convention
-from drlora_torch.models.dbrx import DBRX
 from drlora_torch.models.declaration import declaration_of
+from drlora_torch.models.declared_families import NLLB_MOE, SWITCH_TRANSFORMERS
 from drlora_torch.models.interface import INTERFACE
 from drlora_torch.models.jetmoe import JETMOE, JETMOE_ATTENTION
 from drlora_torch.models.linears import PerExpertLinears
 from drlora_torch.models.llama4 import LLAMA4
-from drlora_torch.models.longcat_flash import LONGCAT_FLASH
-from drlora_torch.models.nllb_moe import NLLB_MOE
-from drlora_torch.models.step3p7 import STEP3P7
-from drlora_torch.models.switch_transformers import SWITCH_TRANSFORMERS
+from drlora_torch.models.routed_families import DBRX, LONGCAT_FLASH, STEP3P7
 
 DECLARED = {each.block_name: each for each in (SWITCH_TRANSFORMERS, NLLB_MOE)}
 BUILT_IN = (INTERFACE, STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
@@ -28,7 +25,6 @@ def find_convention(module: nn.Module) -> Convention | None:
 
 
 def convention_of(module: nn.Module) -> Convention:
-    """Return the convention of a module that is known to be a layer of experts."""
     convention = find_convention(module)
     assert convention is not None, "only modules with a convention are adapted"
     return convention

@@ -33,7 +33,6 @@ class Declaration:
         return list(container) if isinstance(container, nn.ModuleList) else []
 
     def linears(self, block: nn.Module) -> dict[str, list[Any]]:
-        """Every projection of every expert."""
         experts = self.container(block)
         return {name: [each.get_submodule(name) for each in experts] for name in self.projections}
 
@@ -102,11 +101,9 @@ def register_moe(
 
 
 def declaration_of(module: nn.Module, known: Mapping[str, Declaration]) -> Declaration | None:
-    """Find the declaration of a module's class or of a base of it; users' come before known ones.
+    """Find the declaration of a module's class or of a base of it.
 
-    Args:
-        module: any module.
-        known: declarations of families by the dotted name of their block.
+    ``known`` are those of families by the dotted name of their block; a user's comes before them.
     """
     for kind in type(module).__mro__:
         if found := _DECLARED.get(kind) or known.get(dotted_name(kind)):

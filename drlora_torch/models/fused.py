@@ -128,7 +128,7 @@ def is_a(class_name: str) -> Callable[[nn.Module], bool]:
 
 
 def routed(run: Run) -> Install:
-    """Install experts that are called as ``experts(hidden, top_k_index, top_k_weights)``."""
+    """Adapt experts that are called as ``experts(hidden_states, top_k_index, top_k_weights)``."""
 
     def install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

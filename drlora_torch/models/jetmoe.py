@@ -27,7 +27,6 @@ FIRST, LAST = "input_linear", "output_linear"
 
 
 def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-    """Give the block its LoRA, its projections a forward, its router a hook."""
     last = threading.local()  # the routing of the router's last call in each thread
 
     def remember(router: Any, args: object, output: Any) -> None:
@@ -51,8 +50,7 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
 
 def _experts(counts: list[int], device: torch.device) -> Tensor:
     """Expert of each sorted row, int64 [S]."""
-    numbers = torch.tensor(counts, device=device)
-    return torch.repeat_interleave(torch.arange(len(counts), device=device), numbers)
+    return torch.repeat_interleave(torch.tensor(counts, device=device))
 
 
 def _routing(output: Any) -> tuple[Tensor, Tensor]:

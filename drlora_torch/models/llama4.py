@@ -25,7 +25,6 @@ from drlora_torch.models.location import ExpertParameter
 
 
 def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-    """Give the block its LoRA, its experts a forward, its router a hook."""
     last = threading.local()  # the routing of the router's last call in each thread
 
     def remember(router: Any, args: object, output: tuple[Tensor, Tensor]) -> None:
