@@ -6,21 +6,18 @@ from torch import nn
 
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.declaration import declaration_of
-from drlora_torch.models.declared_families import NLLB_MOE, SWITCH_TRANSFORMERS
 from drlora_torch.models.interface import INTERFACE
 from drlora_torch.models.jetmoe import JETMOE, JETMOE_ATTENTION
-from drlora_torch.models.linears import PerExpertLinears
 from drlora_torch.models.llama4 import LLAMA4
 from drlora_torch.models.routed_families import DBRX, LONGCAT_FLASH, STEP3P7
 
-DECLARED = {each.block_name: each for each in (SWITCH_TRANSFORMERS, NLLB_MOE)}
 BUILT_IN = (INTERFACE, STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
 
 
 def find_convention(module: nn.Module) -> Convention | None:
     """Return the convention that a module follows; None if it is no layer of experts."""
-    if (declaration := declaration_of(module, DECLARED)) is not None:
-        return PerExpertLinears(declaration)  # first, since users may declare any class
+    if (declared := declaration_of(module)) is not None:
+        return declared  # first, since users may declare any class
     return next((each for each in BUILT_IN if each.matches(module)), None)
 
 

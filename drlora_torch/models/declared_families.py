@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora_torch.models.declaration import Declaration
+from drlora_torch.models.linears import PerExpertLinears
 
 
 def _one_hot_top_1(block: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -15,15 +15,6 @@ def _one_hot_top_1(block: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[T
     dropped = chosen.sum(dim=-1) == 0
     index = chosen.argmax(dim=-1).masked_fill(dropped, chosen.shape[-1])
     return index.reshape(-1, 1), probability.reshape(-1, 1)
-
-
-SWITCH_TRANSFORMERS = Declaration(
-    "transformers.models.switch_transformers.modeling_switch_transformers.SwitchTransformersSparseMLP",
-    experts="experts",
-    projections=("wi", "wo"),
-    router="router",
-    routing=_one_hot_top_1,
-)
 
 
 def _mask_as_index(block: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,10 +32,15 @@ def _without_dropout(block: Any) -> list[nn.Module]:
     return [block.experts[f"expert_{i}"] for i in range(block.num_experts)]
 
 
-NLLB_MOE = Declaration(
-    "transformers.models.nllb_moe.modeling_nllb_moe.NllbMoeSparseMLP",
-    experts=_without_dropout,
-    projections=("fc1", "fc2"),
-    router="router",
-    routing=_mask_as_index,
+_HF = "transformers.models"
+_SWITCH = PerExpertLinears(
+    experts="experts", projections=("wi", "wo"), router="router", routing=_one_hot_top_1
 )
+_NLLB = PerExpertLinears(
+    experts=_without_dropout, projections=("fc1", "fc2"), router="router", routing=_mask_as_index
+)
+FAMILIES = {
+    f"{_HF}.switch_transformers.modeling_switch_transformers.SwitchTransformersSparseMLP": _SWITCH,
+    f"{_HF}.nllb_moe.modeling_nllb_moe.NllbMoeSparseMLP": _NLLB,
+}
+"""By the dotted name of their block, which need not be imported."""

@@ -47,5 +47,6 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return None
     block = dotted_name(type(model.get_submodule(parent)))
     return (
-        f"drlora does not know its block, {block}; declare the class with drlora_torch.register_moe"
+        f"drlora does not know its block, {block}; declare the class with "
+        "drlora_torch.register_moe (see docs/adding_a_model.md)"
     )

@@ -58,7 +58,7 @@ LONGCAT_FLASH = Fused(
 def _dbrx(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """``w1`` (gate), ``v1`` (up) and ``w2`` are [N * F, H]; only w2 is applied as it stands.
 
-    The experts read the parameters of their child ``mlp`` and hand it those of one expert at a time.
+    The experts read the parameters of their child ``mlp`` and hand it those of one expert.
     """
     tokens = tokens.to(compute_dtype(module.mlp.w1))  # once for two projections
     gate = project("w1", tokens, gather=True)
