@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from drlora_torch.errors import ModelError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer
-from drlora_torch.models.declaration import Declaration
 
 Factors = tuple[Tensor, Tensor]
 """A [r, I] and B [r, O] of one expert, as views of one gather."""
@@ -40,36 +41,40 @@ class _Call:
 
 
 class _Running(threading.local):
-    """The call of each thread."""
+    """The forward that each thread is in."""
 
     call: _Call | None = None
 
 
+@dataclasses.dataclass(eq=False)
 class BlockHooks:
-    """The hooks of one adapted block; ``handles`` take them out."""
+    """The hooks of one adapted block; ``router`` and ``routing`` as ``register_moe`` was told."""
+
+    router: str | None
+    routing: Callable[..., object]
+    lora: ExpertLoRA
+    observer: Observer
+    _running: _Running = dataclasses.field(default_factory=_Running, init=False)
 
     __reduce__ = refuse_copy
 
-    def __init__(
-        self, declaration: Declaration, block: nn.Module, lora: ExpertLoRA, observer: Observer
-    ) -> None:
-        self.declaration = declaration
-        self.lora = lora
-        self.observer = observer
-        self._running = _Running()
-        self.handles = [
+    def register(
+        self, block: nn.Module, linears: Mapping[str, Sequence[nn.Module]]
+    ) -> list[RemovableHandle]:
+        """Register all hooks; their handles take them out."""
+        handles = [
             block.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             block.register_forward_hook(self._finish),
             block.register_forward_hook(self._leave, always_call=True),
         ]
-        if declaration.router is not None:
-            router = block.get_submodule(declaration.router)
-            self.handles.append(router.register_forward_hook(partial(self._remember, block)))
-        linears = declaration.linears(block)
-        for projection, _ in lora.items():
+        if self.router is not None:
+            hook = partial(self._remember, block)
+            handles.append(block.get_submodule(self.router).register_forward_hook(hook))
+        for projection, _ in self.lora.items():
             for expert, linear in enumerate(linears[projection]):
                 hook = partial(self._add, projection, expert)
-                self.handles.append(linear.register_forward_hook(hook))
+                handles.append(linear.register_forward_hook(hook))
+        return handles
 
     # -- around the block ----------------------------------------------------------------------
 
@@ -82,7 +87,7 @@ class BlockHooks:
             factors={name: _split(self.lora, name) for name in names},
             rows={name: [0] * self.lora.table.num_experts for name in names},
         )
-        if self.declaration.router is None:
+        if self.router is None:
             call.routing = self._routing(block, *args, **kwargs)
         self._running.call = call
 
@@ -93,23 +98,21 @@ class BlockHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, block: Any, args: object, output: object) -> None:
-        """Check the declaration, and observe the routing."""
         if (call := self._running.call) is None:
             return
         if call.routing is None:
             raise ModelError(
-                f"layer {self.lora.name!r}: its router {self.declaration.router!r} was not called "
-                "in the forward of the block, so the routing is not known; see register_moe"
+                f"layer {self.lora.name!r}: its router {self.router!r} was not called "
+                "in the forward of its block; see register_moe"
             )
-        self._check_rows(call, call.routing[0])
+        self._check_rows(block, call, call.routing[0])
         self.observer.routed(self.lora, _first_tensor(output), *call.routing)
 
     def _leave(self, block: Any, args: object, output: object) -> None:
         self._running.call = None
 
     def _routing(self, block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What the declaration says of the routing, if it has the right form."""
-        found: object = self.declaration.routing(block, *args, **kwargs)
+        found = self.routing(block, *args, **kwargs)
         if (
             isinstance(found, tuple)
             and len(found) == 2
@@ -123,8 +126,8 @@ class BlockHooks:
             "(index, weights) of shape [tokens, experts per token], integers and numbers"
         )
 
-    def _check_rows(self, call: _Call, index: Tensor) -> None:
-        """Each expert's Linears saw the tokens that the declared routing sends there, or all."""
+    def _check_rows(self, block: Any, call: _Call, index: Tensor) -> None:
+        """An expert's Linears must see the tokens that the declared routing sends there, or all."""
         num_experts = self.lora.table.num_experts
         clamped = index.clamp(max=num_experts).reshape(-1)
         wanted = torch.bincount(clamped, minlength=num_experts + 1).tolist()[:num_experts]
@@ -134,8 +137,7 @@ class BlockHooks:
                     raise ModelError(
                         f"layer {self.lora.name!r}: by the declared routing expert {expert} gets "
                         f"{due} of {index.shape[0]} tokens, but its {projection} was called with "
-                        f"{seen}; correct the arguments of register_moe for "
-                        f"{self.declaration.block_name}"
+                        f"{seen}; correct register_moe for {type(block).__name__}"
                     )
 
     # -- at a Linear ---------------------------------------------------------------------------
@@ -144,7 +146,6 @@ class BlockHooks:
     def _add(
         self, projection: str, expert: int, linear: Any, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        """The output of a Linear with its LoRA."""
         if not self.observer.enabled:
             return None
         x, lora = args[0], self.lora
@@ -179,6 +180,6 @@ def _first_tensor(output: object) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise ModelError(
-        f"a declared block returned {type(output).__name__}, which holds no tensor to observe; "
-        "accepted: a tensor, or a tuple, list or dict with the hidden states first"
+        f"a declared block returned {type(output).__name__}; accepted: a tensor, or a tuple, list "
+        "or dict with the hidden states first"
     )

@@ -78,14 +78,13 @@ def _marker(parameter: Fused, index: int) -> Tensor:
 def _part(rows: tuple[int, ...], outputs: int) -> slice | None:
     """The part of a projection that some of its four rows stand for."""
     half = outputs // 2
-    parts = {
+    return {
         (0, 1, 2, 3): slice(0, outputs),
         (0, 1): slice(0, half),
         (2, 3): slice(half, outputs),
         (0, 2): slice(0, outputs, 2),
         (1, 3): slice(1, outputs, 2),
-    }
-    return parts.get(rows)
+    }.get(rows)
 
 
 def _is_whole(places: list[Place], parameter: Fused) -> bool:

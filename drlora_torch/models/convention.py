@@ -9,7 +9,7 @@ Shape letters: T tokens, K experts per token, N experts, I input and O output fe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -35,14 +35,7 @@ class Observer(Protocol):
     def routed(
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> None:
-        """Count the routing of a forward once the backward pass reaches ``output``.
-
-        Args:
-            lora: the layer.
-            output: what the experts return, before anything else is computed from it.
-            top_k_index: chosen experts, integers [T, K]; values >= N are sentinels.
-            top_k_weights: what their outputs are multiplied with, [T, K].
-        """
+        """Count the routing [T, K] once backward reaches ``output``; an index >= N is no expert."""
 
 
 class Convention(Protocol):
@@ -83,12 +76,10 @@ class Convention(Protocol):
 
 
 def dotted_name(kind: type) -> str:
-    """Return the name of a class with its module."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Undo:
-    """Note on a layer which LoRA it runs with."""
     vars(module)[ATTACHMENT] = (lora, observer)
     return lambda: delattr(module, ATTACHMENT)
 
@@ -102,19 +93,8 @@ def undo_all(*undos: Undo) -> Undo:
 
 
 def quantised(weight: Tensor) -> str | None:
-    """Say that a weight is quantised, None if it is not."""
+    """Say why a weight cannot be written to or multiplied as it is; None if it can."""
     if weight.is_floating_point() and weight.element_size() > 1:
         return None
     kind = str(weight.dtype).removeprefix("torch.")
     return f"is quantised ({kind}); load the model in a floating-point dtype"
-
-
-def weights_obstacle(weights: Mapping[str, object], dims: int) -> str | None:
-    """Say why a layer with these weights cannot be adapted, None if it can."""
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor) or weight.dim() != dims:
-            return f"its {name} is not a {dims}-D tensor"
-        reason = ON_META if weight.is_meta else quantised(weight)
-        if reason is not None:
-            return f"its {name} {reason}"
-    return None

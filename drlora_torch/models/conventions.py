@@ -5,30 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from drlora_torch.models.convention import Convention
-from drlora_torch.models.dbrx import DBRX
 from drlora_torch.models.declaration import declaration_of
-from drlora_torch.models.interface import ExpertsInterface
+from drlora_torch.models.interface import INTERFACE
 from drlora_torch.models.jetmoe import JETMOE, JETMOE_ATTENTION
-from drlora_torch.models.linears import PerExpertLinears
 from drlora_torch.models.llama4 import LLAMA4
-from drlora_torch.models.longcat_flash import LONGCAT_FLASH
-from drlora_torch.models.nllb_moe import NLLB_MOE
-from drlora_torch.models.step3p7 import STEP3P7
-from drlora_torch.models.switch_transformers import SWITCH_TRANSFORMERS
+from drlora_torch.models.routed_families import DBRX, LONGCAT_FLASH, STEP3P7
 
-DECLARED = {each.block_name: each for each in (SWITCH_TRANSFORMERS, NLLB_MOE)}
-BUILT_IN = (ExpertsInterface(), STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
+BUILT_IN = (INTERFACE, STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
 
 
 def find_convention(module: nn.Module) -> Convention | None:
     """Return the convention that a module follows; None if it is no layer of experts."""
-    if (declaration := declaration_of(module, DECLARED)) is not None:
-        return PerExpertLinears(declaration)  # first, since users may declare any class
+    if (declared := declaration_of(module)) is not None:
+        return declared  # first, since users may declare any class
     return next((each for each in BUILT_IN if each.matches(module)), None)
 
 
 def convention_of(module: nn.Module) -> Convention:
-    """Return the convention of a module that is known to be a layer of experts."""
     convention = find_convention(module)
     assert convention is not None, "only modules with a convention are adapted"
     return convention

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from drlora_torch.errors import ModelError
 from drlora_torch.models.convention import dotted_name
+from drlora_torch.models.declared_families import FAMILIES
+from drlora_torch.models.linears import PerExpertLinears, Routing
 
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Declaration:
-    """What :func:`register_moe` was told of one class."""
-
-    block_name: str
-    """Dotted name of the class, which need not be imported."""
-    experts: str | Callable[[Any], Sequence[nn.Module]]
-    projections: tuple[str, ...]
-    router: str | None
-    routing: Callable[..., tuple[Tensor, Tensor]]
-
-    def container(self, block: nn.Module) -> list[nn.Module]:
-        """Experts of a block in the order of their indices."""
-        if not isinstance(self.experts, str):
-            return list(self.experts(block))
-        container = block.get_submodule(self.experts)
-        if isinstance(container, nn.ModuleDict):
-            return list(container.values())
-        return list(container) if isinstance(container, nn.ModuleList) else []
-
-    def linears(self, block: nn.Module) -> dict[str, list[Any]]:
-        """Every projection of every expert."""
-        experts = self.container(block)
-        return {name: [each.get_submodule(name) for each in experts] for name in self.projections}
-
-
-_DECLARED: dict[type, Declaration] = {}  # what users declared; known families are constants
+_DECLARED: dict[type, PerExpertLinears] = {}  # what users declared; known families are constants
 
 
 def register_moe(
@@ -47,7 +21,7 @@ def register_moe(
     experts: str | Callable[[Any], Sequence[nn.Module]],
     projections: Sequence[str],
     router: str | None,
-    routing: Callable[..., tuple[Tensor, Tensor]],
+    routing: Routing,
 ) -> None:
     """Declare a class of MoE blocks whose experts are modules of Linears.
 
@@ -98,17 +72,12 @@ def register_moe(
         raise ModelError(f"router must be the name of a child of the block, got {router!r}")
     if not callable(routing):
         raise ModelError(f"routing must be a function, got {routing!r}")
-    _DECLARED[block_class] = Declaration(dotted_name(block_class), experts, names, router, routing)
+    _DECLARED[block_class] = PerExpertLinears(experts, names, router, routing)
 
 
-def declaration_of(module: nn.Module, known: Mapping[str, Declaration]) -> Declaration | None:
-    """Find the declaration of a module's class or of a base of it; users' come before known ones.
-
-    Args:
-        module: any module.
-        known: declarations of families by the dotted name of their block.
-    """
+def declaration_of(module: nn.Module) -> PerExpertLinears | None:
+    """Find the declaration of a module's class or of a base of it; a user's before a family's."""
     for kind in type(module).__mro__:
-        if found := _DECLARED.get(kind) or known.get(dotted_name(kind)):
+        if found := _DECLARED.get(kind) or FAMILIES.get(dotted_name(kind)):
             return found
     return None

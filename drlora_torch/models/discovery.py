@@ -13,7 +13,7 @@ from drlora_torch.errors import ModelError
 from drlora_torch.models.convention import Convention
 from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.records import MoELayer
-from drlora_torch.models.refused import refusal
+from drlora_torch.models.refused import CONTAINERS, refusal
 
 
 def discover(model: nn.Module) -> list[MoELayer]:
@@ -100,7 +100,7 @@ def _adaptable(
 
 
 def _refused(model: nn.Module, name: str, module: Any, reason: str, routers: set[type]) -> MoELayer:
-    container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    container = isinstance(module, CONTAINERS)
     return MoELayer(
         name=name,
         experts_class=type(module).__name__,

@@ -1,7 +1,7 @@
-"""Experts in one tensor per projection, known by the class of their layer.
+"""Experts in one tensor per projection.
 
-Such a module does not ask a registry how to run, so our forward takes the place of its own on the
-instance, and goes away with ``detach``; inside ``adapter.disabled()`` its own runs.
+A family whose module does not ask a registry how to run gets our forward in place of its own, on
+the instance, until ``detach``; inside ``adapter.disabled()`` its own runs.
 
 Shape letters: T tokens, K experts per token, N experts, I input and O output features, H model
 width, S = T * K (token, expert) pairs.
@@ -20,12 +20,13 @@ from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.convention import (
+    ON_META,
     Observer,
     Undo,
     dotted_name,
     give_lora,
+    quantised,
     undo_all,
-    weights_obstacle,
 )
 from drlora_torch.models.location import ExpertParameter
 
@@ -39,13 +40,12 @@ Run = Callable[[Any, Project, Tensor, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Fused:
-    """A convention that the class of a layer tells; one instance a family."""
+    """A convention of experts in one tensor per projection; one instance a family."""
 
     name: str
-    classes: tuple[str, ...]
-    """Dotted names of the classes of a layer."""
-    weights: Mapping[str, ExpertParameter]
-    """Where each projection is, in the order they are applied."""
+    matches: Callable[[nn.Module], bool]
+    weights: Callable[[Any], Mapping[str, ExpertParameter]]
+    """Where a layer has each projection, in the order they are applied."""
     install_into: Install
     dims: int = 3
     """Dimensions of a weight as the model keeps it."""
@@ -54,66 +54,81 @@ class Fused:
     router: str | None = None
     only_on_request: bool = False
 
-    def matches(self, module: nn.Module) -> bool:
-        return any(dotted_name(kind) in self.classes for kind in type(module).__mro__)
-
-    def parameter(self, module: Any, projection: str) -> Any:
-        """The weight of all experts as the model keeps it; None if the layer has none."""
-        where = self.weights[projection]
-        return getattr(module.get_submodule(where.module), where.name, None)
+    def parameters(self, module: Any) -> dict[str, Any]:
+        """The weights of all experts as the model keeps them; None for one that it lacks."""
+        return {
+            projection: getattr(module.get_submodule(where.module), where.name, None)
+            for projection, where in self.weights(module).items()
+        }
 
     def stacked(self, module: Any, projection: str) -> Tensor:
         """The weight of all experts by expert, [N, O, I], or [N, I, O] if transposed."""
-        return self.by_expert(module, self.parameter(module, projection))
+        return self.by_expert(module, self.parameters(module)[projection])
 
     def num_experts(self, module: Any) -> int:
-        last = list(self.weights)[-1]
-        return 0 if self.parameter(module, last) is None else len(self.stacked(module, last))
+        weight = self.first_weight(module)
+        return 0 if weight is None else len(self.by_expert(module, weight))
 
     def first_weight(self, module: Any) -> Tensor | None:
-        weight: Tensor | None = self.parameter(module, next(iter(self.weights)))
-        return weight
+        first: Tensor | None = next(iter(self.parameters(module).values()))
+        return first
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        return {
-            projection: ProjectionShape(*reversed(self.expert_weight(module, projection, 0).shape))
-            for projection in self.weights
-        }
+        shapes = {}
+        for projection, where in self.weights(module).items():
+            _, *features = self.stacked(module, projection).shape
+            shapes[projection] = ProjectionShape(*features[:: 1 if where.transposed else -1])
+        return shapes
 
     def obstacle(self, module: Any) -> str | None:
-        weights = {projection: self.parameter(module, projection) for projection in self.weights}
-        return weights_obstacle(weights, self.dims)
+        for name, weight in self.parameters(module).items():
+            if not isinstance(weight, Tensor) or weight.dim() != self.dims:
+                return f"its {name} is not a {self.dims}-D tensor"
+            if (reason := ON_META if weight.is_meta else quantised(weight)) is not None:
+                return f"its {name} {reason}"
+        counts = [len(self.stacked(module, projection)) for projection in self.weights(module)]
+        if len(set(counts)) > 1:
+            return f"its projections have {' and '.join(map(str, counts))} experts"
+        return None
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         return self.install_into(self, module, lora, observer)
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
         weight = self.stacked(module, projection)[expert]
-        return weight.T if self.weights[projection].transposed else weight
+        return weight.T if self.location(module, projection).transposed else weight
 
     def location(self, module: Any, projection: str) -> ExpertParameter:
-        return self.weights[projection]
+        return self.weights(module)[projection]
 
     def projector(self, module: Any, lora: ExpertLoRA, dispatch: Dispatch) -> Project:
         """Return the function that multiplies sorted rows with a projection of their experts."""
-        dtype = compute_dtype(self.parameter(module, next(iter(self.weights))))
+        weights, parameters = self.weights(module), self.parameters(module)
+        dtype = compute_dtype(parameters[next(iter(weights))])
 
-        def project(projection: str, inputs: Tensor, **options: Any) -> Tensor:
+        def project(
+            projection: str, inputs: Tensor, bias: Tensor | None = None, **options: Any
+        ) -> Tensor:
             return expert_linear(
                 inputs.to(dtype),
-                self.stacked(module, projection),
-                None,
+                self.by_expert(module, parameters[projection]),
+                bias,
                 lora.factors(projection),
                 dispatch,
-                transposed=self.weights[projection].transposed,
+                transposed=weights[projection].transposed,
                 **options,
             )
 
         return project
 
 
+def is_a(class_name: str) -> Callable[[nn.Module], bool]:
+    """Return the test for modules of a class, given by its dotted name, or of a subclass."""
+    return lambda module: class_name in map(dotted_name, type(module).__mro__)
+
+
 def routed(run: Run) -> Install:
-    """Install experts that are called as ``experts(hidden, top_k_index, top_k_weights)``."""
+    """Adapt experts that are called as ``experts(hidden_states, top_k_index, top_k_weights)``."""
 
     def install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

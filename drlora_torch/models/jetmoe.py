@@ -20,14 +20,13 @@ from torch import Tensor
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, run_instead
+from drlora_torch.models.fused import Fused, is_a, run_instead
 from drlora_torch.models.location import ExpertParameter
 
 FIRST, LAST = "input_linear", "output_linear"
 
 
 def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-    """Give the block its LoRA, its projections a forward, its router a hook."""
     last = threading.local()  # the routing of the router's last call in each thread
 
     def remember(router: Any, args: object, output: Any) -> None:
@@ -51,8 +50,7 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
 
 def _experts(counts: list[int], device: torch.device) -> Tensor:
     """Expert of each sorted row, int64 [S]."""
-    numbers = torch.tensor(counts, device=device)
-    return torch.repeat_interleave(torch.arange(len(counts), device=device), numbers)
+    return torch.repeat_interleave(torch.tensor(counts, device=device))
 
 
 def _routing(output: Any) -> tuple[Tensor, Tensor]:
@@ -67,8 +65,8 @@ def _routing(output: Any) -> tuple[Tensor, Tensor]:
 
 JETMOE = Fused(
     name="single projections",
-    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE",),
-    weights={
+    matches=is_a("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE"),
+    weights=lambda module: {
         projection: ExpertParameter(module=projection, name="weight", transposed=False)
         for projection in (FIRST, LAST)
     },
@@ -77,6 +75,6 @@ JETMOE = Fused(
 )
 JETMOE_ATTENTION = dataclasses.replace(
     JETMOE,
-    classes=("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA",),
+    matches=is_a("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoA"),
     only_on_request=True,
 )

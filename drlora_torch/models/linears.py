@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,46 +12,58 @@ from drlora_torch.errors import ModelError
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.block_hooks import BlockHooks
 from drlora_torch.models.convention import ON_META, Observer, Undo, give_lora, quantised, undo_all
-from drlora_torch.models.declaration import Declaration
 from drlora_torch.models.location import ExpertLinears
 
+Routing = Callable[..., tuple[Tensor, Tensor]]
+"""The routing (index, weights), both [T, K], as :func:`register_moe` describes it."""
 
-@dataclasses.dataclass(frozen=True, slots=True)
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class PerExpertLinears:
-    """The convention of a declared class."""
+    """The convention of one declared class; the arguments are those of :func:`register_moe`."""
 
-    declaration: Declaration
+    experts: str | Callable[[Any], Sequence[nn.Module]]
+    projections: tuple[str, ...]
+    router: str | None
+    routing: Routing
     name = "per-expert Linears"
     only_on_request = False
 
-    @property
-    def router(self) -> str | None:
-        return self.declaration.router
+    def container(self, module: nn.Module) -> list[nn.Module]:
+        """Experts of a block in the order of their indices."""
+        if not isinstance(self.experts, str):
+            return list(self.experts(module))
+        container = module.get_submodule(self.experts)
+        if isinstance(container, nn.ModuleDict):
+            return list(container.values())
+        return list(container) if isinstance(container, nn.ModuleList) else []
+
+    def linears(self, module: nn.Module) -> dict[str, list[Any]]:
+        experts = self.container(module)
+        return {name: [each.get_submodule(name) for each in experts] for name in self.projections}
 
     def num_experts(self, module: Any) -> int:
         try:
-            return len(self.declaration.container(module))
+            return len(self.container(module))
         except AttributeError:
             return 0
 
     def first_weight(self, module: Any) -> Tensor | None:
         if self.obstacle(module) is not None:
             return None
-        weight: Tensor = next(iter(self.declaration.linears(module).values()))[0].weight
+        weight: Tensor = self.linears(module)[self.projections[0]][0].weight
         return weight
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        linears = self.declaration.linears(module)
-        return {name: _shape(each[0]) for name, each in linears.items()}
+        return {name: _shape(each[0]) for name, each in self.linears(module).items()}
 
     def obstacle(self, module: Any) -> str | None:
-        declaration = self.declaration
         try:
-            if not declaration.container(module):
-                return f"{declaration.experts!r} is not a ModuleList or ModuleDict with experts"
-            if declaration.router is not None:
-                module.get_submodule(declaration.router)
-            linears = declaration.linears(module)
+            if not self.container(module):
+                return f"{self.experts!r} is not a ModuleList or ModuleDict with experts"
+            if self.router is not None:
+                module.get_submodule(self.router)
+            linears = self.linears(module)
         except AttributeError as error:
             return f"it is not as register_moe was told: {error}"
         for name, each in linears.items():
@@ -60,7 +73,7 @@ class PerExpertLinears:
         return None
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        linear: Any = self.declaration.container(module)[expert].get_submodule(projection)
+        linear: Any = self.container(module)[expert].get_submodule(projection)
         weight: Tensor = linear.weight
         if (reason := quantised(weight)) is not None:
             raise ModelError(f"{projection} of expert {expert} {reason} to merge the adapter")
@@ -68,7 +81,7 @@ class PerExpertLinears:
 
     def location(self, module: Any, projection: str) -> ExpertLinears:
         names = {id(child): name for name, child in module.named_modules()}
-        found = tuple(names.get(id(each), "") for each in self.declaration.container(module))
+        found = tuple(names.get(id(each), "") for each in self.container(module))
         if "" in found or len(set(found)) < len(found):
             raise ModelError(
                 f"the experts of {type(module).__name__} are not modules of the block with a name "
@@ -77,9 +90,9 @@ class PerExpertLinears:
         return ExpertLinears(experts=found, projection=projection)
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-        remove_lora = give_lora(module, lora, observer)
-        hooks = BlockHooks(self.declaration, module, lora, observer)
-        return undo_all(remove_lora, *(handle.remove for handle in hooks.handles))
+        hooks = BlockHooks(self.router, self.routing, lora, observer)
+        handles = hooks.register(module, self.linears(module))
+        return undo_all(give_lora(module, lora, observer), *(each.remove for each in handles))
 
 
 def _shape(linear: Any) -> ProjectionShape:

@@ -20,12 +20,11 @@ from drlora_torch.errors import ModelError
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, run_instead
+from drlora_torch.models.fused import Fused, is_a, run_instead
 from drlora_torch.models.location import ExpertParameter
 
 
 def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-    """Give the block its LoRA, its experts a forward, its router a hook."""
     last = threading.local()  # the routing of the router's last call in each thread
 
     def remember(router: Any, args: object, output: tuple[Tensor, Tensor]) -> None:
@@ -56,8 +55,8 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
 
 LLAMA4 = Fused(
     name="weighted inputs",
-    classes=("transformers.models.llama4.modeling_llama4.Llama4TextMoe",),
-    weights={
+    matches=is_a("transformers.models.llama4.modeling_llama4.Llama4TextMoe"),
+    weights=lambda module: {
         name: ExpertParameter(module="experts", name=name, transposed=True)
         for name in ("gate_up_proj", "down_proj")
     },

@@ -31,10 +31,7 @@ REASONS = {
         "the model in a floating-point dtype, without quantization_config"
     ),
 }
-UNDECLARED = (
-    "its experts are modules of a block, {block}, that drlora does not know; declare the class "
-    "with drlora_torch.register_moe (see docs/adding_a_model.md)"
-)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
@@ -45,8 +42,11 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     for kind in type(module).__mro__:
         if dotted_name(kind) in REASONS:
             return REASONS[dotted_name(kind)]
-    block, _, own_name = name.rpartition(".")
-    container = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1
-    if container and own_name == "experts":
-        return UNDECLARED.format(block=dotted_name(type(model.get_submodule(block))))
-    return None
+    parent, _, own_name = name.rpartition(".")
+    if own_name != "experts" or not isinstance(module, CONTAINERS) or len(module) < 2:
+        return None
+    block = dotted_name(type(model.get_submodule(parent)))
+    return (
+        f"drlora does not know its block, {block}; declare the class with "
+        "drlora_torch.register_moe (see docs/adding_a_model.md)"
+    )

@@ -14,7 +14,7 @@ from torch import nn
 
 from drlora_core.model_shape import LayerShape, ModelShape
 from drlora_torch.errors import ModelError
-from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.discovery import discover
 
 
@@ -79,7 +79,7 @@ def _layers(model: nn.Module) -> tuple[LayerShape, ...]:
     found = []
     for layer in discover(model):
         module = model.get_submodule(layer.name)
-        convention = convention_of(module)
+        convention = find_convention(module)  # None for experts that are refused
         if convention is None or layer.only_on_request or layer.num_experts == 0:
             continue
         number = re.search(r"\.(\d+)\.", f".{layer.name}.")

@@ -157,11 +157,11 @@ def test_engine_must_be_an_engine_of_these_layers() -> None:
 
 def test_a_failure_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer cannot be adapted; the first is taken out again."""
-    from drlora_torch.models.interface import ExpertsInterface
+    from drlora_torch.models.fused import Fused
 
     model, engine = models.build(), helpers.engine()
     picture = Picture(model)
-    install, calls = ExpertsInterface.install, []
+    install, calls = Fused.install, []
 
     def fail_second(*args: Any) -> Any:
         calls.append(args)
@@ -169,7 +169,7 @@ def test_a_failure_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
             raise MemoryError("no more")
         return install(*args)
 
-    monkeypatch.setattr(ExpertsInterface, "install", fail_second)
+    monkeypatch.setattr(Fused, "install", fail_second)
     with pytest.raises(MemoryError, match="no more"):
         drlora_torch.attach(model, engine)
     picture.assert_unchanged(model)

@@ -222,11 +222,11 @@ def test_unknown_names_engines_in_use_and_other_roots() -> None:
 
 
 def test_a_failed_attach_leaves_the_active_one_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from drlora_torch.models.interface import ExpertsInterface
+    from drlora_torch.models.fused import Fused
 
     model, adapters = several(names="ab", router="trainable")
     picture, before = Picture(model), outputs(model)
-    install, calls = ExpertsInterface.install, []
+    install, calls = Fused.install, []
 
     def fail_second(*args: Any) -> Any:
         calls.append(args)
@@ -234,7 +234,7 @@ def test_a_failed_attach_leaves_the_active_one_as_it_was(monkeypatch: pytest.Mon
             raise MemoryError("no more")
         return install(*args)
 
-    monkeypatch.setattr(ExpertsInterface, "install", fail_second)
+    monkeypatch.setattr(Fused, "install", fail_second)
     with pytest.raises(MemoryError, match="no more"):
         helpers.attach(model, adapter_name="c")
     assert list(drlora_torch.adapters(model)) == ["a", "b"]

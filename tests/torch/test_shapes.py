@@ -119,6 +119,7 @@ def test_all_parameters_are_counted(tmp_path: Path) -> None:
         ({"hidden_size": 8}, "Unrecognized model"),
         ({"model_type": "olmoe", "num_experts": "many"}, "cannot build the model"),
         ({"model_type": "llama", "num_hidden_layers": 1}, "no MoE layer that drlora knows"),
+        ({"model_type": "doge", "num_hidden_layers": 1, "is_moe": True}, "no MoE layer that"),
         (
             {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}},
             "cannot build the model",
