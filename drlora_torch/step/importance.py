@@ -18,9 +18,13 @@ from drlora_torch.step.processes import several_processes
 
 @torch.no_grad()
 def mean_sensitivity(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """mean |w * dL/dw| of every row, [P, I] or [P, O] -> float64 [P]."""
+    """mean |w * dL/dw| of every row, [P, I] or [P, O] -> float64 [P].
+
+    Computed in float32 at least: in float16 small products would underflow.
+    """
+    wide = torch.promote_types(parameter.dtype, torch.float32)
     # abs and mean use vector instructions, which linalg.vector_norm(ord=1) does not
-    return (parameter * gradient).abs_().mean(dim=1).double()
+    return (parameter.to(wide) * gradient.to(wide)).abs_().mean(dim=1).double()
 
 
 def slot_importance(lora: ExpertLoRA) -> Tensor:

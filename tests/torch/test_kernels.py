@@ -16,6 +16,7 @@ from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import Kernel, LoRAFactors, expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.lora.slots import Layout, SlotTable
+from drlora_torch.step.importance import mean_sensitivity
 from tests.torch import helpers, models
 
 N, I, O = 5, 16, 24  # noqa: E741 - the letters of the legends
@@ -183,3 +184,38 @@ class FakeWeight:
 
     def element_size(self) -> int:
         return 2
+
+
+NARROW = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("kernel", ["ragged", "grouped"])
+@pytest.mark.parametrize("lora", NARROW)
+@pytest.mark.parametrize("base", NARROW)
+def test_all_pairs_of_dtypes_train_before_and_after_growth(
+    base: str, lora: str, kernel: str
+) -> None:
+    """Growth leaves experts whose slots lie apart, which no slice reaches."""
+    model = models.build("olmoe", dtype=getattr(torch, base))
+    adapter = helpers.attach(model, dtype=lora, kernel=kernel)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-2)
+    losses = [helpers.step(model, optimizer, seed) for seed in range(7)]
+    assert all(torch.tensor(losses).isfinite())
+    assert (len(adapter.events), adapter.skipped_steps) == (2, 0)
+    for parameter in adapter.parameters():
+        assert parameter.dtype is getattr(torch, lora)
+    helpers.fill(adapter)
+    model(**helpers.batch()).loss.backward()
+    for _, projection, layer, slots in helpers.projections(adapter):
+        for parameter in (slots.lora_A, slots.lora_B):
+            assert parameter.grad is not None
+            assert parameter.grad.dtype is parameter.dtype
+            assert parameter.grad[layer.table.active()].any(), projection
+
+
+def test_importance_of_a_float16_lora_does_not_underflow() -> None:
+    """Products of 1e-4 and 1e-5 are 0 in float16, whose smallest number is 6e-8."""
+    parameter, gradient = torch.full((2, 8), 1e-4).half(), torch.full((2, 8), 1e-5).half()
+    expected = (parameter.double() * gradient.double()).mean(dim=1)
+    assert not (parameter * gradient).any()
+    torch.testing.assert_close(mean_sensitivity(parameter, gradient), expected, rtol=1e-6, atol=0)

@@ -124,8 +124,8 @@ class _ExpertLinear(torch.autograd.Function):
                     d_low_w, low_w = d_low, low
                     if weighted:
                         d_low_w, low_w = _weighted(d_low, ws[e]), _weighted(low, ws[e])
-                    d_A[slots] = d_low_w.T @ _kept(x, keep).to(low.dtype)
-                    d_B[slots] = low_w.T @ g_low
+                    d_A[slots] = (d_low_w.T @ _kept(x, keep).to(low.dtype)).to(d_A.dtype)
+                    d_B[slots] = (low_w.T @ g_low).to(d_B.dtype)
                 if needs_weights:  # y.g = x.d_x + bias.g, so y itself is not needed
                     d_ws[e].copy_((d_x.to(w.dtype) * x).sum(dim=1))
                     if bias is not None:
