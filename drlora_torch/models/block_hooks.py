@@ -76,8 +76,6 @@ class BlockHooks:
                 handles.append(linear.register_forward_hook(hook))
         return handles
 
-    # -- around the block ----------------------------------------------------------------------
-
     def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.call = None  # of a forward that was interrupted
         if not self.observer.enabled:
@@ -139,8 +137,6 @@ class BlockHooks:
                         f"{due} of {index.shape[0]} tokens, but its {projection} was called with "
                         f"{seen}; correct register_moe for {type(block).__name__}"
                     )
-
-    # -- at a Linear ---------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(

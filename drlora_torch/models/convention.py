@@ -93,7 +93,7 @@ def undo_all(*undos: Undo) -> Undo:
 
 
 def quantised(weight: Tensor) -> str | None:
-    """Say why a weight cannot be written to or multiplied as it is; None if it can."""
+    """Say that a weight is quantised; None if it is not."""
     if weight.is_floating_point() and weight.element_size() > 1:
         return None
     kind = str(weight.dtype).removeprefix("torch.")

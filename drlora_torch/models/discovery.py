@@ -123,9 +123,9 @@ def _router_beside(model: nn.Module, layer: str, routers: set[type]) -> str | No
     beside = {name: type(child) for name, child in model.get_submodule(parent).named_children()}
     declared = [name for name, kind in beside.items() if kind in routers]
     called = [name for name, kind in beside.items() if kind.__name__.endswith("Router")]
-    if not declared and len(called) != 1:
-        return None
-    return _joined(parent, (declared or called)[0])
+    if declared or len(called) == 1:
+        return _joined(parent, (declared or called)[0])
+    return None
 
 
 def _joined(module: str, child: str) -> str:
