@@ -35,7 +35,6 @@ def to_tensors(events: Sequence[GrowthEvent]) -> dict[str, Tensor]:
 
 
 def to_json(events: Sequence[GrowthEvent]) -> list[dict[str, int]]:
-    """Step, number and unplaced units of each event."""
     return [{"step": e.step, "index": e.index, "unplaced": e.unplaced} for e in events]
 
 

@@ -15,15 +15,12 @@ from torch import Tensor
 
 from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import CheckpointError
-from drlora_torch.lora.layers import ProjectionShape
 from drlora_torch.models.checkpoint_names import Fused, Place, unfused
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.location import ExpertLinears
 from drlora_torch.storage.peft.factors import Expert, Factors
 from drlora_torch.storage.peft.files import PREFIX, joined, own_name, scaling_of
 from drlora_torch.storage.peft.stacked import parameters_of, qualified
-
-FUSED, PARTS = "gate_up_proj", ("gate_proj", "up_proj")
 
 
 def namings(attached: Attached) -> dict[tuple[str, str], list[list[Place]]]:
@@ -32,20 +29,18 @@ def namings(attached: Attached) -> dict[tuple[str, str], list[list[Place]]]:
     Transformers is asked for the names that its checkpoints have; experts that stay fused there
     have only those of :func:`own_places`.
     """
-    fused = {}
-    for layer in attached.layers.values():
-        for each in parameters_of(layer).values():
-            weight = getattr(layer.experts.get_submodule(each.module), each.name)
+    fused, keys = {}, {}
+    for name, layer in attached.layers.items():
+        for projection, where in parameters_of(layer).items():
+            weight = getattr(layer.experts.get_submodule(where.module), where.name)
             if weight.dim() == 3:
-                fused[qualified(layer, each)] = Fused(tuple(weight.shape), each.transposed)
+                keys[name, projection] = key = qualified(layer, where)
+                fused[key] = Fused(tuple(weight.shape), where.transposed)
     on_disk = unfused(attached.model, fused)
     found = {}
     for name, layer in attached.layers.items():
-        parameters = parameters_of(layer)
         for projection, _ in layer.lora.items():
-            named: list[Place] = []
-            if projection in parameters:
-                named = on_disk.get(qualified(layer, parameters[projection]), [])
+            named = on_disk.get(keys.get((name, projection), ""), [])
             adapted = [place for place in named if place.expert < layer.record.num_experts]
             own = own_places(layer, projection)
             found[name, projection] = [adapted, own] if adapted else [own]
@@ -67,12 +62,12 @@ def own_places(layer: AdaptedLayer, projection: str) -> list[Place]:
             Place(joined(name, expert, where.projection), index, slice(0, outputs))
             for index, expert in enumerate(where.experts)
         ]
-    if projection == FUSED:
+    if projection == "gate_up_proj":
         half = outputs // 2
-        rows = [slice(0, half), slice(half, outputs)]
+        gate, up = slice(0, half), slice(half, outputs)
         if where.interleaved:
-            rows = [slice(0, outputs, 2), slice(1, outputs, 2)]
-        parts = list(zip(PARTS, rows, strict=True))
+            gate, up = slice(0, outputs, 2), slice(1, outputs, 2)
+        parts = [("gate_proj", gate), ("up_proj", up)]
     parent = joined(name, where.module if where.name == projection else "")
     return [
         Place(joined(parent, str(expert), part), expert, rows)
@@ -92,22 +87,16 @@ def tensors(places: Sequence[Place], factors: Factors, ranks: Sequence[int]) -> 
 
 
 def take(
-    held: dict[str, Tensor],
-    config: Mapping[str, Any],
-    places: Sequence[Place],
-    shape: ProjectionShape,
-) -> list[Expert] | None:
-    """Take the LoRA at some places out of ``held``, scaled for a scaling of 1; None if none is.
-
-    Parts of an expert with one A share it, else their ranks add up.
-    """
+    held: dict[str, Tensor], config: Mapping[str, Any], places: Sequence[Place], outputs: int
+) -> list[Expert]:
+    """Take the LoRA at some places out of ``held``, scaled for a scaling of 1; empty if none is."""
     if not any(f"{PREFIX}{place.name}.lora_A.weight" in held for place in places):
-        return None
+        return []
     experts: dict[int, list[Expert]] = {}
     for name, expert, rows in places:
         try:
             lora_A, part = (held.pop(f"{PREFIX}{name}.lora_{each}.weight") for each in "AB")
-            lora_B = part.new_zeros(shape.out_features, part.shape[1])
+            lora_B = part.new_zeros(outputs, part.shape[1])
             lora_B[rows] = scaling_of(config, name) * part
             if part.shape[1] != lora_A.shape[0]:
                 raise ValueError("A and B differ in rank")
@@ -118,7 +107,7 @@ def take(
 
 
 def _join(parts: Sequence[Expert]) -> Expert:
-    """A and B of one expert."""
+    """A and B of one expert: parts with the same A share it, else their ranks add up."""
     all_A, all_B = zip(*parts, strict=True)
     if all(torch.equal(all_A[0], lora_A) for lora_A in all_A):
         return all_A[0], torch.stack(all_B).sum(dim=0)

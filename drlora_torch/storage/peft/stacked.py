@@ -13,7 +13,7 @@ PEFT 0.21 reads a weight [N, x, y] as [N, O, I], and as [N, I, O] where its modu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.location import ExpertParameter
 from drlora_torch.storage.peft.factors import Expert, Factors
-from drlora_torch.storage.peft.files import PREFIX, joined, own_name
+from drlora_torch.storage.peft.files import PREFIX, joined, own_name, scaling_of
 
 
 class Target(NamedTuple):
@@ -39,33 +39,33 @@ class Target(NamedTuple):
 
 
 def parameters_of(layer: AdaptedLayer) -> dict[str, ExpertParameter]:
-    """The adapted projections of a layer that are one parameter each."""
     convention = convention_of(layer.experts)
     found = {p: convention.location(layer.experts, p) for p, _ in layer.lora.items()}
     return {p: where for p, where in found.items() if isinstance(where, ExpertParameter)}
 
 
 def qualified(layer: AdaptedLayer, where: ExpertParameter) -> str:
-    """Name of a parameter in the model itself."""
     return joined(own_name(layer.record.name), where.module, where.name)
 
 
-def targets(layer: AdaptedLayer, chosen: Mapping[str, ExpertParameter]) -> dict[str, Target]:
-    """What PEFT makes of the chosen projections of a layer."""
+def targets(layer: AdaptedLayer, suffixes: tuple[str, ...] = ("",)) -> dict[str, Target]:
+    """What PEFT makes of the parameters of a layer whose names, after a dot, end like this."""
     name = layer.record.name
+    chosen = {
+        projection: where
+        for projection, where in parameters_of(layer).items()
+        if f".{qualified(layer, where)}".endswith(suffixes)
+    }
     found = {}
     for projection, where in chosen.items():
         if where.read_from_outside:
             raise CheckpointError(
-                f"PEFT cannot adapt {projection} of layer {name!r}: the weight is read before "
-                f"its module {where.module!r} runs; use export_peft(per_expert=True) or "
-                "merge_and_save()"
+                f"PEFT cannot adapt {projection} of layer {name!r}, whose weight is read outside "
+                "its module; use export_peft(per_expert=True) or merge_and_save()"
             )
         wrapper = joined(own_name(name), where.module)
         if not wrapper:
-            raise CheckpointError(
-                "PEFT cannot adapt a parameter of the model itself, only of a module in it"
-            )
+            raise CheckpointError("PEFT cannot adapt a parameter of the model itself")
         module = layer.experts.get_submodule(where.module)
         wrapped = {each.name for each in chosen.values() if each.module == where.module}
         order = [each for each, _ in module.named_parameters(recurse=False) if each in wrapped]
@@ -94,16 +94,18 @@ def tensors(factors: Factors, target: Target) -> dict[str, Tensor]:
     }
 
 
-def take(held: dict[str, Tensor], target: Target, experts: int) -> list[Expert]:
-    """Take the LoRA of a target out of ``held``: that of its first experts."""
+def take(
+    held: dict[str, Tensor], config: Mapping[str, Any], target: Target, experts: int
+) -> list[Expert]:
+    """Take the LoRA of a target's first experts out of ``held``, scaled for a scaling of 1."""
     try:
         flat_A, flat_B = (held.pop(f"{PREFIX}{target.key}.lora_{part}.weight") for part in "AB")
         lora_A = flat_A.reshape(target.experts, -1, flat_A.shape[-1])
         lora_B = flat_B.reshape(flat_B.shape[0], -1, target.experts).permute(2, 0, 1)
     except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(
-            f"no LoRA of {target.experts} experts at {target.key!r}: {error}"
-        ) from error
+        message = f"no LoRA of {target.experts} experts at {target.key!r}: {error}"
+        raise CheckpointError(message) from error
     if target.swapped:
         lora_A, lora_B = lora_B.transpose(1, 2), lora_A.transpose(1, 2)
+    lora_B = scaling_of(config, target.parameter) * lora_B
     return list(zip(lora_A[:experts], lora_B[:experts], strict=True))
