@@ -1,7 +1,7 @@
 """Export to a standard PEFT LoRA directory, which ``PeftModel.from_pretrained`` loads.
 
 How PEFT adapts a layer depends on where the layer keeps its weights. Of a parameter of all experts
-it has one rank, see :mod:`drlora_torch.storage.peft.stacked`; of a Linear per expert
+it has one rank, see :mod:`drlora_torch.storage.peft.layouts`; of a Linear per expert
 (``target_modules``) every expert keeps its own.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from drlora_torch.attached import Attached
 from drlora_torch.options import RouterMode
-from drlora_torch.storage.peft import files, per_expert, stacked
+from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
 from drlora_torch.storage.peft.files import PREFIX, own_name
 
@@ -57,28 +57,27 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
     }
     parameters: dict[str, int] = {}
     linears: dict[Linear, int] = {}
-    namings = per_expert.namings(attached) if separate else {}
+    namings = layouts.namings(attached) if separate else {}
     for name, layer in attached.layers.items():
-        targets = {} if separate else stacked.targets(layer)
+        targets = {} if separate else layouts.stacked(layer)
         same = rank is not None or separate
         expert_ranks = [ranks[name]] * len(own_ranks[name]) if same else own_ranks[name]
         for projection, slots in layer.lora.items():
             experts = read_slots(layer.lora, slots)
             factors, errors[name][projection] = resize(experts, ranks[name])
             if projection in targets:
-                tensors |= stacked.tensors(factors, targets[projection])
+                tensors |= targets[projection].tensors(factors)
                 parameters[targets[projection].parameter] = ranks[name]
                 continue
-            places = per_expert.own_places(layer, projection)
+            places = layouts.own_places(layer, projection)
             if separate:
                 places = namings[name, projection][0]
-            tensors |= per_expert.tensors(places, factors, expert_ranks)
+            tensors |= layouts.place_tensors(places, factors, expert_ranks)
             for place in places:
                 expert, _, linear = place.name.removeprefix(f"{own_name(name)}.").rpartition(".")
                 linears[own_name(name), expert, linear] = expert_ranks[place.expert]
-    files.write(
-        path, tensors, _config(attached, max(ranks.values()), parameters, linears, separate)
-    )
+    config = _config(attached, max(ranks.values()), parameters, linears, separate)
+    files.write(path, tensors, config)
     return ExportReport(path, ranks, errors)
 
 

@@ -17,7 +17,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lifecycle.routers import trained_routers
 from drlora_torch.lora.layers import ProjectionShape
-from drlora_torch.storage.peft import files, per_expert, stacked
+from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import Expert, Factors, FloatArray, resize, write_slots
 from drlora_torch.storage.peft.files import PREFIX, own_name
 
@@ -68,13 +68,13 @@ def _take_experts(
     found: dict[tuple[str, str], list[Expert]] = {}
     suffixes = tuple(f".{target}" for target in config.get("target_parameters") or ())
     for name, layer in attached.layers.items():
-        for projection, target in stacked.targets(layer, suffixes).items():
-            experts = stacked.take(held, config, target, layer.record.num_experts)
+        for projection, target in layouts.stacked(layer, suffixes).items():
+            experts = target.take(held, config, layer.record.num_experts)
             found[name, projection] = experts
-    for (name, projection), namings in per_expert.namings(attached).items():
+    for (name, projection), namings in layouts.namings(attached).items():
         outputs = attached.layers[name].record.projections[projection].out_features
         for places in namings:
-            if experts := per_expert.take(held, config, places, outputs):
+            if experts := layouts.take_places(held, config, places, outputs):
                 found[name, projection] = experts
     for (name, projection), experts in found.items():
         shape = attached.layers[name].record.projections[projection]
