@@ -128,8 +128,8 @@ def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
 def checked_events(saved: Saved, engine: AllocatorEngine) -> list[GrowthEvent]:
     """Rebuild the growth events; they must lead to the ranks of the engine."""
     arrays: dict[str, dict[str, NDArray[Any]]] = {field: {} for field in (*EVENT_FIELDS, "ranks")}
-    for name, field in _event_keys(saved, engine):
-        arrays[field][name] = saved.tensors[f"{name}/events/{field}"].numpy()
+    for key, (name, field) in _event_keys(saved, engine).items():
+        arrays[field][name] = saved.tensors[key].numpy()
     for name, deltas in arrays["deltas"].items():
         arrays["ranks"][name] = ranks = engine.config.starting_rank + np.cumsum(deltas, axis=0)
         if (ranks[-1] != engine.ranks(name)).any():
@@ -145,10 +145,14 @@ def checked_events(saved: Saved, engine: AllocatorEngine) -> list[GrowthEvent]:
     ]
 
 
-def _event_keys(saved: Saved, engine: AllocatorEngine) -> list[tuple[str, str]]:
-    """Layer and field of every tensor of events in a file; a run without events has none."""
-    fields = [f for f in EVENT_FIELDS if f != "cut" or engine.config.policy == "prune"]
-    return [(name, field) for name in engine.layer_names for field in fields if saved.events]
+def _event_keys(saved: Saved, engine: AllocatorEngine) -> dict[str, tuple[str, str]]:
+    """Tensors of events in a file, with their layer and field; a run without events has none."""
+    return {
+        f"{name}/events/{field}": (name, field)
+        for name in (engine.layer_names if saved.events else ())
+        for field in EVENT_FIELDS
+        if field != "cut" or engine.config.policy == "prune"
+    }
 
 
 def _lora_shapes(saved: Saved, name: str) -> dict[str, int]:
@@ -167,10 +171,10 @@ def _wanted_tensors(
 ) -> Wanted:
     """The tensors that a file of these layers and options must hold, the engine's aside."""
     wanted: Wanted = {}
-    for name, field in _event_keys(saved, engine):
+    for key, (name, field) in _event_keys(saved, engine).items():
         dimensions = (engine.config.r_max,) if field == "cut" else ()
         shape = (len(saved.events), engine.num_experts(name), *dimensions)
-        wanted[f"{name}/events/{field}"] = shape, EVENT_FIELDS[field]
+        wanted[key] = shape, EVENT_FIELDS[field]
     for name, layer in saved.layers.items():
         slots = layer["num_experts"] * saved.options.slots_per_expert(engine.config)
         wanted |= {f"{name}/{field}": ((slots,), torch.int64) for field in SLOT_FIELDS}

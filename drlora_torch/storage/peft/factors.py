@@ -28,7 +28,6 @@ class Factors(NamedTuple):
     lora_B: Tensor  # [N, O, R]
 
 
-@torch.no_grad()
 def read_slots(lora: ExpertLoRA, slots: SlotLoRA) -> list[Expert]:
     """The factors of every expert at its own rank, on the CPU."""
     lora_A, lora_B = slots.lora_A.detach().cpu(), slots.lora_B.detach().cpu()
@@ -48,7 +47,6 @@ def write_slots(lora: ExpertLoRA, slots: SlotLoRA, factors: Factors) -> None:
     slots.lora_B[index] = columns[filled].to(slots.lora_B)
 
 
-@torch.no_grad()
 def resize(experts: Sequence[Expert], rank: int) -> tuple[Factors, FloatArray]:
     """Bring every expert to one rank: pad with zeros, or take the best approximation of B A.
 

@@ -6,7 +6,7 @@ It reads every layout that :mod:`drlora_torch.storage.peft` writes, from any tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lifecycle.routers import trained_routers
-from drlora_torch.lora.layers import ProjectionShape
 from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import Expert, Factors, FloatArray, resize, write_slots
 from drlora_torch.storage.peft.files import PREFIX, own_name
@@ -64,7 +63,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
 def _take_experts(
     attached: Attached, config: Mapping[str, Any], held: dict[str, Tensor]
 ) -> dict[tuple[str, str], list[Expert]]:
-    """Take the LoRA of the experts out of ``held``, by layer and projection."""
+    """Take the LoRA of the experts out of ``held``, by layer and projection, and check it."""
     found: dict[tuple[str, str], list[Expert]] = {}
     suffixes = tuple(f".{target}" for target in config.get("target_parameters") or ())
     for name, layer in attached.layers.items():
@@ -77,17 +76,13 @@ def _take_experts(
             if experts := layouts.take_places(held, config, places, outputs):
                 found[name, projection] = experts
     for (name, projection), experts in found.items():
-        shape = attached.layers[name].record.projections[projection]
-        _check(experts, f"{name}.{projection}", shape)
+        where, shape = f"{name}.{projection}", attached.layers[name].record.projections[projection]
+        for lora_A, lora_B in experts:
+            features = (lora_A.shape[1], lora_B.shape[0])
+            if features != shape:
+                raise CheckpointError(f"{where} has features {tuple(shape)}, PEFT's {features}")
+            if lora_A.shape[0] != lora_B.shape[1]:
+                raise CheckpointError(f"{where}: A and B of the PEFT adapter differ in rank")
+            if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+                raise CheckpointError(f"{where}: the PEFT adapter holds values that are not finite")
     return found
-
-
-def _check(experts: Sequence[Expert], where: str, shape: ProjectionShape) -> None:
-    for lora_A, lora_B in experts:
-        features = (lora_A.shape[1], lora_B.shape[0])
-        if features != shape:
-            raise CheckpointError(f"{where} has features {tuple(shape)}, PEFT's {features}")
-        if lora_A.shape[0] != lora_B.shape[1]:
-            raise CheckpointError(f"{where}: A and B of the PEFT adapter differ in rank")
-        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise CheckpointError(f"{where}: the PEFT adapter holds values that are not finite")

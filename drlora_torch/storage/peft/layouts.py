@@ -29,6 +29,8 @@ from drlora_torch.models.location import ExpertLinears, ExpertParameter
 from drlora_torch.storage.peft.factors import Expert, Factors
 from drlora_torch.storage.peft.files import PREFIX, joined, own_name, scaling_of
 
+Tensors = dict[str, Tensor]
+
 
 class Stacked(NamedTuple):
     """A parameter of all experts as PEFT sees it."""
@@ -42,13 +44,11 @@ class Stacked(NamedTuple):
     swapped: bool
     """PEFT takes inputs for outputs."""
 
-    def tensors(self, factors: Factors) -> dict[str, Tensor]:
-        """lora_A and lora_B as PEFT saves them."""
+    def tensors(self, factors: Factors) -> Tensors:
         lora_A, lora_B = factors
         if self.swapped:
             lora_A, lora_B = lora_B.transpose(1, 2), lora_A.transpose(1, 2)
-        missing = self.experts - lora_A.shape[0]
-        if missing:
+        if missing := self.experts - lora_A.shape[0]:
             pad = (0, 0, 0, 0, 0, missing)
             lora_A, lora_B = (nn.functional.pad(each, pad) for each in (lora_A, lora_B))
         return {
@@ -56,9 +56,7 @@ class Stacked(NamedTuple):
             f"{PREFIX}{self.key}.lora_B.weight": lora_B.permute(1, 2, 0).flatten(1),
         }
 
-    def take(
-        self, held: dict[str, Tensor], config: Mapping[str, Any], experts: int
-    ) -> list[Expert]:
+    def take(self, held: Tensors, config: Mapping[str, Any], experts: int) -> list[Expert]:
         """Take the LoRA of the first experts out of ``held``, scaled for a scaling of 1."""
         try:
             flat_A, flat_B = (held.pop(f"{PREFIX}{self.key}.lora_{part}.weight") for part in "AB")
@@ -149,10 +147,8 @@ def own_places(layer: AdaptedLayer, projection: str) -> list[Place]:
     outputs = layer.record.projections[projection].out_features
     parts = [(projection, slice(0, outputs))]
     if isinstance(where, ExpertLinears):
-        return [
-            Place(joined(name, expert, where.projection), index, slice(0, outputs))
-            for index, expert in enumerate(where.experts)
-        ]
+        names = (joined(name, expert, where.projection) for expert in where.experts)
+        return [Place(each, index, slice(0, outputs)) for index, each in enumerate(names)]
     if projection == "gate_up_proj":
         half = outputs // 2
         gate, up = slice(0, half), slice(half, outputs)
@@ -167,11 +163,9 @@ def own_places(layer: AdaptedLayer, projection: str) -> list[Place]:
     ]
 
 
-def place_tensors(
-    places: Sequence[Place], factors: Factors, ranks: Sequence[int]
-) -> dict[str, Tensor]:
+def place_tensors(places: Sequence[Place], factors: Factors, ranks: Sequence[int]) -> Tensors:
     """Two-dimensional tensors; ``ranks`` has that of each expert, the rest is cut off."""
-    named: dict[str, Tensor] = {}
+    named: Tensors = {}
     for name, expert, rows in places:
         rank = ranks[expert]
         named[f"{PREFIX}{name}.lora_A.weight"] = factors.lora_A[expert, :rank].clone()
@@ -180,7 +174,7 @@ def place_tensors(
 
 
 def take_places(
-    held: dict[str, Tensor], config: Mapping[str, Any], places: Sequence[Place], outputs: int
+    held: Tensors, config: Mapping[str, Any], places: Sequence[Place], outputs: int
 ) -> list[Expert]:
     """Take the LoRA at some places out of ``held``, scaled for a scaling of 1; empty if none is."""
     if not any(f"{PREFIX}{place.name}.lora_A.weight" in held for place in places):
