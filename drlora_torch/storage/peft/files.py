@@ -77,9 +77,9 @@ def scaling_of(config: Mapping[str, Any], target: str) -> float:
     """Scaling of a target: alpha / r, either of which a pattern may change."""
 
     def value(field: str, patterns: str) -> float:
-        for pattern, value in (config.get(patterns) or {}).items():
+        for pattern, own in (config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", target):  # the first that matches, as in PEFT
-                return float(value)
+                return float(own)
         return float(config[field])
 
     try:
