@@ -23,7 +23,7 @@ from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step import parameters
-from drlora_torch.storage import checkpoint, hub, model_card
+from drlora_torch.storage import checkpoint, hub
 from drlora_torch.storage.peft import exporting, importing
 from drlora_torch.storage.peft.exporting import ExportReport
 
@@ -229,8 +229,7 @@ class Adapter:
         folder = Path(path)
         checkpoint.save(self._attached, folder)
         if push_to_hub:
-            name = repo_id or folder.resolve().name
-            hub.upload(folder, name, private, lambda r: model_card.model_card(self._attached, r))
+            hub.upload(self._attached, folder, repo_id or folder.resolve().name, private)
 
     def restore(self, path: str | os.PathLike[str], *, check_base: bool = True) -> None:
         """Bring the adapter to a saved state, in place: parameters keep their identity.

@@ -22,19 +22,17 @@ KEY = "drlora"
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write an adapter file into a folder, replacing an older one at once."""
     target = folder / FILE_NAME
     metadata = {KEY: json.dumps(description)}
     try:
         atomic.write_file(target, lambda part: save_file(dict(tensors), part, metadata=metadata))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"could not write {target}: {error}; what was there before is untouched"
-        ) from error
+        message = f"could not write {target}: {error}; what was there before is untouched"
+        raise CheckpointError(message) from error
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter from a folder or file."""
+    """Read the tensors and the description from a folder or file."""
     source = path / FILE_NAME if path.is_dir() else path
     if not source.is_file():
         raise CheckpointError(f"no adapter at {path}: expected a directory with {FILE_NAME}")

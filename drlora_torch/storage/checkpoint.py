@@ -2,9 +2,13 @@
 
 Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B`` [P, O] (row s of
 both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P]; the
-engine's arrays as ``{layer}/engine/{field}``; growth events as ``{layer}/events/...``; routers that
-learn as ``router/{parameter}``; the partial state of the current optimizer step as ``pending/...``,
-see :meth:`drlora_torch.step.tracker.StepTracker.state_dict`.
+engine's arrays as ``{layer}/engine/{field}``; routers that learn as ``router/{parameter}``; the
+partial state of the current optimizer step as ``pending/...``, see
+:meth:`drlora_torch.step.tracker.StepTracker.state_dict`. Of K growth events, also
+``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy ``prune``
+``cut`` bool [K, N, R]; ranks follow from the deltas.
+
+Shape letters: P rank slots, I and O input and output features, N experts, R = r_max.
 """
 
 from __future__ import annotations
@@ -26,14 +30,13 @@ from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.parameters import unfreeze_routers
 from drlora_torch.step.processes import several_processes
-from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint, history
-from drlora_torch.storage.checkpoint_checks import Saved, as_checkpoint_error
+from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
+from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
 
 VERSION = 2
 
 
 def save(attached: Attached, path: Path) -> None:
-    """Write the adapter file into a folder."""
     state = attached.engine.state_dict()
     tensors: dict[str, Tensor] = {}
     for name, layer in attached.layers.items():
@@ -41,19 +44,24 @@ def save(attached: Attached, path: Path) -> None:
         slots = {"owner": table.owner, "position": table.position, "ages": attached.ages[name]}
         tensors |= {f"{name}/{field}": torch.from_numpy(array) for field, array in slots.items()}
         tensors |= layer.lora.tensors()
+        for field in EVENT_FIELDS:
+            if attached.events and name in getattr(attached.events[0], field):
+                arrays = np.stack([getattr(event, field)[name] for event in attached.events])
+                tensors[f"{name}/events/{field}"] = torch.from_numpy(arrays)
         fields = state["layers"][name]
         for field, value in list(fields.items()):
             if isinstance(value, np.ndarray):
                 tensors[f"{name}/engine/{field}"] = torch.from_numpy(fields.pop(field))
     tensors |= {f"router/{name}": values for name, values in trained_routers(attached).items()}
-    tensors |= history.to_tensors(attached.events)
     tensors |= _pending(attached)
     records = [layer.record for layer in attached.layers.values()]
     description = {
         "version": VERSION,
         "options": attached.options.model_dump(mode="json"),
         "engine": state,
-        "events": history.to_json(attached.events),
+        "events": [
+            {"step": e.step, "index": e.index, "unplaced": e.unplaced} for e in attached.events
+        ],
         "skipped_steps": attached.skipped_steps,
         "base": fingerprint.of_model(attached.model, records),
         "layers": {
@@ -75,8 +83,8 @@ def read(path: Path) -> Saved:
         version = description["version"]
         if version != VERSION or isinstance(version, bool):
             raise CheckpointError(
-                f"the adapter has format version {version!r}; this drlora reads {VERSION} "
-                "(files of a newer drlora need a newer drlora)"
+                f"the adapter has format version {version!r}; this drlora reads {VERSION} (a newer "
+                "file needs a newer drlora)"
             )
         state = dict(description["engine"])
         state["layers"] = {name: dict(fields) for name, fields in state["layers"].items()}
@@ -97,7 +105,6 @@ def read(path: Path) -> Saved:
 
 
 def restore_engine(saved: Saved, policy: Policy | None = None) -> AllocatorEngine:
-    """Build the engine of a file."""
     with as_checkpoint_error(saved.path):
         config = AllocatorConfig.model_validate(saved.state["config"])
         engine = AllocatorEngine(config, policy=policy)
@@ -123,7 +130,7 @@ def check(
             fingerprint.check(model, records, saved.base)
         checkpoint_checks.check_tensors(saved, engine, model, records)
         checkpoint_checks.check_slots(saved, engine)
-        return history.from_saved(saved.events, saved.tensors, engine)
+        return checkpoint_checks.checked_events(saved, engine)
 
 
 @torch.no_grad()
@@ -167,13 +174,12 @@ def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
 
 
 def _pending(attached: Attached) -> dict[str, Tensor]:
-    """The partial state of the current step, to save with an adapter."""
     tracker = tracker_of(attached)
     found = attached.unfinished if tracker is None else tracker.state_dict()
     if found and several_processes():
         warnings.warn(
-            "saved between micro-batches of an optimizer step: with several processes, each has "
-            "gradients of its own, so these are not saved; resume from the beginning of the step",
+            "saved in the middle of an optimizer step: gradients of several processes are not "
+            "saved, so resume from the beginning of the step",
             RuntimeWarning,
             stacklevel=4,
         )

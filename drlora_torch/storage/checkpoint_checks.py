@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from drlora_core import AllocatorEngine
+from drlora_core import AllocatorEngine, GrowthEvent
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lora.slots import FREE, Layout
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.step.tracker import GRADIENT, IMPORTANCE, ROUTING
-from drlora_torch.storage import history
 
+SLOT_FIELDS = ("owner", "position", "ages")
+EVENT_FIELDS = {"deltas": torch.int64, "saliency": torch.float64, "cut": torch.bool}
 Wanted = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 """Shape and dtype of tensors in a file by name; None for any floating-point dtype."""
 
@@ -60,10 +62,7 @@ def check_layers(saved: Saved, records: Mapping[str, MoELayer]) -> None:
     """The model has the layers of the file, with its experts and projections."""
     for name, layer in saved.layers.items():
         if name not in records:
-            raise CheckpointError(
-                f"the adapter is for a layer {name!r}, which the model does not have "
-                f"(it has {len(records)} MoE layers)"
-            )
+            raise CheckpointError(f"the adapter has a layer {name!r} that the model does not have")
         shapes = {p: list(shape) for p, shape in records[name].projections.items()}
         for what, own, theirs in (
             ("experts", records[name].num_experts, layer["num_experts"]),
@@ -84,11 +83,10 @@ def check_tensors(
     step must be skipped.
     """
     wanted = _wanted_tensors(saved, engine, model, records)
-    optional = _partial_state(wanted, saved)
     found = {key: tensor for key, tensor in saved.tensors.items() if "/engine/" not in key}
-    expected = wanted | {key: optional[key] for key in found.keys() & optional.keys()}
-    differing = sorted(expected.keys() ^ found.keys())
-    if differing:
+    optional = {key: each for key, each in _partial_state(wanted, saved).items() if key in found}
+    expected = wanted | optional
+    if differing := sorted(expected.keys() ^ found.keys()):
         verb = "lacks" if differing[0] in wanted else "has an unknown"
         raise CheckpointError(f"the adapter {verb} tensor {differing[0]!r}")
     for key, (shape, dtype) in expected.items():
@@ -109,9 +107,7 @@ def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
         raise CheckpointError("the saved engine is of other layers than the adapter")
     masked = saved.options.layout is Layout.MASKED
     for name in engine.layer_names:
-        owner, position, ages = (
-            saved.tensors[f"{name}/{field}"].numpy() for field in ("owner", "position", "ages")
-        )
+        owner, position, ages = (saved.tensors[f"{name}/{field}"].numpy() for field in SLOT_FIELDS)
         held = owner != FREE
         owned = sorted(zip(owner[held].tolist(), position[held].tolist(), strict=True))
         wanted = [(e, j) for e, rank in enumerate(engine.ranks(name).tolist()) for j in range(rank)]
@@ -129,6 +125,36 @@ def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
                 raise CheckpointError(f"{key}: a slot nobody owns is not 0")
 
 
+def checked_events(saved: Saved, engine: AllocatorEngine) -> list[GrowthEvent]:
+    """Rebuild the growth events; they must lead to the ranks of the engine."""
+    arrays: dict[str, dict[str, NDArray[Any]]] = {field: {} for field in (*EVENT_FIELDS, "ranks")}
+    for key, (name, field) in _event_keys(saved, engine).items():
+        arrays[field][name] = saved.tensors[key].numpy()
+    for name, deltas in arrays["deltas"].items():
+        arrays["ranks"][name] = ranks = engine.config.starting_rank + np.cumsum(deltas, axis=0)
+        if (ranks[-1] != engine.ranks(name)).any():
+            raise CheckpointError(f"layer {name!r}: the growth events lead to other ranks")
+    return [
+        GrowthEvent(
+            step=int(event["step"]),
+            index=int(event["index"]),
+            unplaced=int(event["unplaced"]),
+            **{field: {name: a[k] for name, a in of.items()} for field, of in arrays.items()},
+        )
+        for k, event in enumerate(saved.events)
+    ]
+
+
+def _event_keys(saved: Saved, engine: AllocatorEngine) -> dict[str, tuple[str, str]]:
+    """Tensors of events in a file, with their layer and field; a run without events has none."""
+    return {
+        f"{name}/events/{field}": (name, field)
+        for name in (engine.layer_names if saved.events else ())
+        for field in EVENT_FIELDS
+        if field != "cut" or engine.config.policy == "prune"
+    }
+
+
 def _lora_shapes(saved: Saved, name: str) -> dict[str, int]:
     """A and B of a layer, and how many features each has."""
     targets = saved.options.targets
@@ -144,11 +170,14 @@ def _wanted_tensors(
     saved: Saved, engine: AllocatorEngine, model: nn.Module, records: Mapping[str, MoELayer]
 ) -> Wanted:
     """The tensors that a file of these layers and options must hold, the engine's aside."""
-    wanted: Wanted = {**history.wanted_tensors(len(saved.events), engine)}
+    wanted: Wanted = {}
+    for key, (name, field) in _event_keys(saved, engine).items():
+        dimensions = (engine.config.r_max,) if field == "cut" else ()
+        shape = (len(saved.events), engine.num_experts(name), *dimensions)
+        wanted[key] = shape, EVENT_FIELDS[field]
     for name, layer in saved.layers.items():
         slots = layer["num_experts"] * saved.options.slots_per_expert(engine.config)
-        for field in ("owner", "position", "ages"):
-            wanted[f"{name}/{field}"] = (slots,), torch.int64
+        wanted |= {f"{name}/{field}": ((slots,), torch.int64) for field in SLOT_FIELDS}
         for key, features in _lora_shapes(saved, name).items():
             wanted[key] = (slots, features), None
         router = records[name].router

@@ -25,7 +25,6 @@ COMPARABLE = {"float32", "bfloat16", "float64"}  # a float16 model rounds on its
 
 @torch.no_grad()
 def of_model(model: nn.Module, layers: Sequence[MoELayer]) -> dict[str, Any]:
-    """Describe the experts of these layers, as JSON values."""
     return {
         "model": type(model).__name__,
         "dtype": layers[0].dtype,
@@ -51,9 +50,8 @@ def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object) -> N
         more = f" and {len(differing) - 1} more layers" if len(differing) > 1 else ""
         raise CheckpointError(
             f"the base model is another: the expert weights of {differing[0]!r}{more} are not "
-            f"those that the adapter was trained on (a {saved.get('model')}, {saved.get('dtype')}; "
-            f"this is a {own['model']}, {own['dtype']}); "
-            "load(..., check_base=False) loads it all the same"
+            f"those of the training, on a {saved.get('model')}, {saved.get('dtype')} (this is a "
+            f"{own['model']}, {own['dtype']}); load(..., check_base=False) does not compare them"
         )
 
 

@@ -1,16 +1,17 @@
-"""Adapters on the Hugging Face hub."""
+"""Adapters on the Hugging Face hub, with their model card."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 from huggingface_hub import errors
 
 from drlora_core import atomic
+from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.storage.adapter_file import FILE_NAME
 
@@ -23,6 +24,41 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (errors.EntryNotFoundError, f"the repository holds no {FILE_NAME}"),
     (errors.RepositoryNotFoundError, "no such repository on the hub that this account may read"),
 )
+
+
+CARD = """\
+---
+library_name: drlora
+tags:
+- lora
+- mixture-of-experts
+{base_line}---
+
+# {title}
+
+LoRA with a rank of its own for every expert, allocated in training by
+[DR-LoRA](https://arxiv.org/abs/2601.04823).
+
+```python
+import drlora_torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+adapter = drlora_torch.load(model, "{repo}", trainable=False)
+```
+
+## Ranks after {steps} optimizer steps
+
+| layer | experts | total | least | median | most | rank of each expert |
+|---|---|---|---|---|---|---|
+{ranks}
+
+## Configuration
+
+| field | value |
+|---|---|
+{fields}
+"""
 
 
 def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -41,23 +77,19 @@ def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 
 def is_repo_id(name: str) -> bool:
-    """True for what can be the id of a repository, ``owner/name``."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def upload(
-    folder: Path, repo_id: str, private: bool | None, write_card: Callable[[str], str]
-) -> None:
-    """Upload the adapter of a folder, creating the repository if it does not exist.
+def upload(attached: Attached, folder: Path, repo_id: str, private: bool | None) -> None:
+    """Upload the adapter saved in a folder, into a new repository if there is none of the name.
 
-    ``write_card`` gives the text of a model card for the full name of the repository. The card is
-    written to the folder and uploaded too; one that is already there stays.
+    A model card is written to the folder and uploaded too; one that is already there stays.
     """
     try:
         api = huggingface_hub.HfApi()
         repo = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if not (folder / CARD_FILE).exists():
-            atomic.write_text(folder / CARD_FILE, write_card(repo))
+            atomic.write_text(folder / CARD_FILE, model_card(attached, repo))
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -66,9 +98,32 @@ def upload(
         )
     except Exception as error:  # whatever the hub's client and the network raise
         raise CheckpointError(
-            f"the adapter is written to {folder}, but could not be uploaded to {repo_id!r}: "
+            f"the adapter is in {folder}, but could not be uploaded to {repo_id!r}: "
             f"{_first_line(error)}"
         ) from error
+
+
+def model_card(attached: Attached, repo: str) -> str:
+    """How to load the adapter of a repository, its ranks, and how they were allocated."""
+    base = str(getattr(getattr(attached.model, "config", None), "_name_or_path", "") or "")
+    if Path(base).exists() or not is_repo_id(base):
+        base = ""  # a local path says nothing to others
+    ranks = {name: layer.lora.table.ranks() for name, layer in attached.layers.items()}
+    fields = attached.engine.config.model_dump(mode="json")
+    fields |= attached.options.model_dump(mode="json", exclude={"layers"})
+    return CARD.format(
+        base_line=f"base_model: {base}\n" if base else "",
+        title=repo.rpartition("/")[2],
+        base=base or "the base model",
+        repo=repo,
+        steps=attached.engine.step_count,
+        ranks="\n".join(
+            f"| `{name}` | {r.size} | {r.sum()} | {r.min()} | {np.median(r):g} | {r.max()} | "
+            f"{' '.join(map(str, r))} |"
+            for name, r in ranks.items()
+        ),
+        fields="\n".join(f"| `{field}` | {value} |" for field, value in fields.items()),
+    )
 
 
 def _first_line(error: Exception) -> str:

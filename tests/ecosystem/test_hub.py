@@ -12,7 +12,7 @@ from huggingface_hub import errors
 
 import drlora_torch
 from drlora_torch.adapter import state_of
-from drlora_torch.storage.model_card import model_card
+from drlora_torch.storage.hub import model_card
 from tests.torch import helpers, models
 
 FILE = "drlora_adapter.safetensors"

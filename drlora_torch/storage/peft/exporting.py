@@ -1,7 +1,7 @@
 """Export to a standard PEFT LoRA directory, which ``PeftModel.from_pretrained`` loads.
 
 How PEFT adapts a layer depends on where the layer keeps its weights. Of a parameter of all experts
-it has one rank, see :mod:`drlora_torch.storage.peft.stacked`; of a Linear per expert
+it has one rank, see :mod:`drlora_torch.storage.peft.layouts`; of a Linear per expert
 (``target_modules``) every expert keeps its own.
 """
 
@@ -13,12 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from drlora_torch.attached import Attached
-from drlora_torch.lifecycle.routers import trained_routers
 from drlora_torch.options import RouterMode
-from drlora_torch.storage.peft import files, per_expert, stacked
+from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
 from drlora_torch.storage.peft.files import PREFIX, own_name
 
@@ -47,39 +44,40 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
     """Carry out :meth:`drlora_torch.Adapter.export_peft`; ``separate`` is its ``per_expert``."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}")
-    ranks = {
-        name: rank or max(int(layer.lora.table.ranks().max()), 1)
+    own_ranks = {  # at least 1: PEFT has no rank 0
+        name: [max(own, 1) for own in layer.lora.table.ranks().tolist()]
         for name, layer in attached.layers.items()
     }
+    ranks = {name: rank or max(own) for name, own in own_ranks.items()}
     if separate:  # serving engines take one rank
         ranks = dict.fromkeys(ranks, max(ranks.values()))
     errors: dict[str, dict[str, FloatArray]] = {name: {} for name in attached.layers}
-    tensors = _routers(attached)
+    tensors = {
+        PREFIX + own_name(key): value.cpu() for key, value in files.router_values(attached).items()
+    }
     parameters: dict[str, int] = {}
     linears: dict[Linear, int] = {}
-    namings = per_expert.namings(attached) if separate else {}
+    namings = layouts.namings(attached) if separate else {}
     for name, layer in attached.layers.items():
-        targets = {} if separate else stacked.targets(layer, stacked.parameters_of(layer))
-        expert_ranks = [ranks[name]] * layer.record.num_experts
-        if rank is None and not separate:  # PEFT has no rank 0
-            expert_ranks = [max(own, 1) for own in layer.lora.table.ranks().tolist()]
+        targets = {} if separate else layouts.stacked(layer)
+        same = rank is not None or separate
+        expert_ranks = [ranks[name]] * len(own_ranks[name]) if same else own_ranks[name]
         for projection, slots in layer.lora.items():
             experts = read_slots(layer.lora, slots)
             factors, errors[name][projection] = resize(experts, ranks[name])
             if projection in targets:
-                tensors |= stacked.tensors(factors, targets[projection])
+                tensors |= targets[projection].tensors(factors)
                 parameters[targets[projection].parameter] = ranks[name]
                 continue
-            places = per_expert.own_places(layer, projection)
+            places = layouts.own_places(layer, projection)
             if separate:
                 places = namings[name, projection][0]
-            tensors |= per_expert.tensors(places, factors, expert_ranks)
+            tensors |= layouts.place_tensors(places, factors, expert_ranks)
             for place in places:
                 expert, _, linear = place.name.removeprefix(f"{own_name(name)}.").rpartition(".")
                 linears[own_name(name), expert, linear] = expert_ranks[place.expert]
-    files.write(
-        path, tensors, _config(attached, max(ranks.values()), parameters, linears, separate)
-    )
+    config = _config(attached, max(ranks.values()), parameters, linears, separate)
+    files.write(path, tensors, config)
     return ExportReport(path, ranks, errors)
 
 
@@ -90,37 +88,22 @@ def pattern(linears: Iterable[Linear]) -> str:
     there is one for each rank: one for each expert would cost the square of their number.
 
     Example:
-        >>> pattern([("layers.0", "experts.0", "w1"), ("layers.0", "experts.0", "w2"),
-        ...          ("layers.1", "experts.0", "w1"), ("layers.1", "experts.0", "w2")])
-        '(?:layers\\.0|layers\\.1)\\.(?:experts\\.0)\\.(?:w1|w2)'
+        >>> pattern([("layers.0", "experts.0", "w1"), ("layers.1", "experts.0", "w1")])
+        '(?:layers\\.0|layers\\.1)\\.(?:experts\\.0)\\.(?:w1)'
     """
     parts: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # ordered sets
     for layer, expert, projection in linears:
         experts, projections = parts.setdefault(layer, ({}, {}))
         experts[expert] = projections[projection] = None
-    layers: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
-    for layer, (experts, projections) in parts.items():
-        layers.setdefault((tuple(experts), tuple(projections)), []).append(layer)
+    layers: dict[tuple[tuple[str, ...], ...], list[str]] = {}  # those with equal parts together
+    for layer, names in parts.items():
+        layers.setdefault(tuple(map(tuple, names)), []).append(layer)
     return "|".join(
         r"\.".join(
             f"(?:{'|'.join(map(re.escape, names))})" for names in (alike, *rest) if any(names)
         )
         for rest, alike in layers.items()
     )
-
-
-def _routers(attached: Attached) -> dict[str, Tensor]:
-    """Routers that learned, which are whole modules to PEFT."""
-    if attached.options.router is RouterMode.FROZEN:
-        return {}
-    trained = trained_routers(attached)
-    tensors = {}
-    for layer in attached.layers.values():
-        assert layer.router is not None
-        for part, value in layer.router.state_dict().items():
-            name = f"{layer.record.router}.{part}"
-            tensors[PREFIX + own_name(name)] = trained.get(name, value).detach().cpu()
-    return tensors
 
 
 def _config(

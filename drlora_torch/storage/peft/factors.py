@@ -28,7 +28,6 @@ class Factors(NamedTuple):
     lora_B: Tensor  # [N, O, R]
 
 
-@torch.no_grad()
 def read_slots(lora: ExpertLoRA, slots: SlotLoRA) -> list[Expert]:
     """The factors of every expert at its own rank, on the CPU."""
     lora_A, lora_B = slots.lora_A.detach().cpu(), slots.lora_B.detach().cpu()
@@ -48,16 +47,11 @@ def write_slots(lora: ExpertLoRA, slots: SlotLoRA, factors: Factors) -> None:
     slots.lora_B[index] = columns[filled].to(slots.lora_B)
 
 
-@torch.no_grad()
 def resize(experts: Sequence[Expert], rank: int) -> tuple[Factors, FloatArray]:
-    """Bring every expert to one rank: pad with zeros, or take the best approximation.
+    """Bring every expert to one rank: pad with zeros, or take the best approximation of B A.
 
-    The best approximation of a rank (Eckart-Young) truncates the singular value decomposition of
-    B A, computed on the small factors of its QR decompositions: B A = Q_B (R_B R_A^T) Q_A^T.
-
-    Returns:
-        The factors, and the relative Frobenius error of B A of each expert, [N]. An expert that
-        fits keeps its A and B, and its error is 0.
+    Also returns the relative Frobenius error of each expert's B A, [N]. It is 0 for an expert that
+    fits, which keeps its A and B.
     """
     first_A, first_B = experts[0]
     lora_A = first_A.new_zeros(len(experts), rank, first_A.shape[1])
@@ -76,7 +70,11 @@ def resize(experts: Sequence[Expert], rank: int) -> tuple[Factors, FloatArray]:
 
 
 def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Cut b @ a to a lower rank, and tell the relative error."""
+    """The best approximation of B A at a lower rank (Eckart-Young), and its relative error.
+
+    It truncates the singular value decomposition, which is computed on the small factors of two QR
+    decompositions: B A = Q_B (R_B R_A^T) Q_A^T.
+    """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drlora_core import atomic
+from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
+from drlora_torch.lifecycle.routers import trained_routers
+from drlora_torch.options import RouterMode
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -26,17 +29,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with atomic.replaced_files(path) as folder:
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            atomic.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
             atomic.write_file(
-                folder / WEIGHTS_FILE,
-                lambda part: save_file(held, part, metadata={"format": "pt"}),
+                folder / WEIGHTS_FILE, lambda part: save_file(held, part, metadata={"format": "pt"})
             )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write the export to {path}: {error}") from error
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the configuration."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise CheckpointError(f"no PEFT adapter at {path}: it has no {name}")
@@ -50,42 +51,42 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, config
 
 
+def router_values(attached: Attached) -> dict[str, Tensor]:
+    """Values of the routers that learn, buffers too, by name: to PEFT they are whole modules."""
+    if attached.options.router is RouterMode.FROZEN:
+        return {}
+    values = {}
+    for layer in attached.layers.values():
+        assert layer.router is not None
+        for part, value in layer.router.state_dict().items():
+            values[f"{layer.record.router}.{part}"] = value
+    return values | trained_routers(attached)
+
+
 def own_name(name: str) -> str:
     """Name of a module in the model itself, where that is already inside a PeftModel."""
     return name.removeprefix(PREFIX).replace(".base_layer", "")
 
 
 def joined(*parts: str) -> str:
-    """Dotted name of parts, of which some may be empty.
-
-    Example:
-        >>> joined("mlp", "", "w1")
-        'mlp.w1'
-    """
+    """Dotted name of parts, of which some may be empty."""
     return ".".join(part for part in parts if part)
 
 
 def scaling_of(config: Mapping[str, Any], target: str) -> float:
-    """Scaling of a target: alpha / r, either of which a pattern may change.
+    """Scaling of a target: alpha / r, either of which a pattern may change."""
 
-    Example:
-        >>> scaling_of({"r": 4, "lora_alpha": 8}, "mlp.experts.down_proj")
-        2.0
-    """
+    def value(field: str, patterns: str) -> float:
+        for pattern, own in (config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", target):  # the first that matches, as in PEFT
+                return float(own)
+        return float(config[field])
+
     try:
-        rank = _value(config, "r", "rank_pattern", target)
-        alpha = _value(config, "lora_alpha", "alpha_pattern", target)
+        rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if not math.isfinite(scaling):
             raise ValueError("the scaling is not finite")
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
         raise CheckpointError(f"no readable r and lora_alpha for {target!r}: {error}") from error
     return scaling
-
-
-def _value(config: Mapping[str, Any], field: str, patterns: str, target: str) -> float:
-    """The value of the first pattern that matches the end of the name, as PEFT does."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", target):
-            return float(value)
-    return float(config[field])
