@@ -17,13 +17,7 @@ from numpy.typing import ArrayLike
 from drlora_core import events, layer, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import (
-    LayoutError,
-    StatisticError,
-    StepOrderError,
-    UnknownLayerError,
-    near_misses,
-)
+from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy, policy_name
 from drlora_core.recording.writer import Recorder, RecordingWriter
@@ -131,18 +125,18 @@ class AllocatorEngine:
             StepOrderError: there is no layer, or one was not observed.
             PolicyError: the policy broke its contract; the engine is unchanged.
         """
+        step = self._step + 1
         self._check_observed()
-        ranks_before = {name: state.ranks for name, state in self._layers.items()}
         event, layers, carry = events.decide(
-            self.config, self._policy, self._layers, self._carry, self._step + 1
+            self.config, self._policy, self._layers, self._carry, step
         )
         if self._recorder is not None:
-            self._recorder.step(self._step + 1, ranks_before, event)
+            ranks_before = {name: state.ranks for name, state in self._layers.items()}
+            self._recorder.step(step, ranks_before, event)
         self._layers = {
             name: dataclasses.replace(state, observed=False) for name, state in layers.items()
         }
-        self._carry = carry
-        self._step += 1
+        self._carry, self._step = carry, step
         return event
 
     @property
@@ -213,8 +207,7 @@ class AllocatorEngine:
         self._recorder = recorder
 
     def _layer(self, name: str) -> layer.LayerState:
-        if not isinstance(name, str) or name not in self._layers:
-            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self._layers)}")
+        check_layer(name, self._layers)
         return self._layers[name]
 
     def _check_observed(self) -> None:

@@ -32,24 +32,24 @@ def saturated_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     served = float((growth > 0).mean())
     fewest = float(growth.mean()) / (config.r_max - config.r_init)
     full_share = float(growth[ranks == config.r_max].sum() / growth.sum())
-    few = served <= min(limits.few_experts, limits.few_factor * fewest)
-    if not few or full_share < limits.full_share:
+    most = min(limits.few_experts, limits.few_factor * fewest)
+    if served > most or full_share < limits.full_share:
         return None
-    message = (
-        f"{served:.0%} of the experts got all the growth; {full_share:.0%} of it went to "
-        f"experts at r_max {config.r_max}"
+    by_design = config.policy == "greedy" and config.max_growth is None
+    return Finding(
+        f"{served:.0%} of the experts got all the growth; {full_share:.0%} of it went to experts "
+        f"at r_max {config.r_max}",
+        "the greedy walk fills an expert in one event: set max_growth or policy 'rescored'"
+        if by_design
+        else f"a gamma above {config.gamma:g}, a smaller max_growth or a smaller r_max",
+        {
+            "experts_served": served,
+            "fewest_possible": fewest,
+            "share_of_full_experts": full_share,
+            "gamma": config.gamma,
+        },
+        "note" if by_design else "warning",
     )
-    evidence = {
-        "experts_served": served,
-        "fewest_possible": fewest,
-        "share_of_full_experts": full_share,
-        "gamma": config.gamma,
-    }
-    if config.policy == "greedy" and config.max_growth is None:
-        advice = "the greedy walk fills an expert in one event: set max_growth or policy 'rescored'"
-        return Finding(message, advice, evidence, "note")
-    advice = f"a gamma above {config.gamma:g}, a smaller max_growth or a smaller r_max"
-    return Finding(message, advice, evidence)
 
 
 def even_growth(subject: Subject, limits: Thresholds) -> Finding | None:
@@ -181,8 +181,8 @@ def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
     if not early.keys() == late.keys() == subject.layers.keys():
         raise NotCheckedError("no routing was recorded")
     extra_units, lost_units, lost_experts = 0, 0, {}
-    for name in subject.layers:
-        extra = np.maximum(subject.ranks[name] - subject.config.r_target, 0)
+    for name, ranks in subject.ranks.items():
+        extra = np.maximum(ranks - subject.config.r_target, 0)
         lost = (extra > 0) & (late[name] < (1.0 - limits.traffic_loss) * early[name])
         extra_units += int(extra.sum())
         lost_units += int(extra[lost].sum())
@@ -202,15 +202,11 @@ def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def uninformative_routing(subject: Subject, limits: Thresholds) -> Finding | None:
     """Routing frequency is flat over the experts, or noise."""
-    if not subject.config.use_routing:
-        raise NotCheckedError("the configuration does not use f")
     return _uninformative(subject, "routing", limits)
 
 
 def uninformative_importance(subject: Subject, limits: Thresholds) -> Finding | None:
     """Rank importance is flat over the experts, or noise."""
-    if not subject.config.use_importance:
-        raise NotCheckedError("the configuration does not use g")
     return _uninformative(subject, "importance", limits)
 
 
@@ -230,26 +226,9 @@ def unrelated_signals(subject: Subject, limits: Thresholds) -> Finding | None:
     )
 
 
-CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = {
-    check.__name__: check
-    for check in (
-        saturated_growth,
-        even_growth,
-        stagnant_growth,
-        unplaced_quota,
-        monopolised_budget,
-        unreliable_first_event,
-        never_routed,
-        lost_traffic,
-        uninformative_routing,
-        uninformative_importance,
-        unrelated_signals,
-    )
-}
-"""Every check, by name."""
-
-
 def _uninformative(subject: Subject, signal: str, limits: Thresholds) -> Finding | None:
+    if not getattr(subject.config, f"use_{signal}"):
+        raise NotCheckedError(f"the configuration does not use {signal}")
     by_layer: Mapping[str, FloatArray] = getattr(subject, signal)
     used = [values for values in by_layer.values() if values.size > 1 and values.any()]
     if not used:
@@ -285,8 +264,7 @@ def _correlate_halves(recording: Recording, signal: str, stop: int, limits: Thre
     _need_window(middle, limits)
     first = window_means(recording, signal, 0, middle)
     values = _correlate(first, window_means(recording, signal, middle, stop))
-    values = values[~np.isnan(values)]
-    return float(np.median(values)) if values.size else float("nan")
+    return float(np.nanmedian(values)) if not np.isnan(values).all() else float("nan")
 
 
 def _need_recording(subject: Subject) -> Recording:
@@ -313,3 +291,22 @@ def _need_growth(subject: Subject, limits: Thresholds) -> None:
         raise NotCheckedError(
             f"{progress:.0%} of the growth is placed; this check needs {limits.progress:.0%}"
         )
+
+
+CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = {
+    check.__name__: check
+    for check in (
+        saturated_growth,
+        even_growth,
+        stagnant_growth,
+        unplaced_quota,
+        monopolised_budget,
+        unreliable_first_event,
+        never_routed,
+        lost_traffic,
+        uninformative_routing,
+        uninformative_importance,
+        unrelated_signals,
+    )
+}
+"""Every check, by name."""

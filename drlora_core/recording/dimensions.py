@@ -16,12 +16,12 @@ from drlora_core.saliency import active_dimensions
 
 
 def initial_order(num_experts: int, r_max: int) -> IntArray:
-    """Return the order before any cut, int64 [E, R]."""
+    """Order before any cut, int64 [E, R]."""
     return np.tile(np.arange(r_max, dtype=np.int64), (num_experts, 1))
 
 
 def follow(order: IntArray, cut: NDArray[np.bool_]) -> IntArray:
-    """Return the order after a cut (bool [E, R], numbered as before it): kept ones come first.
+    """Order after a cut (bool [E, R], numbered as before it): kept dimensions come first.
 
     Example:
         >>> follow(initial_order(1, 4), np.array([[True, False, True, False]])).tolist()
