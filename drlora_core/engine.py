@@ -99,10 +99,8 @@ class AllocatorEngine:
         state = self._layer(name)
         if state.observed:
             raise StepOrderError(
-                f"layer {name!r} was already observed in step {self._step + 1}; wrong:\n"
-                f"    engine.observe({name!r}, ...); engine.observe({name!r}, ...)\n"
-                f"right, one sample per optimizer step (average the micro-batches):\n"
-                f"    engine.observe({name!r}, ...); engine.step()"
+                f"layer {name!r} was already observed in step {self._step + 1}; average the "
+                f"micro-batches, call engine.observe({name!r}, ...) once, then engine.step()"
             )
         try:
             self._layers[name] = layer.observe(state, self.config, routing, importance)

@@ -148,7 +148,6 @@ def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, Flo
 
 
 def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
-    """S_i of the layer's experts, float64 [N]."""
     routing, importance = signals(state, config)
     return saliency(routing, importance, state.ranks, config.gamma)
 

@@ -89,20 +89,16 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         [1, 2, 2]
     """
     eligible = np.flatnonzero(request.limits)
-    order = eligible[_descending(scores[eligible], request.ranks[eligible])]
+    scores, ranks = scores[eligible], request.ranks[eligible]
+    order = np.argsort(-scores)  # the fast sort leaves ties in any order
+    if (np.diff(scores[order]) == 0).any():
+        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
+    order = eligible[order]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
     growth = np.zeros_like(request.ranks)
     growth[order] = np.clip(request.quota - served_before, 0, limits)
     return growth
-
-
-def _descending(scores: FloatArray, ranks: IntArray) -> IntArray:
-    """Order by score descending, then rank ascending, then index."""
-    order = np.argsort(-scores)  # the fast sort leaves ties in any order
-    if (np.diff(scores[order]) == 0).any():
-        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
-    return order
 
 
 def greedy(request: AllocationRequest) -> IntArray:

@@ -20,8 +20,8 @@ from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError, StatisticError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import Policy, policy_name
+from drlora_core.pruning import follow, initial_order
 from drlora_core.recording.data import LayerRecord, Recording
-from drlora_core.recording.dimensions import follow, from_recorded, initial_order
 from drlora_core.saliency import active_dimensions
 
 CAVEAT = (
@@ -136,7 +136,7 @@ def _read_dimensions(
     """Return the importance of the dimensions that the replay kept, in its numbering, [N, R]."""
     if record.dimensions is None or record.importance_at(row) is None:
         return None
-    sample = from_recorded(record.dimensions[row], order)
+    sample: FloatArray = np.take_along_axis(record.dimensions[row], order, axis=1)
     missing = np.isnan(sample) & active_dimensions(engine.ranks(record.name), sample.shape[1])
     if missing.any():
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])

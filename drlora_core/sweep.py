@@ -36,9 +36,8 @@ class Sweep:
 
     def __str__(self) -> str:
         rows = self.rows()
-        lines = [list(rows[0])]
-        for row in rows:
-            lines.append([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()])
+        cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+        lines = [list(rows[0]), *cells]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         return "\n".join([*text, CAVEAT])

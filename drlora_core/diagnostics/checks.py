@@ -188,7 +188,7 @@ def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
         lost_units += int(extra[lost].sum())
         if lost.any():
             lost_experts[name] = np.flatnonzero(lost).tolist()
-    share = lost_units / extra_units if extra_units else 0.0
+    share = lost_units / max(extra_units, 1)
     if share < limits.misplaced_share:
         return None
     return Finding(
@@ -228,7 +228,8 @@ def unrelated_signals(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def _uninformative(subject: Subject, signal: str, limits: Thresholds) -> Finding | None:
     if not getattr(subject.config, f"use_{signal}"):
-        raise NotCheckedError(f"the configuration does not use {signal}")
+        symbol = "f" if signal == "routing" else "g"
+        raise NotCheckedError(f"the configuration does not use {symbol}")
     by_layer: Mapping[str, FloatArray] = getattr(subject, signal)
     used = [values for values in by_layer.values() if values.size > 1 and values.any()]
     if not used:
@@ -254,7 +255,7 @@ def _uninformative(subject: Subject, signal: str, limits: Thresholds) -> Finding
 
 
 def _correlate(one: Mapping[str, FloatArray], two: Mapping[str, FloatArray]) -> FloatArray:
-    """Rank correlation of the layers that both have, [layers]; NaN where one is constant."""
+    """Rank correlation of each layer that both have; NaN where one side is constant."""
     return np.array([spearman(one[name], two[name]) for name in one if name in two])
 
 

@@ -83,7 +83,6 @@ class Subject:
 
 
 def from_engine(engine: AllocatorEngine) -> Subject:
-    """Describe a live engine."""
     names = engine.layer_names
     if not names:
         raise LayoutError("the engine has no layers, so there is nothing to diagnose")
@@ -100,17 +99,16 @@ def from_engine(engine: AllocatorEngine) -> Subject:
 
 def from_recording(recording: Recording, config: AllocatorConfig | None) -> Subject:
     """Describe the recorded run, or its replay where a configuration is given."""
-    events, settings = recording.events, recording.config
-    if config is not None:
-        events, settings = replay(recording, config).events, config
-    if settings is None:
+    events = recording.events if config is None else replay(recording, config).events
+    config = config or recording.config
+    if config is None:
         raise LayoutError("the recording has no configuration of its own; give one to diagnose it")
     if recording.steps == 0:
         raise LayoutError("the recording has no steps, so there is nothing to diagnose")
-    start = {n: np.full(size, settings.starting_rank) for n, size in recording.layers.items()}
+    start = {n: np.full(size, config.starting_rank) for n, size in recording.layers.items()}
     recent = -max(1, recording.steps // 4)
     return Subject(
-        config=settings,
+        config=config,
         layers=recording.layers,
         step=recording.steps,
         ranks=events[-1].ranks if events else start,

@@ -16,8 +16,8 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
+from drlora_core.pruning import follow, initial_order, to_recorded
 from drlora_core.recording import format as files
-from drlora_core.recording.dimensions import follow, initial_order, to_recorded
 from drlora_core.saliency import mean_over_active
 
 FLUSH_SECONDS = 30.0
