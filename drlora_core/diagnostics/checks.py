@@ -76,8 +76,6 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
         raise NotCheckedError("a live engine keeps no past events; diagnose its recording")
     _need_growth_policy(subject)
     last = subject.events[-limits.stagnant_events :]
-    if len(last) < limits.stagnant_events:
-        return None
     pools = make_pools(config, subject.layers)
     stuck = {}
     for pool in pools:
@@ -87,7 +85,7 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
         due = sum(event_quota(config, pool, event.index) for event in last)
         if placed == 0 and left > 0 and due > 0:
             stuck[pool.names[0] if len(pool.names) == 1 else "all layers"] = left
-    if not stuck:
+    if not stuck or len(last) < limits.stagnant_events:
         return None
     return Finding(
         f"the last {len(last)} events placed nothing in {len(stuck)} of {len(pools)} pools, "
@@ -152,9 +150,8 @@ def unreliable_first_event(subject: Subject, limits: Thresholds) -> Finding | No
 
 def never_routed(subject: Subject, limits: Thresholds) -> Finding | None:
     """The router never chose some experts."""
-    routing = subject.routing
-    if subject.recording is not None:
-        routing = window_means(subject.recording, "routing")
+    recording = subject.recording
+    routing = window_means(recording, "routing") if recording else subject.routing
     if not any(f.any() for f in routing.values()):
         raise NotCheckedError("no routing was observed")
     unused = {n: np.flatnonzero(f == 0.0).tolist() for n, f in routing.items() if not f.all()}
@@ -286,9 +283,11 @@ def _need_growth_policy(subject: Subject) -> None:
 
 def _need_growth(subject: Subject, limits: Thresholds) -> None:
     _need_growth_policy(subject)
-    if subject.config.r_target == subject.config.r_init:
+    planned = sum(subject.layers.values()) * (subject.config.r_target - subject.config.r_init)
+    if not planned:
         raise NotCheckedError("r_init = r_target: nothing grows")
-    if (progress := subject.progress()) < limits.progress:
+    progress = sum(int(subject.growth(name).sum()) for name in subject.layers) / planned
+    if progress < limits.progress:
         raise NotCheckedError(
             f"{progress:.0%} of the growth is placed; this check needs {limits.progress:.0%}"
         )

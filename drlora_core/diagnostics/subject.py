@@ -75,12 +75,6 @@ class Subject:
     def growth(self, name: str) -> IntArray:
         return self.ranks[name] - self.config.starting_rank
 
-    def progress(self) -> float:
-        """Share of the whole growth (or cut) that was made; 1 where none is planned."""
-        whole = sum(self.layers.values()) * (self.config.r_target - self.config.starting_rank)
-        made = sum(int(self.growth(name).sum()) for name in self.layers)
-        return made / whole if whole else 1.0
-
 
 def from_engine(engine: AllocatorEngine) -> Subject:
     names = engine.layer_names

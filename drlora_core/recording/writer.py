@@ -87,7 +87,6 @@ class RecordingWriter:
         self._samples: dict[str, tuple[dict[str, FloatArray], float]] = {}
 
     def sample(self, name: str, routing: Given, importance: Given, tokens: int | None) -> None:
-        """Copy a layer's accepted sample; it is written with its step."""
         arrays = {}
         if routing is not None:
             arrays["routing"] = np.array(routing, dtype=np.float64)
@@ -120,7 +119,6 @@ class RecordingWriter:
             self._follow_cut(event)
 
     def flush(self) -> None:
-        """Write the steps that are only in memory."""
         if self._header is not None and self._rows:
             start, rows = self._steps - len(self._rows), np.concatenate(self._rows)
             files.write_segment(self.path, start, rows, self._events, self._header)
@@ -152,7 +150,6 @@ class RecordingWriter:
         return header
 
     def _make_row(self, header: files.Header, ranks: Ranks) -> files.Rows:
-        """Return one step [1] with the samples."""
         rows = header.make_rows(1)
         row = rows[0]
         for position, (name, part) in enumerate(files.split_experts(header.layers).items()):
