@@ -124,7 +124,15 @@ class AllocatorEngine:
             PolicyError: the policy broke its contract; the engine is unchanged.
         """
         step = self._step + 1
-        self._check_observed()
+        if not self._layers:
+            raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
+        missing = [name for name, state in self._layers.items() if not state.observed]
+        if missing:
+            raise StepOrderError(
+                f"step {step} has no sample of {len(missing)} of {len(self._layers)} layers, first "
+                f"{missing[0]!r}; call engine.observe(...) or engine.skip(name) for every layer "
+                f"before engine.step()"
+            )
         event, layers, carry = events.decide(
             self.config, self._policy, self._layers, self._carry, step
         )
@@ -207,17 +215,6 @@ class AllocatorEngine:
     def _layer(self, name: str) -> layer.LayerState:
         check_layer(name, self._layers)
         return self._layers[name]
-
-    def _check_observed(self) -> None:
-        if not self._layers:
-            raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
-        missing = [name for name, state in self._layers.items() if not state.observed]
-        if missing:
-            raise StepOrderError(
-                f"step {self._step + 1} has no sample of {len(missing)} of {len(self._layers)} "
-                f"layers, first {missing[0]!r}; call engine.observe(...) or engine.skip(name) for "
-                f"every layer before engine.step()"
-            )
 
     def _report_shortfall(self, name: str, num_experts: int) -> None:
         config = self.config

@@ -80,10 +80,7 @@ def run(arguments: list[str] | None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     app, missing = build()
     command = next((word for word in arguments if not word.startswith("-")), None)
-    names = {
-        entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback
-    }
-    if command is not None and command not in names:
+    if command is not None and command not in typer.main.get_group(app).commands:
         for reason in missing:
             typer.echo(f"drlora: not available here: {reason}", err=True)
     try:

@@ -25,7 +25,7 @@ from drlora_core.recording import Recording
 
 def saturated_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     """A few experts took all the growth and reached r_max."""
-    _need_growth(subject, limits)
+    subject.need_growth(limits.progress)
     config = subject.config
     growth = np.concatenate([subject.growth(name) for name in subject.layers])
     ranks = np.concatenate([subject.ranks[name] for name in subject.layers])
@@ -54,7 +54,7 @@ def saturated_growth(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def even_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     """The ranks are almost those of uniform LoRA."""
-    _need_growth(subject, limits)
+    subject.need_growth(limits.progress)
     distances = {
         name: total_variation(ranks, np.ones_like(ranks)) for name, ranks in subject.ranks.items()
     }
@@ -74,7 +74,7 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     config = subject.config
     if subject.events is None:
         raise NotCheckedError("a live engine keeps no past events; diagnose its recording")
-    _need_growth_policy(subject)
+    subject.need_growth_policy()
     last = subject.events[-limits.stagnant_events :]
     pools = make_pools(config, subject.layers)
     stuck = {}
@@ -113,7 +113,7 @@ def monopolised_budget(subject: Subject, limits: Thresholds) -> Finding | None:
     config = subject.config
     if config.scope != "global":
         raise NotCheckedError("scope 'layer' gives every layer the same")
-    _need_growth(subject, limits)
+    subject.need_growth(limits.progress)
     units = {name: float(subject.growth(name).sum()) for name in subject.layers}
     total, experts = sum(units.values()), sum(subject.layers.values())
     ratios = {name: units[name] / (total * n / experts) for name, n in subject.layers.items()}
@@ -132,7 +132,7 @@ def monopolised_budget(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def unreliable_first_event(subject: Subject, limits: Thresholds) -> Finding | None:
     """The order of importance still changes before the first event."""
-    recording, config = _need_recording(subject), subject.config
+    recording, config = subject.need_recording(), subject.config
     if not config.growth_steps or not config.use_importance:
         raise NotCheckedError("no event depends on importance")
     before = min(config.growth_steps[0], recording.steps)
@@ -168,7 +168,7 @@ def never_routed(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
     """The router uses experts with much rank less than before the first event."""
-    recording = _need_recording(subject)
+    recording = subject.need_recording()
     if not subject.events:
         raise NotCheckedError("there was no growth event yet")
     width = min(subject.events[0].step, recording.steps // 2)
@@ -265,32 +265,9 @@ def _correlate_halves(recording: Recording, signal: str, stop: int, limits: Thre
     return float(np.nanmedian(values)) if not np.isnan(values).all() else float("nan")
 
 
-def _need_recording(subject: Subject) -> Recording:
-    if subject.recording is None:
-        raise NotCheckedError("a live engine keeps no past samples; diagnose its recording")
-    return subject.recording
-
-
 def _need_window(width: int, limits: Thresholds) -> None:
     if width < limits.window:
         raise NotCheckedError(f"fewer than {2 * limits.window} steps")
-
-
-def _need_growth_policy(subject: Subject) -> None:
-    if subject.config.policy in ("uniform", "prune"):
-        raise NotCheckedError(f"policy {subject.config.policy!r} does not grow")
-
-
-def _need_growth(subject: Subject, limits: Thresholds) -> None:
-    _need_growth_policy(subject)
-    planned = sum(subject.layers.values()) * (subject.config.r_target - subject.config.r_init)
-    if not planned:
-        raise NotCheckedError("r_init = r_target: nothing grows")
-    progress = sum(int(subject.growth(name).sum()) for name in subject.layers) / planned
-    if progress < limits.progress:
-        raise NotCheckedError(
-            f"{progress:.0%} of the growth is placed; this check needs {limits.progress:.0%}"
-        )
 
 
 CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = {

@@ -75,6 +75,27 @@ class Subject:
     def growth(self, name: str) -> IntArray:
         return self.ranks[name] - self.config.starting_rank
 
+    def need_recording(self) -> Recording:
+        if self.recording is None:
+            raise NotCheckedError("a live engine keeps no past samples; diagnose its recording")
+        return self.recording
+
+    def need_growth_policy(self) -> None:
+        if self.config.policy in ("uniform", "prune"):
+            raise NotCheckedError(f"policy {self.config.policy!r} does not grow")
+
+    def need_growth(self, share: float) -> None:
+        """Need a policy that grows, and at least this share of the growth to be placed."""
+        self.need_growth_policy()
+        planned = sum(self.layers.values()) * (self.config.r_target - self.config.r_init)
+        if not planned:
+            raise NotCheckedError("r_init = r_target: nothing grows")
+        placed = sum(int(self.growth(name).sum()) for name in self.layers) / planned
+        if placed < share:
+            raise NotCheckedError(
+                f"{placed:.0%} of the growth is placed; this check needs {share:.0%}"
+            )
+
 
 def from_engine(engine: AllocatorEngine) -> Subject:
     names = engine.layer_names
