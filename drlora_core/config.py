@@ -168,21 +168,16 @@ class AllocatorConfig(BaseModel):
     @model_validator(mode="after")
     def _is_feasible(self) -> AllocatorConfig:
         self._check_ranks()
-        if self.scope == "global":
-            self._check_global_scope()
+        if self.scope == "global" and self.layer_ceiling is not None:
+            self._check_ceiling(self.layer_ceiling)
         if self.starting_rank != self.r_target:
             self._check_window()
         return self
 
     def _check_ranks(self) -> None:
-        if self.r_target > self.r_max:
-            raise ValueError(
-                f"r_target {self.r_target} > r_max {self.r_max}; use r_max >= {self.r_target}"
-            )
-        if self.r_init > self.r_max:
-            raise ValueError(
-                f"r_init {self.r_init} > r_max {self.r_max}; use r_max >= {self.r_init}"
-            )
+        for name, rank in (("r_target", self.r_target), ("r_init", self.r_init)):
+            if rank > self.r_max:
+                raise ValueError(f"{name} {rank} > r_max {self.r_max}; use r_max >= {rank}")
         if self.policy == "prune" and self.r_init < self.r_target:
             raise ValueError(
                 f"policy 'prune' cuts from r_init down to r_target, but r_init {self.r_init} < "
@@ -194,20 +189,19 @@ class AllocatorConfig(BaseModel):
                 f"r_init <= {self.r_target}, or policy 'prune'"
             )
 
-    def _check_global_scope(self) -> None:
-        if self.policy in ("uniform", "prune") and self.layer_ceiling is not None:
+    def _check_ceiling(self, ceiling: int) -> None:
+        if self.policy in ("uniform", "prune"):
             raise ValueError(
                 f"layer_ceiling has no meaning for policy {self.policy!r}; leave it out"
             )
-        if self.layer_ceiling is not None and not self.r_target <= self.layer_ceiling <= self.r_max:
+        if not self.r_target <= ceiling <= self.r_max:
             raise ValueError(
-                f"layer_ceiling {self.layer_ceiling} must lie between r_target {self.r_target} "
-                f"and r_max {self.r_max}"
+                f"layer_ceiling {ceiling} must lie between r_target {self.r_target} and r_max "
+                f"{self.r_max}"
             )
 
     def _check_window(self) -> None:
-        events = self.num_events
-        if events == 0:
+        if (events := self.num_events) == 0:
             raise ValueError(
                 f"no growth event: none of the steps {self.warmup_steps} < t <= {self.growth_end} "
                 f"is warmup_steps plus a multiple of growth_interval {self.growth_interval}; use "
@@ -215,12 +209,12 @@ class AllocatorConfig(BaseModel):
             )
         if self.policy == "prune" or self.quota is not None or self.max_growth is None:
             return
-        needed = self.r_target - self.r_init
-        if self.max_growth * events < needed:
+        needed, most = self.r_target - self.r_init, self.max_growth * events
+        if most < needed:
             raise ValueError(
                 f"the budget is out of reach: max_growth {self.max_growth} x {events} events = "
-                f"{self.max_growth * events} < {needed} = r_target - r_init; use max_growth >= "
-                f"{-(-needed // events)} or more events"
+                f"{most} < {needed} = r_target - r_init; use max_growth >= {-(-needed // events)} "
+                f"or more events"
             )
 
 

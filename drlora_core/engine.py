@@ -17,13 +17,7 @@ from numpy.typing import ArrayLike
 from drlora_core import events, layer, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import (
-    LayoutError,
-    StatisticError,
-    StepOrderError,
-    UnknownLayerError,
-    near_misses,
-)
+from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy, policy_name
 from drlora_core.recording.writer import Recorder, RecordingWriter
@@ -105,10 +99,8 @@ class AllocatorEngine:
         state = self._layer(name)
         if state.observed:
             raise StepOrderError(
-                f"layer {name!r} was already observed in step {self._step + 1}; wrong:\n"
-                f"    engine.observe({name!r}, ...); engine.observe({name!r}, ...)\n"
-                f"right, one sample per optimizer step (average the micro-batches):\n"
-                f"    engine.observe({name!r}, ...); engine.step()"
+                f"layer {name!r} was already observed in step {self._step + 1}; average the "
+                f"micro-batches, call engine.observe({name!r}, ...) once, then engine.step()"
             )
         try:
             self._layers[name] = layer.observe(state, self.config, routing, importance)
@@ -131,18 +123,26 @@ class AllocatorEngine:
             StepOrderError: there is no layer, or one was not observed.
             PolicyError: the policy broke its contract; the engine is unchanged.
         """
-        self._check_observed()
-        ranks_before = {name: state.ranks for name, state in self._layers.items()}
+        step = self._step + 1
+        if not self._layers:
+            raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
+        missing = [name for name, state in self._layers.items() if not state.observed]
+        if missing:
+            raise StepOrderError(
+                f"step {step} has no sample of {len(missing)} of {len(self._layers)} layers, first "
+                f"{missing[0]!r}; call engine.observe(...) or engine.skip(name) for every layer "
+                f"before engine.step()"
+            )
         event, layers, carry = events.decide(
-            self.config, self._policy, self._layers, self._carry, self._step + 1
+            self.config, self._policy, self._layers, self._carry, step
         )
         if self._recorder is not None:
-            self._recorder.step(self._step + 1, ranks_before, event)
+            ranks_before = {name: state.ranks for name, state in self._layers.items()}
+            self._recorder.step(step, ranks_before, event)
         self._layers = {
             name: dataclasses.replace(state, observed=False) for name, state in layers.items()
         }
-        self._carry = carry
-        self._step += 1
+        self._carry, self._step = carry, step
         return event
 
     @property
@@ -213,20 +213,8 @@ class AllocatorEngine:
         self._recorder = recorder
 
     def _layer(self, name: str) -> layer.LayerState:
-        if not isinstance(name, str) or name not in self._layers:
-            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self._layers)}")
+        check_layer(name, self._layers)
         return self._layers[name]
-
-    def _check_observed(self) -> None:
-        if not self._layers:
-            raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
-        missing = [name for name, state in self._layers.items() if not state.observed]
-        if missing:
-            raise StepOrderError(
-                f"step {self._step + 1} has no sample of {len(missing)} of {len(self._layers)} "
-                f"layers, first {missing[0]!r}; call engine.observe(...) or engine.skip(name) for "
-                f"every layer before engine.step()"
-            )
 
     def _report_shortfall(self, name: str, num_experts: int) -> None:
         config = self.config

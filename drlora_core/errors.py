@@ -43,17 +43,23 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if close:
-        return "did you mean " + " or ".join(repr(match) for match in close) + "?"
+        return f"did you mean {' or '.join(map(repr, close))}?"
     if not names:
         return "there are none yet"
-    shown = ", ".join(repr(known_name) for known_name in names[:5])
+    shown = ", ".join(map(repr, names[:5]))
     return f"known: {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_layer(name: object, known: Iterable[str]) -> None:
+    """Refuse a layer name that is not known."""
+    if not isinstance(name, str) or name not in known:
+        raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), known)}")
 
 
 def describe_validation_error(error: ValidationError) -> str:
     """Describe the first error that pydantic found, and count the others."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(map(str, first["loc"]))
     text = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
     if isinstance(value, (int, float, str)) and repr(value) not in text:

@@ -56,7 +56,6 @@ def decide(
     if index is None:
         return None, layers, carry
     pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
-    signals = {name: layer.signals(state, config) for name, state in layers.items()}
     scores = {name: layer.layer_saliency(state, config) for name, state in layers.items()}
     after: dict[str, LayerState] = {}
     cut: dict[str, NDArray[np.bool_]] = {}
@@ -69,14 +68,12 @@ def decide(
             cut |= cut_here
             left_over.append(0)
             continue
-        ranks = np.concatenate([state.ranks for state in members.values()])
-        available = event_quota(config, pool, index) + carried
-        quota = min(available, pool.num_experts * config.r_target - int(ranks.sum()))
-        request = _make_request(config, pool, ranks, quota, signals, scores, step, number)
+        units = event_quota(config, pool, index) + carried
+        request = _make_request(config, pool, members, scores, units, step, number)
         growth = _spread(config, policy, pool, request, index)
         for name, part in zip(pool.names, pool.slices(), strict=True):
             after[name] = layer.grow(layers[name], growth[part])
-        left_over.append(quota - int(growth.sum()))
+        left_over.append(request.quota - int(growth.sum()))
     event = GrowthEvent(
         step=step,
         index=index,
@@ -115,24 +112,25 @@ def event_quota(config: AllocatorConfig, pool: Pool, index: int) -> int:
 def _make_request(
     config: AllocatorConfig,
     pool: Pool,
-    ranks: IntArray,
-    quota: int,
-    signals: Mapping[str, tuple[FloatArray, FloatArray]],
+    members: Layers,
     scores: Mapping[str, FloatArray],
+    units: int,
     step: int,
     number: int,
 ) -> AllocationRequest:
+    """Ask for ``units`` units, or for those that the budget has left."""
+    ranks = np.concatenate([state.ranks for state in members.values()])
+    signals = [layer.signals(state, config) for state in members.values()]
     scale = np.ones(pool.num_experts)
     if config.scope == "global":
-        scale = layer_means(np.concatenate([scores[name] for name in pool.names]), pool)
-    room = config.r_max - ranks
+        scale = layer_means(np.concatenate([scores[name] for name in members]), pool)
     return AllocationRequest(
         step=step,
-        quota=quota,
+        quota=min(units, pool.num_experts * config.r_target - int(ranks.sum())),
         ranks=ranks,
-        limits=room if config.max_growth is None else np.minimum(room, config.max_growth),
-        routing=np.concatenate([signals[name][0] for name in pool.names]),
-        importance=np.concatenate([signals[name][1] for name in pool.names]),
+        limits=np.minimum(config.r_max - ranks, config.max_growth or config.r_max),
+        routing=np.concatenate([routing for routing, _ in signals]),
+        importance=np.concatenate([importance for _, importance in signals]),
         gamma=config.gamma,
         scale=scale,
         seed=(config.seed, step, number),

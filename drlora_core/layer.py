@@ -6,6 +6,7 @@ Shapes: N experts, R = r_max rank dimensions.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,25 +56,22 @@ def observe(
     importance: ArrayLike | None,
 ) -> LayerState:
     """Update the averages with one sample of phi [N] and of importance [N] or [N, R]."""
-    frequency, frequency_count = state.routing, state.routing_count
+    new: dict[str, Any] = {"observed": True}
     if routing is not None:
         phi = _check("routing", _to_floats("routing", routing), [(state.num_experts,)])
-        frequency = ema.update(frequency, phi, config.routing_decay)
-        frequency_count += 1
+        new["routing"] = ema.update(state.routing, phi, config.routing_decay)
+        new["routing_count"] = state.routing_count + 1
     elif config.use_routing:
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
-    average, count, dimensions = state.importance, state.importance_count, state.dimensions
     if importance is not None:
         mean, sample = _check_importance(state, config, importance)
-        average = ema.update(average, mean, config.importance_decay)
-        count = count + 1
-        if dimensions is not None:
-            dimensions = ema.update(dimensions, sample, config.importance_decay)
-    elif config.use_importance or dimensions is not None:
+        new["importance"] = ema.update(state.importance, mean, config.importance_decay)
+        new["importance_count"] = state.importance_count + 1
+        if state.dimensions is not None:
+            new["dimensions"] = ema.update(state.dimensions, sample, config.importance_decay)
+    elif config.use_importance or state.dimensions is not None:
         raise StatisticError("importance is missing; it may be None only with use_importance=False")
-    return LayerState(
-        state.ranks, frequency, frequency_count, average, count, dimensions, observed=True
-    )
+    return dataclasses.replace(state, **new)
 
 
 def _check_importance(
@@ -140,17 +138,13 @@ def dimension_importance(state: LayerState, config: AllocatorConfig) -> FloatArr
 
 def signals(state: LayerState, config: AllocatorConfig) -> tuple[FloatArray, FloatArray]:
     """Return f and g as the saliency uses them: 1 where the configuration switches one off."""
-    size = state.num_experts
-    return (
-        routing_frequency(state, config) if config.use_routing else np.ones(size),
-        rank_importance(state, config) if config.use_importance else np.ones(size),
-    )
+    one = np.ones(state.num_experts)
+    routing = routing_frequency(state, config) if config.use_routing else one
+    return routing, rank_importance(state, config) if config.use_importance else one
 
 
 def layer_saliency(state: LayerState, config: AllocatorConfig) -> FloatArray:
-    """S_i of the layer's experts, float64 [N]."""
-    routing, importance = signals(state, config)
-    return saliency(routing, importance, state.ranks, config.gamma)
+    return saliency(*signals(state, config), state.ranks, config.gamma)
 
 
 def grow(state: LayerState, growth: IntArray) -> LayerState:

@@ -19,8 +19,6 @@ from drlora_core.errors import LayoutError
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 HIDDEN = ("moe_latent_size", "hidden_size")
 INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")
-LAYERS = ("num_hidden_layers",)
-UNGATED = ("nemotron_h",)
 # Fields by which some families choose their MoE layers, which this reader does not interpret; and
 # the value that changes nothing.
 OTHER_RULES = {
@@ -85,26 +83,23 @@ def read_model_config(
     given = ((EXPERTS, num_experts), (HIDDEN, hidden_size), (INTERMEDIATE, intermediate_size))
     for names, value in given:
         if value is not None:
-            config = {k: v for k, v in config.items() if k not in names} | {names[-1]: value}
+            config |= dict.fromkeys(names) | {names[-1]: value}
     if config.get("num_hidden_layers") is None:
         config["num_hidden_layers"] = moe_layers
     experts = _size(path, config, EXPERTS, "--num-experts")
-    total = _size(path, config, LAYERS, "--moe-layers")
+    total = _size(path, config, ("num_hidden_layers",), "--moe-layers")
     hidden = _size(path, config, HIDDEN, "--hidden-size")
     width = _size(path, config, INTERMEDIATE, "--intermediate-size")
     kind = str(values.get("model_type", "unknown"))
-    if gated if gated is not None else kind not in UNGATED:
-        up = {"gate_up_proj": (hidden, 2 * width)}
-    else:
-        up = {"up_proj": (hidden, width)}
+    gated = kind != "nemotron_h" if gated is None else gated
+    up = {"gate_up_proj": (hidden, 2 * width)} if gated else {"up_proj": (hidden, width)}
     projections = up | {"down_proj": (width, hidden)}
     indices = _moe_layers(path, config, total) if moe_layers is None else range(moe_layers)
     if len(indices) > total:
         raise LayoutError(f"{moe_layers} MoE layers are given, but {path} has {total} layers")
     if not indices or experts == 1:
         raise LayoutError(f"{path} has no MoE layer: every layer is dense; use --moe-layers")
-    layers = tuple(LayerShape(index, experts, projections) for index in indices)
-    return ModelShape(kind, total, layers)
+    return ModelShape(kind, total, tuple(LayerShape(i, experts, projections) for i in indices))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -87,12 +87,10 @@ def storages(shape: ModelShape, config: AllocatorConfig, dtype: DType) -> list[S
         "if every expert had r_max": config.r_max,
     }
     per_rank = sum(layer.num_experts * layer.slot_parameters for layer in shape.layers)
-    size = per_rank * BYTES[dtype]
+    sizes = {name: per_rank * BYTES[dtype] * rank for name, rank in ranks.items()}
     return [
-        Storage(
-            name, rank, per_rank * rank, size * rank, size * rank, 2 * size * rank, 4 * size * rank
-        )
-        for name, rank in ranks.items()
+        Storage(name, ranks[name], per_rank * ranks[name], size, size, 2 * size, 4 * size)
+        for name, size in sizes.items()
     ]
 
 

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drlora_core import saliency as equations
 from drlora_core.ema import FloatArray, IntArray
@@ -89,20 +88,16 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         [1, 2, 2]
     """
     eligible = np.flatnonzero(request.limits)
-    order = eligible[_descending(scores[eligible], request.ranks[eligible])]
+    scores, ranks = scores[eligible], request.ranks[eligible]
+    order = np.argsort(-scores)  # the fast sort leaves ties in any order
+    if (np.diff(scores[order]) == 0).any():
+        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
+    order = eligible[order]
     limits = request.limits[order]
     served_before = np.cumsum(limits) - limits
     growth = np.zeros_like(request.ranks)
     growth[order] = np.clip(request.quota - served_before, 0, limits)
     return growth
-
-
-def _descending(scores: FloatArray, ranks: IntArray) -> IntArray:
-    """Order by score descending, then rank ascending, then index."""
-    order = np.argsort(-scores)  # the fast sort leaves ties in any order
-    if (np.diff(scores[order]) == 0).any():
-        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
-    return order
 
 
 def greedy(request: AllocationRequest) -> IntArray:
@@ -124,12 +119,11 @@ def rescored(request: AllocationRequest) -> IntArray:
     # An expert's score never rises with its rank. So placing the best unit again and again equals
     # taking the first `quota` of all possible units by score, then rank, then index.
     units = int(min(request.quota, request.limits.sum()))
-    depth = int(min(units, request.limits.max(initial=0)))
-    offered = np.arange(depth)[:, None]
-    ranks = request.ranks + offered
-    scores = np.where(offered < request.limits, request.saliency_at(ranks), -np.inf)
     if units == 0:
         return np.zeros_like(request.ranks)
+    offered = np.arange(min(units, request.limits.max()))[:, None]
+    ranks = request.ranks + offered
+    scores = np.where(offered < request.limits, request.saliency_at(ranks), -np.inf)
     last = np.partition(scores, scores.size - units, axis=None)[scores.size - units]
     growth: IntArray = (scores > last).sum(axis=0, dtype=np.int64)
     rows, experts = np.nonzero(scores == last)  # the units that tie for the last places
@@ -138,37 +132,30 @@ def rescored(request: AllocationRequest) -> IntArray:
 
 
 def proportional(request: AllocationRequest) -> IntArray:
-    """Give shares in proportion to S, rounded by largest remainder.
+    """Give shares in proportion to S (equal ones if every S is 0), rounded by largest remainder.
 
     What exceeds an expert's limit is shared among the others.
     """
-    growth = np.zeros_like(request.ranks)
+    growth, shares = np.zeros_like(request.ranks), np.zeros(request.ranks.size)
     left = int(min(request.quota, request.limits.sum()))
     eligible = request.limits > 0
-    while True:
-        shares = left * _normalize(np.where(eligible, request.saliency, 0.0), eligible)
+    while eligible.any():
+        weights = np.where(eligible, request.saliency, 0.0)
+        if weights.sum() <= 0.0:
+            weights = eligible.astype(np.float64)
+        shares = left * (weights / weights.sum())
         full = eligible & (shares >= request.limits)
+        if not full.any():
+            break
         growth[full] = request.limits[full]
         left -= int(request.limits[full].sum())
         eligible &= ~full
-        if not full.any() or not eligible.any():
-            break
     whole = np.where(eligible, np.floor(shares), 0.0).astype(np.int64)
     remainders = dataclasses.replace(
         request, quota=left - int(whole.sum()), limits=eligible.astype(np.int64)
     )
     # Rounding makes equal remainders (4/3 and 1/3, say) tie in spite of floating point error.
     return growth + whole + walk(np.round(shares - whole, 9), remainders)
-
-
-def _normalize(weights: FloatArray, eligible: NDArray[np.bool_]) -> FloatArray:
-    """Divide weights by their sum; equal shares for eligible experts where all weights are 0."""
-    if not eligible.any():
-        return np.zeros_like(weights)
-    if weights.sum() <= 0.0:
-        weights = eligible.astype(np.float64)
-    shares: FloatArray = weights / weights.sum()
-    return shares
 
 
 def uniform(request: AllocationRequest) -> IntArray:

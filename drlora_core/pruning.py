@@ -1,5 +1,9 @@
 """Policy ``prune``: start large and cut the least important rank dimensions (after AdaLoRA).
 
+The kept dimensions close the gaps, so an engine renumbers them at every event; a recording numbers
+the dimensions of an expert as at the start. An order [N, R] translates: dimension j of expert i in
+the engine is dimension ``order[i, j]`` of the recording.
+
 Shapes: N experts, R = r_max rank dimensions; the first r_i columns of row i are active.
 """
 
@@ -35,3 +39,26 @@ def compact(values: FloatArray, cut: NDArray[np.bool_]) -> FloatArray:
     """Move the kept columns to the front, in order, and fill the rest with zeros."""
     order = np.argsort(cut, axis=1, kind="stable")
     return np.take_along_axis(np.where(cut, 0.0, values), order, axis=1)
+
+
+def initial_order(num_experts: int, r_max: int) -> IntArray:
+    """Order before any cut, int64 [N, R]."""
+    return np.tile(np.arange(r_max, dtype=np.int64), (num_experts, 1))
+
+
+def follow(order: IntArray, cut: NDArray[np.bool_]) -> IntArray:
+    """Order after a cut (bool [N, R], numbered as before it): kept dimensions come first.
+
+    Example:
+        >>> follow(initial_order(1, 4), np.array([[True, False, True, False]])).tolist()
+        [[1, 3, 0, 2]]
+    """
+    return np.take_along_axis(order, np.argsort(cut, axis=1, kind="stable"), axis=1)
+
+
+def to_recorded(sample: FloatArray, ranks: IntArray, order: IntArray) -> FloatArray:
+    """Renumber an engine's sample [N, R] as at the start; NaN for inactive dimensions."""
+    recorded = np.empty_like(sample)
+    active = active_dimensions(ranks, sample.shape[1])
+    np.put_along_axis(recorded, order, np.where(active, sample, np.nan), axis=1)
+    return recorded

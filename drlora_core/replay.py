@@ -10,18 +10,18 @@ Shapes: T steps, K events, N experts of a layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.engine import AllocatorEngine
-from drlora_core.errors import LayoutError, StatisticError, UnknownLayerError, near_misses
+from drlora_core.errors import LayoutError, StatisticError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import Policy, policy_name
+from drlora_core.pruning import follow, initial_order
 from drlora_core.recording.data import LayerRecord, Recording
-from drlora_core.recording.dimensions import follow, from_recorded, initial_order
 from drlora_core.saliency import active_dimensions
 
 CAVEAT = (
@@ -46,8 +46,7 @@ class Replay:
 
     def trajectory(self, name: str) -> IntArray:
         """Ranks of a layer at the start and after each event, int64 [K + 1, N]."""
-        if name not in self.layers:
-            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self.layers)}")
+        check_layer(name, self.layers)
         start = np.full(self.layers[name], self.config.starting_rank, dtype=np.int64)
         return np.stack([start, *(event.ranks[name] for event in self.events)])
 
@@ -79,22 +78,20 @@ def replay(
         >>> replay(recording, config).final_ranks["experts"].tolist()
         [3, 1]
     """
-    if config is None:
-        config = recording.config
-    if config is None:
+    if (config := config or recording.config) is None:
         raise LayoutError("the recording has no configuration of its own; give one to replay it")
     if config.policy == "prune" and policy is None:
         _check_dimensions(recording, config)
     engine = AllocatorEngine(config, policy=policy)
     for name, size in recording.layers.items():
         engine.add_layer(name, size)
-    events = _drive(engine, recording)
+    events = tuple(_drive(engine, recording))
     return Replay(
         config=config,
         policy=config.policy if policy is None else policy_name(policy),
         layers=dict(recording.layers),
         steps=recording.steps,
-        events=tuple(events),
+        events=events,
         final_ranks={name: engine.ranks(name) for name in recording.layers},
         engine=engine,
     )
@@ -113,29 +110,24 @@ def _check_dimensions(recording: Recording, config: AllocatorConfig) -> None:
         )
 
 
-def _drive(engine: AllocatorEngine, recording: Recording) -> list[GrowthEvent]:
-    """Feed every recorded step to the engine; return the events."""
-    prunes = engine.config.policy == "prune"
-    records = [recording.layer(name) for name in recording.layers]
-    orders = {
-        name: initial_order(size, engine.config.r_max) for name, size in recording.layers.items()
-    }
-    events = []
+def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEvent]:
+    """Feed every recorded step to the engine; yield the events."""
+    config, layers = engine.config, recording.layers
+    records = [recording.layer(name) for name in layers]
+    orders = {name: initial_order(size, config.r_max) for name, size in layers.items()}
     for row in range(recording.steps):
         for record in records:
             if not record.presence[row]:
                 engine.skip(record.name)
                 continue
             importance = record.importance_at(row)
-            if prunes:
+            if config.policy == "prune":
                 importance = _read_dimensions(record, row, engine, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
-        event = engine.step()
-        if event is not None:
-            events.append(event)
+        if (event := engine.step()) is not None:
+            yield event
             for name, cut in event.cut.items():
                 orders[name] = follow(orders[name], cut)
-    return events
 
 
 def _read_dimensions(
@@ -144,7 +136,7 @@ def _read_dimensions(
     """Return the importance of the dimensions that the replay kept, in its numbering, [N, R]."""
     if record.dimensions is None or record.importance_at(row) is None:
         return None
-    sample = from_recorded(record.dimensions[row], order)
+    sample: FloatArray = np.take_along_axis(record.dimensions[row], order, axis=1)
     missing = np.isnan(sample) & active_dimensions(engine.ranks(record.name), sample.shape[1])
     if missing.any():
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])

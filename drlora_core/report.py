@@ -37,10 +37,9 @@ def render(recording: Recording, config: AllocatorConfig | None = None, title: s
         trim_blocks=True,
     )
     result = replay(recording, config)
+    spread = {name: ranks.std() for name, ranks in result.final_ranks.items()}
+    most_spread = heapq.nlargest(SHOWN_TRAJECTORIES, spread, key=lambda name: spread[name])
     figures = [total_rank(result), rank_map(result), rank_histogram(result)]
-    most_spread = heapq.nlargest(
-        SHOWN_TRAJECTORIES, result.layers, key=lambda name: result.final_ranks[name].std()
-    )
     figures += [trajectories(result, name) for name in most_spread]
     page: str = environment.get_template("report.html").render(
         title=title,
@@ -107,12 +106,8 @@ def total_rank(result: Replay) -> Any:
     """Draw the largest, mean and smallest rank of all experts over the steps."""
     ranks = np.concatenate([result.trajectory(name) for name in result.layers], axis=1)
     figure = _figure("Rank over the run", "optimizer step", "rank")
-    for label, values in (
-        ("largest", ranks.max(axis=1)),
-        ("mean", ranks.mean(axis=1)),
-        ("smallest", ranks.min(axis=1)),
-    ):
-        _add_steps(figure, result, label, values)
+    for label, reduce in (("largest", np.max), ("mean", np.mean), ("smallest", np.min)):
+        _add_steps(figure, result, label, reduce(ranks, axis=1))
     return figure
 
 

@@ -151,7 +151,6 @@ def _load_layer(name: str, values: LayerValues, config: AllocatorConfig) -> Laye
 
 
 def _check_budget(where: str, total: int, size: int, config: AllocatorConfig, step: int) -> None:
-    """Check the total rank of a pool of ``size`` experts."""
     if config.policy == "prune":
         end = min(step, config.growth_end)
         past = len(timetable.growth_steps(config.warmup_steps, config.growth_interval, end))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from drlora_core.comparison import compare, entropy, gini
+from drlora_core.comparison import compare
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import DRLoRAError, LayoutError, import_extra
 from drlora_core.recording import Recording
@@ -36,9 +36,8 @@ class Sweep:
 
     def __str__(self) -> str:
         rows = self.rows()
-        lines = [list(rows[0])]
-        for row in rows:
-            lines.append([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()])
+        cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+        lines = [list(rows[0]), *cells]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         return "\n".join([*text, CAVEAT])
@@ -115,16 +114,16 @@ def _replay_named(recording: Recording, name: str, config: AllocatorConfig) -> R
 
 
 def _describe(name: str, first: Replay, result: Replay) -> dict[str, Any]:
-    ranks = list(result.final_ranks.values())
+    ranks = np.concatenate(list(result.final_ranks.values()))
     compared = compare(first, result)
     return {
         "configuration": name,
         "policy": result.policy,
         "events": len(result.events),
-        "mean rank": float(np.concatenate(ranks).mean()),
-        "largest": int(max(layer.max() for layer in ranks)),
-        "gini": float(np.mean([gini(layer) for layer in ranks])),
-        "entropy": float(np.mean([entropy(layer) for layer in ranks])),
+        "mean rank": float(ranks.mean()),
+        "largest": int(ranks.max()),
+        "gini": compared.mean("gini_b"),
+        "entropy": compared.mean("entropy_b"),
         "unplaced": result.events[-1].unplaced if result.events else 0,
         "overlap with first": compared.mean("overlap"),
         "spearman with first": compared.mean("spearman"),

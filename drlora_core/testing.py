@@ -75,7 +75,7 @@ def _check_array(
     name: str, values: ArrayLike | None, size: int, dtype: type = np.float64, least: int = 0
 ) -> NDArray[Any]:
     whole = dtype is np.int64
-    array = np.ones(size) if values is None else np.array(values, None if whole else np.float64)
+    array = np.ones(size) if values is None else np.array(values, None if whole else dtype)
     valid = array.size and (not whole or array.dtype.kind in "iu")
     if not valid or not (np.isfinite(array).all() and (array >= least).all()):
         kind = "whole" if whole else "finite"
@@ -157,13 +157,11 @@ def _draw_request(draw: Any) -> tuple[AllocationRequest, bool]:
     seed = draw(st.integers(0, 2**32 - 1))
     generator = np.random.default_rng(seed)
     if tied:
-        signals = generator.choice([0.0, 0.5, 1.0], (2, size))
+        f, g = generator.choice([0.0, 0.5, 1.0], (2, size))
     else:  # from a continuous distribution, so that nothing a policy computes from it ties
-        signals = generator.random((2, size)) + 1e-3
-    request = make_request(
-        quota, ranks, limits, routing=signals[0], importance=signals[1], gamma=gamma, seed=[seed]
-    )
-    return request, tied
+        f, g = generator.random((2, size)) + 1e-3
+    options: dict[str, Any] = {"routing": f, "importance": g, "gamma": gamma, "seed": [seed]}
+    return make_request(quota, ranks, limits, **options), tied
 
 
 def _select(request: AllocationRequest, order: Any) -> AllocationRequest:

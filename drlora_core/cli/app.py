@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from typing import Any
 
 import typer
 from pydantic import ValidationError
-from typer.core import TyperGroup
 
 from drlora_core.cli.plan import plan
 from drlora_core.cli.replay import replay_command
@@ -27,32 +25,7 @@ FINETUNE = {"torch", "transformers", "safetensors", "accelerate", "datasets", "t
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)
 
 
-class Group(TyperGroup):
-    """A group of commands that shows a user error in one sentence and exits with code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
-        except ModuleNotFoundError as error:
-            if error.name not in FINETUNE:
-                raise
-            typer.echo(
-                f"drlora: {ctx.invoked_subcommand} needs {error.name}, which is not installed: "
-                f'pip install -c constraints.txt "drlora[finetune]"',
-                err=True,
-            )
-            raise typer.Exit(2) from None
-        except USER_ERRORS as error:
-            if os.environ.get("DRLORA_DEBUG"):
-                raise
-            typer.echo(f"drlora: {describe_error(error)}", err=True)
-            raise typer.Exit(2) from None
-
-
 def describe_error(error: Exception) -> str:
-    """Describe an error in one line."""
     if isinstance(error, ValidationError):
         text = describe_validation_error(error)
     elif isinstance(error, OSError) and error.strerror and error.filename:
@@ -65,7 +38,6 @@ def describe_error(error: Exception) -> str:
 def build() -> tuple[typer.Typer, list[str]]:
     """Return the application with all commands that can be loaded, and why others cannot."""
     app = typer.Typer(
-        cls=Group,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -104,24 +76,24 @@ def _register_others(app: typer.Typer) -> list[str]:
 
 
 def run(arguments: list[str] | None) -> None:
-    """Run the application; always ends in SystemExit."""
+    """Run the application; show an error in one line; always end in SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     app, missing = build()
     command = next((word for word in arguments if not word.startswith("-")), None)
-    names = {
-        entry.name or entry.callback.__name__ for entry in app.registered_commands if entry.callback
-    }
-    if command is not None and command not in names:
+    if command is not None and command not in typer.main.get_group(app).commands:
         for reason in missing:
             typer.echo(f"drlora: not available here: {reason}", err=True)
     try:
         app(args=arguments, prog_name="drlora")
     except Exception as error:
-        if os.environ.get("DRLORA_DEBUG"):
+        text, code = describe_error(error), 2
+        if isinstance(error, ModuleNotFoundError) and error.name in FINETUNE:
+            install = 'pip install -c constraints.txt "drlora[finetune]"'
+            text = f"{command} needs {error.name}, which is not installed: {install}"
+        elif os.environ.get("DRLORA_DEBUG"):
             raise
-        typer.echo(
-            f"drlora: internal error: {type(error).__name__}: {describe_error(error)} "
-            f"(DRLORA_DEBUG=1 shows the traceback)",
-            err=True,
-        )
-        raise SystemExit(1) from None
+        elif not isinstance(error, USER_ERRORS):
+            text = f"internal error: {type(error).__name__}: {text}"
+            text, code = f"{text} (DRLORA_DEBUG=1 shows the traceback)", 1
+        typer.echo(f"drlora: {text}", err=True)
+        raise SystemExit(code) from None

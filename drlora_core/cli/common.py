@@ -70,12 +70,12 @@ def find_recording(path: Path) -> Path:
     if not path.is_dir() or any((path / name).exists() for name in HEADERS):
         return path
     found = sorted({child.parent for name in HEADERS for child in path.glob(f"*/{name}")})
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if not found:
+        raise LayoutError(f"{path} holds no recording (no directory in it has a recording.json)")
+    if len(found) > 1:
         names = ", ".join(child.name for child in found)
         raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
-    raise LayoutError(f"{path} holds no recording (no directory in it has a recording.json)")
+    return found[0]
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None) -> None:
@@ -92,7 +92,6 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None
 
 
 def say(text: str) -> None:
-    """Print a line."""
     _console().print(text, markup=False, highlight=False)
 
 

@@ -47,13 +47,9 @@ def plan(
     if dtype not in BYTES:
         raise DRLoRAError(f"--dtype {dtype}: accepted: {', '.join(BYTES)}")
     kind: DType = dtype  # type: ignore[assignment]
-    given = {
-        "num_experts": num_experts,
-        "moe_layers": moe_layers,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "gated": gated,
-    }
+    options = {"num_experts": num_experts, "moe_layers": moe_layers, "hidden_size": hidden_size}
+    options |= {"intermediate_size": intermediate_size, "gated": gated}
+    given = {name: value for name, value in options.items() if value is not None}
     made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), kind)
     if as_json:
         common.emit(made)
@@ -63,7 +59,7 @@ def plan(
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
     path, reader = Path(model), _load_reader()
-    if reader is None or any(value is not None for value in given.values()):
+    if reader is None or given:
         return read_model_config(path, **given)
     if not (path.exists() or path.suffix == ".json"):
         return reader(model)  # a hub id
@@ -122,7 +118,6 @@ def _show(made: Plan) -> None:
 
 
 def _show_timetable(made: Plan, size: int) -> None:
-    """Show the events of a layer of ``size`` experts."""
     rows = [dataclasses.asdict(event) for event in made.timetable[size]]
     note = None
     if (left_out := len(rows) - SHOWN_EVENTS) > 0:
@@ -130,7 +125,6 @@ def _show_timetable(made: Plan, size: int) -> None:
         note = f"{left_out} events in the middle are left out; --json has all"
     common.table(f"Growth of a layer of {size} experts (policy {made.config.policy})", rows, note)
     target, met = made.config.r_target, made.budget_met[size]
-    when = {None: "never met with this quota", 0: "met from the start"}.get(
-        met, f"met at step {met}"
-    )
+    special = {None: "never met with this quota", 0: "met from the start"}
+    when = special.get(met, f"met at step {met}")
     common.say(f"the budget of {size * target:,} per layer (mean rank {target}) is {when}")

@@ -25,36 +25,36 @@ from drlora_core.recording import Recording
 
 def saturated_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     """A few experts took all the growth and reached r_max."""
-    _need_growth(subject, limits)
+    subject.need_growth(limits.progress)
     config = subject.config
     growth = np.concatenate([subject.growth(name) for name in subject.layers])
     ranks = np.concatenate([subject.ranks[name] for name in subject.layers])
     served = float((growth > 0).mean())
     fewest = float(growth.mean()) / (config.r_max - config.r_init)
     full_share = float(growth[ranks == config.r_max].sum() / growth.sum())
-    few = served <= min(limits.few_experts, limits.few_factor * fewest)
-    if not few or full_share < limits.full_share:
+    most = min(limits.few_experts, limits.few_factor * fewest)
+    if served > most or full_share < limits.full_share:
         return None
-    message = (
-        f"{served:.0%} of the experts got all the growth; {full_share:.0%} of it went to "
-        f"experts at r_max {config.r_max}"
+    by_design = config.policy == "greedy" and config.max_growth is None
+    return Finding(
+        f"{served:.0%} of the experts got all the growth; {full_share:.0%} of it went to experts "
+        f"at r_max {config.r_max}",
+        "the greedy walk fills an expert in one event: set max_growth or policy 'rescored'"
+        if by_design
+        else f"a gamma above {config.gamma:g}, a smaller max_growth or a smaller r_max",
+        {
+            "experts_served": served,
+            "fewest_possible": fewest,
+            "share_of_full_experts": full_share,
+            "gamma": config.gamma,
+        },
+        "note" if by_design else "warning",
     )
-    evidence = {
-        "experts_served": served,
-        "fewest_possible": fewest,
-        "share_of_full_experts": full_share,
-        "gamma": config.gamma,
-    }
-    if config.policy == "greedy" and config.max_growth is None:
-        advice = "the greedy walk fills an expert in one event: set max_growth or policy 'rescored'"
-        return Finding(message, advice, evidence, "note")
-    advice = f"a gamma above {config.gamma:g}, a smaller max_growth or a smaller r_max"
-    return Finding(message, advice, evidence)
 
 
 def even_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     """The ranks are almost those of uniform LoRA."""
-    _need_growth(subject, limits)
+    subject.need_growth(limits.progress)
     distances = {
         name: total_variation(ranks, np.ones_like(ranks)) for name, ranks in subject.ranks.items()
     }
@@ -74,10 +74,8 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     config = subject.config
     if subject.events is None:
         raise NotCheckedError("a live engine keeps no past events; diagnose its recording")
-    _need_growth_policy(subject)
+    subject.need_growth_policy()
     last = subject.events[-limits.stagnant_events :]
-    if len(last) < limits.stagnant_events:
-        return None
     pools = make_pools(config, subject.layers)
     stuck = {}
     for pool in pools:
@@ -87,7 +85,7 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
         due = sum(event_quota(config, pool, event.index) for event in last)
         if placed == 0 and left > 0 and due > 0:
             stuck[pool.names[0] if len(pool.names) == 1 else "all layers"] = left
-    if not stuck:
+    if not stuck or len(last) < limits.stagnant_events:
         return None
     return Finding(
         f"the last {len(last)} events placed nothing in {len(stuck)} of {len(pools)} pools, "
@@ -115,7 +113,7 @@ def monopolised_budget(subject: Subject, limits: Thresholds) -> Finding | None:
     config = subject.config
     if config.scope != "global":
         raise NotCheckedError("scope 'layer' gives every layer the same")
-    _need_growth(subject, limits)
+    subject.need_growth(limits.progress)
     units = {name: float(subject.growth(name).sum()) for name in subject.layers}
     total, experts = sum(units.values()), sum(subject.layers.values())
     ratios = {name: units[name] / (total * n / experts) for name, n in subject.layers.items()}
@@ -134,7 +132,7 @@ def monopolised_budget(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def unreliable_first_event(subject: Subject, limits: Thresholds) -> Finding | None:
     """The order of importance still changes before the first event."""
-    recording, config = _need_recording(subject), subject.config
+    recording, config = subject.need_recording(), subject.config
     if not config.growth_steps or not config.use_importance:
         raise NotCheckedError("no event depends on importance")
     before = min(config.growth_steps[0], recording.steps)
@@ -152,9 +150,8 @@ def unreliable_first_event(subject: Subject, limits: Thresholds) -> Finding | No
 
 def never_routed(subject: Subject, limits: Thresholds) -> Finding | None:
     """The router never chose some experts."""
-    routing = subject.routing
-    if subject.recording is not None:
-        routing = window_means(subject.recording, "routing")
+    recording = subject.recording
+    routing = window_means(recording, "routing") if recording else subject.routing
     if not any(f.any() for f in routing.values()):
         raise NotCheckedError("no routing was observed")
     unused = {n: np.flatnonzero(f == 0.0).tolist() for n, f in routing.items() if not f.all()}
@@ -171,7 +168,7 @@ def never_routed(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
     """The router uses experts with much rank less than before the first event."""
-    recording = _need_recording(subject)
+    recording = subject.need_recording()
     if not subject.events:
         raise NotCheckedError("there was no growth event yet")
     width = min(subject.events[0].step, recording.steps // 2)
@@ -181,14 +178,14 @@ def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
     if not early.keys() == late.keys() == subject.layers.keys():
         raise NotCheckedError("no routing was recorded")
     extra_units, lost_units, lost_experts = 0, 0, {}
-    for name in subject.layers:
-        extra = np.maximum(subject.ranks[name] - subject.config.r_target, 0)
+    for name, ranks in subject.ranks.items():
+        extra = np.maximum(ranks - subject.config.r_target, 0)
         lost = (extra > 0) & (late[name] < (1.0 - limits.traffic_loss) * early[name])
         extra_units += int(extra.sum())
         lost_units += int(extra[lost].sum())
         if lost.any():
             lost_experts[name] = np.flatnonzero(lost).tolist()
-    share = lost_units / extra_units if extra_units else 0.0
+    share = lost_units / max(extra_units, 1)
     if share < limits.misplaced_share:
         return None
     return Finding(
@@ -202,15 +199,11 @@ def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def uninformative_routing(subject: Subject, limits: Thresholds) -> Finding | None:
     """Routing frequency is flat over the experts, or noise."""
-    if not subject.config.use_routing:
-        raise NotCheckedError("the configuration does not use f")
     return _uninformative(subject, "routing", limits)
 
 
 def uninformative_importance(subject: Subject, limits: Thresholds) -> Finding | None:
     """Rank importance is flat over the experts, or noise."""
-    if not subject.config.use_importance:
-        raise NotCheckedError("the configuration does not use g")
     return _uninformative(subject, "importance", limits)
 
 
@@ -230,26 +223,10 @@ def unrelated_signals(subject: Subject, limits: Thresholds) -> Finding | None:
     )
 
 
-CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = {
-    check.__name__: check
-    for check in (
-        saturated_growth,
-        even_growth,
-        stagnant_growth,
-        unplaced_quota,
-        monopolised_budget,
-        unreliable_first_event,
-        never_routed,
-        lost_traffic,
-        uninformative_routing,
-        uninformative_importance,
-        unrelated_signals,
-    )
-}
-"""Every check, by name."""
-
-
 def _uninformative(subject: Subject, signal: str, limits: Thresholds) -> Finding | None:
+    if not getattr(subject.config, f"use_{signal}"):
+        symbol = "f" if signal == "routing" else "g"
+        raise NotCheckedError(f"the configuration does not use {symbol}")
     by_layer: Mapping[str, FloatArray] = getattr(subject, signal)
     used = [values for values in by_layer.values() if values.size > 1 and values.any()]
     if not used:
@@ -275,7 +252,7 @@ def _uninformative(subject: Subject, signal: str, limits: Thresholds) -> Finding
 
 
 def _correlate(one: Mapping[str, FloatArray], two: Mapping[str, FloatArray]) -> FloatArray:
-    """Rank correlation of the layers that both have, [layers]; NaN where one is constant."""
+    """Rank correlation of each layer that both have; NaN where one side is constant."""
     return np.array([spearman(one[name], two[name]) for name in one if name in two])
 
 
@@ -285,14 +262,7 @@ def _correlate_halves(recording: Recording, signal: str, stop: int, limits: Thre
     _need_window(middle, limits)
     first = window_means(recording, signal, 0, middle)
     values = _correlate(first, window_means(recording, signal, middle, stop))
-    values = values[~np.isnan(values)]
-    return float(np.median(values)) if values.size else float("nan")
-
-
-def _need_recording(subject: Subject) -> Recording:
-    if subject.recording is None:
-        raise NotCheckedError("a live engine keeps no past samples; diagnose its recording")
-    return subject.recording
+    return float(np.nanmedian(values)) if not np.isnan(values).all() else float("nan")
 
 
 def _need_window(width: int, limits: Thresholds) -> None:
@@ -300,16 +270,20 @@ def _need_window(width: int, limits: Thresholds) -> None:
         raise NotCheckedError(f"fewer than {2 * limits.window} steps")
 
 
-def _need_growth_policy(subject: Subject) -> None:
-    if subject.config.policy in ("uniform", "prune"):
-        raise NotCheckedError(f"policy {subject.config.policy!r} does not grow")
-
-
-def _need_growth(subject: Subject, limits: Thresholds) -> None:
-    _need_growth_policy(subject)
-    if subject.config.r_target == subject.config.r_init:
-        raise NotCheckedError("r_init = r_target: nothing grows")
-    if (progress := subject.progress()) < limits.progress:
-        raise NotCheckedError(
-            f"{progress:.0%} of the growth is placed; this check needs {limits.progress:.0%}"
-        )
+CHECKS: Mapping[str, Callable[[Subject, Thresholds], Finding | None]] = {
+    check.__name__: check
+    for check in (
+        saturated_growth,
+        even_growth,
+        stagnant_growth,
+        unplaced_quota,
+        monopolised_budget,
+        unreliable_first_event,
+        never_routed,
+        lost_traffic,
+        uninformative_routing,
+        uninformative_importance,
+        unrelated_signals,
+    )
+}
+"""Every check, by name."""

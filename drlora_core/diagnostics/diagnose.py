@@ -7,14 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from drlora_core.config import AllocatorConfig
+from drlora_core.diagnostics import subject as subjects
 from drlora_core.diagnostics.checks import CHECKS
-from drlora_core.diagnostics.subject import (
-    Finding,
-    NotCheckedError,
-    Thresholds,
-    from_engine,
-    from_recording,
-)
+from drlora_core.diagnostics.subject import Finding, NotCheckedError, Thresholds
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError
 from drlora_core.recording import Recording
@@ -57,9 +52,9 @@ def diagnose(
     if isinstance(subject, AllocatorEngine):
         if config is not None:
             raise LayoutError("an engine has its own configuration; config is for recordings")
-        seen = from_engine(subject)
+        seen = subjects.from_engine(subject)
     elif isinstance(subject, Recording):
-        seen = from_recording(subject, config)
+        seen = subjects.from_recording(subject, config)
     else:
         raise LayoutError(f"diagnose an engine or a Recording, not a {type(subject).__name__}")
     findings, not_checked = [], {}

@@ -75,15 +75,29 @@ class Subject:
     def growth(self, name: str) -> IntArray:
         return self.ranks[name] - self.config.starting_rank
 
-    def progress(self) -> float:
-        """Share of the whole growth (or cut) that was made; 1 where none is planned."""
-        whole = sum(self.layers.values()) * (self.config.r_target - self.config.starting_rank)
-        made = sum(int(self.growth(name).sum()) for name in self.layers)
-        return made / whole if whole else 1.0
+    def need_recording(self) -> Recording:
+        if self.recording is None:
+            raise NotCheckedError("a live engine keeps no past samples; diagnose its recording")
+        return self.recording
+
+    def need_growth_policy(self) -> None:
+        if self.config.policy in ("uniform", "prune"):
+            raise NotCheckedError(f"policy {self.config.policy!r} does not grow")
+
+    def need_growth(self, share: float) -> None:
+        """Need a policy that grows, and at least this share of the growth to be placed."""
+        self.need_growth_policy()
+        planned = sum(self.layers.values()) * (self.config.r_target - self.config.r_init)
+        if not planned:
+            raise NotCheckedError("r_init = r_target: nothing grows")
+        placed = sum(int(self.growth(name).sum()) for name in self.layers) / planned
+        if placed < share:
+            raise NotCheckedError(
+                f"{placed:.0%} of the growth is placed; this check needs {share:.0%}"
+            )
 
 
 def from_engine(engine: AllocatorEngine) -> Subject:
-    """Describe a live engine."""
     names = engine.layer_names
     if not names:
         raise LayoutError("the engine has no layers, so there is nothing to diagnose")
@@ -100,17 +114,16 @@ def from_engine(engine: AllocatorEngine) -> Subject:
 
 def from_recording(recording: Recording, config: AllocatorConfig | None) -> Subject:
     """Describe the recorded run, or its replay where a configuration is given."""
-    events, settings = recording.events, recording.config
-    if config is not None:
-        events, settings = replay(recording, config).events, config
-    if settings is None:
+    events = recording.events if config is None else replay(recording, config).events
+    config = config or recording.config
+    if config is None:
         raise LayoutError("the recording has no configuration of its own; give one to diagnose it")
     if recording.steps == 0:
         raise LayoutError("the recording has no steps, so there is nothing to diagnose")
-    start = {n: np.full(size, settings.starting_rank) for n, size in recording.layers.items()}
+    start = {n: np.full(size, config.starting_rank) for n, size in recording.layers.items()}
     recent = -max(1, recording.steps // 4)
     return Subject(
-        config=settings,
+        config=config,
         layers=recording.layers,
         step=recording.steps,
         ranks=events[-1].ranks if events else start,

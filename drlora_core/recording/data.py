@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import LayoutError, StatisticError, UnknownLayerError, near_misses
+from drlora_core.errors import LayoutError, StatisticError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import format as files
 
@@ -29,22 +29,16 @@ class LayerRecord:
     """One layer of a recording; arrays are read-only views."""
 
     name: str
-    routing: FloatArray
-    """phi, [T, N]; NaN where it was not given."""
-    importance: FloatArray
-    """Mean of s_j over the active dimensions, [T, N]; NaN where it was not given."""
-    dimensions: FloatArray | None
-    """s_j, [T, N, R], dimensions numbered as at the start, NaN where cut; policy ``prune`` only."""
-    ranks: IntArray | None
-    """Ranks when the samples were taken, [T, N]; None if unknown."""
-    tokens: IntArray
-    """Counted tokens, [T]; -1 where unknown."""
-    presence: NDArray[np.uint8]
-    """What was sampled, [T]: 0 if skipped, else 1 + 2 (routing) + 4 (importance) + 8 (s_j)."""
+    routing: FloatArray  # phi, [T, N]; NaN where it was not given
+    importance: FloatArray  # mean of s_j over the active dimensions, [T, N]; NaN likewise
+    dimensions: FloatArray | None  # s_j, [T, N, R], numbered as at the start; NaN where cut
+    ranks: IntArray | None  # when the samples were taken, [T, N]; None if unknown
+    tokens: IntArray  # counted tokens, [T]; -1 where unknown
+    presence: NDArray[np.uint8]  # [T]; 0: skipped, else 1 + 2 (routing) + 4 (importance) + 8 (s_j)
 
     @property
     def sampled(self) -> NDArray[np.bool_]:
-        """False where the engine skipped the layer, bool [T]."""
+        """False where the engine skipped the layer, [T]."""
         return self.presence > 0
 
     def routing_at(self, row: int) -> FloatArray | None:
@@ -52,7 +46,7 @@ class LayerRecord:
         return self.routing[row] if self.presence[row] & files.BITS["routing"] else None
 
     def importance_at(self, row: int) -> FloatArray | None:
-        """Mean importance of step ``row + 1``, [N], or None if it was not given."""
+        """Likewise the mean importance."""
         return self.importance[row] if self.presence[row] & files.BITS["importance"] else None
 
     def find_impossible(self, r_max: int) -> dict[str, NDArray[np.bool_]]:
@@ -127,8 +121,7 @@ class Recording:
         Raises:
             UnknownLayerError: naming close names.
         """
-        if name not in self.layers:
-            raise UnknownLayerError(f"no layer {name!r}; {near_misses(str(name), self.layers)}")
+        check_layer(name, self.layers)
         part, position = files.split_experts(self.layers)[name], list(self.layers).index(name)
         return LayerRecord(
             name=name,
@@ -159,8 +152,8 @@ class Recording:
         note = f"the recording was closed at step {header.steps}; it has {steps} steps"
         if header.steps is None:
             note = (
-                f"the recording was not closed: its writer is still at work or was killed; steps "
-                f"after step {steps} may be missing"
+                f"the recording was not closed: its writer still works or was killed; steps after "
+                f"step {steps} may be missing"
             )
         return cls(
             layers=header.layers,
@@ -199,20 +192,19 @@ class Recording:
             StatisticError: naming layer, step and value of an impossible number.
         """
         given = {"routing": routing, "importance": importance, "ranks": ranks}
-        given["dimensions"] = dimensions
-        layers, arrays = _join_layers({name: value for name, value in given.items() if value})
-        shape = (len(next(iter(arrays.values()))), len(layers))
-        counts = np.full(shape[0], files.UNKNOWN["i"]) if tokens is None else np.asarray(tokens)
-        if counts.shape != shape[:1] or counts.dtype.kind not in "iu":
-            raise LayoutError(f"tokens must be whole numbers, one for each of {shape[0]} steps")
+        layers, arrays = _join_layers(given | {"dimensions": dimensions})
+        steps = len(next(iter(arrays.values())))
+        counts = np.full(steps, files.UNKNOWN["i"]) if tokens is None else np.asarray(tokens)
+        if counts.shape != (steps,) or counts.dtype.kind not in "iu":
+            raise LayoutError(f"tokens must be whole numbers, one for each of {steps} steps")
         bits = files.SAMPLED + sum(bit for name, bit in files.BITS.items() if name in arrays)
-        unknown = np.full((shape[0], sum(layers.values())), np.nan)
+        unknown = np.full((steps, sum(layers.values())), np.nan)
         return cls(
             layers=layers,
             config=config,
             policy=None if config is None else config.policy,
-            presence=np.full(shape, bits, dtype=np.uint8),
-            tokens=np.repeat(counts.astype(np.int64)[:, None], shape[1], axis=1),
+            presence=np.full((steps, len(layers)), bits, dtype=np.uint8),
+            tokens=np.repeat(counts.astype(np.int64)[:, None], len(layers), axis=1),
             **({"routing": unknown, "importance": unknown} | arrays),
         )
 
@@ -241,11 +233,15 @@ class Recording:
         files.write_header(path, header, self.steps)
 
 
-def _join_layers(given: dict[str, ByLayer]) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
-    """Return the experts of each layer, and the arrays over all experts."""
+def _join_layers(
+    given: dict[str, ByLayer | None],
+) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
+    """Return the experts of each layer, and the given arrays over all experts."""
     shapes: dict[str, tuple[int, ...]] = {}
     joined = {}
     for name, by_layer in given.items():
+        if not by_layer:
+            continue
         parts = {layer: _to_array(name, layer, values) for layer, values in by_layer.items()}
         first = next(iter(parts.values()))
         shapes = shapes or {layer: (len(first), part.shape[1]) for layer, part in parts.items()}

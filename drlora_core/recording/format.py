@@ -15,18 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from drlora_core import atomic
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import LayoutError
+from drlora_core.errors import LayoutError, describe_validation_error
 from drlora_core.events import GrowthEvent
 
 FILE, SEGMENTS = "recording.json", "[0-9]*.npz"
+# Bits of `presence`: what a layer's sample of a step holds; 0 is a skipped layer.
 SAMPLED, BITS = 1, {"routing": 2, "importance": 4, "dimensions": 8}
-"""Bits of ``presence``: what a layer's sample of a step holds; 0 is a skipped layer."""
-UNKNOWN = {"f": np.nan, "i": -1, "u": 0}
-"""Stands for a missing value, by kind of number."""
-SEGMENT_STEPS, SEGMENT_BYTES = 256, 8 * 2**20
-"""A segment has at most so many steps; fewer where they take more bytes than this."""
-HEADER_BYTES, NPY_HEADER_BYTES = 2**24, 1024
-"""Longest header that is read, of a recording and of a NumPy array."""
+UNKNOWN = {"f": np.nan, "i": -1, "u": 0}  # stand for a missing value, by kind of number
+SEGMENT_STEPS, SEGMENT_BYTES = 256, 8 * 2**20  # most steps of a segment, fewer where they are large
+HEADER_BYTES, NPY_HEADER_BYTES = 2**24, 1024  # longest headers read: of a recording, of an array
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Rows = NDArray[np.void]
 Segment = tuple[Rows, list[GrowthEvent]]
@@ -50,11 +47,8 @@ class Header(BaseModel):
         """Type of one step in a segment."""
         experts, layers = (sum(self.layers.values()),), (len(self.layers),)
         fields: list[Any] = [("routing", "<f8", experts), ("importance", "<f8", experts)]
-        fields += [
-            ("ranks", "<i4", experts),
-            ("tokens", "<i8", layers),
-            ("presence", "|u1", layers),
-        ]
+        fields += [("ranks", "<i4", experts), ("tokens", "<i8", layers)]
+        fields += [("presence", "|u1", layers)]
         if self.dimensions:
             fields += [("dimensions", "<f8", (*experts, self.dimensions))]
         return np.dtype(fields)
@@ -90,26 +84,24 @@ def split_experts(layers: Mapping[str, int]) -> dict[str, slice]:
 
 
 def write_header(folder: Path, header: Header, steps: int | None) -> None:
-    """Write the header; ``steps`` is None until the recording is complete."""
+    """Write the header with ``steps``, which is None until the recording is complete."""
     header = header.model_copy(update={"steps": steps})
     atomic.write_text(folder / FILE, header.model_dump_json(indent=1) + "\n")
 
 
 def read_header(folder: Path) -> Header:
-    """Read and check the header."""
     file = folder / FILE
     if not folder.exists():
         raise FileNotFoundError(f"there is no recording at {folder}")
     if not file.is_file() or file.stat().st_size > HEADER_BYTES:
         raise LayoutError(
-            f"{folder} has no valid {FILE}: it is not a recording, or it is a recording in Zarr, "
-            f"which this version no longer reads: record again"
+            f"{folder} has no valid {FILE}: it is not a recording, or a recording in Zarr, which "
+            f"this version no longer reads: record again"
         )
     try:
         return Header.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        what = ": ".join([*map(str, first["loc"]), first["msg"]])
+        what = describe_validation_error(error)
         raise LayoutError(f"{file} is damaged or of another version: {what}") from error
 
 
@@ -129,7 +121,6 @@ def check_folder(folder: Path, header: Header, steps: int) -> None:
 
 
 def segment_path(folder: Path, start: int) -> Path:
-    """Return the path of the segment that follows ``start`` steps."""
     return folder / f"{start + 1:08d}.npz"
 
 

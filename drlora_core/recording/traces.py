@@ -51,13 +51,14 @@ def from_routing_trace(
     names = layer_names or [f"layers.{index}" for index in range(sums.shape[1])]
     if len(names) != sums.shape[1]:
         raise LayoutError(f"{len(names)} layer names for {sums.shape[1]} layers")
-    if importance not in ("ones", "sampled"):
-        raise LayoutError(f"importance {importance!r} is unknown; accepted: 'ones' or 'sampled'")
-    scores = np.ones(sums.shape)
-    if importance == "sampled":
+    if importance == "ones":
+        scores = np.ones(sums.shape)
+    elif importance == "sampled":
         rng = np.random.default_rng(seed)
         level = rng.lognormal(0.0, 0.5, size=sums.shape[1:])
         scores = level * rng.lognormal(0.0, 0.25, size=sums.shape)
+    else:
+        raise LayoutError(f"importance {importance!r} is unknown; accepted: 'ones' or 'sampled'")
     phi = sums / counts[:, None, None]
     return Recording.from_arrays(
         {name: phi[:, index] for index, name in enumerate(names)},
@@ -81,7 +82,6 @@ def load_trace(
     except OSError:
         raise
     except Exception as error:  # np.load raises ValueError, KeyError, BadZipFile, EOFError, ...
-        raise LayoutError(
-            f"{path} is not a routing trace, an .npz file with weight_sum and tokens: {error}"
-        ) from error
+        what = "a routing trace, an .npz file with weight_sum and tokens"
+        raise LayoutError(f"{path} is not {what}: {error}") from error
     return from_routing_trace(weight_sum, tokens, importance=importance, seed=seed)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
+from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
+from drlora_core.pruning import follow, initial_order, to_recorded
 from drlora_core.recording import format as files
-from drlora_core.recording.dimensions import follow, initial_order, to_recorded
 from drlora_core.saliency import mean_over_active
 
 FLUSH_SECONDS = 30.0
@@ -41,6 +42,14 @@ class Recorder(Protocol):
         """Finish; the engine stops recording."""
 
 
+class RecordedEngine(Protocol):
+    """What the writer asks of an ``AllocatorEngine``, whose module imports this one."""
+
+    config: AllocatorConfig
+
+    def ranks(self, name: str) -> IntArray: ...
+
+
 class RecordingWriter:
     """Records an engine to a folder; a :class:`Recorder`.
 
@@ -49,19 +58,25 @@ class RecordingWriter:
 
     Args:
         path: a new or empty folder, or the recording to continue.
-        engine: the ``AllocatorEngine`` (its module imports this one).
+        engine: the ``AllocatorEngine``.
         policy: name of the policy that decides.
-        chunk_steps: steps per segment; at most, and by default, as many as docs/recording.md says.
+        chunk_steps: most steps of a segment, 1 to 256; steps that need more than 8 MiB together
+            always go to several segments (docs/recording.md).
+
+    Raises:
+        LayoutError: ``chunk_steps`` is out of range.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        engine: Any,
+        engine: RecordedEngine,
         *,
         policy: str | None = None,
-        chunk_steps: int | None = None,
+        chunk_steps: int = files.SEGMENT_STEPS,
     ) -> None:
+        if not 1 <= chunk_steps <= files.SEGMENT_STEPS:
+            raise LayoutError(f"chunk_steps is {chunk_steps}; accepted: 1 to {files.SEGMENT_STEPS}")
         self.path = Path(path)
         self._engine, self._policy, self._chunk_steps = engine, policy, chunk_steps
         self._process = os.getpid()
@@ -72,17 +87,16 @@ class RecordingWriter:
         self._samples: dict[str, tuple[dict[str, FloatArray], float]] = {}
 
     def sample(self, name: str, routing: Given, importance: Given, tokens: int | None) -> None:
-        """Copy a layer's accepted sample; it is written with its step."""
         arrays = {}
         if routing is not None:
             arrays["routing"] = np.array(routing, dtype=np.float64)
         if importance is not None:
-            arrays["importance"] = np.array(importance, dtype=np.float64)
-            if arrays["importance"].ndim == 2:
+            values = np.array(importance, dtype=np.float64)
+            if values.ndim == 2:
                 if self._engine.config.policy == "prune":
-                    arrays["dimensions"] = arrays["importance"]
-                ranks = self._engine.ranks(name)
-                arrays["importance"] = mean_over_active(arrays["importance"], ranks)
+                    arrays["dimensions"] = values
+                values = mean_over_active(values, self._engine.ranks(name))
+            arrays["importance"] = values
         self._samples[name] = arrays, files.UNKNOWN["i"] if tokens is None else tokens
 
     def step(self, step: int, ranks: Ranks, event: GrowthEvent | None) -> None:
@@ -95,7 +109,7 @@ class RecordingWriter:
         header = self._header
         if header is None or self._steps != step - 1:
             header = self._open(ranks, step - 1)
-        full = len(self._rows) >= min(self._chunk_steps or sys.maxsize, header.segment_steps)
+        full = len(self._rows) >= min(self._chunk_steps, header.segment_steps)
         if full or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self.flush()
         self._rows.append(self._make_row(header, ranks))
@@ -105,7 +119,6 @@ class RecordingWriter:
             self._follow_cut(event)
 
     def flush(self) -> None:
-        """Write the steps that are only in memory."""
         if self._header is not None and self._rows:
             start, rows = self._steps - len(self._rows), np.concatenate(self._rows)
             files.write_segment(self.path, start, rows, self._events, self._header)
@@ -137,7 +150,6 @@ class RecordingWriter:
         return header
 
     def _make_row(self, header: files.Header, ranks: Ranks) -> files.Rows:
-        """Return one step [1] with the samples."""
         rows = header.make_rows(1)
         row = rows[0]
         for position, (name, part) in enumerate(files.split_experts(header.layers).items()):
@@ -146,13 +158,11 @@ class RecordingWriter:
                 continue
             arrays, row["tokens"][position] = self._samples[name]
             row["presence"][position] = files.SAMPLED + sum(files.BITS[what] for what in arrays)
-            if "dimensions" in arrays:
-                order = self._order[part]
-                arrays = arrays | {
-                    "dimensions": to_recorded(arrays["dimensions"], ranks[name], order)
-                }
             for what, values in arrays.items():
-                row[what][part] = values
+                recorded = values
+                if what == "dimensions":
+                    recorded = to_recorded(values, ranks[name], self._order[part])
+                row[what][part] = recorded
         return rows
 
     def _follow_cut(self, event: GrowthEvent) -> None:

@@ -87,7 +87,7 @@ MISUSE: list[tuple[str, Action, type[Exception], str]] = [
         "twice",
         lambda e: e.observe(FIRST, routing=np.ones(3), importance=np.ones(3)),
         StepOrderError,
-        "'layers.0.mlp' was already observed in step 4; wrong:\n.*\nright",
+        "'layers.0.mlp' was already observed in step 4; average the micro-batches",
     ),
     ("skip late", lambda e: e.skip(FIRST), StepOrderError, "already observed in step 4"),
     (

@@ -111,6 +111,13 @@ def test_chunk_length_changes_nothing_but_the_files(tmp_path: Path) -> None:
         same(reference, Recording.open(tmp_path / str(rows)))
 
 
+@pytest.mark.parametrize("steps", [0, -1, 257])
+def test_a_segment_length_out_of_range_is_refused(tmp_path: Path, steps: int) -> None:
+    engine = recorded.build(recorded.config())
+    with pytest.raises(LayoutError, match=f"chunk_steps is {steps}; accepted: 1 to 256"):
+        RecordingWriter(tmp_path / "run", engine, chunk_steps=steps)
+
+
 def test_it_is_readable_while_it_is_written(tmp_path: Path) -> None:
     engine = recorded.build(recorded.config())
     writer = RecordingWriter(tmp_path / "run", engine, chunk_steps=8)

@@ -239,7 +239,7 @@ def test_foreign_folders_are_refused(copy: Path, tmp_path: Path) -> None:
     for field, value, message in [
         ("version", 3, "version: Input should be 2"),
         ("format", "other", "format: Input should be 'drlora-recording'"),
-        ("layers", {"first": 0}, "layers: first: Input should be greater than or equal to 1"),
+        ("layers", {"first": 0}, r"layers\.first: Input should be greater than or equal to 1"),
         ("layers", {}, "layers: .* at least 1 item"),
         ("layers", {"first": 5}, r"segment .* is damaged .*steps are .*\(10,\)"),
         ("config", {"r_init": 0}, "config"),
