@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ from drlora_core.policies import AllocationRequest, Policy, run_policy
 from drlora_core.pools import Pool, allocate, layer_means, make_pools
 
 Layers = Mapping[str, LayerState]
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +50,8 @@ def decide(
     """Decide the event after optimizer step ``step`` (from 1), if there is one.
 
     The policy is None for ``prune``; ``carry`` holds the units that each pool carried over. Returns
-    the event or None, the new states of the layers, and the units that each pool carries over.
+    the event or None, the new states of the layers, and the units that each pool carries over. A
+    pool of which no sample has been seen waits: its units are carried over, nothing is cut.
     """
     index = timetable.event_index(
         step, config.warmup_steps, config.growth_interval, config.growth_end
@@ -62,15 +65,25 @@ def decide(
     left_over = []
     for number, (pool, carried) in enumerate(zip(pools, carry, strict=True)):
         members = {name: layers[name] for name in pool.names}
+        seen = any(layer.has_sample(state) for state in members.values())
+        if not seen:
+            logger.warning(
+                "the event after step %d leaves the ranks of %s as they are: no sample of routing "
+                "or importance has been seen",
+                step,
+                pool.describe(),
+            )
         if policy is None:
-            pruned, cut_here = _prune(config, members, index)
+            pruned, cut_here = _prune(config, members, index if seen else 0)
             after |= pruned
             cut |= cut_here
             left_over.append(0)
             continue
         units = event_quota(config, pool, index) + carried
         request = _make_request(config, pool, members, scores, units, step, number)
-        growth = _spread(config, policy, pool, request, index)
+        growth = np.zeros_like(request.ranks)
+        if seen:
+            growth = _spread(config, policy, pool, request, index)
         for name, part in zip(pool.names, pool.slices(), strict=True):
             after[name] = layer.grow(layers[name], growth[part])
         left_over.append(request.quota - int(growth.sum()))

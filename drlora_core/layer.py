@@ -49,6 +49,11 @@ def make_state(config: AllocatorConfig, num_experts: int) -> LayerState:
     )
 
 
+def has_sample(state: LayerState) -> bool:
+    """True if routing was observed, or importance since it was reset."""
+    return state.routing_count > 0 or bool(state.importance_count.any())
+
+
 def observe(
     state: LayerState,
     config: AllocatorConfig,

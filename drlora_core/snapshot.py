@@ -154,7 +154,8 @@ def _check_budget(where: str, total: int, size: int, config: AllocatorConfig, st
     if config.policy == "prune":
         end = min(step, config.growth_end)
         past = len(timetable.growth_steps(config.warmup_steps, config.growth_interval, end))
-        if total != (due := config.scheduled_total(size, past)):
+        # A layer of which no sample has been seen is not pruned yet.
+        if total not in (due := config.scheduled_total(size, past), size * config.r_init):
             raise LayoutError(
                 f"ranks of {where} sum to {total}, but pruning leaves {due} after step {step}"
             )

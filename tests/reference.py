@@ -138,7 +138,9 @@ class Engine:
 
     def _decide(self, name: str, k: int, num_events: int, event: Event) -> None:
         layer = self.layers[name]
+        waits = layer.n == 0 and not any(layer.n_i)  # no sample has been seen
         if self.options["policy"] == "prune":
+            k = 0 if waits else k
             size = len(layer.ranks)
             start, target = size * self.options["r_init"], size * self.options["r_target"]
             scores = layer.dimension_importance()
@@ -147,7 +149,8 @@ class Engine:
             event.deltas[name] = layer.cut(prune(scores, layer.ranks, count))
             return
         quota = self._quota(name, k, num_events)
-        deltas, undecided = self._allocate(layer, quota)
+        size = len(layer.ranks)
+        deltas, undecided = ([0] * size, False) if waits else self._allocate(layer, quota)
         event.undecided |= undecided
         event.deltas[name] = deltas
         layer.grow(deltas)

@@ -19,9 +19,9 @@ from drlora_core import saliency as equations
 from drlora_core.layer import LayerState
 from drlora_core.policies import AllocationRequest
 from drlora_core.testing import check_policy, make_request
-from tests.core.comparison import assert_same_decisions, build, feed
+from tests.core.comparison import assert_same_decisions, build
 from tests.core.test_against_reference import random_run
-from tests.strategies import STYLES, make_samples
+from tests.strategies import STYLES
 
 
 def find_a_difference(policy: str) -> None:
@@ -200,7 +200,8 @@ def test_threshold_pruning_loses_the_budget_when_all_scores_tie(
     }
     options |= {"growth_end": 1, "policy": "prune"}
     engine = build(options, {"a": 3})
-    feed(engine, make_samples(options, {"a": 3}, 0, "constant", 1))
+    engine.observe("a", routing=[1.0] * 3, importance=[1.0] * 3)
+    engine.step()
     assert engine.ranks("a").sum() == 3  # of a budget of 6
 
 

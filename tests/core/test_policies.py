@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from drlora_core import AllocationRequest, AllocatorConfig, policies, pruning
+from drlora_core import AllocationRequest, AllocatorConfig, AllocatorEngine, policies, pruning
 from drlora_core.policies import GROWTH_POLICIES
 from drlora_core.testing import check_policy, make_request
 from tests import reference
@@ -272,6 +272,7 @@ def test_global_greedy_without_bounds_is_one_walk_by_relative_saliency(
     options |= {"warmup_steps": 0, "growth_interval": 1, "growth_end": 4}
     engine = build(options, layers)
     sample = make_samples(options, layers, seed, "generic", 1)
+    assume(any(given != (None, None) for given in sample[0].values()))  # else the event waits
     (event,) = feed(engine, sample)
     assert event is not None
     scores: list[float] = []
@@ -335,3 +336,62 @@ def test_what_limits_leave_over_is_carried_to_the_next_event() -> None:
         ([1, 1], 2),  # 1 + 3 - 2, at most 6 - 2 - 2
         ([1, 1], 0),  # 2 + 3, at most the 2 that the budget still has
     ]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("policy", GROWING)
+def test_no_budget_is_spent_before_a_sample_has_been_seen(
+    policy: str, scope: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first event waits and carries its units over; the next has samples and places both."""
+    config = AllocatorConfig(
+        r_init=1,
+        r_target=3,
+        r_max=9,
+        warmup_steps=0,
+        growth_interval=1,
+        growth_end=2,
+        policy=policy,
+        scope=scope,
+    )
+    engine = AllocatorEngine(config)
+    engine.add_layer("a", 4)
+    engine.skip("a")
+    waiting = engine.step()
+    assert waiting is not None
+    assert engine.ranks("a").tolist() == [1] * 4
+    assert (waiting.deltas["a"].tolist(), waiting.unplaced) == ([0] * 4, 4)
+    assert "no sample of routing or importance has been seen" in caplog.text
+    resumed = AllocatorEngine(config)
+    resumed.load_state_dict(engine.state_dict())
+    for each in (engine, resumed):
+        each.observe("a", routing=[0.4, 0.3, 0.2, 0.1], importance=[1.0] * 4)
+        event = each.step()
+        assert event is not None
+        assert event.unplaced == 0
+        assert each.ranks("a").sum() == 12
+
+
+def test_nothing_is_pruned_before_a_sample_has_been_seen() -> None:
+    config = AllocatorConfig(
+        r_init=4,
+        r_target=2,
+        r_max=4,
+        warmup_steps=0,
+        growth_interval=1,
+        growth_end=2,
+        policy="prune",
+    )
+    engine = AllocatorEngine(config)
+    engine.add_layer("a", 3)
+    engine.skip("a")
+    waiting = engine.step()
+    assert waiting is not None
+    assert not waiting.cut["a"].any()
+    assert engine.ranks("a").tolist() == [4] * 3
+    resumed = AllocatorEngine(config)
+    resumed.load_state_dict(engine.state_dict())
+    for each in (engine, resumed):
+        each.observe("a", routing=[0.5, 0.3, 0.2], importance=[1.0] * 3)
+        each.step()
+        assert each.ranks("a").sum() == 6
