@@ -200,7 +200,7 @@ def test_threshold_pruning_loses_the_budget_when_all_scores_tie(
     }
     options |= {"growth_end": 1, "policy": "prune"}
     engine = build(options, {"a": 3})
-    engine.observe("a", routing=[1.0] * 3, importance=[1.0] * 3)
+    engine.observe("a", routing=[1.0] * 3, importance=np.ones((3, 4)))
     engine.step()
     assert engine.ranks("a").sum() == 3  # of a budget of 6
 

@@ -392,6 +392,6 @@ def test_nothing_is_pruned_before_a_sample_has_been_seen() -> None:
     resumed = AllocatorEngine(config)
     resumed.load_state_dict(engine.state_dict())
     for each in (engine, resumed):
-        each.observe("a", routing=[0.5, 0.3, 0.2], importance=[1.0] * 3)
+        each.observe("a", routing=[0.5, 0.3, 0.2], importance=np.ones((3, 4)))
         each.step()
         assert each.ranks("a").sum() == 6
