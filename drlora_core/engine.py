@@ -116,6 +116,10 @@ class AllocatorEngine:
             raise StepOrderError(f"layer {name!r} was already observed in step {self._step + 1}")
         self._layers[name] = dataclasses.replace(state, observed=True)
 
+    def is_observed(self, name: str) -> bool:
+        """True if the current step's sample of a layer was taken or skipped."""
+        return self._layer(name).observed
+
     def step(self) -> GrowthEvent | None:
         """Close an optimizer step; return the growth event that follows it, or None.
 

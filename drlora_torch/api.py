@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -116,13 +117,13 @@ def attach(
     check_name(adapter_name, residents.by_name)
     attached = _build(adapter_name, residents, engine, options, found)
     draw(attached)
-    if record is not None and is_first_process():
-        engine.record_to(record)
-    residents.add(attached)
-    for name, layer in attached.layers.items():
-        if name not in engine.layer_names:
-            engine.add_layer(name, layer.record.num_experts)
-    return _handle(attached)
+    with _entered(residents, attached):
+        for name, layer in attached.layers.items():
+            if name not in engine.layer_names:
+                engine.add_layer(name, layer.record.num_experts)
+        if record is not None and is_first_process():
+            engine.record_to(record)
+        return _handle(attached)
 
 
 def load(
@@ -164,11 +165,11 @@ def load(
     attached = _build(adapter_name, residents, engine, options, found)
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
-    residents.add(attached)
-    checkpoint.fill_routers(attached, saved)
-    if trainable:
-        active_tracker(attached).load_state_dict(saved.pending)
-    return _handle(attached)
+    with _entered(residents, attached):
+        checkpoint.fill_routers(attached, saved)
+        if trainable:
+            active_tracker(attached).load_state_dict(saved.pending)
+        return _handle(attached)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -225,6 +226,17 @@ def _build(
     check_layers(model, records, options)
     check_engine(engine, records)
     return build(name, model, engine, options, records)
+
+
+@contextlib.contextmanager
+def _entered(residents: Residents, attached: Attached) -> Iterator[None]:
+    """Put an adapter into its model; if something fails inside, take it out again."""
+    residents.add(attached)
+    try:
+        yield
+    except BaseException:
+        residents.remove(attached)
+        raise
 
 
 def _handle(attached: Attached) -> Adapter:

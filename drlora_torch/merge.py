@@ -45,11 +45,17 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
             f"({', '.join(map(repr, others))}); call their detach() first, or merge_and_save()"
         )
     originals = write(attached.layers)
-    residents.remove(attached)
-    show_routers(attached, True)
-    if keep_originals:
-        attached.merged = Merged(originals, _refuse_steps(attached))
-    else:
+    try:
+        residents.remove(attached)
+        show_routers(attached, True)
+        if keep_originals:
+            attached.merged = Merged(originals, _refuse_steps(attached))
+    except BaseException:
+        restore(attached.layers, originals)
+        if attached.name not in residents.by_name:
+            Residents.of(attached.model).add(attached)
+        raise
+    if not keep_originals:
         attached.layers = {}
 
 
@@ -67,12 +73,13 @@ def unmerge(attached: Attached) -> None:
     residents = Residents.of(attached.model)
     if residents.by_name:
         raise AttachError("another adapter was attached to the model; call its detach() first")
+    restore(attached.layers, merged.originals)
     try:
         residents.add(attached)
     except BaseException:
+        write(attached.layers)
         show_routers(attached, True)
         raise
-    restore(attached.layers, merged.originals)
     merged.stop_guard()
     attached.merged = None
 
@@ -140,7 +147,9 @@ def check_unmergeable(layers: Layers, originals: Mapping[ExpertWeight, Original]
     for place, original in originals.items():
         weight = _weight(layers, place)
         same_kind = (weight.dtype, weight.shape) == (original.values.dtype, original.values.shape)
-        if not same_kind or _checksum(weight) != original.written:
+        # Original already, if an earlier unmerge() was interrupted.
+        known = (original.written, _checksum(original.values))
+        if not same_kind or _checksum(weight) not in known:
             name, projection, expert = place
             raise AttachError(
                 f"{projection} of expert {expert} of layer {name!r} has changed since merge() "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,8 +33,11 @@ class ModelCall:
     """Tokens in each row of the input, where the forward was given any."""
     kinds: Tensor | None = None
     """What each token is (text or image), where the model tells its layers, [batch, length]."""
-    module: nn.Module | None = None
+    module: int = 0
+    """Identity of the module that runs: a reference would keep a model alive with its loss."""
     with_gradients: bool = True
+    reached: bool = False
+    """True once its backward pass has begun."""
     outer: ModelCall | None = None
     checkpointed: dict[str, int] = dataclasses.field(default_factory=dict)
     """Layers that ran without gradients inside, as reentrant checkpointing does: the numbers of
@@ -104,25 +108,32 @@ class ForwardWatch:
             if place is not None and place < len(args):
                 mask = args[place]
             if not isinstance(mask, Tensor) or mask.dim() != 2:
-                mask = None if outer is None or tower else outer.mask
+                # A decoder that is given an encoder's output has tokens of its own.
+                own = tower or kwargs.get("encoder_hidden_states") is not None
+                mask = None if outer is None or own else outer.mask
             length, kinds = _tokens_given(kwargs)
             grads = torch.is_grad_enabled()
-            self._running.call = ModelCall(mask, length, kinds, module, grads, outer)
+            self._running.call = ModelCall(mask, length, kinds, id(module), grads, outer=outer)
 
         return enter
 
     def _leaving(self, module: nn.Module, args: object, output: object) -> None:
         call = self.running
-        if call is None or call.module is not module:  # a hook before ours failed: never entered
+        if call is None or call.module != id(module):  # a hook before ours failed: never entered
             return
         self._running.call = call.outer
-        if call.checkpointed:
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda grad: self._reached(call))  # type: ignore[no-untyped-call]
+        if not call.checkpointed:
+            return
+        watch = weakref.ref(self)
 
-    def _reached(self, call: ModelCall) -> None:
-        self._in_backward = call  # entered through its output, before any of its layers
+        def reached(gradient: Tensor) -> None:
+            """The backward pass enters the forward through its output, before any of its layers."""
+            if (alive := watch()) is not None:
+                alive._in_backward = call
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(reached)  # type: ignore[no-untyped-call]
 
 
 def flatten_mask(mask: Tensor, num_tokens: int) -> Tensor | None:

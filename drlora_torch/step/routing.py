@@ -23,7 +23,6 @@ class Routing:
     top_k_index: Tensor  # integers [T, K]
     top_k_weights: Tensor  # [T, K]
     call: ModelCall | None
-    counted: bool = False
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def observe(
         _skip(attached, "routing or importance is not finite")
         samples = {}
     for name in attached.layers:
+        if attached.engine.is_observed(name):
+            continue  # closing this step was interrupted before
         if name in samples:
             phi, s = samples[name]
             tokens = int(totals[name][-1])

@@ -10,8 +10,9 @@ Shape letters: T tokens, K experts per token, N experts, P rank slots.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -48,28 +49,23 @@ class StepTracker:
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
         self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
-        self._slots: dict[str, Tensor] | None = (
-            None  # importance [P] by layer, read before the optimizer's step
-        )
+        self._slots: dict[str, Tensor] | None = None  # importance [P], read before the step
         self._snapshots: list[newborn.Snapshot] = []
         self._horizon = 0.0  # of the newborn corrections in this step
-        self._watch = ForwardWatch(attached.model, attached.layers)
-        self._witness = GradientWitness(self._lora_parameters()[0])
-        self._reader: ImportanceReader | None = None
-        if not attached.options.auto_step:
-            self._reader = ImportanceReader(self._loras())
-        self._stop_following = hooks.follow_optimizers(
-            self, StepTracker._before_step, StepTracker._after_step
-        )
+        with contextlib.ExitStack() as undo:
+            self._watch = ForwardWatch(attached.model, attached.layers)
+            undo.callback(self._watch.remove)
+            self._witness = GradientWitness(self._watched())
+            undo.callback(self._witness.remove)
+            self._reader: ImportanceReader | None = None
+            if not attached.options.auto_step:
+                self._reader = ImportanceReader(self._loras())
+                undo.callback(self._reader.remove)
+            follow = hooks.follow_optimizers
+            undo.callback(follow(self, StepTracker._before_step, StepTracker._after_step))
+            self.remove = undo.pop_all().close  # take all hooks out
 
     __reduce__ = refuse_copy
-
-    def remove(self) -> None:
-        self._watch.remove()
-        self._witness.remove()
-        self._stop_following()
-        if self._reader is not None:
-            self._reader.remove()
 
     def forget(self) -> None:
         """Forget what the step has gathered so far."""
@@ -99,14 +95,13 @@ class StepTracker:
             number, call.checkpointed[lora.name] = call.checkpointed[lora.name], COUNTED
         if output.requires_grad and number != COUNTED:
             routing = Routing(lora.name, number, top_k_index, top_k_weights.detach(), call)
-            output.register_hook(partial(self._reached, routing))  # type: ignore[no-untyped-call]
+            _call_once(output, weakref.ref(self), routing)
 
-    def _reached(self, routing: Routing, gradient: Tensor) -> None:
-        if routing.counted or self.attached.paused:
+    def reached(self, routing: Routing) -> None:
+        """Count a forward whose output the backward pass has reached."""
+        if self.attached.paused:
             return
-        routing.counted = True
-        begins = routing.number > self._newest_counted  # the first layer of a new backward pass
-        if begins and self._sums and self._witness.cleared(self._lora_parameters()):
+        if self._begins(routing) and self._sums and self._cleared():
             self.forget()
         self._newest_counted = self._forwards
         layer = self.attached.layers[routing.layer]
@@ -116,6 +111,13 @@ class StepTracker:
         if routing.layer in self._sums:
             sums = self._sums[routing.layer] + sums
         self._sums[routing.layer] = sums
+
+    def _begins(self, routing: Routing) -> bool:
+        """True for the first layer that the backward pass of a forward reaches."""
+        if routing.call is None:
+            return routing.number > self._newest_counted
+        first, routing.call.reached = not routing.call.reached, True
+        return first
 
     def _mask(self, routing: Routing) -> Tensor | None:
         """Which tokens of a forward count, bool [T]; None for all."""
@@ -133,6 +135,12 @@ class StepTracker:
     def _lora_parameters(self) -> list[torch.nn.Parameter]:
         return parameters.lora_parameters(self.attached)
 
+    def _watched(self) -> dict[str, torch.nn.Parameter]:
+        return {lora.name: next(lora.parameters()) for lora in self._loras()}
+
+    def _cleared(self) -> bool:
+        return self._witness.cleared(self._watched(), self._lora_parameters())
+
     # -- read ----------------------------------------------------------------------------------
 
     def _before_step(
@@ -141,6 +149,11 @@ class StepTracker:
         self._slots, self._snapshots = None, []
         if not self._holds_lora(optimizer):
             return None
+        if not self.attached.enabled and parameters.router_parameters(self.attached):
+            raise AttachError(
+                "an optimizer step inside adapter.disabled() would move the routers of the base "
+                "model; step outside of it"
+            )
         if closure is None:
             self._read(optimizer)
             return None
@@ -243,7 +256,7 @@ class StepTracker:
         the parameter of that key; with ``auto_step=False`` also ``pending/importance/{key}`` [P].
         """
         gathered = self._sums or self._witness.seen
-        if self._reader is None and gathered and self._witness.cleared(self._lora_parameters()):
+        if self._reader is None and gathered and self._cleared():
             return {}  # the batch was dropped, as the next backward pass will notice
         found: dict[str, Tensor] = {}
         if self._sums:
@@ -263,14 +276,29 @@ class StepTracker:
         importance: dict[str, Tensor] = {}
         for key, parameter in parameters.parameters_by_key(self.attached).items():
             gradient = state.get(f"{GRADIENT}{key}")
-            parameter.grad = None if gradient is None else gradient.to(parameter)
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
             if (part := state.get(f"{IMPORTANCE}{key}")) is not None:
                 importance[key] = part.to(parameter.device)
         if self._reader is not None:
             self._reader.parts = importance
         if any(key.startswith((GRADIENT, IMPORTANCE)) for key in state):
-            self._witness.note(self._lora_parameters()[0])
+            self._witness.note(self._watched())
         for name, layer in self.attached.layers.items():
             sums = state.get(f"{ROUTING}{name}")
             if sums is not None and sums[-1]:
                 self._sums[name] = sums.to(layer.lora.device)
+
+
+def _call_once(output: Tensor, tracker: weakref.ref[StepTracker], routing: Routing) -> None:
+    """Have the tracker count a forward when backward reaches ``output``, once.
+
+    The graph must keep neither the tracker nor, once counted, the routing: a loss that is kept for
+    logging would keep the model.
+    """
+
+    def reached(gradient: Tensor) -> None:
+        handle.remove()
+        if (alive := tracker()) is not None:
+            alive.reached(routing)
+
+    handle = output.register_hook(reached)  # type: ignore[no-untyped-call]

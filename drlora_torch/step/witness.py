@@ -7,54 +7,67 @@ wrote itself (a group without advantage, a masked batch) are no such sign.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from torch import Tensor, nn
 
 
 class GradientWitness:
-    """Watches the gradient of one LoRA parameter for all of them."""
+    """Watches the gradient of one LoRA parameter of each layer for all of them.
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        # Hooks on parameters are not seen by the garbage collector: this one must not refer to
-        # the parameter or to a model.
-        self._version: list[int] = []  # of the gradient after the last backward pass
-        version = self._version
+    Args:
+        watched: those parameters, by layer.
+    """
 
-        def arrived(parameter: Tensor) -> None:
-            version[:] = [_version_of(parameter)]
-
-        hook = parameter.register_post_accumulate_grad_hook
-        self._handle = hook(arrived)  # type: ignore[no-untyped-call]
+    def __init__(self, watched: Mapping[str, nn.Parameter]) -> None:
+        self._versions: dict[str, int] = {}  # of the gradients after the last backward pass
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(_noting(self._versions, name))  # type: ignore[no-untyped-call]
+            for name, parameter in watched.items()
+        ]
 
     @property
     def seen(self) -> bool:
         """True if gradients of this step have arrived."""
-        return bool(self._version)
+        return bool(self._versions)
 
-    def cleared(self, parameters: list[nn.Parameter]) -> bool:
-        """True if there is nothing in the gradients of these parameters that a backward pass left.
+    def cleared(self, watched: Mapping[str, nn.Parameter], lora: list[nn.Parameter]) -> bool:
+        """True if gradients had arrived and there is nothing left of them.
 
-        To be asked only after one that reached the experts, and before the next arrives. The first
-        parameter is the one that is watched.
+        Args:
+            watched: as they are now.
+            lora: all parameters whose gradients are asked for.
         """
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            return True
-        if (version := _version_of(parameters[0])) in self._version:
+        gradients = [p.grad for p in lora if p.grad is not None]
+        if not self.seen or not gradients:
+            return self.seen
+        now = {name: _version_of(watched[name]) for name in self._versions}
+        if now == self._versions:
             return False  # nobody has written to them since
         if any(bool(gradient.any()) for gradient in gradients):
-            self._version[:] = [version]
+            self._versions.update(now)
             return False
         return True
 
-    def note(self, parameter: nn.Parameter) -> None:
-        """Take a gradient that was set by hand for one that has arrived."""
-        self._version[:] = [_version_of(parameter)]
+    def note(self, watched: Mapping[str, nn.Parameter]) -> None:
+        """Take gradients that were set by hand for some that have arrived."""
+        self._versions.update({name: _version_of(p) for name, p in watched.items()})
 
     def forget(self) -> None:
-        self._version.clear()
+        self._versions.clear()
 
     def remove(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+
+def _noting(versions: dict[str, int], name: str) -> Callable[[Tensor], None]:
+    """A hook; the garbage collector does not see it, so it must not refer to a model."""
+
+    def arrived(parameter: Tensor) -> None:
+        versions[name] = _version_of(parameter)
+
+    return arrived
 
 
 def _version_of(parameter: Tensor) -> int:

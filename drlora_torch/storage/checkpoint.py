@@ -41,6 +41,11 @@ def save(attached: Attached, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, layer in attached.layers.items():
         table = layer.lora.table
+        if (table.ranks() != attached.engine.ranks(name)).any():
+            raise CheckpointError(
+                f"layer {name!r} holds other ranks than the engine (was a growth event "
+                "interrupted?); go on from the last file that was saved"
+            )
         slots = {"owner": table.owner, "position": table.position, "ages": attached.ages[name]}
         tensors |= {f"{name}/{field}": torch.from_numpy(array) for field, array in slots.items()}
         tensors |= layer.lora.tensors()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.step.tracker import GRADIENT, IMPORTANCE, ROUTING
 
 SLOT_FIELDS = ("owner", "position", "ages")
-EVENT_FIELDS = {"deltas": torch.int64, "saliency": torch.float64, "cut": torch.bool}
+EVENT_FIELDS = {
+    "deltas": torch.int64,
+    "ranks": torch.int64,
+    "saliency": torch.float64,
+    "cut": torch.bool,
+}
 Wanted = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 """Shape and dtype of tensors in a file by name; None for any floating-point dtype."""
 
@@ -127,13 +133,17 @@ def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
 
 def checked_events(saved: Saved, engine: AllocatorEngine) -> list[GrowthEvent]:
     """Rebuild the growth events; they must lead to the ranks of the engine."""
-    arrays: dict[str, dict[str, NDArray[Any]]] = {field: {} for field in (*EVENT_FIELDS, "ranks")}
+    arrays: dict[str, dict[str, NDArray[Any]]] = {field: {} for field in EVENT_FIELDS}
     for key, (name, field) in _event_keys(saved, engine).items():
         arrays[field][name] = saved.tensors[key].numpy()
-    for name, deltas in arrays["deltas"].items():
-        arrays["ranks"][name] = ranks = engine.config.starting_rank + np.cumsum(deltas, axis=0)
-        if (ranks[-1] != engine.ranks(name)).any():
+    for name, ranks in arrays["ranks"].items():
+        # The engine may have had a history before this adapter: the first ranks are any.
+        follows = (np.diff(ranks, axis=0) == arrays["deltas"][name][1:]).all()
+        if not follows or (ranks[-1] != engine.ranks(name)).any():
             raise CheckpointError(f"layer {name!r}: the growth events lead to other ranks")
+    steps = [int(event["step"]) for event in saved.events]
+    if saved.skipped_steps < 0 or any(b <= a for a, b in itertools.pairwise([0, *steps])):
+        raise CheckpointError(f"impossible steps: events {steps}, skipped {saved.skipped_steps}")
     return [
         GrowthEvent(
             step=int(event["step"]),

@@ -23,6 +23,7 @@ from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import SlotTable
 from drlora_torch.step import growth, newborn, parameters, samples
+from drlora_torch.step import tracker as tracker_module
 from drlora_torch.step.forwards import ForwardWatch, ModelCall
 from drlora_torch.step.importance import slot_importance
 from drlora_torch.step.routing import Routing
@@ -136,18 +137,14 @@ def count_at_once(
 ) -> None:
     """As if a forward counted, whether a backward pass follows or not."""
     call = self._watch.running
-    self._reached(Routing(lora.name, 1, top_k_index, top_k_weights.detach(), call), output)
+    self.reached(Routing(lora.name, 1, top_k_index, top_k_weights.detach(), call))
 
 
-def count_again(self: StepTracker, routing: Routing, gradient: Tensor) -> None:
-    routing.counted = False
-    reached(self, routing, gradient)
+def count_each_time(output: Tensor, tracker: Any, routing: Routing) -> None:
+    output.register_hook(lambda gradient: tracker().reached(routing))
 
 
-reached = StepTracker._reached
-
-
-def no_gradient(self: GradientWitness, lora: list[Any]) -> bool:
+def no_gradient(self: GradientWitness, watched: Any, lora: list[Any]) -> bool:
     return self.seen and not any(bool(p.grad.any()) for p in lora if p.grad is not None)
 
 
@@ -176,7 +173,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: test_counting.test_what_must_not_count(),
     ),
     "a graph that is gone through twice counts twice": (
-        replace(StepTracker, "_reached", count_again),
+        replace(tracker_module, "_call_once", count_each_time),
         lambda _: test_counting.test_a_second_backward_of_one_forward_counts_nothing(),
     ),
     "dropped gradients count": (

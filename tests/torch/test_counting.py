@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import drlora_torch
 from drlora_torch.adapter import state_of
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.step import importance
@@ -333,3 +336,52 @@ def test_importance_is_read_after_a_backward_that_failed(monkeypatch: pytest.Mon
         assert tokens == 21
         assert s.max() > 0
         np.testing.assert_allclose(s, expected[name], **ROUNDING)
+
+
+def test_a_batch_is_dropped_though_both_forwards_ran_before() -> None:
+    model, adapter, optimizer, spy = setup()
+    log = RouterLog(adapter)
+    first, second = (model(**helpers.batch(seed)).loss for seed in range(2))
+    first.backward()
+    optimizer.zero_grad()
+    second.backward()
+    optimizer.step()
+    for name, (phi, _, tokens) in spy.samples[0].items():
+        assert tokens == 21
+        np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
+
+
+def test_gradients_taken_by_autograd_grad_accumulate() -> None:
+    """They never arrive at the parameters, so their absence says nothing."""
+    model, adapter, optimizer, spy = setup()
+    parameters = adapter.parameters()
+    grads = [torch.autograd.grad(model(**helpers.batch(i)).loss, parameters) for i in range(2)]
+    for parameter, *both in zip(parameters, *grads, strict=True):
+        parameter.grad = sum(both)
+    optimizer.step()
+    assert {tokens for _, _, tokens in spy.samples[0].values()} == {42}
+
+
+def test_a_loss_that_is_kept_keeps_no_model() -> None:
+    model, adapter, optimizer, spy = setup()
+    loss = model(**padded("left")).loss
+    loss.backward()
+    gone = weakref.ref(model)
+    del model, adapter, optimizer, spy
+    gc.collect()
+    assert loss.isfinite()
+    assert gone() is None
+
+
+def test_an_optimizer_step_inside_disabled_does_not_move_the_routers_of_the_base() -> None:
+    model = models.build()
+    adapter = helpers.attach(model, router="trainable")
+    optimizer = helpers.adamw(adapter)
+    model(**helpers.batch()).loss.backward()
+    with (
+        adapter.disabled(),
+        pytest.raises(drlora_torch.AttachError, match=r"inside adapter\.disabled"),
+    ):
+        optimizer.step()
+    optimizer.step()
+    assert adapter.engine.step_count == 1

@@ -53,7 +53,7 @@ DAMAGED: list[tuple[str, Callable[..., None], str]] = [
     ("tensors", _drop(f"{SAVED}/deltas"), "lacks tensor"),
     ("tensors", _put(f"{SAVED}/deltas", lambda t: t[:, 1:]), "has shape"),
     ("tensors", _put(f"{SAVED}/deltas", lambda t: t.double()), "wrong dtype"),
-    ("tensors", _put(f"{SAVED}/deltas", _at(0, 1)), "lead to other ranks"),
+    ("tensors", _put(f"{SAVED}/deltas", _at(-1, 1)), "lead to other ranks"),
     ("tensors", _put(f"{SAVED}/saliency", _at(0, float("nan"))), "not finite"),
 ]
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 import drlora_torch
+from drlora_torch import merge
+from drlora_torch.lifecycle.residents import Residents
 from tests.torch import helpers, models, reference
 from tests.torch.conformance import tiny
 from tests.torch.conformance.test_table import ROUNDING, distance, table
@@ -358,3 +360,45 @@ def test_a_merged_model_is_not_kept_alive() -> None:
     del model, adapter
     gc.collect()
     assert watched() is None
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("fails", ["remove", "show_routers"])
+def test_a_merge_that_fails_after_writing_restores_the_weights(
+    fails: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = adapted("olmoe")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Residents, fails) if fails == "remove" else (merge, fails)), fail)
+        with pytest.raises(MemoryError, match="no more"):
+            adapter.merge(keep_originals=keep)
+    assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert adapter.is_active
+    adapter.merge()
+    adapter.unmerge()
+    assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_an_unmerge_that_was_interrupted_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = adapted("olmoe")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adapter.merge()
+    weight, calls = merge._weight, []
+
+    def interrupt(*place: Any) -> Tensor:
+        calls.append(place)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return weight(*place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "_weight", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            adapter.unmerge()
+    adapter.unmerge()
+    assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())

@@ -320,3 +320,20 @@ def test_grouped_is_refused_for_linears() -> None:
     model = build("switch_transformers", torch.float32)
     with pytest.raises(drlora_torch.AttachError, match=r"one Linear per expert.*kernel='ragged'"):
         helpers.attach(model, kernel="grouped")
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe"])
+def test_the_padding_of_an_encoder_is_not_that_of_its_decoder(family: str) -> None:
+    """The standard call gives one mask, and no decoder_attention_mask."""
+    model, adapter = attached(family)
+    optimizer, spy = helpers.adamw(adapter), helpers.Spy(adapter)
+    arguments = batch(family)
+    ids = arguments["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[:, -2:] = 0
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    optimizer.step()
+    tokens = {name: sample[2] for name, sample in spy.samples[0].items()}
+    for name, counted in tokens.items():
+        assert counted == (int(mask.sum()) if "encoder" in name else ids.numel()), name
+    assert len(set(tokens.values())) == 2
