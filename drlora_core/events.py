@@ -65,14 +65,7 @@ def decide(
     left_over = []
     for number, (pool, carried) in enumerate(zip(pools, carry, strict=True)):
         members = {name: layers[name] for name in pool.names}
-        seen = any(layer.has_sample(state) for state in members.values())
-        if not seen:
-            logger.warning(
-                "the event after step %d leaves the ranks of %s as they are: no sample of routing "
-                "or importance has been seen",
-                step,
-                pool.describe(),
-            )
+        seen = _has_sample(members, pool, step)
         if policy is None:
             pruned, cut_here = _prune(config, members, index if seen else 0)
             after |= pruned
@@ -97,6 +90,19 @@ def decide(
         cut=cut,
     )
     return event, {name: after[name] for name in layers}, tuple(left_over)
+
+
+def _has_sample(members: Layers, pool: Pool, step: int) -> bool:
+    """True if a sample of a pool has been seen; its event waits otherwise, and says so."""
+    seen = any(layer.has_sample(state) for state in members.values())
+    if not seen:
+        logger.warning(
+            "the event after step %d leaves the ranks of %s as they are: no sample of routing or "
+            "importance has been seen",
+            step,
+            pool.describe(),
+        )
+    return seen
 
 
 def _spread(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from drlora_torch.models.convention import Convention
+from drlora_torch.models.dbrx import DBRX
 from drlora_torch.models.declaration import declaration_of
 from drlora_torch.models.interface import INTERFACE
 from drlora_torch.models.jetmoe import JETMOE, JETMOE_ATTENTION
 from drlora_torch.models.llama4 import LLAMA4
-from drlora_torch.models.routed_families import DBRX, LONGCAT_FLASH, STEP3P7
+from drlora_torch.models.longcat_flash import LONGCAT_FLASH
+from drlora_torch.models.step3p7 import STEP3P7
 
 BUILT_IN = (INTERFACE, STEP3P7, LONGCAT_FLASH, DBRX, LLAMA4, JETMOE, JETMOE_ATTENTION)
 

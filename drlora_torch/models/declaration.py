@@ -8,11 +8,15 @@ from typing import Any
 from torch import nn
 
 from drlora_torch.errors import ModelError
+from drlora_torch.models import nllb_moe, switch_transformers
 from drlora_torch.models.convention import dotted_name
-from drlora_torch.models.declared_families import FAMILIES
 from drlora_torch.models.linears import PerExpertLinears, Routing
 
 _DECLARED: dict[type, PerExpertLinears] = {}  # what users declared; known families are constants
+_FAMILIES = {
+    switch_transformers.BLOCK: switch_transformers.SWITCH_TRANSFORMERS,
+    nllb_moe.BLOCK: nllb_moe.NLLB_MOE,
+}
 
 
 def register_moe(
@@ -78,6 +82,6 @@ def register_moe(
 def declaration_of(module: nn.Module) -> PerExpertLinears | None:
     """Find the declaration of a module's class or of a base of it; a user's before a family's."""
     for kind in type(module).__mro__:
-        if found := _DECLARED.get(kind) or FAMILIES.get(dotted_name(kind)):
+        if found := _DECLARED.get(kind) or _FAMILIES.get(dotted_name(kind)):
             return found
     return None

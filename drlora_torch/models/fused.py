@@ -30,6 +30,10 @@ from drlora_torch.models.convention import (
 )
 from drlora_torch.models.location import ExpertParameter
 
+GATE_UP_DOWN = {
+    name: ExpertParameter(name=name, transposed=False) for name in ("gate_up_proj", "down_proj")
+}
+"""``gate_up_proj`` [N, 2I, H] and ``down_proj`` [N, H, I], as most families have them."""
 Install = Callable[["Fused", Any, ExpertLoRA, Observer], Undo]
 """Let a layer (the module) run with a LoRA; return what undoes that."""
 Project = Callable[..., Tensor]
