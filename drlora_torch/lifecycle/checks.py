@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from drlora_core import AllocatorEngine
 from drlora_core.errors import LayoutError, UnknownLayerError, near_misses
 from drlora_torch.errors import AttachError, ModelError
-from drlora_torch.lifecycle.residents import Residents
+from drlora_torch.lifecycle.residents import Residents, user_of
 from drlora_torch.lora.kernels import Kernel, grouped
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.conventions import convention_of
@@ -27,13 +27,22 @@ def check_free(residents: Residents, engine: AllocatorEngine) -> None:
             "the model has an adapter already, attached to a part of it or to a model around it; "
             "call its detach() first, or attach both to the same model"
         )
-    for attached in known:
-        if attached.engine is engine:
-            raise AttachError(
-                f"this engine decides the ranks of adapter {attached.name!r}; give each adapter an "
-                "AllocatorEngine of its own"
-            )
+    if (user := user_of(engine)) is not None:
+        raise AttachError(
+            f"this engine decides the ranks of adapter {user.name!r} of a "
+            f"{type(user.model).__name__}; give each adapter an AllocatorEngine of its own"
+        )
     residents.check_not_disabled()
+
+
+def check_unused(engine: AllocatorEngine) -> None:
+    """A new adapter needs an engine without a history: its rows of A and B have none."""
+    if engine.step_count:
+        raise AttachError(
+            f"the engine has made {engine.step_count} steps: its ranks and events are those of an "
+            "earlier run; use a new AllocatorEngine(config), or drlora_torch.load(model, path) to "
+            "go on with a saved adapter"
+        )
 
 
 def check_layers(model: nn.Module, records: list[MoELayer], options: AdapterOptions) -> None:
@@ -47,7 +56,7 @@ def check_layers(model: nn.Module, records: list[MoELayer], options: AdapterOpti
 
 
 def check_engine(engine: AllocatorEngine, records: list[MoELayer]) -> None:
-    """An engine comes empty, or with exactly the model's layers (a resumed one)."""
+    """An engine comes empty, or with exactly the model's layers."""
     if not engine.layer_names:
         return
     wanted = {record.name: record.num_experts for record in records}

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import weakref
 from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from drlora_core import AllocatorEngine
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.lifecycle import model as model_changes
@@ -22,6 +24,9 @@ from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.step.tracker import StepTracker
 
 ATTRIBUTE = "_drlora_adapters"  # of the model, while it has adapters
+_users: weakref.WeakKeyDictionary[AllocatorEngine, weakref.ref[Attached]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Residents:
@@ -44,6 +49,7 @@ class Residents:
     def add(self, attached: Attached) -> None:
         """Put an adapter into the model and make it the active one; a failure leaves no trace."""
         self.by_name[attached.name] = attached
+        _users[attached.engine] = weakref.ref(attached)
         self._undo_by_name[attached.name] = contextlib.ExitStack()
         try:
             if len(self.by_name) == 1:
@@ -86,6 +92,7 @@ class Residents:
             self._stop()
         self._undo_by_name.pop(attached.name).close()
         del self.by_name[attached.name]
+        _users.pop(attached.engine, None)
         self._hide_from_checkpoints()
         if not self.by_name:
             self._undo.close()
@@ -123,6 +130,12 @@ class Residents:
         if ours:
             hide = model_changes.keep_out_of_checkpoints
             self._undo_hiding.callback(hide(self.model, ours))
+
+
+def user_of(engine: AllocatorEngine) -> Attached | None:
+    """The adapter, of any model, whose ranks an engine decides; None for a free engine."""
+    reference = _users.get(engine)
+    return None if reference is None else reference()
 
 
 def is_active(attached: Attached) -> bool:

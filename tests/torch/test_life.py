@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -284,3 +285,26 @@ def test_a_copy_is_refused() -> None:
             copy.deepcopy(what)
     adapter.detach()
     assert copy.deepcopy(model)(models.tokens()).logits.isfinite().all()
+
+
+def test_an_engine_that_has_been_used_is_refused() -> None:
+    """A notebook cell that is run again would go on with the first run's ranks."""
+    model = models.build()
+    adapter = helpers.attach(model)
+    engine = adapter.engine
+    with pytest.raises(drlora_torch.AttachError, match="adapter 'default' of a OlmoeForCausalLM"):
+        drlora_torch.attach(models.build(), engine)
+    helpers.step(model, helpers.adamw(adapter))
+    adapter.detach()
+    again = models.build()
+    picture = Picture(again)
+    with pytest.raises(drlora_torch.AttachError, match=r"has made 1 steps.*a new AllocatorEngine"):
+        drlora_torch.attach(again, engine)
+    picture.assert_unchanged(again)
+
+
+def test_an_engine_is_free_again_with_its_model_gone() -> None:
+    engine = helpers.engine()
+    drlora_torch.attach(models.build(), engine)
+    gc.collect()
+    assert drlora_torch.attach(models.build(), engine).is_active
