@@ -16,7 +16,7 @@ from drlora_torch.adapter import Adapter
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.lifecycle.build import build, draw
-from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers, check_unused
+from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
 from drlora_torch.models.discovery import choose_layers, discover
 from drlora_torch.models.records import MoELayer
@@ -54,7 +54,7 @@ def attach(
     Args:
         model: a Transformers model with mixture-of-experts layers, or a PeftModel around one,
             whose own adapters then stay trainable.
-        engine: decides the ranks; a new one, which gets a layer per experts module.
+        engine: decides the ranks; gets a layer per experts module, unless it has them already.
         adapter_name: tells it from other adapters of the model; the new one is the active one.
             Letters, digits, ``_`` and ``-``.
         alpha: scaling is alpha / r_target for every expert; default 2 * r_target.
@@ -80,7 +80,7 @@ def attach(
 
     Raises:
         ModelError: no MoE layer, or one that cannot be adapted.
-        AttachError: the model has an adapter of this name already, or the engine has been used.
+        AttachError: the model has an adapter of this name, or the engine decides for another one.
         LayoutError: the engine has other layers.
         ValueError: an option out of range. The model and the engine are left unchanged.
 
@@ -96,7 +96,6 @@ def attach(
     """
     if not isinstance(engine, AllocatorEngine):
         raise AttachError(f"engine must be an AllocatorEngine, got {type(engine).__name__}")
-    check_unused(engine)
     options = AdapterOptions.model_validate(
         {
             "alpha": 2.0 * engine.config.r_target if alpha is None else alpha,

@@ -76,9 +76,17 @@ def _numbers(generator: np.random.Generator, style: str, shape: tuple[int, ...])
 
 
 def make_samples(
-    options: dict[str, Any], layers: dict[str, int], seed: int, style: str, steps: int
+    options: dict[str, Any],
+    layers: dict[str, int],
+    seed: int,
+    style: str,
+    steps: int,
+    *,
+    skip_first: bool = False,
 ) -> Samples:
     """Samples of every step and layer; the arrays are lists, None where a step is skipped.
+
+    The first step is skipped only with ``skip_first``: an event before the first sample waits.
 
     In every style some experts are never routed to, and their gradients are zero (design: an
     unvisited expert has zeros, not a missing entry).
@@ -94,7 +102,7 @@ def make_samples(
             routing = _numbers(generator, style, (size,)) * visited[name]
             importance = _numbers(generator, style, shape)
             importance *= visited[name][:, None] if wide else visited[name]
-            skipped = generator.random() < 0.1
+            skipped = generator.random() < 0.1 and (skip_first or bool(samples))
             step[name] = (None, None) if skipped else (routing.tolist(), importance.tolist())
         samples.append(step)
     return samples

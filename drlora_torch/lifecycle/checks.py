@@ -35,16 +35,6 @@ def check_free(residents: Residents, engine: AllocatorEngine) -> None:
     residents.check_not_disabled()
 
 
-def check_unused(engine: AllocatorEngine) -> None:
-    """A new adapter needs an engine without a history: its rows of A and B have none."""
-    if engine.step_count:
-        raise AttachError(
-            f"the engine has made {engine.step_count} steps: its ranks and events are those of an "
-            "earlier run; use a new AllocatorEngine(config), or drlora_torch.load(model, path) to "
-            "go on with a saved adapter"
-        )
-
-
 def check_layers(model: nn.Module, records: list[MoELayer], options: AdapterOptions) -> None:
     """The chosen layers can be adapted with these options."""
     _check_beside_peft(records)
