@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedConfig, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -38,6 +38,20 @@ class AdapterTrainer(SFTTrainer):
             raise CheckpointError(
                 f"could not write a checkpoint to {self.args.output_dir}: {error}"
             ) from error
+
+
+def _balance_coefficient(options: FinetuneOptions, config: PreTrainedConfig) -> float | None:
+    """Weight of the routers' balancing loss; None for a model that has no such loss.
+
+    TRL 1.10 does not read it from the model's config, so it is always passed. The loss cannot
+    train a frozen router; it would only distort the hidden states.
+    """
+    text_config = config.get_text_config()
+    if options.router == "frozen":
+        return 0.0
+    if not hasattr(text_config, "output_router_logits"):
+        return None
+    return getattr(text_config, "router_aux_loss_coef", 0.0)
 
 
 def build_trainer(
@@ -72,8 +86,7 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        # A balancing loss cannot train a frozen router; it would only distort the hidden states.
-        router_aux_loss_coef=0.0 if options.router == "frozen" else None,
+        router_aux_loss_coef=_balance_coefficient(options, adapter.model.config),
     )
     trainer = AdapterTrainer(
         model=adapter.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_compare_trains_static_lora_at_the_same_budget_from_the_same_base(
     assert uniform.budget == ours.budget == uniform.total_rank
     assert {rank for ranks in uniform.ranks.values() for rank in ranks} == {2}
     assert uniform.loss_before == ours.loss_before  # the first run left no trace in the model
+
+
+@pytest.mark.parametrize(("router", "weight"), [("frozen", 0.0), ("after_warmup", 0.125)])
+def test_a_trained_router_keeps_the_balancing_loss_of_the_model(
+    router: str,
+    weight: float,
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = shutil.copytree(moe_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "router_aux_loss_coef": 0.125}))
+    weights = []
+
+    def note(trainer: Any, *_: Any) -> None:
+        config = trainer.model.config
+        weights.append(config.router_aux_loss_coef if config.output_router_logits else 0.0)
+
+    monkeypatch.setattr(job, "train", note)
+    job.run(options_for(base, sums, router=router), tmp_path / "run", console)
+    assert weights == [weight]
 
 
 @pytest.mark.parametrize("changes", [{}, {"router": "after_warmup", "dropout": 0.2}])
