@@ -84,7 +84,7 @@ def _input_embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def _checkpoints_activations(model: nn.Module) -> bool:
-    """Ask a Transformers model, by the name of today or the one before 5.2x."""
+    """Ask a Transformers model; older versions have only the second name."""
     for attribute in ("is_activation_checkpointing", "is_gradient_checkpointing"):
         if hasattr(type(model), attribute):
             return bool(getattr(model, attribute))

@@ -151,16 +151,22 @@ def test_gradients_of_zero_are_not_dropped_ones() -> None:
         np.testing.assert_allclose(phi, log.phi(name, [None, None]), rtol=1e-12)
 
 
-def test_a_second_backward_of_one_forward_counts_nothing() -> None:
-    model, adapter, optimizer, spy = setup()
-    log = RouterLog(adapter)
-    loss = model(**helpers.batch()).loss
-    loss.backward(retain_graph=True)
-    loss.backward()
-    optimizer.step()
-    for name, (phi, _, tokens) in spy.samples[0].items():
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_second_backward_of_one_forward_counts_nothing(reentrant: bool | None) -> None:
+    samples = []
+    for backwards in (1, 2):
+        model, _, optimizer, spy = setup()
+        if reentrant is not None:
+            helpers.checkpoint_activations(model, reentrant=reentrant)
+        loss = model(**helpers.batch(), use_cache=False).loss
+        for _ in range(backwards):
+            loss.backward(retain_graph=True)
+        optimizer.step()
+        samples.append(spy.samples[0])
+    once, twice = samples
+    for name, (phi, _, tokens) in twice.items():
         assert tokens == 21
-        np.testing.assert_allclose(phi, log.phi(name, [None]), rtol=1e-12)
+        np.testing.assert_array_equal(phi, once[name][0])
 
 
 def test_two_forwards_of_one_backward_both_count() -> None:
