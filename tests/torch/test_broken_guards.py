@@ -174,7 +174,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     ),
     "a graph that is gone through twice counts twice": (
         replace(tracker_module, "_call_once", count_each_time),
-        lambda _: test_counting.test_a_second_backward_of_one_forward_counts_nothing(),
+        lambda _: test_counting.test_a_second_backward_of_one_forward_counts_nothing(None),
     ),
     "dropped gradients count": (
         replace(GradientWitness, "cleared", lambda *_: False),
