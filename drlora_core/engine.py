@@ -56,12 +56,19 @@ class AllocatorEngine:
         self._step = 0
         self._recorder: Recorder | None = None
 
-    def add_layer(self, name: str, num_experts: int) -> None:
+    def add_layer(self, name: str, num_experts: int, *, ranks: ArrayLike | None = None) -> None:
         """Add a layer; all layers are added before the first sample.
+
+        Args:
+            name: the layer.
+            num_experts: N.
+            ranks: starting ranks, integers [N], say those that another run ended with; default
+                ``config.starting_rank`` for every expert.
 
         Raises:
             LayoutError: the name is taken or not a str, ``num_experts`` is not a whole number
-                above 0, or a sample was already taken.
+                above 0, the ranks are out of range or above the budget, or a sample was already
+                taken.
         """
         if not isinstance(name, str):
             raise LayoutError(f"a layer name must be a str, got {name!r}")
@@ -72,7 +79,10 @@ class AllocatorEngine:
             raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
         if self._step or any(state.observed for state in self._layers.values()):
             raise LayoutError(f"layer {name!r} comes too late: add it before the first sample")
-        self._layers[name] = layer.make_state(self.config, int(num_experts))
+        state = layer.make_state(self.config, int(num_experts))
+        if ranks is not None:
+            state = dataclasses.replace(state, ranks=_check_start(self.config, state.ranks, ranks))
+        self._layers[name] = state
         self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._layers)
         self._report_shortfall(name, int(num_experts))
 
@@ -232,3 +242,21 @@ class AllocatorEngine:
                 f"layer {name!r}: quota {quota} x {config.num_events} events = {planned} < "
                 f"{budget - start} needed; total rank will end at {start + planned} of {budget}"
             )
+
+
+def _check_start(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) -> IntArray:
+    """Check starting ranks that were given, [N]."""
+    given = np.asarray(ranks)
+    least, budget = config.starting_rank, default.size * config.r_target
+    if given.shape != default.shape or not np.issubdtype(given.dtype, np.integer):
+        raise LayoutError(
+            f"ranks must be integers of shape {default.shape}, got {given.dtype}{given.shape}"
+        )
+    if config.policy == "prune" and (given != least).any():
+        raise LayoutError(f"policy 'prune' starts every expert at r_init = {least}")
+    if given.min() < least or given.max() > config.r_max:
+        found = f"{given.min()}..{given.max()}"
+        raise LayoutError(f"starting ranks lie in {found}, not {least}..{config.r_max}")
+    if config.policy != "prune" and given.sum() > budget:
+        raise LayoutError(f"starting ranks sum to {given.sum()}, above the budget of {budget}")
+    return given.astype(np.int64)

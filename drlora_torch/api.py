@@ -16,7 +16,7 @@ from drlora_torch.adapter import Adapter
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.lifecycle.build import build, draw
-from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers
+from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers, check_new
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
 from drlora_torch.models.discovery import choose_layers, discover
 from drlora_torch.models.records import MoELayer
@@ -80,7 +80,8 @@ def attach(
 
     Raises:
         ModelError: no MoE layer, or one that cannot be adapted.
-        AttachError: the model has an adapter of this name, or the engine decides for another one.
+        AttachError: the model has an adapter of this name, or the engine decides for another one
+            or has made steps already.
         LayoutError: the engine has other layers.
         ValueError: an option out of range. The model and the engine are left unchanged.
 
@@ -115,6 +116,7 @@ def attach(
     found = discover(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
+    check_new(engine)
     attached = _build(adapter_name, residents, engine, options, found)
     draw(attached)
     with _entered(residents, attached):

@@ -108,7 +108,10 @@ def _static(
         routing, importance = (values, rest) if signal == "routing" else (rest, values)
         engine.observe(name, routing=routing, importance=importance)
     engine.step()
-    with _attached(method, model, engine, alpha) as ready:
+    chosen = AllocatorEngine(config)  # its event has nothing left to place
+    for name, values in measured.items():
+        chosen.add_layer(name, num_experts=values.size, ranks=engine.ranks(name))
+    with _attached(method, model, chosen, alpha) as ready:
         yield ready
 
 

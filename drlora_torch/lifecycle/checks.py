@@ -18,6 +18,17 @@ from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
 
 
+def check_new(engine: AllocatorEngine) -> None:
+    """A new adapter takes an engine that has made no step; others belong to their adapter."""
+    if engine.step_count:
+        raise AttachError(
+            f"the engine has made {engine.step_count} steps already: its ranks and its growth "
+            "window are those of another run; use a new AllocatorEngine(config), or "
+            "drlora_torch.load(model, path) to go on with a saved adapter (to start with given "
+            "ranks: engine.add_layer(name, num_experts, ranks=...))"
+        )
+
+
 def check_free(residents: Residents, engine: AllocatorEngine) -> None:
     """A model takes another adapter if that brings its own engine."""
     known = residents.by_name.values()

@@ -6,6 +6,7 @@ import copy
 import gc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -302,3 +303,29 @@ def test_an_engine_is_free_again_with_its_model_gone() -> None:
     drlora_torch.attach(models.build(), engine)
     gc.collect()
     assert drlora_torch.attach(models.build(), engine).is_active
+
+
+def test_an_engine_with_steps_is_taken_by_load_alone(tmp_path: Any) -> None:
+    """A notebook cell that is run again: no second run with the first run's ranks."""
+    model = models.build()
+    adapter = helpers.attach(model)
+    helpers.step(model, helpers.adamw(adapter))
+    adapter.save_pretrained(tmp_path)
+    used = adapter.engine
+    adapter.detach()
+    with pytest.raises(drlora_torch.AttachError, match="the engine has made 1 steps already"):
+        drlora_torch.attach(model, used)
+    assert not drlora_torch.adapters(model)
+    assert drlora_torch.load(model, tmp_path).engine.step_count == 1
+
+
+def test_an_adapter_starts_with_the_ranks_that_its_engine_was_given() -> None:
+    engine = helpers.engine()
+    wanted = {}
+    for name in (layer.name for layer in drlora_torch.discover(models.build())):
+        wanted[name] = np.array([5, 2, 3, 2, 2, 2, 8, 2])
+        engine.add_layer(name, num_experts=8, ranks=wanted[name])
+    adapter = drlora_torch.attach(models.build(), engine)
+    assert {n: r.tolist() for n, r in adapter.ranks().items()} == {
+        n: r.tolist() for n, r in wanted.items()
+    }
