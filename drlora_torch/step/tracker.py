@@ -31,6 +31,7 @@ from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.processes import sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
+from drlora_torch.step.strangers import Strangers
 from drlora_torch.step.witness import GradientWitness
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
@@ -46,6 +47,7 @@ class StepTracker:
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self._notices = Notices()
+        self._strangers = Strangers(attached)
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
         self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
@@ -148,6 +150,7 @@ class StepTracker:
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
         if not self._holds_lora(optimizer):
+            self._strangers.check(optimizer, self.attached, waiting=bool(self._sums))
             return None
         if not self.attached.enabled and parameters.router_parameters(self.attached):
             raise AttachError(

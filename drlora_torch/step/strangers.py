@@ -1,0 +1,89 @@
+"""Optimizers that cannot train the adapter: made before it, or for another one that is gone.
+
+They hold no parameter of the adapter, so their steps go unnoticed and it never learns.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from drlora_torch.attached import Attached
+from drlora_torch.errors import AttachError
+from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.step.parameters import parameters_by_key
+
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The LoRA, as a weak reference, of every A and B that was ever active."""
+RIGHT = "make the optimizer after attach:\n    optimizer = AdamW(adapter.parameters())"
+
+
+class Strangers:
+    """Watches the optimizers of the process that hold no parameter of one adapter."""
+
+    def __init__(self, attached: Attached) -> None:
+        for layer in attached.layers.values():
+            for parameter in layer.lora.parameters():
+                _owners[parameter] = weakref.ref(layer.lora)
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def check(self, optimizer: Optimizer, attached: Attached, *, waiting: bool) -> None:
+        """Refuse or report an optimizer that should have been made for this adapter.
+
+        Args:
+            optimizer: one that is about to step, and holds no LoRA parameter of the adapter.
+            attached: the adapter.
+            waiting: True if a backward pass has reached its experts since its last step.
+
+        Raises:
+            AttachError: the optimizer holds only what ``attach`` has frozen, or the LoRA of an
+                adapter that is gone.
+        """
+        if not waiting or optimizer in self._known:
+            return
+        self._known.add(optimizer)
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if _is_of_another_adapter(held, attached):
+            return
+        try:
+            _refuse_useless(optimizer, held, attached)
+        except AttachError:
+            self._known.discard(optimizer)
+            raise
+        if all(parameter.grad is None for parameter in held):
+            warnings.warn(
+                f"a {type(optimizer).__name__} steps that has no gradients and holds nothing of "
+                f"adapter {attached.name!r}, whose experts a backward pass has reached: does it "
+                f"belong to an earlier model? {RIGHT}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _is_of_another_adapter(held: list[nn.Parameter], attached: Attached) -> bool:
+    """True for an optimizer of another adapter of the same model, which is inactive now."""
+    loras = [module for module in attached.model.modules() if isinstance(module, ExpertLoRA)]
+    inside = {id(parameter) for lora in loras for parameter in lora.parameters()}
+    return any(id(parameter) in inside for parameter in held)
+
+
+def _refuse_useless(optimizer: Optimizer, held: list[nn.Parameter], attached: Attached) -> None:
+    """Refuse an optimizer that trains nothing of this model, but was made for it."""
+    if any(parameter in _owners and _owners[parameter]() is None for parameter in held):
+        raise AttachError(
+            f"the {type(optimizer).__name__} holds the LoRA of an adapter that is gone and "
+            f"nothing of adapter {attached.name!r}: it would train nothing; {RIGHT}"
+        )
+    own = {id(p) for p in attached.model.parameters()}
+    ours = {id(p) for p in parameters_by_key(attached).values()}
+    of_model = [p for p in held if id(p) in own]
+    if of_model and not any(p.requires_grad or id(p) in ours for p in of_model):
+        raise AttachError(
+            f"the {type(optimizer).__name__} holds {len(of_model)} parameters of the model, which "
+            f"attach has frozen, and none of adapter {attached.name!r}: it would train nothing; "
+            f"{RIGHT}"
+        )

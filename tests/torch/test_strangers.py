@@ -1,0 +1,68 @@
+"""Optimizers that cannot train the adapter are refused or reported at the first steps."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import drlora_torch
+from tests.torch import helpers, models
+
+
+def test_an_optimizer_made_before_attach_is_refused() -> None:
+    model = models.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    adapter = helpers.attach(model)
+    model(**helpers.batch()).loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(drlora_torch.AttachError, match="parameters of the model, which attach has"):
+        optimizer.step()
+    assert all(helpers.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    helpers.adamw(adapter).step()  # the backward pass is not lost
+    assert (adapter.engine.step_count, adapter.skipped_steps) == (1, 0)
+
+
+def test_an_optimizer_of_a_detached_adapter_is_refused() -> None:
+    model = models.build()
+    optimizer = helpers.adamw(helpers.attach(model))
+    drlora_torch.adapters(model)["default"].detach()
+    gc.collect()
+    helpers.attach(model)
+    model(**helpers.batch()).loss.backward()
+    with pytest.raises(drlora_torch.AttachError, match="LoRA of an adapter that is gone"):
+        optimizer.step()
+
+
+def test_an_optimizer_of_an_earlier_model_is_reported() -> None:
+    """A notebook in which the cell of the optimizer was not run again."""
+    optimizer = helpers.adamw(helpers.attach(old := models.build()))
+    model = models.build()
+    helpers.attach(model)
+    with pytest.warns(RuntimeWarning, match="does it belong to an earlier model"):
+        helpers.step(model, optimizer)
+    assert old is not model
+
+
+def test_optimizers_beside_the_adapters_own_are_left_alone() -> None:
+    """Of another model, of a head that is trained beside, of an inactive adapter."""
+    model = models.build()
+    other = helpers.attach(model, adapter_name="other")
+    adapter = helpers.attach(model)
+    model.lm_head.weight.requires_grad_(True)
+    another_model = torch.nn.Linear(2, 2)
+    another_model(torch.ones(2)).sum().backward()
+    beside = [
+        torch.optim.SGD(another_model.parameters(), lr=0.1),
+        torch.optim.SGD([model.lm_head.weight], lr=0.1),
+        helpers.adamw(other),
+    ]
+    optimizer = helpers.adamw(adapter)
+    for seed in range(3):
+        model(**helpers.batch(seed)).loss.backward()
+        for each in beside:
+            each.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (adapter.engine.step_count, adapter.skipped_steps) == (3, 0)
