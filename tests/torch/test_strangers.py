@@ -39,10 +39,11 @@ def test_an_optimizer_of_an_earlier_model_is_reported() -> None:
     """A notebook in which the cell of the optimizer was not run again."""
     optimizer = helpers.adamw(helpers.attach(old := models.build()))
     model = models.build()
-    helpers.attach(model)
+    adapter = helpers.attach(model)
     with pytest.warns(RuntimeWarning, match="does it belong to an earlier model"):
         helpers.step(model, optimizer)
     assert old is not model
+    adapter.detach()  # it would go on to wait for an optimizer of its own
 
 
 def test_optimizers_beside_the_adapters_own_are_left_alone() -> None:
