@@ -40,6 +40,7 @@ def attach(
     layout: Literal["pooled", "masked"] = "pooled",
     dtype: torch.dtype | str | None = None,
     layers: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
     auto_step: bool = True,
     newborn: Literal["corrected", "plain"] = "corrected",
     rslora: bool = False,
@@ -67,6 +68,9 @@ def attach(
         dtype: of A and B; default that of the base weights, at least float32.
         layers: name patterns (``fnmatch``) of the layers to adapt, as ``discover`` names them;
             default all but routed attention.
+        modules_to_save: names of other modules that are trained whole, as in PEFT (``score``,
+            ``lm_head``, ``embed_tokens``; everything else of the base is frozen). They are in
+            the adapter's file, in ``merge``, and in ``export_peft``.
         auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.
         newborn: ``corrected``: rows born late move under Adam as if their step count had just
             begun; ``plain``: the optimizer is left alone.
@@ -106,6 +110,7 @@ def attach(
             "layout": layout,
             "dtype": dtype,
             "layers": layers,
+            "modules_to_save": modules_to_save,
             "auto_step": auto_step,
             "newborn": newborn,
             "rslora": rslora,
@@ -120,9 +125,7 @@ def attach(
     attached = _build(adapter_name, residents, engine, options, found)
     draw(attached)
     with _entered(residents, attached):
-        for name, layer in attached.layers.items():
-            if name not in engine.layer_names:
-                engine.add_layer(name, layer.record.num_experts)
+        _add_layers(attached)
         if record is not None and is_first_process():
             engine.record_to(record)
         return _handle(attached)
@@ -168,7 +171,7 @@ def load(
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
     with _entered(residents, attached):
-        checkpoint.fill_routers(attached, saved)
+        checkpoint.fill_trained(attached, saved)
         if trainable:
             active_tracker(attached).load_state_dict(saved.pending)
         return _handle(attached)
@@ -228,6 +231,13 @@ def _build(
     check_layers(model, records, options)
     check_engine(engine, records)
     return build(name, model, engine, options, records)
+
+
+def _add_layers(attached: Attached) -> None:
+    """Give an engine its layers, unless it came with them."""
+    for name, layer in attached.layers.items():
+        if name not in attached.engine.layer_names:
+            attached.engine.add_layer(name, layer.record.num_experts)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,8 @@ class Attached:
     ages: dict[str, IntArray]
     """Optimizer steps that each slot has lived [P], by layer; -1 for slots that are free, were
     there from the start, or need no correction any more."""
+    modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    """Modules of the base that learn whole (``modules_to_save``), by name."""
     events: list[GrowthEvent] = dataclasses.field(default_factory=list)
     skipped_steps: int = 0
     enabled: bool = True
@@ -73,10 +75,11 @@ class Attached:
     """True inside ``paused()``."""
     trainable: bool = True
     """False after ``load(..., trainable=False)``."""
-    routers_shown: bool = False
-    """True while trained router values are in the model."""
-    hidden_routers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    """The other values of routers that learn: the base's, or the trained ones while not shown."""
+    trained_shown: bool = False
+    """True while trained values of base parameters are in the model."""
+    hidden_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The other values of base parameters that learn, by name: the base's, or the trained ones
+    while not shown."""
     unfinished: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Partial state of the current optimizer step while the adapter is inactive."""
     optimizers: weakref.WeakSet[Optimizer] = dataclasses.field(default_factory=weakref.WeakSet)

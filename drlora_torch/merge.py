@@ -25,7 +25,7 @@ from drlora_core import atomic
 from drlora_torch.attached import AdaptedLayer, Attached, ExpertWeight, Merged, Original
 from drlora_torch.errors import AttachError, CheckpointError, ModelError
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached
-from drlora_torch.lifecycle.routers import show_routers
+from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.step import hooks
 from drlora_torch.step.parameters import lora_parameters
@@ -47,7 +47,7 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
     originals = write(attached.layers)
     try:
         residents.remove(attached)
-        show_routers(attached, True)
+        show_trained(attached, True)
         if keep_originals:
             attached.merged = Merged(originals, _refuse_steps(attached))
     except BaseException:
@@ -78,7 +78,7 @@ def unmerge(attached: Attached) -> None:
         residents.add(attached)
     except BaseException:
         write(attached.layers)
-        show_routers(attached, True)
+        show_trained(attached, True)
         raise
     merged.stop_guard()
     attached.merged = None

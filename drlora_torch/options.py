@@ -51,12 +51,13 @@ class AdapterOptions(BaseModel):
     layout: Layout = Layout.POOLED
     dtype: str | None = None
     layers: Names | None = None
+    modules_to_save: Names | None = None
     auto_step: bool = True
     newborn: Newborn = Newborn.CORRECTED
     rslora: bool = False
     kernel: Kernel = Kernel.AUTO
 
-    @field_validator("targets", "layers", mode="before")
+    @field_validator("targets", "layers", "modules_to_save", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value

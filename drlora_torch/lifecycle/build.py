@@ -9,6 +9,7 @@ from torch import nn
 
 from drlora_core import AllocatorEngine
 from drlora_torch.attached import AdaptedLayer, Attached
+from drlora_torch.lifecycle.modules import choose_modules
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray, SlotTable
 from drlora_torch.models.conventions import convention_of
@@ -30,7 +31,8 @@ def build(
         name: np.full(layer.lora.table.num_slots, OLD, dtype=np.int64)
         for name, layer in layers.items()
     }
-    return Attached(name, model, engine, options, layers, ages)
+    modules = choose_modules(model, options.modules_to_save, records)
+    return Attached(name, model, engine, options, layers, ages, modules)
 
 
 def draw(attached: Attached) -> None:

@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 from drlora_torch.attached import Attached
-from drlora_torch.lifecycle.routers import RouterGuard, show_routers
+from drlora_torch.lifecycle.trained import TrainedGuard, show_trained
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.step.parameters import (
+    base_parameters,
     freeze_all,
     lora_parameters,
-    router_parameters,
+    unfreeze_base,
     unfreeze_lora,
-    unfreeze_routers,
 )
 from drlora_torch.step.tracker import StepTracker
 
@@ -41,11 +41,11 @@ class Running:
             layer.lora.to(device=weight.device)
             layer.lora.train(layer.experts.training)
             self._undo.callback(convention.install(layer.experts, layer.lora, self.tracker))
-        show_routers(attached, True)
-        if len(list(all_of_model())) > 1 and router_parameters(attached):
-            self._undo.callback(RouterGuard(attached, all_of_model).stop)
+        show_trained(attached, True)
+        if len(list(all_of_model())) > 1 and base_parameters(attached):
+            self._undo.callback(TrainedGuard(attached, all_of_model).stop)
         unfreeze_lora(attached)
-        unfreeze_routers(attached)
+        unfreeze_base(attached)
         if attached.unfinished:
             self.tracker.load_state_dict(attached.unfinished)
             attached.unfinished = {}
@@ -55,5 +55,5 @@ class Running:
         if not self.attached.unfinished:  # else it never got as far as to take it
             self.attached.unfinished = self.tracker.state_dict()
         self._undo.close()
-        show_routers(self.attached, False)
+        show_trained(self.attached, False)
         freeze_all(self.attached)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle.residents import active_tracker, check_attached, is_active
-from drlora_torch.lifecycle.routers import show_routers
+from drlora_torch.lifecycle.trained import show_trained
 
 
 @contextlib.contextmanager
@@ -15,13 +15,13 @@ def disabled(attached: Attached) -> Iterator[None]:
     """Inside, the model is the base model, routers included; nothing is counted."""
     active_tracker(attached)
     before, attached.enabled = attached.enabled, False
-    show_routers(attached, False)
+    show_trained(attached, False)
     try:
         yield
     finally:
         attached.enabled = before
         if is_active(attached):
-            show_routers(attached, before)
+            show_trained(attached, before)
 
 
 @contextlib.contextmanager

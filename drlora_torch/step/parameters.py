@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from drlora_torch.attached import Attached
@@ -25,12 +27,45 @@ def router_parameters(attached: Attached) -> dict[str, nn.Parameter]:
     }
 
 
+def base_parameters(attached: Attached) -> dict[str, nn.Parameter]:
+    """Parameters of the base that learn: routers and ``modules_to_save``, by qualified name."""
+    return join_base(router_parameters(attached), attached.modules)
+
+
+def join_base(
+    routers: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module]
+) -> dict[str, nn.Parameter]:
+    """Join the parameters of routers and of whole modules; a shared one has its first name."""
+    named = dict(routers)
+    for module, each in modules.items():
+        named |= {f"{module}.{name}": parameter for name, parameter in each.named_parameters()}
+    first: dict[int, str] = {}
+    for name, parameter in named.items():
+        first.setdefault(id(parameter), name)
+    return {name: named[name] for name in first.values()}
+
+
+def base_key(name: str, routers: Mapping[str, nn.Parameter]) -> str:
+    """Name of a parameter of the base in files."""
+    return f"{'router' if name in routers else 'module'}/{name}"
+
+
+def base_keys(attached: Attached) -> dict[str, str]:
+    """Names of :func:`base_parameters` to their names in files."""
+    routers = router_parameters(attached)
+    return {name: base_key(name, routers) for name in base_parameters(attached)}
+
+
 def parameters_by_key(attached: Attached) -> dict[str, nn.Parameter]:
-    """All of them by their names in files: ``{layer}/{projection}/lora_A``, ``router/{name}``."""
+    """All parameters that learn by their keys in files.
+
+    ``{layer}/{projection}/lora_A``, ``router/{name}``, ``module/{name}``.
+    """
     lora: dict[str, nn.Parameter] = {}
     for layer in attached.layers.values():
         lora |= layer.lora.tensors()
-    return lora | {f"router/{name}": p for name, p in router_parameters(attached).items()}
+    keys = base_keys(attached)
+    return lora | {keys[name]: p for name, p in base_parameters(attached).items()}
 
 
 def unfreeze_lora(attached: Attached) -> None:
@@ -39,17 +74,21 @@ def unfreeze_lora(attached: Attached) -> None:
         parameter.requires_grad_(attached.trainable)
 
 
-def unfreeze_routers(attached: Attached) -> None:
-    """Let the routers learn as the mode says (``after_warmup``: once the warmup is over)."""
+def unfreeze_base(attached: Attached) -> None:
+    """Let routers learn as their mode says, and ``modules_to_save`` always.
+
+    ``after_warmup``: once the warmup is over.
+    """
     engine = attached.engine
     warm = engine.step_count >= engine.config.warmup_steps
     learn = attached.trainable and (warm or attached.options.router is RouterMode.TRAINABLE)
-    for parameter in router_parameters(attached).values():
-        parameter.requires_grad_(learn)
+    routers = router_parameters(attached)
+    for name, parameter in base_parameters(attached).items():
+        parameter.requires_grad_(learn if name in routers else attached.trainable)
 
 
 def freeze_all(attached: Attached) -> None:
-    """Stop A, B and the routers from learning, and drop their gradients."""
+    """Stop all of them from learning, and drop their gradients."""
     for parameter in parameters_by_key(attached).values():
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -152,10 +152,10 @@ class StepTracker:
         if not self._holds_lora(optimizer):
             self._strangers.check(optimizer, self.attached, waiting=bool(self._sums))
             return None
-        if not self.attached.enabled and parameters.router_parameters(self.attached):
+        if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
-                "an optimizer step inside adapter.disabled() would move the routers of the base "
-                "model; step outside of it"
+                "an optimizer step inside adapter.disabled() would move the base model's own "
+                "parameters; step outside of it"
             )
         if closure is None:
             self._read(optimizer)
@@ -229,7 +229,7 @@ class StepTracker:
         event = self.attached.engine.step()
         if event is not None:
             growth.carry_out(self.attached, event)
-        parameters.unfreeze_routers(self.attached)
+        parameters.unfreeze_base(self.attached)
         return event
 
     def _grow_older(self) -> None:

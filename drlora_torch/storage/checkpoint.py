@@ -2,10 +2,10 @@
 
 Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B`` [P, O] (row s of
 both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P]; the
-engine's arrays as ``{layer}/engine/{field}``; routers that learn as ``router/{parameter}``; the
-partial state of the current optimizer step as ``pending/...``, see
-:meth:`drlora_torch.step.tracker.StepTracker.state_dict`. Of K growth events, also
-``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy ``prune``
+engine's arrays as ``{layer}/engine/{field}``; routers that learn as ``router/{parameter}``, and
+``modules_to_save`` as ``module/{parameter}``; the partial state of the current optimizer step as
+``pending/...``, see :meth:`drlora_torch.step.tracker.StepTracker.state_dict`. Of K growth events,
+also ``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy ``prune``
 ``cut`` bool [K, N, R]; ranks follow from the deltas.
 
 Shape letters: P rank slots, I and O input and output features, N experts, R = r_max.
@@ -14,8 +14,9 @@ Shape letters: P rank slots, I and O input and output features, N experts, R = r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from drlora_core import AllocatorConfig, AllocatorEngine, GrowthEvent, LayoutErr
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import tracker_of
-from drlora_torch.lifecycle.routers import trained_routers
+from drlora_torch.lifecycle.trained import trained_values
+from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
-from drlora_torch.step.parameters import unfreeze_routers
+from drlora_torch.step.parameters import base_keys, unfreeze_base
 from drlora_torch.step.processes import several_processes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
@@ -37,18 +39,36 @@ VERSION = 2
 
 
 def save(attached: Attached, path: Path) -> None:
-    state = attached.engine.state_dict()
-    tensors: dict[str, Tensor] = {}
+    """Write the whole adapter to a folder; values of slots that nobody owns are written as 0."""
+    tensors, description = describe(attached)
     for name, layer in attached.layers.items():
-        table = layer.lora.table
-        if (table.ranks() != attached.engine.ranks(name)).any():
+        if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():
             raise CheckpointError(
                 f"layer {name!r} holds other ranks than the engine (was a growth event "
                 "interrupted?); go on from the last file that was saved"
             )
+        owned = torch.from_numpy(layer.lora.table.owner != FREE)
+        for key, parameter in layer.lora.tensors().items():
+            # An average of the weights over steps (EMA) leaves values in slots that were freed.
+            tensors[key] = keep_rows(parameter.detach().cpu(), owned)
+    keys = base_keys(attached)
+    tensors |= {keys[name]: values for name, values in trained_values(attached).items()}
+    _check_finite(tensors)
+    tensors |= _pending(attached)
+    records = [layer.record for layer in attached.layers.values()]
+    description["base"] = fingerprint.of_model(attached.model, records)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    adapter_file.write(path, whole, description)
+
+
+def describe(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file holds beside weights: arrays, and values for JSON."""
+    state = attached.engine.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, layer in attached.layers.items():
+        table = layer.lora.table
         slots = {"owner": table.owner, "position": table.position, "ages": attached.ages[name]}
         tensors |= {f"{name}/{field}": torch.from_numpy(array) for field, array in slots.items()}
-        tensors |= layer.lora.tensors()
         for field in EVENT_FIELDS:
             if attached.events and name in getattr(attached.events[0], field):
                 arrays = np.stack([getattr(event, field)[name] for event in attached.events])
@@ -57,10 +77,8 @@ def save(attached: Attached, path: Path) -> None:
         for field, value in list(fields.items()):
             if isinstance(value, np.ndarray):
                 tensors[f"{name}/engine/{field}"] = torch.from_numpy(fields.pop(field))
-    tensors |= {f"router/{name}": values for name, values in trained_routers(attached).items()}
-    tensors |= _pending(attached)
     records = [layer.record for layer in attached.layers.values()]
-    description = {
+    return tensors, {
         "version": VERSION,
         "options": attached.options.model_dump(mode="json"),
         "engine": state,
@@ -68,7 +86,6 @@ def save(attached: Attached, path: Path) -> None:
             {"step": e.step, "index": e.index, "unplaced": e.unplaced} for e in attached.events
         ],
         "skipped_steps": attached.skipped_steps,
-        "base": fingerprint.of_model(attached.model, records),
         "layers": {
             record.name: {
                 "num_experts": record.num_experts,
@@ -77,13 +94,20 @@ def save(attached: Attached, path: Path) -> None:
             for record in records
         },
     }
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    adapter_file.write(path, whole, description)
+
+
+def keep_rows(values: Tensor, kept: Tensor) -> Tensor:
+    """Values [P, ...] with 0 in every row that is not kept, bool [P]; not a copy if all are."""
+    return values if kept.all() else values.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
 def read(path: Path) -> Saved:
     """Read a file; refuse it if it is missing, damaged, foreign or of another version."""
-    tensors, description = adapter_file.read(path)
+    return parse(path, *adapter_file.read(path))
+
+
+def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]) -> Saved:
+    """Take the content of a file, which is named in errors, apart."""
     with as_checkpoint_error(path):
         version = description["version"]
         if version != VERSION or isinstance(version, bool):
@@ -151,10 +175,11 @@ def fill(attached: Attached, saved: Saved, events: list[GrowthEvent]) -> None:
 
 
 @torch.no_grad()
-def fill_routers(attached: Attached, saved: Saved) -> None:
-    """Give an adapter that is in its model the router values of a file."""
-    for name, values in trained_routers(attached).items():
-        values.copy_(saved.tensors[f"router/{name}"])
+def fill_trained(attached: Attached, saved: Saved) -> None:
+    """Give an adapter that is in its model the trained values of base parameters in a file."""
+    keys = base_keys(attached)
+    for name, values in trained_values(attached).items():
+        values.copy_(saved.tensors[keys[name]])
 
 
 def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
@@ -170,12 +195,22 @@ def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
     except LayoutError as error:
         raise CheckpointError(f"{path} does not fit the adapter's engine: {error}") from error
     fill(attached, saved, events)
-    fill_routers(attached, saved)
+    fill_trained(attached, saved)
     if (tracker := tracker_of(attached)) is None:
         attached.unfinished = saved.pending
     else:
-        unfreeze_routers(attached)
+        unfreeze_base(attached)
         tracker.load_state_dict(saved.pending)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to replace a good file by one that ``load`` would refuse."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{key} holds values that are not finite: the training has diverged; nothing was "
+                "written, and what was there before is untouched"
+            )
 
 
 def _pending(attached: Attached) -> dict[str, Tensor]:

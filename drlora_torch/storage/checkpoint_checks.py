@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from drlora_core import AllocatorEngine, GrowthEvent
 from drlora_torch.errors import CheckpointError
+from drlora_torch.lifecycle.modules import choose_modules
 from drlora_torch.lora.slots import FREE, Layout
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
+from drlora_torch.step.parameters import base_key, join_base
 from drlora_torch.step.tracker import GRADIENT, IMPORTANCE, ROUTING
 
 SLOT_FIELDS = ("owner", "position", "ages")
@@ -190,10 +192,15 @@ def _wanted_tensors(
         wanted |= {f"{name}/{field}": ((slots,), torch.int64) for field in SLOT_FIELDS}
         for key, features in _lora_shapes(saved, name).items():
             wanted[key] = (slots, features), None
-        router = records[name].router
+    routers: dict[str, nn.Parameter] = {}
+    chosen = [records[name] for name in saved.layers]
+    for router in (record.router for record in chosen):
         if saved.options.router is not RouterMode.FROZEN and router is not None:
-            for parameter, value in model.get_submodule(router).named_parameters():
-                wanted[f"router/{router}.{parameter}"] = tuple(value.shape), None
+            named = model.get_submodule(router).named_parameters()
+            routers |= {f"{router}.{name}": parameter for name, parameter in named}
+    modules = choose_modules(model, saved.options.modules_to_save, chosen)
+    for name, parameter in join_base(routers, modules).items():
+        wanted[base_key(name, routers)] = tuple(parameter.shape), None
     return wanted
 
 
@@ -206,6 +213,6 @@ def _partial_state(wanted: Wanted, saved: Saved) -> Wanted:
     for key, (shape, dtype) in wanted.items():
         if dtype is None:  # it learns
             found[f"{GRADIENT}{key}"] = shape, None
-            if not saved.options.auto_step and not key.startswith("router/"):
+            if not saved.options.auto_step and not key.startswith(("router/", "module/")):
                 found[f"{IMPORTANCE}{key}"] = shape[:1], None
     return found

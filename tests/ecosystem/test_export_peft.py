@@ -310,3 +310,23 @@ def test_bad_ranks_and_full_disks(tmp_path: Path) -> None:
     adapter.detach()
     with pytest.raises(drlora_torch.AttachError, match="detached"):
         adapter.export_peft(tmp_path)
+
+
+def test_whole_modules_are_exported_and_imported(tmp_path: Path) -> None:
+    model = models.build()
+    adapter = helpers.attach(model, modules_to_save=["lm_head", "embed_tokens"])
+    optimizer = helpers.adamw(adapter)
+    for seed in range(5):
+        helpers.step(model, optimizer, seed)
+    adapter.export_peft(tmp_path)
+    wanted = logits(model)
+    with warnings.catch_warnings():  # PEFT asks Transformers by a deprecated name
+        warnings.simplefilter("ignore", FutureWarning)
+        with_peft = peft.PeftModel.from_pretrained(models.build(), tmp_path)
+    torch.testing.assert_close(logits(with_peft), wanted, rtol=1e-4, atol=1e-5)
+    fresh = models.build()
+    again = helpers.attach(fresh, modules_to_save=["lm_head", "embed_tokens"])
+    again.import_peft(tmp_path)
+    for whole in ("lm_head", "model.embed_tokens"):
+        trained, taken = (m.get_submodule(whole).weight for m in (model, fresh))
+        assert torch.equal(trained, taken)

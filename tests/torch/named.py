@@ -11,7 +11,7 @@ from torch import Tensor
 
 import drlora_torch
 from drlora_torch.adapter import state_of
-from drlora_torch.lifecycle.routers import trained_routers
+from drlora_torch.lifecycle.trained import trained_values
 from tests.torch import helpers, models
 from tests.torch.conventions import families
 
@@ -76,7 +76,7 @@ def life(
     return copy.deepcopy(
         {
             "lora": [parameter.detach() for parameter in adapter.lora_parameters()],
-            "routers": trained_routers(state_of(adapter)),
+            "routers": trained_values(state_of(adapter)),
             "tables": {
                 name: (layer.lora.table.owner, layer.lora.table.position)
                 for name, layer in adapter.layers.items()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle import model as model_changes
-from drlora_torch.lifecycle import routers, running
+from drlora_torch.lifecycle import running, trained
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
 from drlora_torch.lora.rows import RowGenerator
@@ -267,15 +267,15 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: checkpointing_trains(),
     ),
     "routers stay frozen": (
-        replace(parameters, "unfreeze_routers", nothing),
+        replace(parameters, "unfreeze_base", nothing),
         lambda _: test_routers.test_routers_change_only_when_they_should("olmoe", "after_warmup"),
     ),
     "optimizers of resting adapters move the routers": (
-        replace(routers.RouterGuard, "_before_step", nothing),
+        replace(trained.TrainedGuard, "_before_step", nothing),
         lambda _: test_named_adapters.test_optimizers_of_resting_adapters_leave_the_routers_alone(),
     ),
     "routers are not exchanged": (
-        replace(running, "show_routers", nothing),
+        replace(running, "show_trained", nothing),
         lambda _: test_named_life.test_detach_in_any_order_restores_the_model(("b", "c", "a")),
     ),
     "a switch keeps nothing of an unfinished step": (

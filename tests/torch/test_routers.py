@@ -120,7 +120,7 @@ def test_detach_restores_the_routers(inside: bool) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_trained_routers_are_saved_and_loaded(tmp_path: Any, inside: bool) -> None:
+def test_trained_values_are_saved_and_loaded(tmp_path: Any, inside: bool) -> None:
     model, adapter, _, base_logits = trained()
     adapted = logits_of(model)
     if inside:
@@ -135,7 +135,7 @@ def test_trained_routers_are_saved_and_loaded(tmp_path: Any, inside: bool) -> No
         assert torch.equal(logits_of(fresh), base_logits)
 
 
-def test_merge_keeps_trained_routers() -> None:
+def test_merge_keeps_trained_values() -> None:
     model, adapter, before, _ = trained()
     adapted = logits_of(model)
     adapter.merge()

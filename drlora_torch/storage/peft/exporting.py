@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from drlora_torch.attached import Attached
-from drlora_torch.options import RouterMode
 from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
 from drlora_torch.storage.peft.files import PREFIX, own_name
@@ -53,7 +52,8 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
         ranks = dict.fromkeys(ranks, max(ranks.values()))
     errors: dict[str, dict[str, FloatArray]] = {name: {} for name in attached.layers}
     tensors = {
-        PREFIX + own_name(key): value.cpu() for key, value in files.router_values(attached).items()
+        PREFIX + own_name(key): value.detach().to("cpu", copy=True)  # they may share memory
+        for key, value in files.module_values(attached).items()
     }
     parameters: dict[str, int] = {}
     linears: dict[Linear, int] = {}
@@ -122,8 +122,7 @@ def _config(
     modules: list[str] | str = pattern(linears) if linears else []
     if separate:  # engines take the names of modules without their path
         modules = sorted({name for _, _, name in linears})
-    learned = attached.options.router is not RouterMode.FROZEN
-    routers = sorted({own_name(str(layer.record.router)) for layer in attached.layers.values()})
+    whole = sorted({own_name(name) for name in files.whole_modules(attached)})
     patterns = {name: own for name, own in parameters.items() if own != rank}
     for other in dict.fromkeys(own for own in linears.values() if own != rank):
         patterns[pattern(linear for linear, own in linears.items() if own == other)] = other
@@ -142,5 +141,5 @@ def _config(
         "alpha_pattern": {name: alpha(own) for name, own in patterns.items()},
         "target_modules": modules,
         "target_parameters": list(parameters) or None,
-        "modules_to_save": routers if learned else None,
+        "modules_to_save": whole or None,
     }

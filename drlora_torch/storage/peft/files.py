@@ -11,13 +11,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from drlora_core import atomic
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
-from drlora_torch.lifecycle.routers import trained_routers
+from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.options import RouterMode
+from drlora_torch.step.parameters import base_parameters
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -51,16 +52,29 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, config
 
 
-def router_values(attached: Attached) -> dict[str, Tensor]:
-    """Values of the routers that learn, buffers too, by name: to PEFT they are whole modules."""
-    if attached.options.router is RouterMode.FROZEN:
-        return {}
-    values = {}
-    for layer in attached.layers.values():
-        assert layer.router is not None
-        for part, value in layer.router.state_dict().items():
-            values[f"{layer.record.router}.{part}"] = value
-    return values | trained_routers(attached)
+def whole_modules(attached: Attached) -> dict[str, nn.Module]:
+    """Modules of the base that learn whole, by name: routers and ``modules_to_save``."""
+    routers = {}
+    if attached.options.router is not RouterMode.FROZEN:
+        routers = {str(layer.record.router): layer.router for layer in attached.layers.values()}
+    return {name: module for name, module in routers.items() if module is not None} | (
+        attached.modules
+    )
+
+
+def module_values(attached: Attached) -> dict[str, Tensor]:
+    """Values of the modules that learn whole, buffers too, by name."""
+    values = {
+        f"{name}.{part}": value
+        for name, module in whole_modules(attached).items()
+        for part, value in module.state_dict().items()
+    }
+    trained = trained_values(attached)
+    by_parameter = {id(p): trained[name] for name, p in base_parameters(attached).items()}
+    for name, module in whole_modules(attached).items():
+        for part, parameter in module.named_parameters(remove_duplicate=False):
+            values[f"{name}.{part}"] = by_parameter[id(parameter)]
+    return values
 
 
 def own_name(name: str) -> str:

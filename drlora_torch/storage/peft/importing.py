@@ -15,7 +15,7 @@ from torch import Tensor
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
-from drlora_torch.lifecycle.routers import trained_routers
+from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import Expert, Factors, FloatArray, resize, write_slots
 from drlora_torch.storage.peft.files import PREFIX, own_name
@@ -32,19 +32,19 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise CheckpointError(f"{path} is not plain LoRA, which is all that can be imported")
     found = _take_experts(attached, config, held)
-    learning = trained_routers(attached)
-    routers = {}
-    for name in files.router_values(attached):
+    learning = trained_values(attached)
+    whole = {}
+    for name in files.module_values(attached):
         value = held.pop(PREFIX + own_name(name), None)
         if value is None or name not in learning:
             continue  # buffers are the base model's
         if value.shape != learning[name].shape:
-            raise CheckpointError(f"router {name} has shape {tuple(value.shape)}")
-        routers[name] = value
+            raise CheckpointError(f"{name} has shape {tuple(value.shape)}")
+        whole[name] = value
     if held:
         raise CheckpointError(
-            f"{path} also adapts {min(held)!r}; attach with the matching targets, layers and "
-            "router, or load other modules with PEFT"
+            f"{path} also adapts {min(held)!r}; attach with the matching targets, layers, "
+            "router and modules_to_save, or load other modules with PEFT"
         )
     if not found:
         raise CheckpointError(f"{path} holds no LoRA of the adapted experts")
@@ -55,7 +55,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
         errors.setdefault(name, {})[projection] = error
         lora = attached.layers[name].lora
         write_slots(lora, dict(lora.items())[projection], Factors(lora_A, lora_B / scaling))
-    for name, value in routers.items():
+    for name, value in whole.items():
         learning[name].copy_(value)
     return errors
 

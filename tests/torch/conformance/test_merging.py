@@ -208,7 +208,7 @@ def test_a_merged_model_that_changed_is_not_overwritten() -> None:
     assert adapter.parameters()
 
 
-def test_trained_routers_stay_through_merge_and_unmerge() -> None:
+def test_trained_values_stay_through_merge_and_unmerge() -> None:
     model = models.build()
     base = copy.deepcopy(model).eval()
     adapter = helpers.attach(model, router="trainable")

@@ -88,7 +88,7 @@ def test_a_failure_while_writing_restores_the_weights(
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("fails", ["remove", "show_routers"])
+@pytest.mark.parametrize("fails", ["remove", "show_trained"])
 def test_a_merge_that_fails_after_writing_restores_the_weights(
     fails: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,7 @@
-"""Two sets of router values: the base model's, and those that an adapter has trained."""
+"""Parameters of the base model that an adapter trains: the base's values, and the trained ones.
+
+They are the routers, unless these are frozen, and the modules of ``modules_to_save``.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +14,35 @@ from torch.optim import Optimizer
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.step import hooks
-from drlora_torch.step.parameters import lora_parameters, router_parameters
+from drlora_torch.step.parameters import base_parameters, lora_parameters
 
 
 @torch.no_grad()
-def show_routers(attached: Attached, wanted: bool) -> None:
-    """Have the trained router values in the model, or the base's."""
-    if wanted == attached.routers_shown:
+def show_trained(attached: Attached, wanted: bool) -> None:
+    """Have the trained values in the model, or the base's."""
+    if wanted == attached.trained_shown:
         return
-    for name, parameter in router_parameters(attached).items():
+    for name, parameter in base_parameters(attached).items():
         inside = parameter.detach().clone()
-        if name in attached.hidden_routers:  # else both are the base's so far
-            parameter.copy_(attached.hidden_routers[name])
-        attached.hidden_routers[name] = inside
-    attached.routers_shown = wanted
+        if name in attached.hidden_values:  # else both are the base's so far
+            parameter.copy_(attached.hidden_values[name])
+        attached.hidden_values[name] = inside
+    attached.trained_shown = wanted
 
 
-def trained_routers(attached: Attached) -> dict[str, Tensor]:
-    """Router values of the adapted model by name, wherever they are now; not copies."""
+def trained_values(attached: Attached) -> dict[str, Tensor]:
+    """Trained values of base parameters by name, wherever they are now; not copies."""
     return {
-        name: parameter.detach() if attached.routers_shown else attached.hidden_routers[name]
-        for name, parameter in router_parameters(attached).items()
+        name: parameter.detach() if attached.trained_shown else attached.hidden_values[name]
+        for name, parameter in base_parameters(attached).items()
     }
 
 
-class RouterGuard:
-    """Keeps the optimizers of inactive adapters away from the routers.
+class TrainedGuard:
+    """Keeps the optimizers of inactive adapters away from base parameters.
 
-    Routers are parameters of the model, so the optimizer of every adapter that trains them holds
-    them; only that of the active one may move them.
+    The optimizer of every adapter that trains a base parameter holds it; only that of the active
+    one may move it.
     """
 
     def __init__(self, active: Attached, all_of_model: Callable[[], Iterable[Attached]]) -> None:
@@ -47,7 +50,7 @@ class RouterGuard:
         self._all = all_of_model
         self._hidden: list[tuple[nn.Parameter, Tensor | None]] = []
         self._stop_following = hooks.follow_optimizers(
-            self, RouterGuard._before_step, RouterGuard._after_step
+            self, TrainedGuard._before_step, TrainedGuard._after_step
         )
 
     def stop(self) -> None:
@@ -61,14 +64,14 @@ class RouterGuard:
         if not others:
             return
         if not hooks.count_held(optimizer, lora_parameters(self._active)):
-            for parameter in router_parameters(self._active).values():
+            for parameter in base_parameters(self._active).values():
                 self._hidden.append((parameter, parameter.grad))
                 parameter.grad = None
-        elif any(router_parameters(other) for other in others):
+        elif any(base_parameters(other) for other in others):
             raise AttachError(
                 f"the optimizer holds adapter {self._active.name!r} and {others[0].name!r}, which "
-                "train the same routers: what it remembers of one would move the other's; give "
-                "each adapter an optimizer of its own"
+                "train the same parameters of the base: what it remembers of one would move the "
+                "other's; give each adapter an optimizer of its own"
             )
 
     def _after_step(self, optimizer: Optimizer) -> None:

@@ -1,0 +1,61 @@
+"""Layers that are added with given ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
+
+
+def test_a_layer_starts_with_given_ranks() -> None:
+    """They count against the budget: the only event places what is left."""
+    config = AllocatorConfig(
+        r_init=1, r_target=2, r_max=4, warmup_steps=0, growth_interval=1, growth_end=1
+    )
+    engine = AllocatorEngine(config)
+    engine.add_layer("experts", 3, ranks=[1, 3, 1])
+    engine.observe("experts", routing=[0.9, 0.1, 0.0], importance=[1.0, 1.0, 1.0])
+    event = engine.step()
+    assert event is not None
+    assert event.deltas["experts"].tolist() == [1, 0, 0]
+    restored = AllocatorEngine(config)
+    restored.load_state_dict(engine.state_dict())
+    assert restored.ranks("experts").tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({}, [1, 1], r"integers of shape \(3,\), got int64\(2,\)"),
+        ({}, [1.0, 1.0, 1.0], r"got float64\(3,\)"),
+        ({}, [0, 1, 1], r"lie in 0\.\.1, not 1\.\.4"),
+        ({}, [1, 1, 5], r"lie in 1\.\.5, not 1\.\.4"),
+        ({}, [4, 2, 1], "sum to 7, above the budget of 6"),
+        ({"policy": "prune", "r_init": 3}, [3, 3, 2], "starts every expert at r_init = 3"),
+    ],
+)
+def test_impossible_starting_ranks_are_refused(
+    changes: dict[str, Any], ranks: list[int], message: str
+) -> None:
+    fields = {"r_init": 1, "r_target": 2, "r_max": 4, "growth_end": 1, "growth_interval": 1}
+    engine = AllocatorEngine(AllocatorConfig(**{"warmup_steps": 0, **fields, **changes}))
+    with pytest.raises(LayoutError, match=message):
+        engine.add_layer("experts", 3, ranks=ranks)
+    assert engine.layer_names == ()
+
+
+def test_given_ranks_cannot_be_recorded(tmp_path: Path) -> None:
+    """A replay starts from the configuration alone."""
+    config = AllocatorConfig(
+        r_init=1, r_target=2, r_max=4, warmup_steps=0, growth_interval=1, growth_end=1
+    )
+    engine = AllocatorEngine(config)
+    engine.add_layer("experts", 2, ranks=[1, 3])
+    engine.record_to(tmp_path / "recording")
+    engine.observe("experts", routing=[0.5, 0.5], importance=[1.0, 1.0])
+    with pytest.raises(LayoutError, match="starts with rank 1 for every expert"):
+        engine.step()
+    assert engine.step_count == 0
