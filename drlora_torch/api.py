@@ -24,6 +24,7 @@ from drlora_torch.models.wrappers import unwrapped
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.processes import is_first_process
 from drlora_torch.storage import checkpoint, hub
+from drlora_torch.storage.entering import enter
 
 __all__ = ["adapters", "attach", "discover", "load", "set_adapter"]
 
@@ -117,14 +118,14 @@ def attach(
             "kernel": kernel,
         }
     )
-    model = unwrapped(model)
+    holder, model = model, unwrapped(model)
     found = discover(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
     check_new(engine)
     attached = _build(adapter_name, residents, engine, options, found)
     draw(attached)
-    with _entered(residents, attached):
+    with _entered(residents, attached, holder):
         _add_layers(attached)
         if record is not None and is_first_process():
             engine.record_to(record)
@@ -159,7 +160,7 @@ def load(
             left unchanged.
         AttachError: the model has an adapter of this name already.
     """
-    model = unwrapped(model)
+    holder, model = model, unwrapped(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
     saved = checkpoint.read(hub.find(path, revision))
@@ -170,7 +171,7 @@ def load(
     attached = _build(adapter_name, residents, engine, options, found)
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
-    with _entered(residents, attached):
+    with _entered(residents, attached, holder):
         checkpoint.fill_trained(attached, saved)
         if trainable:
             active_tracker(attached).load_state_dict(saved.pending)
@@ -241,9 +242,9 @@ def _add_layers(attached: Attached) -> None:
 
 
 @contextlib.contextmanager
-def _entered(residents: Residents, attached: Attached) -> Iterator[None]:
+def _entered(residents: Residents, attached: Attached, holder: nn.Module) -> Iterator[None]:
     """Put an adapter into its model; if something fails inside, take it out again."""
-    residents.add(attached)
+    enter(residents, attached, holder)
     try:
         yield
     except BaseException:

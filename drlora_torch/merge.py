@@ -29,6 +29,7 @@ from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.step import hooks
 from drlora_torch.step.parameters import lora_parameters
+from drlora_torch.storage.entering import enter
 
 Layers = Mapping[str, AdaptedLayer]
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,7 +54,7 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
     except BaseException:
         restore(attached.layers, originals)
         if attached.name not in residents.by_name:
-            Residents.of(attached.model).add(attached)
+            enter(Residents.of(attached.model), attached)
         raise
     if not keep_originals:
         attached.layers = {}
@@ -75,7 +76,7 @@ def unmerge(attached: Attached) -> None:
         raise AttachError("another adapter was attached to the model; call its detach() first")
     restore(attached.layers, merged.originals)
     try:
-        residents.add(attached)
+        enter(residents, attached)
     except BaseException:
         write(attached.layers)
         show_trained(attached, True)
@@ -89,7 +90,7 @@ def merge_and_save(attached: Attached, path: Path) -> None:
     active_tracker(attached)
     if not attached.enabled:
         raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
-    save_model: Any = getattr(attached.model, "save_pretrained", None)
+    save_model: Any = getattr(type(attached.model), "save_pretrained", None)
     if save_model is None:
         raise ModelError(
             f"{type(attached.model).__name__} has no save_pretrained; call adapter.merge() and "
@@ -100,7 +101,7 @@ def merge_and_save(attached: Attached, path: Path) -> None:
             atomic.replaced_files(path, "model*.safetensors*") as folder,
             written(attached.layers),
         ):
-            save_model(os.fspath(folder))
+            save_model(attached.model, os.fspath(folder))
     except OSError as error:
         raise CheckpointError(
             f"could not write a merged model to {path}: {error}; what was there before is untouched"

@@ -26,19 +26,20 @@ def freeze(model: nn.Module) -> Callable[[], None]:
     return thaw
 
 
-def keep_out_of_checkpoints(model: nn.Module, ours: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """Leave parameters out of ``model.save_pretrained``, which then writes the base model.
+def keep_out_of_checkpoints(model: nn.Module, ours: Iterable[nn.Module]) -> Callable[[], None]:
+    """Leave modules out of ``model.save_pretrained``, which then writes the base model.
 
     Transformers keeps a set of names for that on every ``PreTrainedModel``.
     """
     attribute = "_keys_to_ignore_on_save"
     before: list[tuple[Any, Any]] = []
     inherited = object()
-    chosen = {id(parameter) for parameter in ours}
+    chosen = {id(part) for module in ours for part in module.modules()}
     for module in model.modules():
         if hasattr(module, "save_pretrained") and hasattr(module, attribute):
             before.append((module, vars(module).get(attribute, inherited)))
-            names = {n for n, parameter in module.named_parameters() if id(parameter) in chosen}
+            inside = [each for each in module.named_modules() if id(each[1]) in chosen]
+            names = {f"{name}.{key}" for name, part in inside for key in _own_keys(part)}
             setattr(module, attribute, set(getattr(module, attribute) or ()) | names)
 
     def restore() -> None:
@@ -49,6 +50,21 @@ def keep_out_of_checkpoints(model: nn.Module, ours: Iterable[nn.Parameter]) -> C
                 setattr(module, attribute, value)
 
     return restore
+
+
+def _own_keys(module: nn.Module) -> list[str]:
+    """Keys of a module in a state dict, without those of its children."""
+    extra = type(module).get_extra_state is not nn.Module.get_extra_state
+    return [*module._parameters, *(["_extra_state"] if extra else [])]
+
+
+def say_that_adapters_are_there(model: nn.Module) -> Callable[[], None]:
+    """Let the Trainer of Transformers train a quantised model, as its integration of PEFT does."""
+    attribute = "_hf_peft_config_loaded"
+    if not getattr(model, "is_quantized", False) or getattr(model, attribute, False):
+        return lambda: None
+    setattr(model, attribute, True)
+    return lambda: vars(model).pop(attribute, None)
 
 
 def let_checkpointing_reach_lora(model: nn.Module) -> Callable[[], None]:

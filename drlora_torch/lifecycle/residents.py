@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 
@@ -20,7 +20,6 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.lifecycle import model as model_changes
 from drlora_torch.lifecycle.running import Running
-from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.step.tracker import StepTracker
 
 ATTRIBUTE = "_drlora_adapters"  # of the model, while it has adapters
@@ -57,6 +56,7 @@ class Residents:
                 self._undo.callback(vars(self.model).pop, ATTRIBUTE, None)
                 self._undo.callback(model_changes.freeze(self.model))
                 self._undo.callback(model_changes.let_checkpointing_reach_lora(self.model))
+                self._undo.callback(model_changes.say_that_adapters_are_there(self.model))
             for layer in attached.layers.values():
                 name = child_name(attached.name)
                 layer.experts.add_module(name, layer.lora)
@@ -66,6 +66,11 @@ class Residents:
         except BaseException:
             self.remove(attached)
             raise
+
+    def undo_with(self, attached: Attached | None, undo: Callable[[], object]) -> None:
+        """Have something undone when an adapter leaves; None: when the last one does."""
+        stack = self._undo if attached is None else self._undo_by_name[attached.name]
+        stack.callback(undo)
 
     def activate(self, attached: Attached) -> None:
         """Let an adapter take the place of the active one; a failure leaves that one active.
@@ -126,7 +131,8 @@ class Residents:
 
     def _hide_from_checkpoints(self) -> None:
         self._undo_hiding.close()
-        ours = [p for attached in self.by_name.values() for p in lora_parameters(attached)]
+        layers = [layer for a in self.by_name.values() for layer in a.layers.values()]
+        ours = [layer.lora for layer in layers]
         if ours:
             hide = model_changes.keep_out_of_checkpoints
             self._undo_hiding.callback(hide(self.model, ours))

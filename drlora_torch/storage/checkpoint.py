@@ -13,6 +13,7 @@ Shape letters: P rank slots, I and O input and output features, N experts, R = r
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -182,19 +183,47 @@ def fill_trained(attached: Attached, saved: Saved) -> None:
         values.copy_(saved.tensors[keys[name]])
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """A saved state that an adapter can be brought to."""
+
+    saved: Saved
+    events: list[GrowthEvent]
+
+
 def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
     """Bring an adapter to a saved state, in place: parameters keep their identity."""
-    saved = read(path)
-    options = saved.options.model_copy(update={"layers": attached.options.layers})
-    if options != attached.options or set(saved.layers) != set(attached.layers):
-        raise CheckpointError(f"{path} was saved by an adapter with other options or layers")
+    commit(attached, check_restorable(attached, read(path), check_base=check_base))
+
+
+def check_restorable(attached: Attached, saved: Saved, *, check_base: bool) -> Checked:
+    """Check everything that could stop an adapter from taking a saved state."""
+    own, theirs = (o.model_dump(exclude={"layers"}) for o in (attached.options, saved.options))
+    differing = [f"{field} {theirs[field]!r}" for field in own if own[field] != theirs[field]]
+    if set(saved.layers) != set(attached.layers):
+        differing.append("layers")
+    if differing:
+        raise CheckpointError(
+            f"{saved.path} was saved by an adapter with other options or layers: "
+            f"{', '.join(differing)}; attach with the same ones"
+        )
     records = [layer.record for layer in attached.layers.values()]
     events = check(saved, restore_engine(saved), attached.model, records, check_base)
+    trial = AllocatorEngine(attached.engine.config)
+    for name in attached.engine.layer_names:
+        trial.add_layer(name, attached.engine.num_experts(name))
     try:
-        attached.engine.load_state_dict(saved.state)
+        trial.load_state_dict(saved.state)
     except LayoutError as error:
-        raise CheckpointError(f"{path} does not fit the adapter's engine: {error}") from error
-    fill(attached, saved, events)
+        raise CheckpointError(f"{saved.path} does not fit the adapter's engine: {error}") from error
+    return Checked(saved, events)
+
+
+def commit(attached: Attached, checked: Checked) -> None:
+    """Take a state that was checked."""
+    saved = checked.saved
+    attached.engine.load_state_dict(saved.state)
+    fill(attached, saved, checked.events)
     fill_trained(attached, saved)
     if (tracker := tracker_of(attached)) is None:
         attached.unfinished = saved.pending

@@ -210,8 +210,8 @@ def test_base_checkpoint_is_written_while_attached(tmp_path: Any) -> None:
         model = models.build(family)
         base = {name: value.clone() for name, value in model.state_dict().items()}
         adapter = helpers.attach(model)
-        helpers.uneven(adapter)
-        model.save_pretrained(tmp_path / family)
+        helpers.step(model.train(), helpers.adamw(adapter))
+        model.eval().save_pretrained(tmp_path / family)
         again, report = type(model).from_pretrained(tmp_path / family, output_loading_info=True)
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]

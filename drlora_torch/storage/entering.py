@@ -1,0 +1,29 @@
+"""Put an adapter into its model so that it is saved and loaded wherever the model is."""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch import nn
+
+from drlora_torch.attached import Attached
+from drlora_torch.lifecycle.residents import Residents
+from drlora_torch.storage.saving import follow_saves
+from drlora_torch.storage.travel import follow_state_dict
+
+
+def enter(residents: Residents, attached: Attached, holder: nn.Module | None = None) -> None:
+    """Add an adapter to its model; a failure leaves no trace.
+
+    Args:
+        residents: the adapters of the model.
+        attached: the new one.
+        holder: the model as the user holds it, say a PeftModel; default: the model itself.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(follow_state_dict(attached))
+        residents.add(attached)
+        residents.undo_with(attached, undo.pop_all().close)
+    for each in (residents.model, holder):
+        if each is not None:
+            residents.undo_with(None, follow_saves(residents.model, each))

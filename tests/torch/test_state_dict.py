@@ -1,0 +1,222 @@
+"""An adapter in ``model.state_dict()``: all of it is taken, or the state is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import drlora_torch
+from drlora_torch import CheckpointError
+from tests.torch import helpers, models
+from tests.torch.test_optimizer import PRUNE
+
+State = dict[str, Tensor]
+EXTRA = "model.layers.0.mlp.experts.drlora.adapter_state._extra_state"
+ROWS = "model.layers.1.mlp.experts.drlora.projections.down_proj.lora_B"
+
+
+def started(**options: Any) -> tuple[Any, drlora_torch.Adapter, torch.optim.Optimizer]:
+    model = models.build().train()
+    adapter = helpers.attach(model, **options)
+    return model, adapter, helpers.adamw(adapter)
+
+
+def trained(steps: int = 5, **options: Any) -> tuple[Any, drlora_torch.Adapter, Any]:
+    """Past the first event, which follows step 4."""
+    model, adapter, optimizer = started(**options)
+    for seed in range(steps):
+        helpers.step(model, optimizer, seed)
+    return model, adapter, optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layout": "masked"}, {"router": "trainable"}, {"config": PRUNE}, {"auto_step": False}],
+    ids=str,
+)
+def test_training_goes_on_as_it_would_have(options: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, ranks, statistics, ages of newborn rows: the next steps are the same, bit for bit."""
+
+    def step(model: Any, adapter: Any, optimizer: Any, seed: int) -> float:
+        loss = helpers.step(model, optimizer, seed)
+        if "auto_step" in options:
+            adapter.step()
+        return loss
+
+    one, first = started(**options), None
+    for seed in range(5):
+        step(*one, seed)
+    torch.save([one[0].state_dict(), one[2].state_dict()], tmp_path / "both.pt")
+    two = started(**options)
+    weights, moments = torch.load(tmp_path / "both.pt", weights_only=True)
+    assert str(two[0].load_state_dict(weights)) == "<All keys matched successfully>"
+    two[2].load_state_dict(moments)
+    assert two[1].events[0].ranks.keys() == one[1].events[0].ranks.keys()
+    assert helpers.rank_history(two[1]) == helpers.rank_history(one[1])
+    for seed in range(5, 9):
+        first = step(*one, seed)
+        assert step(*two, seed) == first
+    assert helpers.rank_history(two[1]) == helpers.rank_history(one[1])
+    assert [e.step for e in two[1].events] == [e.step for e in one[1].events] != []
+
+
+def test_the_state_of_wrapped_models_is_found() -> None:
+    """Under any prefix, as in a LightningModule."""
+    outer = [nn.ModuleDict({"inner": trained()[0]}), nn.ModuleDict({"inner": started()[0]})]
+    outer[1].load_state_dict(outer[0].state_dict())
+    logits = [each["inner"].eval()(models.tokens()).logits for each in outer]
+    assert torch.equal(*logits)
+
+
+def test_parameters_keep_their_identity_with_assign() -> None:
+    """The optimizer holds them."""
+    source, (model, adapter, optimizer) = trained()[0], started()
+    before = [id(p) for p in adapter.parameters()]
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert [id(p) for p in adapter.parameters()] == before
+    assert torch.equal(source.eval()(models.tokens()).logits, model.eval()(models.tokens()).logits)
+    assert helpers.step(model.train(), optimizer) > 0
+
+
+def test_every_adapter_of_a_model_travels() -> None:
+    both = []
+    for steps in (3, 0):
+        model = models.build().train()
+        for name in ("law", "intent"):
+            adapter = helpers.attach(model, adapter_name=name, router="trainable")
+            optimizer = helpers.adamw(adapter)
+            for seed in range(steps):
+                helpers.step(model, optimizer, seed)
+        both.append(model.eval())
+    both[1].load_state_dict(both[0].state_dict())
+    for name in ("law", "intent"):
+        logits = []
+        for model in both:
+            assert drlora_torch.set_adapter(model, name).engine.step_count == 3
+            logits.append(model(models.tokens()).logits)
+        assert torch.equal(*logits)
+
+
+def test_the_adapter_alone_is_a_complete_state() -> None:
+    source, target = trained()[0], started()[0]
+    alone = {key: value for key, value in source.state_dict().items() if ".drlora." in key}
+    assert target.load_state_dict(alone, strict=False).missing_keys == []
+    assert torch.equal(source.eval()(models.tokens()).logits, target.eval()(models.tokens()).logits)
+
+
+def drop(*endings: str) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        for key in [key for key in state if key.endswith(endings)]:
+            del state[key]
+
+    return change
+
+
+def drop_lora(state: State) -> None:
+    for key in [key for key in state if ".drlora." in key]:
+        del state[key]
+
+
+def cut(state: State) -> None:
+    state[EXTRA] = state[EXTRA][:-8]
+
+
+def widen(state: State) -> None:
+    state[ROWS] = torch.zeros(*state[ROWS].shape[:1], 3)
+
+
+def spoil(state: State) -> None:
+    state[ROWS] = torch.full_like(state[ROWS], float("nan"))
+
+
+BAD: list[tuple[str, Callable[[State], None], str]] = [
+    ("base alone", drop_lora, "has the experts of the base model, but not adapter 'default'"),
+    ("rows without owners", drop("_extra_state"), "rows of the LoRA, but not whose they are"),
+    ("rows missing", drop("lora_B"), "lacks tensor 'model.layers.0.mlp.experts/down_proj/lora_B'"),
+    ("cut", cut, "adapter in the state dict is damaged"),
+    ("other shape", widen, r"has shape \(32, 3\), not \(32, 32\)"),
+    ("not finite", spoil, "not finite"),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("change", "message"), [r[1:] for r in BAD], ids=[r[0] for r in BAD])
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    change: Callable[[State], None], message: str, strict: bool
+) -> None:
+    state = trained()[0].state_dict()
+    change(state)
+    model, adapter, _ = trained(2)
+    before, engine = copy.deepcopy(model.state_dict()), adapter.engine.state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        model.load_state_dict(state, strict=strict)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert adapter.engine.state_dict()["step"] == engine["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "masked"}, "other options or layers: layout"),
+        ({"config": {"r_max": 7}}, "r_max"),
+        ({"layers": "*.0.*"}, "other options or layers: layers"),
+    ],
+    ids=str,
+)
+def test_another_adapter_is_refused(options: dict[str, Any], message: str) -> None:
+    model, _, _ = started(**options)
+    with pytest.raises(CheckpointError, match=message):
+        model.load_state_dict(trained()[0].state_dict(), strict=False)
+
+
+def test_a_part_of_the_model_is_refused() -> None:
+    source, target = trained()[0], started()[0]
+    with pytest.raises(CheckpointError, match="call load_state_dict of the whole model"):
+        target.model.layers.load_state_dict(source.model.layers.state_dict())
+    target.lm_head.load_state_dict(source.lm_head.state_dict())
+
+
+def test_a_plain_model_knows_the_keys_it_does_not_have() -> None:
+    found = models.build().load_state_dict(trained()[0].state_dict(), strict=False)
+    assert EXTRA in found.unexpected_keys
+
+
+@pytest.mark.parametrize("config", [{}, PRUNE], ids=["grow", "prune"])
+def test_averages_of_weights_can_be_saved_and_loaded(config: Any, tmp_path: Path) -> None:
+    """Slots that were freed hold averages, which no expert uses."""
+    model, adapter, optimizer = started(config=config)
+    average = [p.detach().clone() for p in adapter.parameters()]
+    for seed in range(6):
+        helpers.step(model, optimizer, seed)
+        for kept, now in zip(average, adapter.parameters(), strict=True):
+            kept.lerp_(now.detach(), 0.3)
+    with torch.no_grad():
+        for kept, now in zip(average, adapter.parameters(), strict=True):
+            now.copy_(kept)
+    wanted = model.eval()(models.tokens()).logits
+    adapter.save_pretrained(tmp_path)
+    loaded = models.build()
+    drlora_torch.load(loaded, tmp_path)
+    other = started(config=config)[0]
+    other.load_state_dict(model.state_dict())
+    for each in (loaded, other):
+        assert torch.equal(each.eval()(models.tokens()).logits, wanted)
+    for lora in (layer.lora for layer in drlora_torch.adapters(other)["default"].layers.values()):
+        assert not any(p[helpers.free(lora)].any() for p in lora.parameters())
+
+
+def test_weights_that_are_not_finite_replace_no_file(tmp_path: Path) -> None:
+    _, adapter, _ = trained()
+    adapter.save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        adapter.parameters()[0][0, 0] = float("inf")
+    with pytest.raises(CheckpointError, match="not finite: the training has diverged"):
+        adapter.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
