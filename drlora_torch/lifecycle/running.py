@@ -16,6 +16,7 @@ from drlora_torch.step.parameters import (
     unfreeze_lora,
 )
 from drlora_torch.step.tracker import StepTracker
+from drlora_torch.step.warmup import hold_routers
 
 AllOfModel = Callable[[], Iterable[Attached]]
 
@@ -46,6 +47,7 @@ class Running:
             self._undo.callback(TrainedGuard(attached, all_of_model).stop)
         unfreeze_lora(attached)
         unfreeze_base(attached)
+        self._undo.callback(hold_routers(attached))
         if attached.unfinished:
             self.tracker.load_state_dict(attached.unfinished)
             attached.unfinished = {}

@@ -75,16 +75,9 @@ def unfreeze_lora(attached: Attached) -> None:
 
 
 def unfreeze_base(attached: Attached) -> None:
-    """Let routers learn as their mode says, and ``modules_to_save`` always.
-
-    ``after_warmup``: once the warmup is over.
-    """
-    engine = attached.engine
-    warm = engine.step_count >= engine.config.warmup_steps
-    learn = attached.trainable and (warm or attached.options.router is RouterMode.TRAINABLE)
-    routers = router_parameters(attached)
-    for name, parameter in base_parameters(attached).items():
-        parameter.requires_grad_(learn if name in routers else attached.trainable)
+    """Let routers and ``modules_to_save`` learn; see :mod:`drlora_torch.step.warmup` for when."""
+    for parameter in base_parameters(attached).values():
+        parameter.requires_grad_(attached.trainable)
 
 
 def freeze_all(attached: Attached) -> None:

@@ -229,7 +229,6 @@ class StepTracker:
         event = self.attached.engine.step()
         if event is not None:
             growth.carry_out(self.attached, event)
-        parameters.unfreeze_base(self.attached)
         return event
 
     def _grow_older(self) -> None:

@@ -31,7 +31,7 @@ from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
-from drlora_torch.step.parameters import base_keys, unfreeze_base
+from drlora_torch.step.parameters import base_keys
 from drlora_torch.step.processes import several_processes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
@@ -228,7 +228,6 @@ def commit(attached: Attached, checked: Checked) -> None:
     if (tracker := tracker_of(attached)) is None:
         attached.unfinished = saved.pending
     else:
-        unfreeze_base(attached)
         tracker.load_state_dict(saved.pending)
 
 

@@ -22,7 +22,7 @@ from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import SlotTable
-from drlora_torch.step import growth, newborn, parameters, samples
+from drlora_torch.step import growth, newborn, samples, warmup
 from drlora_torch.step import tracker as tracker_module
 from drlora_torch.step.forwards import ForwardWatch, ModelCall
 from drlora_torch.step.importance import slot_importance
@@ -43,6 +43,7 @@ from tests.torch import (
     test_parity_models,
     test_pending,
     test_routers,
+    test_state_dict,
     test_statistics,
 )
 
@@ -266,8 +267,12 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         replace(model_changes, "let_checkpointing_reach_lora", lambda _: nothing),
         lambda _: checkpointing_trains(),
     ),
-    "routers stay frozen": (
-        replace(parameters, "unfreeze_base", nothing),
+    "the extra state is not loaded": (
+        replace(checkpoint, "commit", nothing),
+        lambda path: test_state_dict.test_training_goes_on_as_it_would_have({}, path),
+    ),
+    "routers learn during the warmup": (
+        replace(warmup, "_is_warming_up", lambda _: False),
         lambda _: test_routers.test_routers_change_only_when_they_should("olmoe", "after_warmup"),
     ),
     "optimizers of resting adapters move the routers": (

@@ -41,7 +41,7 @@ def trained(steps: int = 5, **options: Any) -> tuple[Any, drlora_torch.Adapter, 
     ids=str,
 )
 def test_training_goes_on_as_it_would_have(options: dict[str, Any], tmp_path: Path) -> None:
-    """Weights, ranks, statistics, ages of newborn rows: the next steps are the same, bit for bit."""
+    """Weights, ranks, statistics, ages of newborn rows: the next steps are bit-identical."""
 
     def step(model: Any, adapter: Any, optimizer: Any, seed: int) -> float:
         loss = helpers.step(model, optimizer, seed)
@@ -57,7 +57,6 @@ def test_training_goes_on_as_it_would_have(options: dict[str, Any], tmp_path: Pa
     weights, moments = torch.load(tmp_path / "both.pt", weights_only=True)
     assert str(two[0].load_state_dict(weights)) == "<All keys matched successfully>"
     two[2].load_state_dict(moments)
-    assert two[1].events[0].ranks.keys() == one[1].events[0].ranks.keys()
     assert helpers.rank_history(two[1]) == helpers.rank_history(one[1])
     for seed in range(5, 9):
         first = step(*one, seed)

@@ -1,0 +1,59 @@
+"""Routers that learn only after the warmup (``router="after_warmup"``).
+
+They require gradients from the start: a Trainer gives its optimizer, and DistributedDataParallel
+its buckets, only what does when they are made. Until the warmup is over their gradients are
+dropped as they arrive, so that neither clipping nor an optimizer sees them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from drlora_torch.attached import Attached
+from drlora_torch.options import RouterMode
+from drlora_torch.step import hooks
+from drlora_torch.step.parameters import router_parameters
+
+
+def hold_routers(attached: Attached) -> Callable[[], None]:
+    """Keep the routers of an active adapter where they are during the warmup; return the undo."""
+    if attached.options.router is not RouterMode.AFTER_WARMUP or not attached.trainable:
+        return lambda: None
+    reference = weakref.ref(attached)
+
+    def arrived(parameter: Tensor) -> None:
+        if (alive := reference()) is not None and _is_warming_up(alive):
+            parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        for parameter in router_parameters(attached).values()
+    ]
+    stop = hooks.follow_optimizers(attached, _drop_gradients, _do_nothing)
+
+    def undo() -> None:
+        stop()
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _is_warming_up(attached: Attached) -> bool:
+    return attached.engine.step_count < attached.engine.config.warmup_steps
+
+
+def _drop_gradients(
+    attached: Attached, optimizer: Optimizer, closure: hooks.Closure | None
+) -> None:
+    """Drop what was written after the gradients arrived, as DistributedDataParallel does."""
+    if _is_warming_up(attached):
+        for parameter in router_parameters(attached).values():
+            parameter.grad = None
+
+
+def _do_nothing(attached: Attached, optimizer: Optimizer) -> None: ...

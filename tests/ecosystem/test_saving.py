@@ -1,0 +1,192 @@
+"""Where a model is saved and resumed, its adapter is too, also without a callback of ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import drlora_torch
+from drlora_torch.integrations.trainer import DRLoRACallback
+from tests.ecosystem import trainers
+from tests.torch import helpers, models
+
+FILE = "drlora_adapter.safetensors"
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model.eval()(models.tokens()).logits
+    return out
+
+
+def without_callback(folder: Path, **changes: Any) -> tuple[Any, drlora_torch.Adapter]:
+    trainer, adapter = trainers.build(folder, **changes)
+    trainer.pop_callback(DRLoRACallback)
+    return trainer, adapter
+
+
+def same_weights(one: drlora_torch.Adapter, other: drlora_torch.Adapter) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(helpers.equal(a.detach(), b.detach()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("build", [trainers.build, without_callback])
+def test_the_model_that_a_trainer_saves_is_the_adapter(tmp_path: Path, build: Any) -> None:
+    trainer, _ = build(tmp_path / "run")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    fresh = models.build()
+    drlora_torch.load(fresh, tmp_path / "final")
+    assert torch.equal(logits(fresh), logits(trainer.model))
+
+
+@pytest.mark.parametrize("attach", [{}, {"router": "trainable"}, {"modules_to_save": "lm_head"}])
+def test_a_trainer_resumes_without_a_callback(tmp_path: Path, attach: Any) -> None:
+    saving = SAVING | {"attach": attach}
+    straight, whole = without_callback(tmp_path / "straight", **saving)
+    straight.train()
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{trainers.STEPS}")
+    resumed, adapter = without_callback(tmp_path / "resumed", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert [row["loss"] for row in resumed.state.log_history if "loss" in row] == [
+        row["loss"] for row in straight.state.log_history if "loss" in row
+    ]
+    assert helpers.rank_history(adapter) == helpers.rank_history(whole)
+    assert same_weights(adapter, whole)
+
+
+def test_the_best_model_comes_back_without_a_callback(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    best_first = {"load_best_model_at_end": True, "greater_is_better": True}  # of a falling loss
+    trainer, adapter = without_callback(tmp_path, eval_strategy="steps", **saving, **best_first)
+    trainer.train()
+    best = str(trainer.state.best_model_checkpoint)
+    assert not best.endswith(f"-{trainers.STEPS}")
+    fresh = models.build()
+    assert same_weights(adapter, drlora_torch.load(fresh, best))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize("build", [trainers.build, without_callback])
+def test_checkpoints_hold_the_trained_part_alone(tmp_path: Path, build: Any) -> None:
+    trainer, _ = build(tmp_path, **SAVING)
+    trainer.train()
+    folder = tmp_path / "checkpoint-5"
+    assert not (folder / "config.json").exists()  # it cannot be taken for a whole model
+    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
+        assert all(".drlora." in key for key in file.keys())  # noqa: SIM118
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_checkpoint_of_the_base_alone_is_refused(tmp_path: Path) -> None:
+    """Of a run before ``attach``, or of an older drlora."""
+    trainer, _ = without_callback(tmp_path, **SAVING)
+    trainer.train()
+    models.build().save_pretrained(tmp_path / "checkpoint-5")
+    resumed, adapter = without_callback(tmp_path, **SAVING)
+    with pytest.raises(drlora_torch.CheckpointError, match="not adapter 'default' of this model"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert adapter.engine.step_count == 0
+
+
+def test_a_model_of_ones_own_resumes_too(tmp_path: Path) -> None:
+    """No PreTrainedModel: the Trainer writes the whole state dict."""
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = models.build()
+
+        def forward(self, **batch: Any) -> Any:
+            return self.inner(**batch)
+
+    ends = []
+    for resume in (False, True):
+        model = Own()
+        adapter = helpers.attach(model)
+        trainer = trainers.Trainer(
+            model,
+            trainers.arguments(tmp_path, remove_unused_columns=False, **SAVING),
+            train_dataset=trainers.rows(),
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resume else None)
+        ends.append(adapter)
+    assert helpers.rank_history(ends[0]) == helpers.rank_history(ends[1])
+    assert same_weights(*ends)
+
+
+def test_accelerate_saves_and_loads_the_whole_state(tmp_path: Path) -> None:
+    """As a user does: no registration, the same losses and ranks after the load."""
+
+    def prepared() -> tuple[Accelerator, Any, Any, drlora_torch.Adapter]:
+        model = models.build().train()
+        adapter = helpers.attach(model)
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, helpers.adamw(adapter))
+        return accelerator, model, optimizer, adapter
+
+    def step(accelerator: Accelerator, model: Any, optimizer: Any, seed: int) -> float:
+        loss = model(**helpers.batch(seed)).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    *one, whole = prepared()
+    for seed in range(5):
+        step(*one, seed)
+    one[0].save_state(str(tmp_path))
+    *two, adapter = prepared()
+    two[0].load_state(str(tmp_path))
+    for seed in range(5, 8):
+        assert step(*two, seed) == step(*one, seed)
+    assert helpers.rank_history(adapter) == helpers.rank_history(whole)
+    assert same_weights(adapter, whole)
+
+
+def test_the_base_is_saved_with_the_adapter_beside_it(tmp_path: Path) -> None:
+    """Also with trained routers: the base model has its own."""
+    model = models.build()
+    before = logits(model)
+    adapter = helpers.attach(model.train(), router="trainable")
+    helpers.attach(model, adapter_name="other")
+    adapter.activate()
+    optimizer = helpers.adamw(adapter)
+    for seed in range(5):
+        helpers.step(model, optimizer, seed)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(whole), before)
+    drlora_torch.load(whole, tmp_path)
+    assert torch.equal(logits(whole), wanted)
+    loaded = drlora_torch.load(models.build(), tmp_path / "other")
+    assert loaded.options.router.value == "frozen"
+    assert torch.equal(logits(model), wanted)
+
+
+def test_routers_learn_after_the_warmup_under_a_trainer(tmp_path: Path) -> None:
+    """The Trainer's optimizer holds what requires gradients before the first step."""
+    trainer, adapter = trainers.build(tmp_path, attach={"router": "after_warmup"})
+    before = {n: p.detach().clone() for n, p in adapter.router_parameters().items()}
+    moved: list[bool] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = adapter.router_parameters()
+            moved.append(any(not torch.equal(now[n], value) for n, value in before.items()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    warmup = helpers.CONFIG["warmup_steps"]
+    assert moved == [False] * warmup + [True] * (trainers.STEPS - warmup)
