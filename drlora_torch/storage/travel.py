@@ -28,7 +28,7 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import child_name
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora.slots import FREE
-from drlora_torch.step.parameters import base_keys
+from drlora_torch.step.parameters import base_keys, base_parameters
 from drlora_torch.storage import checkpoint, checkpoint_checks
 from drlora_torch.storage.checkpoint_checks import SLOT_FIELDS, Saved
 
@@ -119,6 +119,11 @@ class _Loading:
         ours = tuple(f"{place}{child_name(attached.name)}." for place in places)
         of_base = any(_is_of_base(key, places) for key in state)
         if any(key.startswith(ours) for key in state):
+            if not attached.enabled and base_parameters(attached):
+                raise CheckpointError(
+                    "a state dict cannot be loaded inside adapter.disabled(): trained parameters "
+                    "of the base would take the place of its own; load it outside"
+                )
             saved = _read(attached, state, prefix)
             self._checked = checkpoint.check_restorable(attached, saved, check_base=False)
             self._partial = not of_base

@@ -181,6 +181,23 @@ def test_a_part_of_the_model_is_refused() -> None:
     target.lm_head.load_state_dict(source.lm_head.state_dict())
 
 
+@pytest.mark.parametrize("saved_inside", [True, False])
+def test_the_base_keeps_its_routers(saved_inside: bool) -> None:
+    """Whichever values are in the model while a state is taken or loaded."""
+    (source, adapter, _), (target, other, _) = (
+        trained(router="trainable"),
+        started(router="trainable"),
+    )
+    with adapter.disabled():
+        base, inside = source.eval()(models.tokens()).logits, source.state_dict()
+        inside = copy.deepcopy(inside)
+    with other.disabled(), pytest.raises(CheckpointError, match=r"inside adapter\.disabled\(\)"):
+        target.load_state_dict(source.state_dict())
+    target.load_state_dict(inside if saved_inside else source.state_dict())
+    assert torch.equal(source(models.tokens()).logits, target.eval()(models.tokens()).logits)
+    assert torch.equal(other.detach()(models.tokens()).logits, base)
+
+
 def test_a_plain_model_knows_the_keys_it_does_not_have() -> None:
     found = models.build().load_state_dict(trained()[0].state_dict(), strict=False)
     assert EXTRA in found.unexpected_keys
