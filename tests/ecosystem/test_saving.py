@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 import drlora_torch
 from drlora_torch.integrations.trainer import DRLoRACallback
@@ -190,3 +190,25 @@ def test_routers_learn_after_the_warmup_under_a_trainer(tmp_path: Path) -> None:
     trainer.train()
     warmup = helpers.CONFIG["warmup_steps"]
     assert moved == [False] * warmup + [True] * (trainers.STEPS - warmup)
+
+
+def test_a_trainer_takes_a_quantized_base(tmp_path: Path) -> None:
+    """Transformers refuses it without an adapter; the flag that says so is PEFT's, and goes."""
+    models.build(hidden_size=64).save_pretrained(tmp_path / "base")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bits)
+    plain = trainers.arguments(tmp_path / "run")
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainers.Trainer(model, plain, train_dataset=trainers.rows())
+    before = set(vars(model))
+    adapter = helpers.attach(model)
+    trainer = trainers.Trainer(model, plain, train_dataset=trainers.rows())
+    trainer.train()
+    assert (adapter.engine.step_count, adapter.skipped_steps) == (trainers.STEPS, 0)
+    trainer.save_model(str(tmp_path / "final"))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    drlora_torch.load(again, tmp_path / "final")
+    assert torch.equal(logits(again), logits(model))
+    adapter.detach()
+    assert set(vars(model)) - before == {"_is_accelerate_prepared"}  # the Trainer's
