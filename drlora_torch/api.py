@@ -68,8 +68,9 @@ def attach(
         layers: name patterns (``fnmatch``) of the layers to adapt, as ``discover`` names them;
             default all but routed attention.
         auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.
-        newborn: ``corrected``: rows born late move under Adam as if their step count had just
-            begun; ``plain``: the optimizer is left alone.
+        newborn: ``corrected``: rows born late move as if their own step count had just begun,
+            under the optimizers that :class:`drlora_torch.options.Newborn` lists; ``plain``: the
+            optimizer is left alone.
         rslora: scale by alpha / sqrt(r_target) instead.
         kernel: ``ragged`` loops over experts and takes all dtypes; ``grouped`` uses torch's
             ``grouped_mm``; ``auto`` takes ``grouped`` on GPUs. Results are equal to rounding.
