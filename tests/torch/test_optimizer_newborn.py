@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -13,6 +14,7 @@ import torchao.optim
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RAdam
 
+import drlora_torch
 from drlora_torch.adapter import state_of
 from drlora_torch.step.optimizers.adam import adam_ratio
 from tests.torch import helpers, models, optimizers
@@ -250,3 +252,32 @@ def test_paused_steps_are_still_corrected() -> None:
         assert adapter.engine.step_count == (4 if pause else 7)
         results.append([p.detach().clone() for p in adapter.parameters()])
     assert all(helpers.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("adafactor", "transformers adafactor", "radam", "schedulefree adamw"),
+        *("adamw8bit", "lion8bit", "torchao adamw8bit", "torchao adamw4bit"),
+    ],
+)
+def test_a_stop_between_two_events_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """Losses are those of a run without the stop, bit for bit."""
+    config = {"r_init": 8, "r_target": 16, "r_max": 32}
+    runs = []
+    for stop in (None, 5):
+        model = models.build()
+        adapter = helpers.attach(model, config=config)
+        with torch.compiler.set_stance("force_eager"):
+            optimizer = optimizers.ALL[kind](adapter.parameters())
+            losses = [helpers.step(model, optimizer, seed) for seed in range(stop or 10)]
+            if stop is not None:
+                adapter.save_pretrained(tmp_path / "adapter")
+                torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+                model = models.build()
+                adapter = drlora_torch.load(model, tmp_path / "adapter")
+                optimizer = optimizers.ALL[kind](adapter.parameters())
+                optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+                losses += [helpers.step(model, optimizer, seed) for seed in range(stop, 10)]
+        runs.append(losses)
+    assert runs[0] == runs[1]

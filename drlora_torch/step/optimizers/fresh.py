@@ -102,8 +102,8 @@ def register_optimizer_state(
             no row and stays.
 
     Example:
-        >>> class Prodigy(torch.optim.Optimizer): ...
-        >>> register_optimizer_state(Prodigy, p0="weights", s="zeros")
+        >>> class Anchored(torch.optim.SGD): ...
+        >>> register_optimizer_state(Anchored, start="weights", drift="zeros")
     """
     name = class_names(optimizer)[0]
     OWN[name] = {**OWN.get(name, {}), **{key: MEANINGS[told] for key, told in keys.items()}}
@@ -201,20 +201,20 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _unknown(optimizer: Optimizer, parameter: nn.Parameter, key: str) -> AttachError:
-    value = optimizer.state[parameter][key]
-    kind = type(value).__name__
+    value, name = optimizer.state[parameter][key], type(optimizer).__name__
     shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
     block = int(getattr(value, "block_size", 1))
-    advice = "use an optimizer that drlora knows (docs/ecosystem.md, Optimizers)"
-    if kind == "OptimState4bit" and parameter.shape[-1] % block:
+    advice = (
+        f"drlora_torch.register_optimizer_state({name}, {key}=...) tells what it means; or use an "
+        "optimizer that drlora knows (docs/ecosystem.md, Optimizers)"
+    )
+    if parameter.shape[-1] % block:
         advice = (
             f"the optimizer's block_size {block} must divide the row length {parameter.shape[-1]}, "
             "so that no block spans two rows"
         )
     return AttachError(
-        f"rank slots will change owner, and the state {key!r} ({kind}{shape}) that "
-        f"{type(optimizer).__name__} keeps of a parameter {list(parameter.shape)} cannot be made "
-        f"fresh row by row; {advice}, tell its meaning with "
-        f"drlora_torch.register_optimizer_state({type(optimizer).__name__}, {key}=...), or keep "
-        "the ranks fixed (r_init = r_target)"
+        f"rank slots will change owner, and the state {key!r} ({type(value).__name__}{shape}) that "
+        f"{name} keeps of a parameter {list(parameter.shape)} cannot be made fresh row by row; "
+        f"{advice}; or keep the ranks fixed (r_init = r_target)"
     )
