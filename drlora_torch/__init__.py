@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
     from drlora_torch.models.declaration import register_moe
     from drlora_torch.models.records import MoELayer
+    from drlora_torch.step.optimizers.fresh import register_optimizer_state
 
 _HOMES = {
     "Adapter": "drlora_torch.adapter",
@@ -26,6 +27,7 @@ _HOMES = {
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
     "register_moe": "drlora_torch.models.declaration",
+    "register_optimizer_state": "drlora_torch.step.optimizers.fresh",
     "set_adapter": "drlora_torch.api",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "discover",
     "load",
     "register_moe",
+    "register_optimizer_state",
     "set_adapter",
 ]
 

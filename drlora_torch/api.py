@@ -73,8 +73,9 @@ def attach(
             ``lm_head``, ``embed_tokens``; everything else of the base is frozen). They are in
             the adapter's file, in ``merge``, and in ``export_peft``.
         auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.
-        newborn: ``corrected``: rows born late move under Adam as if their step count had just
-            begun; ``plain``: the optimizer is left alone.
+        newborn: ``corrected``: rows born late move as if their own step count had just begun,
+            under the optimizers that :class:`drlora_torch.options.Newborn` lists; ``plain``: the
+            optimizer is left alone.
         rslora: scale by alpha / sqrt(r_target) instead.
         kernel: ``ragged`` loops over experts and takes all dtypes; ``grouped`` uses torch's
             ``grouped_mm``; ``auto`` takes ``grouped`` on GPUs. Results are equal to rounding.

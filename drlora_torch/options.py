@@ -34,7 +34,10 @@ class Newborn(str, enum.Enum):
     """How newborn rank dimensions meet an optimizer that has run for many steps."""
 
     CORRECTED = "corrected"
-    """Under Adam and AdamW they move as if their own step count had just begun."""
+    """They move as if their own step count had just begun: under Adam, AdamW, Adamax, RAdam,
+    Adafactor, schedule-free optimizers, and the Adam of bitsandbytes and torchao. Lion, SGD,
+    RMSprop, Adagrad, Adadelta and Rprop need no correction. There is none for Muon, NAdam,
+    AdEMAMix, LAMB, LARS and optimizers that drlora does not know; a warning is logged once."""
     PLAIN = "plain"
     """The optimizer is left alone."""
 

@@ -1,22 +1,24 @@
-"""Carry out a growth event: slots are given to experts, or freed, and start clean.
-
-Shape letters: P rank slots.
-"""
+"""Carry out a growth event: slots are given to experts, or freed, and start clean."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 from torch.optim import Optimizer
 
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
-from drlora_torch.lora.slots import IntArray
+from drlora_torch.lora.slots import FREE
 from drlora_torch.step.newborn import OLD
+from drlora_torch.step.optimizers.codes import is_quantised
+from drlora_torch.step.optimizers.fresh import check_state, clear_state
+from drlora_torch.step.parameters import lora_parameters
 
 
 def carry_out(attached: Attached, event: GrowthEvent) -> None:
     """Change the slots of all layers as the engine has decided."""
+    if any(delta.any() for delta in event.deltas.values()):
+        for optimizer in attached.optimizers:  # before anything changes
+            check_state(optimizer, lora_parameters(attached))
     for name, layer in attached.layers.items():
         lora, ages = layer.lora, attached.ages[name]
         if name in event.cut:
@@ -28,23 +30,34 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
             lora.birth(born)
             changed = born.slots
             ages[changed] = 0
+        if not changed.size:
+            continue
         for optimizer in attached.optimizers:
             for parameter in lora.parameters():
                 clear_state(optimizer, parameter, changed)
     attached.events.append(event)
 
 
-@torch.no_grad()
-def clear_state(optimizer: Optimizer, parameter: nn.Parameter, slots: IntArray) -> None:
-    """Zero the state that an optimizer keeps for rows of a parameter [P, ...].
+def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
+    """Keep free slots at zero where the optimizer would move them.
 
-    Per-row state has the parameter's number of axes and P rows (Adam, SGD, torch's Adafactor), or
-    is the row factor of Transformers' Adafactor.
+    The CPU code of bitsandbytes (0.50) rounds a state of zero to the fifth smallest of its codes,
+    next to larger values in the same block, so rows that never had a gradient drift.
     """
-    index = torch.from_numpy(slots).to(parameter.device)
-    for key, value in optimizer.state.get(parameter, {}).items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        same_rows = value.shape[0] == parameter.shape[0]
-        if same_rows and (value.dim() == parameter.dim() or key == "exp_avg_sq_row"):
-            value[index] = 0
+    for layer in attached.layers.values():
+        free = np.flatnonzero(layer.lora.table.owner == FREE)
+        moved = [p for p in layer.lora.parameters() if is_quantised(optimizer, p)]
+        if free.size and moved:
+            for _, projection in layer.lora.items():
+                projection.clear(free)
+            for parameter in moved:
+                clear_state(optimizer, parameter, free)
+
+
+def check_optimizer(attached: Attached, optimizer: Optimizer) -> None:
+    """Refuse state that no event could reset, as long as an event is to come."""
+    config = attached.engine.config
+    if config.starting_rank == config.r_target:
+        return  # the ranks never change
+    if attached.engine.step_count < config.growth_steps[-1]:
+        check_state(optimizer, lora_parameters(attached))

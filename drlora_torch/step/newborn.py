@@ -1,63 +1,76 @@
-"""The first steps of newborn rank dimensions under Adam.
+"""The first steps of newborn rank dimensions.
 
-A slot that changes owner starts with empty optimizer state. Adam would then move the newborn rows
-too far: its bias correction uses the parameter's step count t, which is large, while their moments
-are as young as their own count n, so at beta = (0.9, 0.999) the first updates are about 3 to 6
-times too big. The updates of newborn rows are rescaled to what Adam would do with t = n. Other
-optimizers are left alone.
+A slot that changes owner starts with fresh optimizer state. An optimizer whose step depends on how
+many steps it has made then treats the newborn rows wrongly: Adam's bias correction uses the
+parameter's step count t, which is large, while their moments are as young as their own count n, so
+at beta = (0.9, 0.999) the first updates are about 3 to 6 times too big. Newborn rows are moved as
+the optimizer would with t = n, as far as drlora knows how; where it does not, it says so.
 
 Shape letters: P rank slots.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray
+from drlora_torch.step.optimizers.adafactor import ADAFACTOR
+from drlora_torch.step.optimizers.adam import ADAM, ADAMAX, RADAM
+from drlora_torch.step.optimizers.correction import Correction, Snapshot, count_steps
+from drlora_torch.step.optimizers.names import TORCHAO, algorithm, class_names
+from drlora_torch.step.optimizers.schedule_free import SCHEDULE_FREE
 
-SETTLED = 1e-3  # a correction this close to 1 has ended
 OLD = -1  # age of a slot that needs no correction
 
 Ages = Mapping[str, IntArray]
 """Optimizer steps that each slot [P] has lived, by layer; OLD where nothing is corrected."""
 
-
-def adam_ratio(n: np.ndarray, t: float, betas: tuple[float, float]) -> np.ndarray:
-    """Step of an Adam whose count is n over that of one whose count is t, for equal moments.
-
-    (1 - b1^t) / (1 - b1^n) * sqrt((1 - b2^n) / (1 - b2^t)), leaving eps aside.
-
-    Example:
-        >>> adam_ratio(np.array([1, 1000]), 1000, (0.9, 0.999)).round(3).tolist()
-        [0.398, 1.0]
-    """
-    first, second = betas
-    momentum = (1.0 - first**t) / (1.0 - first**n)
-    return np.asarray(momentum * np.sqrt((1.0 - second**n) / (1.0 - second**t)))
-
-
-class Snapshot(NamedTuple):
-    """Newborn rows of one parameter as they were before the optimizer's step."""
-
-    parameter: nn.Parameter
-    group: dict[str, Any]
-    rows: Tensor  # int64 [newborn]
-    values: Tensor  # [newborn, features]
-    counts: IntArray  # own step count n of each row in the coming step
+CORRECTIONS: Mapping[str, Correction] = {
+    "torch.Adam": ADAM,  # AdamW is a subclass
+    TORCHAO: ADAM,
+    "bitsandbytes adam": ADAM,
+    "torch.Adamax": ADAMAX,
+    "torch.RAdam": RADAM,
+    "torch.Adafactor": ADAFACTOR,
+    "transformers.Adafactor": ADAFACTOR,
+    "schedulefree.AdamWScheduleFree": SCHEDULE_FREE,
+    "schedulefree.RAdamScheduleFree": SCHEDULE_FREE,
+    "schedulefree.SGDScheduleFree": SCHEDULE_FREE,
+}
+"""By optimizer, subclasses included."""
+NOT_NEEDED = frozenset(
+    {
+        *("torch.SGD", "torch.RMSprop", "torch.Rprop", "torch.Adagrad", "torch.Adadelta"),
+        *("torch.ASGD", "lion_pytorch.Lion"),
+        *("bitsandbytes lion", "bitsandbytes momentum", "bitsandbytes rmsprop"),
+        "bitsandbytes adagrad",
+    }
+)
+"""Optimizers that do not correct their averages for bias: a row with fresh state moves as in a
+fresh optimizer, whatever the step. Lion takes only the sign of its average, so bias cannot matter.
+Step sizes that shrink with the step by design (ASGD, Adagrad's ``lr_decay``) do so for newborn rows
+too."""
+REASONS: Mapping[str, str] = {
+    "torch.Muon": "it mixes the rows of a matrix in each update, and has no bias correction",
+    "torch.NAdam": "its schedule of momentum belongs to the whole parameter",
+    "bitsandbytes ademamix": "it adds an average with bias correction and one without",
+    "bitsandbytes lamb": "it scales the step of the whole parameter",
+    "bitsandbytes lars": "it scales the step of the whole parameter",
+}
+"""Why newborn rows are not corrected, by optimizer."""
 
 
 @torch.no_grad()
 def snapshot(loras: Iterable[ExpertLoRA], ages: Ages, optimizer: Optimizer) -> list[Snapshot]:
-    """Keep the newborn rows that an Adam is about to move; empty for other optimizers."""
-    if not isinstance(optimizer, Adam):
+    """Keep the newborn rows that an optimizer is about to move; empty if none is corrected."""
+    correction = _find_correction(optimizer)
+    if correction is None:
         return []
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     kept = []
@@ -68,34 +81,53 @@ def snapshot(loras: Iterable[ExpertLoRA], ages: Ages, optimizer: Optimizer) -> l
         rows = torch.from_numpy(young).to(lora.device)
         counts = ages[lora.name][young] + 1
         for parameter in lora.tensors().values():
-            if parameter.grad is not None and parameter in groups:
-                values = parameter.index_select(0, rows)
-                kept.append(Snapshot(parameter, groups[parameter], rows, values, counts))
+            if parameter.grad is None or parameter not in groups:
+                continue
+            values = parameter.index_select(0, rows)
+            state = optimizer.state.get(parameter, {})
+            copies = {k: state[k].index_select(0, rows) for k in correction.keep if k in state}
+            kept.append(Snapshot(parameter, groups[parameter], rows, values, counts, copies))
+            if correction.before is not None:
+                correction.before(optimizer, kept[-1])
     return kept
 
 
 @torch.no_grad()
 def correct(snapshots: Iterable[Snapshot], optimizer: Optimizer) -> float:
-    """Shorten the step that the newborn rows have just made.
+    """Correct the step that the newborn rows have just made.
 
     Returns:
         Own steps after which rows need no correction any more; 0 if nothing was corrected.
     """
-    horizon = 0.0
-    for kept in snapshots:
-        t = float(optimizer.state[kept.parameter]["step"])
-        # An optimizer made after the birth has made fewer steps than the row has lived.
-        betas = kept.group["betas"]
-        ratio = adam_ratio(np.minimum(kept.counts, t), t, betas)
-        factor = torch.from_numpy(ratio).to(kept.values).unsqueeze(-1)
-        start = kept.values
-        if kept.group.get("decoupled_weight_decay"):  # AdamW shrinks the row, then moves it
-            start = start * (1.0 - float(kept.group["lr"]) * kept.group["weight_decay"])
-        moved = kept.parameter.index_select(0, kept.rows)
-        kept.parameter[kept.rows] = torch.lerp(start, moved, factor)
-        settled = [math.log(SETTLED) / math.log(beta) for beta in betas if beta > 0]
-        horizon = max([horizon, *settled])
-    return horizon
+    correction = _find_correction(optimizer)
+    if correction is None:
+        return 0.0
+    return max((correction.after(optimizer, kept) for kept in snapshots), default=0.0)
+
+
+def find_obstacle(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Why newborn rows are not corrected under an optimizer; None if they are, or need not be."""
+    names = _names(optimizer)
+    if _find_correction(optimizer) is not None:
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        moved = [p for p in parameters if p in groups and optimizer.state.get(p)]
+        if all(count_steps(optimizer, p, groups[p]) is not None for p in moved):
+            return None
+        return "it keeps no step count where Adam does"
+    if not NOT_NEEDED.isdisjoint(names):
+        return None
+    told = [REASONS[name] for name in names if name in REASONS]
+    return told[0] if told else "drlora does not know how its steps depend on their number"
+
+
+def _find_correction(optimizer: Optimizer) -> Correction | None:
+    found = (CORRECTIONS[name] for name in _names(optimizer) if name in CORRECTIONS)
+    return next(found, None)
+
+
+def _names(optimizer: Optimizer) -> tuple[str, ...]:
+    """What the tables call an optimizer, and what it derives from."""
+    return (f"bitsandbytes {algorithm(optimizer)}", *class_names(type(optimizer)))
 
 
 def grow_older(ages: Ages, horizon: float) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 
-from drlora_torch.attached import AdaptedLayer
+from drlora_torch.attached import AdaptedLayer, Attached
+from drlora_torch.options import Newborn
+from drlora_torch.step.newborn import find_obstacle
+from drlora_torch.step.parameters import lora_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,22 @@ class Notices:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def uncorrected(self, attached: Attached) -> None:
+        """Name optimizers under which newborn rows are left alone though the user did not ask."""
+        grew = any((delta > 0).any() for delta in attached.events[-1].deltas.values())
+        if attached.options.newborn is not Newborn.CORRECTED or not grew:
+            return
+        parameters = lora_parameters(attached)
+        for optimizer in attached.optimizers:
+            obstacle, name = find_obstacle(optimizer, parameters), type(optimizer).__name__
+            if obstacle is not None and self._first(f"uncorrected {name}"):
+                logger.warning(
+                    "the first steps of newborn rank dimensions are not corrected under %s: %s; "
+                    "newborn='plain' says that this is meant",
+                    name,
+                    obstacle,
+                )
 
     def _first(self, what: str) -> bool:
         new = what not in self._said

@@ -29,6 +29,7 @@ from drlora_torch.step import growth, hooks, newborn, parameters, samples
 from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
+from drlora_torch.step.optimizers.correction import Snapshot
 from drlora_torch.step.processes import sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
 from drlora_torch.step.strangers import Strangers
@@ -52,7 +53,7 @@ class StepTracker:
         self._newest_counted = 0  # forwards made when routing was counted last
         self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
         self._slots: dict[str, Tensor] | None = None  # importance [P], read before the step
-        self._snapshots: list[newborn.Snapshot] = []
+        self._snapshots: list[Snapshot] = []
         self._horizon = 0.0  # of the newborn corrections in this step
         with contextlib.ExitStack() as undo:
             self._watch = ForwardWatch(attached.model, attached.layers)
@@ -194,7 +195,8 @@ class StepTracker:
         if isinstance(scale, Tensor):
             slots = {name: values / scale.to(values) for name, values in slots.items()}
         self._slots = slots
-        self._snapshots = newborn.snapshot(loras, self.attached.ages, optimizer)
+        if self.attached.options.newborn is Newborn.CORRECTED:
+            self._snapshots = newborn.snapshot(loras, self.attached.ages, optimizer)
 
     # -- close ---------------------------------------------------------------------------------
 
@@ -202,9 +204,11 @@ class StepTracker:
         slots, self._slots = self._slots, None
         if slots is None:
             return
-        self.attached.optimizers.add(optimizer)
-        if self.attached.options.newborn is Newborn.CORRECTED:
-            self._horizon = max(self._horizon, newborn.correct(self._snapshots, optimizer))
+        if optimizer not in self.attached.optimizers:
+            growth.check_optimizer(self.attached, optimizer)
+            self.attached.optimizers.add(optimizer)
+        self._horizon = max(self._horizon, newborn.correct(self._snapshots, optimizer))
+        growth.hold_free_slots(self.attached, optimizer)
         self._snapshots = []
         if self._reader is None:
             self._close(slots)
@@ -229,6 +233,7 @@ class StepTracker:
         event = self.attached.engine.step()
         if event is not None:
             growth.carry_out(self.attached, event)
+            self._notices.uncorrected(self.attached)
         return event
 
     def _grow_older(self) -> None:

@@ -26,6 +26,7 @@ from drlora_torch.step import growth, newborn, samples, warmup
 from drlora_torch.step import tracker as tracker_module
 from drlora_torch.step.forwards import ForwardWatch, ModelCall
 from drlora_torch.step.importance import slot_importance
+from drlora_torch.step.optimizers import adam, codes, fresh
 from drlora_torch.step.routing import Routing
 from drlora_torch.step.tracker import StepTracker
 from drlora_torch.step.witness import GradientWitness
@@ -38,7 +39,8 @@ from tests.torch import (
     test_life,
     test_named_adapters,
     test_named_life,
-    test_optimizer,
+    test_optimizer_newborn,
+    test_optimizer_state,
     test_parity_experts,
     test_parity_models,
     test_pending,
@@ -156,6 +158,13 @@ def checkpointing_trains() -> None:
         raise AssertionError("no gradient reaches the LoRA") from error
 
 
+def newborn_rows_in_8_bits_stay_near() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        test_optimizer_state.test_newborn_rows_move_as_far_as_without_quantisation(
+            "torchao adamw8bit", "pooled"
+        )
+
+
 GUARDS: dict[str, tuple[Break, Check]] = {
     "recomputation counts": (
         replace(StepTracker, "routed", count_at_once),
@@ -207,22 +216,52 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     ),
     "optimizer state of changed slots is kept": (
         replace(growth, "clear_state", nothing),
-        lambda _: test_optimizer.test_state_of_changed_slots_is_zeroed("adam"),
+        lambda _: test_optimizer_state.test_an_event_makes_the_state_of_changed_slots_fresh(
+            "adam", test_optimizer_state.PRUNE, "pooled"
+        ),
     ),
     "old momentum moves free slots": (
         replace(growth, "clear_state", nothing),
-        lambda _: test_optimizer.test_free_slots_stay_zero_after_pruning("sgd momentum"),
+        lambda _: test_optimizer_state.test_freed_slots_stay_zero("sgd momentum", "pooled"),
     ),
     "newborn rows are not corrected": (
         replace(newborn, "correct", lambda *_: 0.0),
-        lambda _: test_optimizer.test_newborn_rows_move_as_if_their_count_had_just_begun(
-            test_optimizer._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+        lambda _: test_optimizer_newborn.test_newborn_rows_move_as_if_their_count_had_just_begun(
+            test_optimizer_newborn._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
         ),
     ),
     "newborn rows do not age": (
         replace(newborn, "grow_older", nothing),
-        lambda _: test_optimizer.test_newborn_rows_move_as_if_their_count_had_just_begun(
-            test_optimizer._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+        lambda _: test_optimizer_newborn.test_newborn_rows_move_as_if_their_count_had_just_begun(
+            test_optimizer_newborn._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+        ),
+    ),
+    "8-bit state is reset to the code 0": (
+        replace(codes, "_code_of_zero", lambda _: 0),
+        lambda _: test_optimizer_state.test_an_event_makes_the_state_of_changed_slots_fresh(
+            "adamw8bit", test_optimizer_state.PRUNE, "pooled"
+        ),
+    ),
+    "schedule-free copies of the weights are zeroed": (
+        lambda monkeypatch: monkeypatch.setitem(
+            fresh.OWN, "schedulefree.AdamWScheduleFree", {"z": fresh.MEANINGS["zeros"]}
+        ),
+        lambda _: test_optimizer_state.test_an_event_makes_the_state_of_changed_slots_fresh(
+            "schedulefree adamw", test_optimizer_state.GROW, "pooled"
+        ),
+    ),
+    "8-bit state moves free slots": (
+        replace(growth, "hold_free_slots", nothing),
+        lambda _: test_optimizer_state.test_freed_slots_stay_zero("lion8bit", "pooled"),
+    ),
+    "steps of newborn rows in 8 bits have no limit": (
+        replace(adam, "is_quantised", lambda *_: False),
+        lambda _: newborn_rows_in_8_bits_stay_near(),
+    ),
+    "unknown state passes the first step": (
+        replace(growth, "check_optimizer", nothing),
+        lambda _: test_optimizer_state.test_unknown_state_is_refused_at_the_first_step(
+            test_optimizer_state.Remembering
         ),
     ),
     "rows return to other tokens": (
@@ -247,7 +286,9 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     ),
     "freed slots keep their B": (
         replace(SlotLoRA, "clear", clear_only_A),
-        lambda _: test_growth.test_free_slots_are_exactly_zero("pooled", test_optimizer.PRUNE),
+        lambda _: test_growth.test_free_slots_are_exactly_zero(
+            "pooled", {"policy": "prune", "r_init": 6}
+        ),
     ),
     "dropout is forgotten": (
         replace(ExpertLoRA, "__init__", build_without_dropout),

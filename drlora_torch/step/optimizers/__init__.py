@@ -1,0 +1,1 @@
+"""What drlora knows of optimizers: fresh state of a row, and the first steps of a newborn row."""
