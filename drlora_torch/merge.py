@@ -90,7 +90,8 @@ def merge_and_save(attached: Attached, path: Path) -> None:
     active_tracker(attached)
     if not attached.enabled:
         raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
-    save_model: Any = getattr(type(attached.model), "save_pretrained", None)
+    save_model: Any = getattr(attached.model, "save_pretrained", None)
+    save_model = getattr(save_model, "__wrapped__", save_model)  # without the adapters beside it
     if save_model is None:
         raise ModelError(
             f"{type(attached.model).__name__} has no save_pretrained; call adapter.merge() and "
@@ -101,7 +102,7 @@ def merge_and_save(attached: Attached, path: Path) -> None:
             atomic.replaced_files(path, "model*.safetensors*") as folder,
             written(attached.layers),
         ):
-            save_model(attached.model, os.fspath(folder))
+            save_model(os.fspath(folder))
     except OSError as error:
         raise CheckpointError(
             f"could not write a merged model to {path}: {error}; what was there before is untouched"

@@ -109,9 +109,10 @@ def sign_flip_p(groups: Sequence[np.ndarray], *, seed: int = 0) -> float:
     weighted = np.concatenate([group / (group.size * len(groups)) for group in groups])
     if weighted.size == 1:
         return 1.0  # scipy wants at least two values
+    scale = np.abs(weighted).max() or 1.0
     found = stats.permutation_test(
-        (weighted,),
-        lambda values, axis: np.abs(values.sum(axis=axis)),
+        (weighted / scale,),
+        lambda values, axis: np.abs(values.sum(axis=axis)).round(12),  # equal sums may round apart
         permutation_type="samples",
         alternative="greater",
         n_resamples=np.inf if weighted.size <= EXACT_UP_TO else RESAMPLES,

@@ -5,8 +5,9 @@ They hold no parameter of the adapter, so their steps go unnoticed and it never 
 
 from __future__ import annotations
 
-import warnings
+import logging
 import weakref
+from typing import ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from drlora_torch.errors import AttachError
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.step.parameters import parameters_by_key
 
+logger = logging.getLogger(__name__)
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The LoRA, as a weak reference, of every A and B that was ever active."""
 RIGHT = "make the optimizer after attach:\n    optimizer = AdamW(adapter.parameters())"
@@ -25,11 +27,18 @@ RIGHT = "make the optimizer after attach:\n    optimizer = AdamW(adapter.paramet
 class Strangers:
     """Watches the optimizers of the process that hold no parameter of one adapter."""
 
+    _newest: ClassVar[weakref.ref[Strangers] | None] = None
+    """That of the adapter whose experts a backward pass has reached last."""
+
     def __init__(self, attached: Attached) -> None:
         for layer in attached.layers.values():
             for parameter in layer.lora.parameters():
                 _owners[parameter] = weakref.ref(layer.lora)
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    def reached(self) -> None:
+        """Note that a backward pass has reached the experts."""
+        Strangers._newest = weakref.ref(self)
 
     def check(self, optimizer: Optimizer, attached: Attached, *, waiting: bool) -> None:
         """Refuse or report an optimizer that should have been made for this adapter.
@@ -43,7 +52,8 @@ class Strangers:
             AttachError: the optimizer holds only what ``attach`` has frozen, or the LoRA of an
                 adapter that is gone.
         """
-        if not waiting or optimizer in self._known:
+        newest = None if Strangers._newest is None else Strangers._newest()
+        if not waiting or newest is not self or optimizer in self._known:
             return
         self._known.add(optimizer)
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -55,12 +65,12 @@ class Strangers:
             self._known.discard(optimizer)
             raise
         if all(parameter.grad is None for parameter in held):
-            warnings.warn(
-                f"a {type(optimizer).__name__} steps that has no gradients and holds nothing of "
-                f"adapter {attached.name!r}, whose experts a backward pass has reached: does it "
-                f"belong to an earlier model? {RIGHT}",
-                RuntimeWarning,
-                stacklevel=2,
+            logger.warning(
+                "a %s steps that has no gradients and holds nothing of adapter %r, whose experts a "
+                "backward pass has just reached: does it belong to an earlier model? %s",
+                type(optimizer).__name__,
+                attached.name,
+                RIGHT,
             )
 
 

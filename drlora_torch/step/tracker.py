@@ -107,6 +107,7 @@ class StepTracker:
         if self._begins(routing) and self._sums and self._cleared():
             self.forget()
         self._newest_counted = self._forwards
+        self._strangers.reached()
         layer = self.attached.layers[routing.layer]
         self._notices.check_training(layer)
         index, weights, mask = routing.top_k_index, routing.top_k_weights, self._mask(routing)

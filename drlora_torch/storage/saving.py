@@ -52,9 +52,15 @@ def follow_saves(model: nn.Module, holder: nn.Module) -> Callable[[], None]:
                 result = inner(save_directory, *args, **kwargs)
         if not writes:
             return result
-        write_adapters(model, folder)
         if trained_alone:
+            write_adapters(model, folder)
             _write_trained(model, folder)
+            return None
+        try:
+            write_adapters(model, folder)
+        except CheckpointError as error:  # the base, which was asked for, is complete
+            logger.error("the base model is in %s without its adapter: %s", folder, error)
+            return result
         if kwargs.get("push_to_hub") and (active := _active(model)) is not None:
             repo = kwargs.get("repo_id") or folder.resolve().name
             hub.upload(active, folder, repo, kwargs.get("private"))
