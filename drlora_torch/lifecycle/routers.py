@@ -16,13 +16,17 @@ from drlora_torch.step.parameters import lora_parameters, router_parameters
 
 @torch.no_grad()
 def show_routers(attached: Attached, wanted: bool) -> None:
-    """Have the trained router values in the model, or the base's."""
+    """Have the trained router values in the model, or the base's.
+
+    Tensors are exchanged, not copied over: a backward pass whose forward ran before (DPO asks the
+    base model in between) still finds the values it needs, unchanged.
+    """
     if wanted == attached.routers_shown:
         return
     for name, parameter in router_parameters(attached).items():
-        inside = parameter.detach().clone()
-        if name in attached.hidden_routers:  # else both are the base's so far
-            parameter.copy_(attached.hidden_routers[name])
+        inside = parameter.data
+        other = attached.hidden_routers.get(name)
+        parameter.data = inside.clone() if other is None else other.to(inside)
         attached.hidden_routers[name] = inside
     attached.routers_shown = wanted
 
