@@ -11,6 +11,7 @@ from drlora_torch.options import RouterMode
 from drlora_torch.step.processes import is_first_process
 
 logger = logging.getLogger(__name__)
+FOREIGN_STEPS = 20
 _balancing: weakref.WeakSet[Attached] = weakref.WeakSet()
 """Adapters whose user was told of the balancing loss."""
 
@@ -36,6 +37,7 @@ class Notices:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
+        self._waiting = 0  # optimizer steps of others while our statistics wait for one of ours
 
     def check_training(self, layer: AdaptedLayer) -> None:
         if not layer.experts.training and self._first("evaluation"):
@@ -48,9 +50,25 @@ class Notices:
             warnings.warn(
                 "the expert LoRA is frozen and does not learn: something froze it after attach "
                 "(get_peft_model does); call adapter.parameters() after that and before the "
-                "optimizer is made",
+                "optimizer is made, or give the Trainer a DRLoRACallback",
                 RuntimeWarning,
                 stacklevel=2,
+            )
+
+    def check_steps(self, *, ours: bool, waiting: bool) -> None:
+        """Watch for a training whose optimizer does not hold the adapter.
+
+        Args:
+            ours: an optimizer steps that holds it.
+            waiting: a backward pass has reached the experts since the last such step.
+        """
+        self._waiting = self._waiting + 1 if waiting and not ours else 0
+        if self._waiting == FOREIGN_STEPS and self._first("foreign"):
+            logger.warning(
+                "%d optimizer steps since the last one that trains the expert LoRA, which has "
+                "gradients: no optimizer may hold it; make the optimizer from "
+                "adapter.parameters(), after attach and after get_peft_model",
+                FOREIGN_STEPS,
             )
 
     def unaligned_mask(self, layer: str, num_tokens: int, shape: tuple[int, ...]) -> None:

@@ -147,7 +147,9 @@ class StepTracker:
         self, optimizer: Optimizer, closure: hooks.Closure | None
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
-        if not self._holds_lora(optimizer):
+        ours, auto = self._holds_lora(optimizer), self.attached.options.auto_step
+        self._notices.check_steps(ours=ours, waiting=auto and bool(self._sums))
+        if not ours:
             return None
         if not self.attached.enabled and parameters.router_parameters(self.attached):
             raise AttachError(
