@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import logging
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import OlmoeForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 import drlora_torch
+from drlora_torch.integrations import trl
 from drlora_torch.integrations.trainer import DRLoRACallback
 from drlora_torch.integrations.trl import BaseReference, use_base_reference
+from drlora_torch.step import agreement
 from tests.ecosystem import trainers
 from tests.ecosystem.test_trl import ARGUMENTS, TEXTS, VOCABULARY, tokenizer
 from tests.torch import helpers, models
@@ -265,3 +268,10 @@ def test_a_reference_with_the_experts_left_on_is_said(
     with caplog.at_level(logging.WARNING, "drlora_torch"):
         prefer(tmp_path, True, max_steps=1, peft_config=attention())
     assert said not in caplog.text
+
+
+@pytest.mark.parametrize("module", [trl, agreement])
+def test_the_examples_of_the_docstrings_run(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert result.failed == 0
