@@ -58,12 +58,22 @@ def check_optimizer(adapter: Adapter, optimizer: Any) -> None:
 
 
 def check_losses(adapter: Adapter, args: Any, model: Any) -> None:
-    """Say what TRL adds to the loss, or takes for its reference, that nobody may want."""
+    """Say what TRL adds to the loss, or takes for its reference, that nobody may want.
+
+    Raises:
+        AttachError: the reference that was made for the adapter cannot do what is asked of it.
+    """
     coefficient = active_coefficient(adapter.model)
-    if hasattr(args, "router_aux_loss_coef"):  # TRL's, which asks the model where it is None
+    declared = declared_coefficient(adapter.model)
+    if hasattr(args, "router_aux_loss_coef") and declared is not None:
         given = args.router_aux_loss_coef
-        coefficient = declared_coefficient(adapter.model) if given is None else given
+        coefficient = declared if given is None else given  # as TRL reads them
     advise_against_balancing(state_of(adapter), coefficient)
+    if getattr(args, "sync_ref_model", False) and has_reference(adapter):
+        raise AttachError(
+            "sync_ref_model=True copies the trained weights into the reference, and a "
+            "BaseReference has none; pass a second model as ref_model"
+        )
     refers = hasattr(args, "sync_ref_model") and bool(getattr(args, "beta", 0.0))
     if refers and is_peft_model(model) and not has_reference(adapter) and is_first_process():
         logger.warning(

@@ -7,18 +7,18 @@ from typing import Any
 from torch import nn
 
 
-def declared_coefficient(model: nn.Module) -> float:
-    """Weight of the balancing loss that the model can return; 0 if it has none."""
+def declared_coefficient(model: nn.Module) -> float | None:
+    """Weight of the balancing loss that the model can return; None if it has no such loss."""
     config = _text_config(model)
     if not hasattr(config, "output_router_logits"):
-        return 0.0
+        return None
     return float(getattr(config, "router_aux_loss_coef", None) or 0.0)
 
 
 def active_coefficient(model: nn.Module) -> float:
     """Weight with which the model adds the balancing loss to its loss; 0 if it does not."""
     active = getattr(_text_config(model), "output_router_logits", False)
-    return declared_coefficient(model) if active else 0.0
+    return (declared_coefficient(model) or 0.0) if active else 0.0
 
 
 def _text_config(model: nn.Module) -> Any:

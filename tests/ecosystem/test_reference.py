@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import trl as library
 from datasets import Dataset
 from torch import Tensor
 from transformers import OlmoeForCausalLM
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer
 
 import drlora_torch
 from drlora_torch.integrations import trl
@@ -78,20 +79,22 @@ def same_runs(have: tuple[Any, Spy], want: tuple[Any, Spy]) -> None:
 
 
 def prefer(
-    folder: Path, own: bool, kind: str = "dpo", attach: dict[str, Any] | None = None, **changes: Any
+    folder: Path, own: bool, kind: str = "DPO", attach: dict[str, Any] | None = None, **changes: Any
 ) -> tuple[Any, Spy]:
     """Train with the adapter switched off as reference, or with a second model."""
     peft_config = changes.pop("peft_config", None)
     model = build()
     adapter = helpers.attach(model, **(attach or {}))
     spy = Spy(adapter)
-    trainer_class, config = {"dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}[kind]
+    torch.manual_seed(0)  # PEFT's LoRA is drawn when the trainer is made
     values = {"gradient_checkpointing": False, **changes}
-    trainer = trainer_class(
+    trainer = getattr(library, f"{kind}Trainer")(
         model,
         ref_model=BaseReference(adapter) if own else build().eval(),
-        args=config(str(folder), **{**ARGUMENTS, **trainers.renamed(values)}),
-        train_dataset=Dataset.from_dict(PAIRS if kind == "dpo" else LABELLED),
+        args=getattr(library, f"{kind}Config")(
+            str(folder), **{**ARGUMENTS, **trainers.renamed(values)}
+        ),
+        train_dataset=Dataset.from_dict(PAIRS if kind == "DPO" else LABELLED),
         processing_class=tokenizer(),
         callbacks=[DRLoRACallback(adapter)],
         peft_config=peft_config,
@@ -112,7 +115,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"attach": {"dropout": 0.2}, "disable_dropout": False},
     "precomputed": {"precompute_ref_log_probs": True},
     "beside PEFT": {"peft_config": attention()},
-    "kto": {"kind": "kto"},
+    "kto": {"kind": "KTO"},
 }
 
 
@@ -129,16 +132,18 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
-def reinforce(folder: Path, base: Path, own: bool, **changes: Any) -> tuple[Any, Spy]:
+def reinforce(
+    folder: Path, base: Path, own: bool, kind: str = "GRPO", **changes: Any
+) -> tuple[Any, Spy]:
     model = OlmoeForCausalLM.from_pretrained(base).train()
     adapter = helpers.attach(model, router=changes.pop("router", "frozen"))
     spy = Spy(adapter)
     given = {k: v for k, v in ARGUMENTS.items() if k != "train_sampling_strategy"}
     values = {"gradient_checkpointing": False, "beta": 0.0 if own else 0.1, **changes}
-    trainer = GRPOTrainer(
+    trainer = getattr(library, f"{kind}Trainer")(
         model=model,
         reward_funcs=reward,
-        args=GRPOConfig(
+        args=getattr(library, f"{kind}Config")(
             str(folder),
             num_generations=2,
             max_completion_length=6,
@@ -156,11 +161,17 @@ def reinforce(folder: Path, base: Path, own: bool, **changes: Any) -> tuple[Any,
     return trainer, spy
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_grpo_without_a_second_model(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "GRPO"},
+        {"kind": "GRPO", "gradient_checkpointing": True, "router": "trainable"},
+        {"kind": "RLOO"},
+    ],
+    ids=["grpo", "grpo, checkpointing", "rloo"],
+)
+def test_reinforcement_without_a_second_model(tmp_path: Path, changes: dict[str, Any]) -> None:
     build().save_pretrained(tmp_path / "base")
-    router = "trainable" if checkpointing else "frozen"
-    changes: dict[str, Any] = {"gradient_checkpointing": checkpointing, "router": router}
     own = reinforce(tmp_path / "own", tmp_path / "base", True, **changes)
     second = reinforce(tmp_path / "second", tmp_path / "base", False, **changes)
     assert any(row.get("kl") for row in own[0].state.log_history)
@@ -241,6 +252,11 @@ def test_wrong_uses_are_refused() -> None:
         use_base_reference(Trained(0.0), adapter, beta=0)
     with pytest.raises(drlora_torch.AttachError, match="object has no beta"):
         use_base_reference(object(), adapter, beta=0.1)
+
+
+def test_a_reference_that_is_to_follow_the_policy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(drlora_torch.AttachError, match="pass a second model as ref_model"):
+        prefer(tmp_path, True, sync_ref_model=True)
 
 
 def test_a_reference_with_the_experts_left_on_is_said(

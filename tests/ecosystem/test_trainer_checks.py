@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import drlora_torch
+from drlora_torch.integrations.checks import check_losses
 from drlora_torch.integrations.trainer import DRLoRACallback
 from tests.ecosystem import trainers
 from tests.ecosystem.test_trl import ARGUMENTS, TEXTS, VOCABULARY, tokenizer
@@ -22,7 +24,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
 )
-BALANCING = "the routers are frozen, but their balancing loss is on (router_aux_loss_coef=0.01)"
+BALANCING = "the routers are frozen, but their balancing loss is on (router_aux_loss_coef=0.0"
 
 
 def fine_tune(folder: Path, model: Any, callbacks: Any, **changes: Any) -> SFTTrainer:
@@ -192,11 +194,19 @@ def test_a_balancing_loss_that_can_work_or_is_off_is_not(
     attach: dict[str, Any],
     changes: dict[str, Any],
 ) -> None:
-    model = models.build(vocab_size=VOCABULARY, router_aux_loss_coef=0.01)
+    model = models.build(vocab_size=VOCABULARY)
     adapter = helpers.attach(model, **attach)
     with caplog.at_level(logging.WARNING, "drlora_torch"):
         fine_tune(tmp_path, model, [DRLoRACallback(adapter)], max_steps=1, **changes).train()
     assert "balancing" not in caplog.text
+
+
+def test_a_model_without_such_a_loss_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Older versions of TRL have a coefficient for every model."""
+    adapter = helpers.attach(models.HandRouted())
+    with caplog.at_level(logging.WARNING, "drlora_torch"):
+        check_losses(adapter, SimpleNamespace(router_aux_loss_coef=0.001), adapter.model)
+    assert caplog.text == ""
 
 
 def test_dpo_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
