@@ -92,9 +92,10 @@ class Adapter:
     # -- training ------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything to give to an optimizer: A and B of all layers, and routers that may learn.
+        """Everything to give to an optimizer: A and B of all layers, routers that may learn, and
+        ``modules_to_save``.
 
-        A and B of the active adapter require gradients again if something else froze them
+        Those of the active adapter require gradients again if something else froze them
         (``get_peft_model`` freezes whatever is not PEFT's).
 
         Raises:
@@ -103,6 +104,7 @@ class Adapter:
         check_attached(self._attached)
         if self.is_active:
             parameters.unfreeze_lora(self._attached)
+            parameters.unfreeze_base(self._attached)
         return list(parameters.parameters_by_key(self._attached).values())
 
     def lora_parameters(self) -> list[nn.Parameter]:

@@ -18,10 +18,12 @@ from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.lifecycle.build import build, draw
 from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers, check_new
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
+from drlora_torch.models.balancing import active_coefficient
 from drlora_torch.models.discovery import choose_layers, discover
 from drlora_torch.models.records import MoELayer
-from drlora_torch.models.wrappers import unwrapped
+from drlora_torch.models.wrappers import check_parts, check_wrappers, unwrapped
 from drlora_torch.options import AdapterOptions
+from drlora_torch.step.notices import advise_against_balancing
 from drlora_torch.step.processes import is_first_process
 from drlora_torch.storage import checkpoint, hub
 from drlora_torch.storage.entering import enter
@@ -55,7 +57,8 @@ def attach(
 
     Args:
         model: a Transformers model with mixture-of-experts layers, or a PeftModel around one,
-            whose own adapters then stay trainable.
+            whose own adapters then stay trainable, or ``torch.compile(model)``. Wrap it in
+            ``DistributedDataParallel`` afterwards.
         engine: decides the ranks; gets a layer per experts module, unless it has them already.
         adapter_name: tells it from other adapters of the model; the new one is the active one.
             Letters, digits, ``_`` and ``-``.
@@ -86,8 +89,8 @@ def attach(
 
     Raises:
         ModelError: no MoE layer, or one that cannot be adapted.
-        AttachError: the model has an adapter of this name, or the engine decides for another one
-            or has made steps already.
+        AttachError: the model has an adapter of this name, the engine decides for another one or
+            has made steps already, or the model is wrapped for several processes already.
         LayoutError: the engine has other layers.
         ValueError: an option out of range. The model and the engine are left unchanged.
 
@@ -119,8 +122,7 @@ def attach(
             "kernel": kernel,
         }
     )
-    holder, model = model, unwrapped(model)
-    found = discover(model)
+    holder, (model, found) = model, _look_inside(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
     check_new(engine)
@@ -130,7 +132,9 @@ def attach(
         _add_layers(attached)
         if record is not None and is_first_process():
             engine.record_to(record)
-        return _handle(attached)
+        handle = _handle(attached)
+    advise_against_balancing(attached, active_coefficient(model))
+    return handle
 
 
 def load(
@@ -161,12 +165,11 @@ def load(
             left unchanged.
         AttachError: the model has an adapter of this name already.
     """
-    holder, model = model, unwrapped(model)
+    holder, (model, found) = model, _look_inside(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
     saved = checkpoint.read(hub.find(path, revision))
     engine = checkpoint.restore_engine(saved, policy)
-    found = discover(model)
     events = checkpoint.check(saved, engine, model, found, check_base)
     options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
     attached = _build(adapter_name, residents, engine, options, found)
@@ -217,6 +220,16 @@ def set_adapter(model: nn.Module, adapter_name: str) -> Adapter:
         raise AttachError(f"no adapter {adapter_name!r}; {near_misses(str(adapter_name), known)}")
     known[adapter_name].activate()
     return known[adapter_name]
+
+
+def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
+    """The model inside its wrappers, and its MoE layers; wrappers that cannot stay are refused."""
+    check_wrappers(model)
+    model = unwrapped(model)
+    found = discover(model)
+    for layer in found:
+        check_parts(model, layer.name)
+    return model, found
 
 
 def _build(

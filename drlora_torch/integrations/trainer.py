@@ -13,9 +13,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
+from drlora_torch.integrations import checks
 from drlora_torch.integrations.metrics import rank_metrics, top_experts
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
+from drlora_torch.storage.entering import save_beside
 
 HINT = "resume from last_checkpoint(output_dir), or use DRLoRACallback(adapter, resume_from=...)"
 
@@ -42,7 +44,8 @@ class DRLoRACallback(TrainerCallback):
         resume_from: the checkpoint folder, if it is not ``checkpoint-*`` in ``output_dir``.
 
     Raises:
-        AttachError: at the start of training, if another adapter is the active one.
+        AttachError: at the start of training, if another adapter is the active one, or the
+            Trainer's optimizer does not hold this one.
         CheckpointError: if the checkpoint to resume from cannot be found or holds no adapter.
 
     Example::
@@ -60,8 +63,26 @@ class DRLoRACallback(TrainerCallback):
         self._events = len(adapter.events)
         adapter.parameters()  # PEFT's get_peft_model may have frozen them
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        # With peft_config= the Trainer has frozen the adapter, and saves the PeftModel.
+        checks.unfreeze(self.adapter)
+        if model is not None:
+            save_beside(self.adapter.model, model)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         active_tracker(state_of(self.adapter))
+        checks.check_optimizer(self.adapter, optimizer)
+        checks.check_losses(self.adapter, args, model)
         if state.global_step:
             self.adapter.restore(self._checkpoint(args, state))
         self._events = len(self.adapter.events)

@@ -19,13 +19,17 @@ from drlora_torch.step.parameters import base_parameters, lora_parameters
 
 @torch.no_grad()
 def show_trained(attached: Attached, wanted: bool) -> None:
-    """Have the trained values in the model, or the base's."""
+    """Have the trained values in the model, or the base's.
+
+    Tensors are exchanged, not copied over: a backward pass whose forward ran before (DPO asks the
+    base model in between) still finds the values it needs, unchanged.
+    """
     if wanted == attached.trained_shown:
         return
     for name, parameter in base_parameters(attached).items():
-        inside = parameter.detach().clone()
-        if name in attached.hidden_values:  # else both are the base's so far
-            parameter.copy_(attached.hidden_values[name])
+        inside = parameter.data
+        other = attached.hidden_values.get(name)
+        parameter.data = inside.clone() if other is None else other.to(inside)
         attached.hidden_values[name] = inside
     attached.trained_shown = wanted
 

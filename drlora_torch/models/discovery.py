@@ -14,13 +14,15 @@ from drlora_torch.models.convention import Convention
 from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.records import MoELayer
 from drlora_torch.models.refused import CONTAINERS, refusal
+from drlora_torch.models.wrappers import unwrapped
 
 
 def discover(model: nn.Module) -> list[MoELayer]:
     """List the MoE layers of a model; attaches nothing and changes nothing.
 
     Args:
-        model: any ``nn.Module``, usually a Transformers model.
+        model: any ``nn.Module``, usually a Transformers model. Wrappers around it (PEFT,
+            ``torch.compile``, data parallelism) are looked through.
 
     Returns:
         One record per experts module, in the order of the model; ``obstacle`` says why a layer
@@ -35,6 +37,7 @@ def discover(model: nn.Module) -> list[MoELayer]:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     routers = _declared_router_classes(model)
     found: list[MoELayer] = []
     for name, module in model.named_modules():

@@ -19,8 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from drlora_torch.errors import refuse_copy
+from drlora_torch.errors import AttachError, refuse_copy
 
+REPLICA = (
+    "DataParallel runs copies of the model, whose statistics would be lost (a Trainer uses it if "
+    "one process sees several GPUs); start one process for each GPU (torchrun, accelerate launch) "
+    "for DistributedDataParallel, or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
+)
 SENSES = {"pixel_values", "pixel_values_videos", "input_features"}
 
 
@@ -101,6 +106,8 @@ class ForwardWatch:
         tower = _is_tower(arguments)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if getattr(module, "_is_replica", False):
+                raise AttachError(REPLICA)
             outer = None if module is self._model else self.running
             if outer is None and torch.is_grad_enabled():
                 self._in_backward = None  # its backward pass is over

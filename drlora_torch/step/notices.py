@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 
 from drlora_torch.attached import AdaptedLayer, Attached
-from drlora_torch.options import Newborn
+from drlora_torch.options import Newborn, RouterMode
 from drlora_torch.step.newborn import find_obstacle
 from drlora_torch.step.parameters import lora_parameters
+from drlora_torch.step.processes import is_first_process
 
 logger = logging.getLogger(__name__)
+_balancing: weakref.WeakSet[Attached] = weakref.WeakSet()
+"""Adapters whose user was told of the balancing loss."""
+
+
+def advise_against_balancing(attached: Attached, coefficient: float) -> None:
+    """Say once for an adapter that the routers' balancing loss is on and cannot move them."""
+    if attached.options.router is not RouterMode.FROZEN or not coefficient:
+        return
+    if attached in _balancing or not is_first_process():
+        return
+    _balancing.add(attached)
+    logger.warning(
+        "the routers are frozen, but their balancing loss is on (router_aux_loss_coef=%g): it "
+        "cannot balance them and only distorts what the LoRA learns; switch it off "
+        "(router_aux_loss_coef=0.0 in TRL's configs, config.output_router_logits = False in a loop "
+        "of your own), or attach with router='trainable'",
+        coefficient,
+    )
 
 
 class Notices:
@@ -30,7 +50,7 @@ class Notices:
             warnings.warn(
                 "the expert LoRA is frozen and does not learn: something froze it after attach "
                 "(get_peft_model does); call adapter.parameters() after that and before the "
-                "optimizer is made",
+                "optimizer is made, or give the Trainer a DRLoRACallback",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -21,6 +21,7 @@ from drlora_torch.step.parameters import parameters_by_key
 logger = logging.getLogger(__name__)
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The LoRA, as a weak reference, of every A and B that was ever active."""
+MANY = 20
 RIGHT = "make the optimizer after attach:\n    optimizer = AdamW(adapter.parameters())"
 
 
@@ -35,6 +36,11 @@ class Strangers:
             for parameter in layer.lora.parameters():
                 _owners[parameter] = weakref.ref(layer.lora)
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._steps = 0  # of others, while a backward pass waits for one of the adapter's own
+
+    def own_step(self) -> None:
+        """Note that an optimizer of the adapter steps."""
+        self._steps = 0
 
     def reached(self) -> None:
         """Note that a backward pass has reached the experts."""
@@ -52,6 +58,15 @@ class Strangers:
             AttachError: the optimizer holds only what ``attach`` has frozen, or the LoRA of an
                 adapter that is gone.
         """
+        self._steps += waiting
+        if self._steps == MANY:
+            logger.warning(
+                "%d optimizer steps since the last one that trains the expert LoRA of adapter %r, "
+                "which has gradients: no optimizer may hold it; make the optimizer from "
+                "adapter.parameters(), after attach and after get_peft_model",
+                MANY,
+                attached.name,
+            )
         newest = None if Strangers._newest is None else Strangers._newest()
         if not waiting or newest is not self or optimizer in self._known:
             return

@@ -25,7 +25,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.options import Newborn
-from drlora_torch.step import growth, hooks, newborn, parameters, samples
+from drlora_torch.step import agreement, growth, hooks, newborn, parameters, samples
 from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
@@ -152,8 +152,10 @@ class StepTracker:
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
         if not self._holds_lora(optimizer):
-            self._strangers.check(optimizer, self.attached, waiting=bool(self._sums))
+            waiting = self.attached.options.auto_step and bool(self._sums)
+            self._strangers.check(optimizer, self.attached, waiting=waiting)
             return None
+        self._strangers.own_step()
         if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
                 "an optimizer step inside adapter.disabled() would move the base model's own "
@@ -229,7 +231,7 @@ class StepTracker:
             self.forget()
             self._grow_older()
             return None
-        samples.observe(self.attached, self._take_routing(), slots)
+        samples.observe(self.attached, self._take_routing(slots), slots)
         self._grow_older()
         event = self.attached.engine.step()
         if event is not None:
@@ -242,12 +244,14 @@ class StepTracker:
             newborn.grow_older(self.attached.ages, self._horizon)
         self._horizon = 0.0
 
-    def _take_routing(self) -> dict[str, NDArray[np.float64]]:
+    def _take_routing(self, slots: dict[str, Tensor]) -> dict[str, NDArray[np.float64]]:
         """Routing sums of the step over all processes, [N + 1] by layer; counting restarts."""
         local = [self._local_sums(name) for name in self.attached.layers]
+        local.append(agreement.probe(self._lora_parameters(), slots))
         self.forget()
         summed = sum_over_processes(np.concatenate(local), self._loras()[0].device)
-        parts = np.split(summed, np.cumsum([part.size for part in local])[:-1])
+        *parts, probe = np.split(summed, np.cumsum([part.size for part in local])[:-1])
+        agreement.check(probe)
         return dict(zip(self.attached.layers, parts, strict=True))
 
     def _local_sums(self, name: str) -> NDArray[np.float64]:

@@ -26,4 +26,9 @@ def enter(residents: Residents, attached: Attached, holder: nn.Module | None = N
         residents.undo_with(attached, undo.pop_all().close)
     for each in (residents.model, holder):
         if each is not None:
-            residents.undo_with(None, follow_saves(residents.model, each))
+            save_beside(residents.model, each)
+
+
+def save_beside(model: nn.Module, holder: nn.Module) -> None:
+    """Write the adapters of a model wherever ``holder``, itself or a wrapper, is saved."""
+    Residents.of(model).undo_with(None, follow_saves(model, holder))

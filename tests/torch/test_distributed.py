@@ -12,6 +12,7 @@ import torch.distributed
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+import drlora_torch
 from tests.torch import helpers, models
 from tests.torch.helpers import Spy
 
@@ -83,3 +84,74 @@ def test_two_processes_decide_as_one(tmp_path: Path, auto_step: bool) -> None:
             assert one[name][2] == other[name][2] == tokens == 2 * 4 * 7
             torch.testing.assert_close(one[name][0], phi, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(one[name][1], s, rtol=1e-4, atol=1e-9)
+
+
+def apart(rank: int, folder: str, compiled: bool) -> None:
+    """What the processes of a run say that is wrapped in the wrong order, or not at all."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    said: dict[str, str] = {}
+    rows = slice(2 * rank, 2 * rank + 2)
+
+    def attempt(name: str, wrapped: Any, adapter: Any, steps: int, auto_step: bool = True) -> None:
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+        said[name] = ""
+        for step in range(steps):
+            ids = models.tokens(4, 7, step)[rows]
+            wrapped(input_ids=ids, labels=ids).loss.backward()
+            try:
+                optimizer.step()
+                if not auto_step:
+                    adapter.step()
+            except drlora_torch.AttachError as error:
+                said[name] = f"step {step + 1}: {error}"
+                return
+            optimizer.zero_grad()
+
+    model = models.build()
+    parallel = DistributedDataParallel(model)
+    try:
+        helpers.attach(parallel)
+    except drlora_torch.AttachError as error:
+        said["wrapper"] = str(error)
+    attempt("inside", parallel, helpers.attach(model), steps=1)
+    alone = models.build()
+    attempt("alone", alone, helpers.attach(alone), steps=1)
+    by_hand = models.build()
+    adapter = helpers.attach(by_hand, auto_step=False)
+    attempt("auto_step=False", by_hand, adapter, steps=1, auto_step=False)
+    both = models.build()
+    first = helpers.attach(both, adapter_name="first")
+    parallel = DistributedDataParallel(both)
+    second = helpers.attach(both, adapter_name="second")
+    attempt("second adapter", parallel, second, steps=1)
+    first.activate()
+    attempt("first adapter", parallel, first, steps=3)
+    model = models.build()
+    adapter = helpers.attach(model)
+    inner = torch.compile(model, backend="eager") if compiled else model
+    parallel = DistributedDataParallel(inner)
+    attempt("compiled" if compiled else "right order", parallel, adapter, steps=3)
+    found = drlora_torch.adapters(parallel)
+    said["found"] = "" if found == {"default": adapter} else str(found)
+    torch.save(said, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_processes_that_train_apart_all_raise_at_the_first_step(
+    tmp_path: Path, compiled: bool
+) -> None:
+    multiprocessing.spawn(apart, (str(tmp_path), compiled), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    assert "wrapped in DistributedDataParallel already" in first.pop("wrapper")
+    right = {"first adapter", "right order", "compiled", "found"}
+    assert {name: text for name, text in first.items() if text and name in right} == {}
+    for name in first.keys() - right:
+        assert first[name].startswith("step 1: the processes train apart"), name
+        assert "right:\n    adapter = attach(model, engine)" in first[name]

@@ -1,0 +1,57 @@
+"""Do all processes train the same adapter? Asked in the one all-reduce of each optimizer step.
+
+Data parallelism averages gradients, so every process reads the same importance and takes the same
+decisions. Where it does not know the LoRA, the copies would drift apart without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from drlora_torch.errors import AttachError
+from drlora_torch.step.processes import several_processes
+
+TOLERANCE = 1e-4  # of the standard deviation over processes, relative to the mean
+APART = (
+    "the processes train apart: their gradients of the expert LoRA differ, and so would their "
+    "weights and ranks. DistributedDataParallel synchronizes only parameters that exist when it is "
+    "made; wrong:\n"
+    "    parallel = DistributedDataParallel(model)\n"
+    "    adapter = attach(model, engine)\n"
+    "right:\n"
+    "    adapter = attach(model, engine)\n"
+    "    parallel = DistributedDataParallel(model)\n"
+    "and train through `parallel`"
+)
+
+
+def probe(lora: Iterable[nn.Parameter], slots: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """What a process adds to the sum over all: 1, its total importance, and that squared.
+
+    At the first step all importance is 0, since B is; then the total size of the gradients.
+    """
+    if not several_processes():
+        return np.zeros(3)
+    total = sum(float(values.sum()) for values in slots.values())
+    if not total:
+        gradients = [parameter.grad for parameter in lora if parameter.grad is not None]
+        total = sum(float(gradient.detach().double().abs().sum()) for gradient in gradients)
+    return np.array([1.0, total, total**2])
+
+
+def check(summed: NDArray[np.float64]) -> None:
+    """Refuse processes that differ; all see the same sums, so all of them raise.
+
+    Raises:
+        AttachError: they train apart.
+
+    Example:
+        >>> check(np.array([2.0, 3.0, 4.5]))  # two processes with 1.5 each
+    """
+    count, total, squares = summed.tolist()
+    if count and squares / count - (total / count) ** 2 > (TOLERANCE * total / count) ** 2:
+        raise AttachError(APART)
