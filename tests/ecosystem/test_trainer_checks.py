@@ -131,8 +131,9 @@ def test_a_callback_that_came_too_late_is_told(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_an_optimizer_that_lacks_the_routers_is_refused(tmp_path: Path) -> None:
-    adapter = helpers.attach(models.build(), router="trainable")
+@pytest.mark.parametrize("router", ["trainable", "after_warmup"])
+def test_an_optimizer_that_lacks_the_routers_is_refused(tmp_path: Path, router: Any) -> None:
+    adapter = helpers.attach(models.build(), router=router)
     optimizer = torch.optim.AdamW(adapter.lora_parameters(), lr=1e-2)
     trainer = build(
         tmp_path, adapter, callbacks=[DRLoRACallback(adapter)], optimizers=(optimizer, None)
@@ -141,13 +142,9 @@ def test_an_optimizer_that_lacks_the_routers_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("options", [{"auto_step": False}, {"router": "after_warmup"}])
-def test_what_the_user_steps_or_trains_later_is_left_to_the_user(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
-    adapter = helpers.attach(models.build(), **options)
-    kept = adapter.lora_parameters() if "router" in options else adapter.lora_parameters()[:2]
-    optimizer = torch.optim.AdamW(kept, lr=1e-2)
+def test_what_the_user_steps_is_left_to_the_user(tmp_path: Path) -> None:
+    adapter = helpers.attach(models.build(), auto_step=False)
+    optimizer = torch.optim.AdamW(adapter.lora_parameters()[:2], lr=1e-2)
     build(
         tmp_path, adapter, callbacks=[DRLoRACallback(adapter)], optimizers=(optimizer, None)
     ).train()
@@ -155,8 +152,9 @@ def test_what_the_user_steps_or_trains_later_is_left_to_the_user(
 
 def test_without_the_callback_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = models.build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     adapter = helpers.attach(model)
+    model.lm_head.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([model.lm_head.weight], lr=1e-2)
     said = "no optimizer may hold it"
     with caplog.at_level(logging.WARNING, "drlora_torch"):
         for seed in range(19):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import drlora_torch
 from drlora_torch import CheckpointError
 from tests.torch import helpers, models
-from tests.torch.test_optimizer import PRUNE
 
+PRUNE = {"policy": "prune", "r_init": 6}
 State = dict[str, Tensor]
 EXTRA = "model.layers.0.mlp.experts.drlora.adapter_state._extra_state"
 ROWS = "model.layers.1.mlp.experts.drlora.projections.down_proj.lora_B"
