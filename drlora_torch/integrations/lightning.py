@@ -34,8 +34,8 @@ class DRLoRALightningCallback(Callback):
       of each layer after each growth event, to all loggers;
     - writes the adapter to ``dirpath`` at the end of training.
 
-    Only a model in training mode is counted. Models of ``from_pretrained`` are in evaluation mode,
-    which Lightning keeps: call ``model.train()``.
+    Models of ``from_pretrained`` are in evaluation mode, which Lightning keeps: dropout is off
+    unless you call ``model.train()``.
 
     Args:
         adapter: the adapter of the module's model.
