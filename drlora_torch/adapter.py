@@ -99,9 +99,11 @@ class Adapter:
         (``get_peft_model`` freezes whatever is not PEFT's).
 
         Raises:
-            AttachError: the adapter was detached or merged.
+            AttachError: the adapter was detached or merged, or a module of ``modules_to_save`` is
+                no longer that of the model.
         """
         check_attached(self._attached)
+        parameters.check_in_place(self._attached)
         if self.is_active:
             parameters.unfreeze_lora(self._attached)
             parameters.unfreeze_base(self._attached)
@@ -170,6 +172,7 @@ class Adapter:
         check_attached(self._attached)
         Residents.of(self.model).remove(self._attached)
         self._attached.layers = {}
+        self._attached.handle = None  # a cycle would keep the model until it is collected
         return self.model
 
     def merge(self, *, keep_originals: bool = True) -> nn.Module:

@@ -84,6 +84,8 @@ class Attached:
     """Partial state of the current optimizer step while the adapter is inactive."""
     optimizers: weakref.WeakSet[Optimizer] = dataclasses.field(default_factory=weakref.WeakSet)
     """Optimizers that have moved the LoRA."""
+    saved_by_peft: bool = False
+    """True once a PeftModel around the model is known, which then saves the adapter too."""
     merged: Merged | None = None
     handle: object = None
     """The :class:`drlora_torch.Adapter` of this state, made by ``api``; operations ignore it."""

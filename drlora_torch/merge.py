@@ -91,7 +91,7 @@ def merge_and_save(attached: Attached, path: Path) -> None:
     if not attached.enabled:
         raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
     save_model: Any = getattr(attached.model, "save_pretrained", None)
-    save_model = getattr(save_model, "__wrapped__", save_model)  # without the adapters beside it
+    save_model = getattr(save_model, "drlora_inner", save_model)  # without adapters beside it
     if save_model is None:
         raise ModelError(
             f"{type(attached.model).__name__} has no save_pretrained; call adapter.merge() and "

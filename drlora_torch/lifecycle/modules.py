@@ -9,6 +9,7 @@ from torch import nn
 from drlora_core.errors import UnknownLayerError, near_misses
 from drlora_torch.errors import AttachError
 from drlora_torch.models.records import MoELayer
+from drlora_torch.models.wrappers import is_adapted_by_peft
 
 
 def choose_modules(
@@ -32,8 +33,7 @@ def choose_modules(
             raise UnknownLayerError(f"no module {wanted!r}; {near_misses(wanted, sorted(ends))}")
         chosen |= found
     for name, module in chosen.items():
-        if not any(True for _ in module.parameters()):
-            raise AttachError(f"module {name!r} of modules_to_save has no parameters")
+        _check_kind(name, module)
         for record in records:
             if f"{record.name}.".startswith(f"{name}.") or name.startswith(f"{record.name}."):
                 raise AttachError(
@@ -42,6 +42,22 @@ def choose_modules(
                     "with layers=..."
                 )
     return {n: m for n, m in chosen.items() if not _inside(n, chosen)}
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
+    if not any(True for _ in module.parameters()):
+        raise AttachError(f"module {name!r} of modules_to_save has no parameters")
+    if is_adapted_by_peft(module):
+        raise AttachError(
+            f"PEFT adapts or trains module {name!r} of modules_to_save already; leave it to one of "
+            "the two"
+        )
+    kept = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    if buffers := sorted(module.state_dict().keys() - kept):
+        raise AttachError(
+            f"module {name!r} of modules_to_save has buffers ({buffers[0]!r}), such as running "
+            "averages, which would be lost: only parameters are trained and saved"
+        )
 
 
 def _inside(name: str, names: Iterable[str]) -> bool:

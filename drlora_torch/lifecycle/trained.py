@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.step import hooks
-from drlora_torch.step.parameters import base_parameters, lora_parameters
+from drlora_torch.step.parameters import base_parameters, check_in_place, lora_parameters
 
 
 @torch.no_grad()
@@ -26,6 +26,7 @@ def show_trained(attached: Attached, wanted: bool) -> None:
     """
     if wanted == attached.trained_shown:
         return
+    check_in_place(attached)
     for name, parameter in base_parameters(attached).items():
         inside = parameter.data
         other = attached.hidden_values.get(name)

@@ -79,13 +79,16 @@ def is_adapted_by_peft(model: nn.Module) -> bool:
     return next(_peft_layers(model), None) is not None
 
 
+def peft_models(model: nn.Module) -> list[nn.Module]:
+    """The PeftModels among the wrappers of a model, from the outside."""
+    found = [model] if any(_is(model, kind) for kind in PEFT) else []
+    inner = _inside(model)
+    return found if inner is None else [*found, *peft_models(inner)]
+
+
 def is_peft_model(model: nn.Module) -> bool:
     """True for a PeftModel, whatever is around it."""
-    while not any(_is(model, kind) for kind in PEFT):
-        if (inner := _inside(model)) is None:
-            return False
-        model = inner
-    return True
+    return bool(peft_models(model))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ import logging
 import warnings
 import weakref
 
+from torch import nn
+
 from drlora_torch.attached import AdaptedLayer, Attached
+from drlora_torch.models.wrappers import is_adapted_by_peft
 from drlora_torch.options import Newborn, RouterMode
 from drlora_torch.step.newborn import find_obstacle
 from drlora_torch.step.parameters import lora_parameters
@@ -33,6 +36,10 @@ def advise_against_balancing(attached: Attached, coefficient: float) -> None:
     )
 
 
+def _is_in_peft(model: nn.Module) -> bool:
+    return is_adapted_by_peft(model) and not getattr(model, "_hf_peft_config_loaded", False)
+
+
 class Notices:
     """Says each thing once for an adapter."""
 
@@ -53,6 +60,15 @@ class Notices:
                 "optimizer is made, or give the Trainer a DRLoRACallback",
                 RuntimeWarning,
                 stacklevel=2,
+            )
+
+    def check_saving(self, attached: Attached) -> None:
+        """Name the one model that would be saved without the adapter."""
+        if self._first("saving") and not attached.saved_by_peft and _is_in_peft(attached.model):
+            logger.warning(
+                "PEFT has put its own adapter into the model after attach: a PeftModel saves and "
+                "loads that one alone; call adapter.save_pretrained too, give the Trainer a "
+                "DRLoRACallback(adapter), or attach to the PeftModel"
             )
 
     def unaligned_mask(self, layer: str, num_tokens: int, shape: tuple[int, ...]) -> None:

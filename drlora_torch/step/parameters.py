@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from drlora_torch.attached import Attached
+from drlora_torch.errors import AttachError
 from drlora_torch.options import RouterMode
 
 
@@ -43,6 +44,34 @@ def join_base(
     for name, parameter in named.items():
         first.setdefault(id(parameter), name)
     return {name: named[name] for name in first.values()}
+
+
+def all_names(attached: Attached) -> dict[str, list[str]]:
+    """Names of :func:`base_parameters` to all names in the model: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in attached.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: names[id(parameter)] for name, parameter in base_parameters(attached).items()}
+
+
+def check_in_place(attached: Attached) -> None:
+    """Refuse to go on with modules of ``modules_to_save`` that are no longer those of the model.
+
+    Raises:
+        AttachError: one was replaced or resized.
+    """
+    named = dict(attached.model.named_modules()) if attached.modules else {}
+    replaced = [name for name, module in attached.modules.items() if named.get(name) is not module]
+    for name, parameter in base_parameters(attached).items():
+        hidden = attached.hidden_values.get(name)
+        if hidden is not None and hidden.shape != parameter.shape:
+            replaced.append(name)
+    if replaced:
+        raise AttachError(
+            f"{replaced[0]!r} was replaced or resized since attach (by resize_token_embeddings, or "
+            "modules_to_save of PEFT?), so the adapter would train what the model does not use; do "
+            "that before attach"
+        )
 
 
 def base_key(name: str, routers: Mapping[str, nn.Parameter]) -> str:

@@ -46,29 +46,26 @@ class Strangers:
         """Note that a backward pass has reached the experts."""
         Strangers._newest = weakref.ref(self)
 
-    def check(self, optimizer: Optimizer, attached: Attached, *, waiting: bool) -> None:
+    def check(
+        self, optimizer: Optimizer, attached: Attached, *, waiting: bool, has_closure: bool
+    ) -> None:
         """Refuse or report an optimizer that should have been made for this adapter.
 
         Args:
             optimizer: one that is about to step, and holds no LoRA parameter of the adapter.
             attached: the adapter.
             waiting: True if a backward pass has reached its experts since its last step.
+            has_closure: the gradients of the step are not there yet.
 
         Raises:
             AttachError: the optimizer holds only what ``attach`` has frozen, or the LoRA of an
                 adapter that is gone.
         """
-        self._steps += waiting
-        if self._steps == MANY:
-            logger.warning(
-                "%d optimizer steps since the last one that trains the expert LoRA of adapter %r, "
-                "which has gradients: no optimizer may hold it; make the optimizer from "
-                "adapter.parameters(), after attach and after get_peft_model",
-                MANY,
-                attached.name,
-            )
         newest = None if Strangers._newest is None else Strangers._newest()
-        if not waiting or newest is not self or optimizer in self._known:
+        if not waiting or newest is not self:
+            return
+        self._count_step(attached)
+        if optimizer in self._known:
             return
         self._known.add(optimizer)
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -79,13 +76,26 @@ class Strangers:
         except AttachError:
             self._known.discard(optimizer)
             raise
-        if all(parameter.grad is None for parameter in held):
+        ours = {id(p) for p in parameters_by_key(attached).values()}
+        beside = has_closure or any(id(parameter) in ours for parameter in held)
+        if not beside and all(parameter.grad is None for parameter in held):
             logger.warning(
                 "a %s steps that has no gradients and holds nothing of adapter %r, whose experts a "
                 "backward pass has just reached: does it belong to an earlier model? %s",
                 type(optimizer).__name__,
                 attached.name,
                 RIGHT,
+            )
+
+    def _count_step(self, attached: Attached) -> None:
+        self._steps += attached.options.auto_step
+        if self._steps == MANY:
+            logger.warning(
+                "%d optimizer steps since the last one that trains the expert LoRA of adapter %r, "
+                "which has gradients: no optimizer may hold it; make the optimizer from "
+                "adapter.parameters(), after attach and after get_peft_model",
+                MANY,
+                attached.name,
             )
 
 
@@ -105,10 +115,10 @@ def _refuse_useless(optimizer: Optimizer, held: list[nn.Parameter], attached: At
         )
     own = {id(p) for p in attached.model.parameters()}
     ours = {id(p) for p in parameters_by_key(attached).values()}
-    of_model = [p for p in held if id(p) in own]
-    if of_model and not any(p.requires_grad or id(p) in ours for p in of_model):
+    of_base = [p for p in held if id(p) in own and id(p) not in ours]
+    if of_base and not any(p.requires_grad for p in of_base):
         raise AttachError(
-            f"the {type(optimizer).__name__} holds {len(of_model)} parameters of the model, which "
-            f"attach has frozen, and none of adapter {attached.name!r}: it would train nothing; "
+            f"the {type(optimizer).__name__} holds {len(of_base)} parameters of the model, which "
+            f"attach has frozen, and no LoRA of adapter {attached.name!r}, which would not learn; "
             f"{RIGHT}"
         )

@@ -110,6 +110,7 @@ class StepTracker:
         self._strangers.reached()
         layer = self.attached.layers[routing.layer]
         self._notices.check_training(layer)
+        self._notices.check_saving(self.attached)
         index, weights, mask = routing.top_k_index, routing.top_k_weights, self._mask(routing)
         sums = sum_weights(index, weights, mask, layer.record.num_experts)
         if routing.layer in self._sums:
@@ -152,10 +153,11 @@ class StepTracker:
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
         if not self._holds_lora(optimizer):
-            waiting = self.attached.options.auto_step and bool(self._sums)
-            self._strangers.check(optimizer, self.attached, waiting=waiting)
+            waits, later = bool(self._sums), closure is not None
+            self._strangers.check(optimizer, self.attached, waiting=waits, has_closure=later)
             return None
         self._strangers.own_step()
+        parameters.check_in_place(self.attached)
         if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
                 "an optimizer step inside adapter.disabled() would move the base model's own "

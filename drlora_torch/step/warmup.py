@@ -2,7 +2,7 @@
 
 They require gradients from the start: a Trainer gives its optimizer, and DistributedDataParallel
 its buckets, only what does when they are made. Until the warmup is over their gradients are
-dropped as they arrive, so that neither clipping nor an optimizer sees them.
+zeroed as they arrive, so that clipping does not see them, and taken away before an optimizer steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def hold_routers(attached: Attached) -> Callable[[], None]:
 
     def arrived(parameter: Tensor) -> None:
         if (alive := reference()) is not None and _is_warming_up(alive):
-            parameter.grad = None
+            assert parameter.grad is not None
+            parameter.grad.zero_()  # not None: a GradScaler of its own wants to see one
 
     handles = [
         parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
-from drlora_torch.step.parameters import base_keys
+from drlora_torch.step.parameters import base_keys, check_in_place
 from drlora_torch.step.processes import several_processes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
@@ -41,6 +41,7 @@ VERSION = 2
 
 def save(attached: Attached, path: Path) -> None:
     """Write the whole adapter to a folder; values of slots that nobody owns are written as 0."""
+    check_in_place(attached)
     tensors, description = describe(attached)
     for name, layer in attached.layers.items():
         if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():

@@ -8,6 +8,7 @@ from torch import nn
 
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle.residents import Residents
+from drlora_torch.models.wrappers import peft_models
 from drlora_torch.storage.saving import follow_saves
 from drlora_torch.storage.travel import follow_state_dict
 
@@ -24,11 +25,20 @@ def enter(residents: Residents, attached: Attached, holder: nn.Module | None = N
         undo.callback(follow_state_dict(attached))
         residents.add(attached)
         residents.undo_with(attached, undo.pop_all().close)
-    for each in (residents.model, holder):
-        if each is not None:
-            save_beside(residents.model, each)
+    residents.undo_with(None, follow_saves(residents.model, residents.model))
+    if holder is not None:
+        save_beside(residents.model, holder)
 
 
 def save_beside(model: nn.Module, holder: nn.Module) -> None:
-    """Write the adapters of a model wherever ``holder``, itself or a wrapper, is saved."""
-    Residents.of(model).undo_with(None, follow_saves(model, holder))
+    """Write the adapters of a model wherever a PeftModel around it is saved, and load them there.
+
+    Args:
+        model: the adapted model.
+        holder: the model as the user holds it, in any wrappers.
+    """
+    residents = Residents.of(model)
+    for outer in peft_models(holder):
+        residents.undo_with(None, follow_saves(model, outer))
+        for attached in residents.by_name.values():
+            attached.saved_by_peft = True

@@ -23,12 +23,13 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import Residents, child_name, is_active
 from drlora_torch.lifecycle.trained import show_trained
-from drlora_torch.step.parameters import base_parameters
+from drlora_torch.step.parameters import all_names, base_parameters
 from drlora_torch.storage import checkpoint, hub
+from drlora_torch.storage.adapter_file import FILE_NAME
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
-METHOD, PEFT_FLAG = "save_pretrained", "_hf_peft_config_loaded"
+SAVE, LOAD, PEFT_FLAG = "save_pretrained", "load_adapter", "_hf_peft_config_loaded"
 
 
 def follow_saves(model: nn.Module, holder: nn.Module) -> Callable[[], None]:
@@ -36,23 +37,50 @@ def follow_saves(model: nn.Module, holder: nn.Module) -> Callable[[], None]:
 
     Args:
         model: the adapted model.
-        holder: the same, or a PeftModel around it.
+        holder: the same, or a PeftModel around it, which then also loads what it has saved.
     """
-    inner = getattr(holder, METHOD, None)
-    if inner is None or hasattr(inner, "drlora_holder"):
-        return lambda: None
+    with contextlib.ExitStack() as undo:
+        undo.callback(_replace(holder, SAVE, functools.partial(_saving, model, holder)))
+        if holder is not model:
+            undo.callback(_replace(holder, LOAD, functools.partial(_loading, model)))
+        return undo.pop_all().close
 
-    @functools.wraps(inner)
+
+def _replace(holder: nn.Module, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put a method of our own in place of one of ``holder``, once; return the undo."""
+    inner = getattr(holder, name, None)
+    if inner is None or hasattr(inner, "drlora_inner"):
+        return lambda: None
+    before = vars(holder).get(name)
+    method = functools.wraps(inner)(make(inner))
+    vars(method)["drlora_inner"] = inner
+    vars(holder)[name] = method
+
+    def undo() -> None:
+        if vars(holder).get(name) is not method:
+            return  # somebody has wrapped it since; without adapters it only passes on
+        if before is None:
+            del vars(holder)[name]
+        else:
+            vars(holder)[name] = before
+
+    return undo
+
+
+def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
+    """Make the ``save_pretrained`` of a model with adapters."""
+
     def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        folder, writes = Path(save_directory), _writes(args, kwargs)
-        result = None
-        trained_alone = holder is model and _is_called_by_trainer(kwargs)
-        if not trained_alone:
-            with _base_values(model), _without_flag(model):
-                result = inner(save_directory, *args, **kwargs)
-        if not writes:
+        if not Residents.of(model).by_name:
+            return inner(save_directory, *args, **kwargs)
+        folder, result = Path(save_directory), None
+        by_trainer = holder is model and _is_called_by_trainer(kwargs)
+        if not by_trainer or _has_adapters_of_peft(model):
+            with _base_values(model, kwargs) as given, _without_flag(model):
+                result = inner(save_directory, *args, **given)
+        if not _writes(args, kwargs):
             return result
-        if trained_alone:
+        if by_trainer:
             write_adapters(model, folder)
             _write_trained(model, folder)
             return None
@@ -66,9 +94,20 @@ def follow_saves(model: nn.Module, holder: nn.Module) -> Callable[[], None]:
             hub.upload(active, folder, repo, kwargs.get("private"))
         return result
 
-    vars(save_pretrained)["drlora_holder"] = True
-    vars(holder)[METHOD] = save_pretrained
-    return lambda: vars(holder).pop(METHOD, None)
+    return save_pretrained
+
+
+def _loading(model: nn.Module, inner: Any) -> Any:
+    """Make the ``load_adapter`` of a PeftModel around a model with adapters."""
+
+    def load_adapter(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        result = inner(model_id, *args, **kwargs)
+        active, folder = _active(model), Path(str(model_id))
+        if active is not None and (folder / FILE_NAME).is_file():
+            checkpoint.restore(active, folder, check_base=True)
+        return result
+
+    return load_adapter
 
 
 def write_adapters(model: nn.Module, folder: Path) -> None:
@@ -82,27 +121,32 @@ def write_adapters(model: nn.Module, folder: Path) -> None:
 def _write_trained(model: nn.Module, folder: Path) -> None:
     """Write what is trained of a model, for ``load_state_dict`` when a Trainer resumes."""
     residents = Residents.of(model).by_name.values()
-    learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    learning |= {name for attached in residents for name in base_parameters(attached)}
+    learning = {id(p) for attached in residents for p in base_parameters(attached).values()}
+    names = {n for n, p in model.named_parameters() if p.requires_grad or id(p) in learning}
     inside = tuple(
         f"{name}.{child_name(attached.name)}." for attached in residents for name in attached.layers
     )
     tensors = {
         key: value.detach().cpu().contiguous()
         for key, value in model.state_dict().items()
-        if key in learning or key.startswith(inside)
+        if key in names or key.startswith(inside)
     }
     try:
         atomic.write_file(
             folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"})
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"could not write {folder / WEIGHTS}: {error}") from error
 
 
 def _is_called_by_trainer(kwargs: dict[str, Any]) -> bool:
     """Only the Trainer passes ``state_dict=None`` by name, unless the model is sharded."""
     return "state_dict" in kwargs and kwargs["state_dict"] is None
+
+
+def _has_adapters_of_peft(model: nn.Module) -> bool:
+    """True after ``model.add_adapter``: the model then saves those instead of itself."""
+    return bool(getattr(model, PEFT_FLAG, False)) and hasattr(model, "peft_config")
 
 
 def _writes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -115,23 +159,32 @@ def _active(model: nn.Module) -> Attached | None:
 
 
 @contextlib.contextmanager
-def _base_values(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters of the base that learn have the base's values."""
+def _base_values(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside, parameters of the base that learn have the base's values, in a given state too.
+
+    Yields the arguments to save with.
+    """
     active = _active(model)
     if active is None or not active.trained_shown:
-        yield
+        yield kwargs
         return
+    given = kwargs.get("state_dict")
+    if given is not None:
+        names = all_names(active)
+        own = {alias: v for n, v in active.hidden_values.items() for alias in names.get(n, ())}
+        own = {alias: v for alias, v in own.items() if alias in given}
+        kwargs = {**kwargs, "state_dict": {**given, **own}}
     show_trained(active, False)
     try:
-        yield
+        yield kwargs
     finally:
         show_trained(active, True)
 
 
 @contextlib.contextmanager
 def _without_flag(model: nn.Module) -> Iterator[None]:
-    """Inside, a quantised model does not say that PEFT's adapters are there: it is the base."""
-    flag = vars(model).pop(PEFT_FLAG, None)
+    """Inside, a quantised model without adapters of PEFT does not say that there are any."""
+    flag = None if _has_adapters_of_peft(model) else vars(model).pop(PEFT_FLAG, None)
     try:
         yield
     finally:

@@ -28,12 +28,14 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import child_name
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora.slots import FREE
-from drlora_torch.step.parameters import base_keys, base_parameters
-from drlora_torch.storage import checkpoint, checkpoint_checks
+from drlora_torch.step.parameters import all_names, base_keys, parameters_by_key
+from drlora_torch.storage import checkpoint, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import SLOT_FIELDS, Saved
 
 CHILD = "adapter_state"
 DESCRIPTION = "description"
+LENGTH = 8
+JSON_BYTES, JSON_BYTES_OF_AN_EVENT = 2048, 96  # at the most: of the whole, of a layer; of an event
 WHERE = Path("the state dict")  # named in errors
 
 
@@ -55,22 +57,51 @@ class AdapterState(nn.Module):
 
 
 def pack(attached: Attached) -> Tensor:
-    """Everything of an adapter that is no parameter of the model, as bytes, uint8 [bytes]."""
+    """Everything of an adapter that is no parameter of the model, as bytes, uint8 [bytes].
+
+    The size does not change while the adapter trains: a checkpoint may be read into the state dict
+    of a fresh adapter, in place. Its first 8 bytes are the length of what counts.
+    """
     tensors, description = checkpoint.describe(attached)
+    records = [layer.record for layer in attached.layers.values()]
+    description["base"] = fingerprint.of_model(attached.model, records)
     if not attached.trained_shown:
         keys = base_keys(attached)
         tensors |= {keys[name]: value for name, value in trained_values(attached).items()}
     tensors[DESCRIPTION] = _as_bytes(json.dumps(description).encode())
     held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    return _as_bytes(safetensors.save(held))
+    content = safetensors.save(held)
+    size = len(content).to_bytes(LENGTH, "little")
+    return _as_bytes((size + content).ljust(_capacity(attached), b"\0"))
+
+
+def _capacity(attached: Attached) -> int:
+    """Bytes that an adapter may need, once all its events have happened."""
+    config = attached.engine.config
+    events, prunes = config.num_events, config.policy == "prune"
+    size = JSON_BYTES + events * JSON_BYTES_OF_AN_EVENT
+    for name, layer in attached.layers.items():
+        experts, slots = layer.record.num_experts, layer.lora.table.num_slots
+        of_engine = experts * 8 * (4 + config.r_max * prunes)  # ranks, f, g, counts; s of prune
+        of_event = experts * (8 * 3 + config.r_max * prunes)
+        size += 3 * 8 * slots + of_engine + events * of_event + JSON_BYTES + 16 * len(name)
+    for value in trained_values(attached).values() if not attached.trained_shown else ():
+        size += value.numel() * value.element_size()
+    return size
 
 
 def unpack(state: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays and the description of :func:`pack`."""
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
-        raise CheckpointError("the adapter in the state dict cannot be read")
+        found = f"{state.dtype}{list(state.shape)}" if isinstance(state, Tensor) else type(state)
+        raise CheckpointError(
+            f"the adapter in the state dict is {found}, not the bytes (uint8) that state_dict() "
+            "gave; average only floating-point values, and load all files of a checkpoint at once"
+        )
     try:
-        tensors = safetensors.load(state.cpu().numpy().tobytes())
+        content = state.cpu().numpy().tobytes()
+        length = int.from_bytes(content[:LENGTH], "little")
+        tensors = safetensors.load(content[LENGTH : LENGTH + length])
         description = json.loads(tensors.pop(DESCRIPTION).numpy().tobytes())
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the adapter in the state dict is damaged: {error}") from error
@@ -93,8 +124,9 @@ class _Loading:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = weakref.ref(attached)
+        self._prefix = ""  # of the model in the state that is being loaded
         self._checked: checkpoint.Checked | None = None
-        self._partial = False  # True for a state dict without the base
+        self._complete: set[str] = set()  # keys that may be missing
         model: Any = attached.model  # torch has no types for these methods
         self._handles: list[RemovableHandle] = [
             model.register_load_state_dict_pre_hook(self._before),
@@ -102,9 +134,9 @@ class _Loading:
         ]
         for layer in attached.layers.values():
             lora: Any = layer.lora
-            slots = list(lora.projections.values())
             self._handles.append(lora.register_load_state_dict_pre_hook(self._inside))
-            self._handles += [s.register_load_state_dict_pre_hook(_keep_parameters) for s in slots]
+        for holder in _holders(attached):
+            self._handles.append(holder.register_load_state_dict_pre_hook(_keep_parameters))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -112,32 +144,37 @@ class _Loading:
 
     def _before(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Check the whole state before anything of the model is loaded."""
-        attached, self._checked = self._attached(), None
+        attached, self._checked, self._prefix = self._attached(), None, prefix
         if attached is None:
             return
-        places = [f"{prefix}{name}." for name in attached.layers]
+        places = tuple(f"{prefix}{name}." for name in attached.layers)
         ours = tuple(f"{place}{child_name(attached.name)}." for place in places)
-        of_base = any(_is_of_base(key, places) for key in state)
-        if any(key.startswith(ours) for key in state):
-            if not attached.enabled and base_parameters(attached):
-                raise CheckpointError(
-                    "a state dict cannot be loaded inside adapter.disabled(): trained parameters "
-                    "of the base would take the place of its own; load it outside"
-                )
-            saved = _read(attached, state, prefix)
-            self._checked = checkpoint.check_restorable(attached, saved, check_base=False)
-            self._partial = not of_base
-        elif of_base:
+        if not any(key.startswith(places) for key in state):
+            return
+        if not any(key.startswith(ours) for key in state):
             raise CheckpointError(
-                f"the state dict has the experts of the base model, but not adapter "
+                f"the state dict has other weights of the experts, but not adapter "
                 f"{attached.name!r} of this model, which would go on unchanged; to bring a saved "
                 "adapter back: adapter.restore(path), or "
                 "Trainer(..., callbacks=[DRLoRACallback(adapter)]); to load other weights of the "
                 "base: detach() first"
             )
+        alone = not any(_is_of_base(key, places) for key in state)
+        taken = _trained_keys(attached, state, prefix)
+        saved = _read(attached, state, prefix, taken)
+        self._checked = checkpoint.check_restorable(attached, saved, check_base=alone)
+        learning = {f"{prefix}{n}" for n, p in module.named_parameters() if p.requires_grad}
+        frozen = {f"{prefix}{key}" for key in module.state_dict()} - learning if alone else set()
+        self._complete = frozen | set(taken)
+        for key in taken:  # they go where the trained values are, which may not be in the model
+            del state[key]
 
     def _inside(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        if self._checked is None and any(key.startswith(prefix) for key in state):
+        attached = self._attached()
+        if attached is None or not any(key.startswith(prefix) for key in state):
+            return
+        whole = {f"{self._prefix}{name}.{child_name(attached.name)}." for name in attached.layers}
+        if self._checked is None or prefix not in whole:
             raise CheckpointError(
                 "the LoRA of a part of the model cannot be loaded alone: its rows belong to the "
                 "ranks of the whole adapter; call load_state_dict of the whole model"
@@ -149,21 +186,39 @@ class _Loading:
         if attached is None or checked is None:
             return
         checkpoint.commit(attached, checked)
-        if self._partial:  # a state dict of the adapter alone is complete
-            learning = {n for n, p in module.named_parameters() if p.requires_grad}
-            kept = [key for key in incompatible.missing_keys if key in learning]
-            incompatible.missing_keys[:] = kept
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if key not in self._complete]
 
 
-def _read(attached: Attached, state: Mapping[str, Any], prefix: str) -> Saved:
-    """Collect an adapter from a state dict, as if it came from a file."""
+def _trained_keys(attached: Attached, state: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """Keys of a state that hold trained values of base parameters, and these names in files.
+
+    A shared parameter may be there by any of its names.
+    """
+    keys = base_keys(attached)
+    return {
+        prefix + alias: keys[name]
+        for name, aliases in all_names(attached).items()
+        for alias in aliases
+        if prefix + alias in state
+    }
+
+
+def _read(
+    attached: Attached, state: Mapping[str, Any], prefix: str, taken: dict[str, str]
+) -> Saved:
+    """Collect an adapter from a state dict, as if it came from a file.
+
+    ``taken`` loses the keys whose values are those of the base: the state was saved while another
+    adapter was in the model, or none.
+    """
     child = child_name(attached.name)
     first = next(iter(attached.layers))
     key = f"{prefix}{first}.{child}.{CHILD}._extra_state"
     if key not in state:
         raise CheckpointError(
             f"the state dict has rows of the LoRA, but not whose they are: it lacks {key!r} (was "
-            "it saved by an older drlora, or filtered?)"
+            "it saved by an older drlora, filtered, or is it one file of several?)"
         )
     tensors, description = unpack(state[key])
     with checkpoint_checks.as_checkpoint_error(WHERE):
@@ -176,16 +231,28 @@ def _read(attached: Attached, state: Mapping[str, Any], prefix: str) -> Saved:
                     # An average of weights over steps leaves values in slots that were freed.
                     fits = value.dim() == 2 and len(value) == len(owned)
                     tensors[own] = checkpoint.keep_rows(value, owned) if fits else value
-        for name, own in base_keys(attached).items():
-            if own not in tensors and prefix + name in state:
-                tensors[own] = state[prefix + name]
+        elsewhere = {own for own in taken.values() if own in tensors}
+        for key, own in list(taken.items()):
+            if own in elsewhere:
+                del taken[key]
+            else:
+                tensors[own] = state[key]
     return checkpoint.parse(WHERE, tensors, description)
+
+
+def _holders(attached: Attached) -> list[Any]:
+    """Modules that hold a parameter which learns, and so has to stay the same object."""
+    learning = {id(p) for p in parameters_by_key(attached).values()}
+    loras = [layer.lora for layer in attached.layers.values()]
+    candidates = [*attached.model.modules(), *(part for lora in loras for part in lora.modules())]
+    holders = {id(m): m for m in candidates if any(id(p) in learning for p in m.parameters(False))}
+    return list(holders.values())
 
 
 def _keep_parameters(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
 ) -> None:
-    """Copy into A and B also with ``assign=True``: the optimizer holds these parameters."""
+    """Copy also with ``assign=True``: the optimizer holds these parameters."""
     metadata["assign_to_params_buffers"] = False
 
 

@@ -94,7 +94,7 @@ def test_a_checkpoint_of_the_base_alone_is_refused(tmp_path: Path) -> None:
     trainer.train()
     models.build().save_pretrained(tmp_path / "checkpoint-5")
     resumed, adapter = without_callback(tmp_path, **SAVING)
-    with pytest.raises(drlora_torch.CheckpointError, match="not adapter 'default' of this model"):
+    with pytest.raises(drlora_torch.CheckpointError, match="but not adapter 'default'"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert adapter.engine.step_count == 0
 

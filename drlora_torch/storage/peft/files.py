@@ -18,7 +18,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.options import RouterMode
-from drlora_torch.step.parameters import base_parameters
+from drlora_torch.step.parameters import all_names, base_parameters
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,13 +53,22 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def whole_modules(attached: Attached) -> dict[str, nn.Module]:
-    """Modules of the base that learn whole, by name: routers and ``modules_to_save``."""
-    routers = {}
+    """Modules of the base that learn whole, by name: routers and ``modules_to_save``.
+
+    Those that share their parameters are among them: PEFT trains and loads a copy of each.
+    """
+    found: dict[str, nn.Module] = dict(attached.modules)
     if attached.options.router is not RouterMode.FROZEN:
-        routers = {str(layer.record.router): layer.router for layer in attached.layers.values()}
-    return {name: module for name, module in routers.items() if module is not None} | (
-        attached.modules
-    )
+        for layer in attached.layers.values():
+            assert layer.router is not None
+            found[str(layer.record.router)] = layer.router
+    named = dict(attached.model.named_modules())
+    for names in all_names(attached).values():
+        for name in names:
+            owner = name.rpartition(".")[0]
+            if not any(f"{owner}.".startswith(f"{module}.") for module in found):
+                found[owner] = named[owner]
+    return found
 
 
 def module_values(attached: Attached) -> dict[str, Tensor]:
