@@ -312,9 +312,14 @@ def test_bad_ranks_and_full_disks(tmp_path: Path) -> None:
         adapter.export_peft(tmp_path)
 
 
-def test_whole_modules_are_exported_and_imported(tmp_path: Path) -> None:
-    model = models.build()
-    adapter = helpers.attach(model, modules_to_save=["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("names", [["lm_head", "embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_modules_are_exported_and_imported(
+    tmp_path: Path, names: list[str], tied: bool
+) -> None:
+    """Tied ones are trained together here; PEFT gets a copy of each."""
+    model = models.build(tie_word_embeddings=tied)
+    adapter = helpers.attach(model, modules_to_save=names)
     optimizer = helpers.adamw(adapter)
     for seed in range(5):
         helpers.step(model, optimizer, seed)
@@ -322,10 +327,11 @@ def test_whole_modules_are_exported_and_imported(tmp_path: Path) -> None:
     wanted = logits(model)
     with warnings.catch_warnings():  # PEFT asks Transformers by a deprecated name
         warnings.simplefilter("ignore", FutureWarning)
-        with_peft = peft.PeftModel.from_pretrained(models.build(), tmp_path)
+        base = models.build(tie_word_embeddings=tied)
+        with_peft = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(logits(with_peft), wanted, rtol=1e-4, atol=1e-5)
-    fresh = models.build()
-    again = helpers.attach(fresh, modules_to_save=["lm_head", "embed_tokens"])
+    fresh = models.build(tie_word_embeddings=tied)
+    again = helpers.attach(fresh, modules_to_save=names)
     again.import_peft(tmp_path)
     for whole in ("lm_head", "model.embed_tokens"):
         trained, taken = (m.get_submodule(whole).weight for m in (model, fresh))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -212,3 +213,122 @@ def test_a_trainer_takes_a_quantized_base(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
     adapter.detach()
     assert set(vars(model)) - before == {"_is_accelerate_prepared"}  # the Trainer's
+
+
+# -- tied weights, and models inside PEFT ------------------------------------------------------
+
+TIED = {"modules_to_save": "lm_head"}
+
+
+def tied_trainer(folder: Path) -> tuple[Any, drlora_torch.Adapter]:
+    model = models.build(tie_word_embeddings=True)
+    adapter = helpers.attach(model, **TIED)
+    arguments = trainers.arguments(folder, **SAVING)
+    return trainers.Trainer(model, arguments, train_dataset=trainers.rows()), adapter
+
+
+def test_tied_modules_are_saved_and_resumed(tmp_path: Path) -> None:
+    straight, whole = tied_trainer(tmp_path)
+    straight.train()
+    resumed, adapter = tied_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same_weights(adapter, whole)
+
+
+def test_accelerate_loads_tied_modules(tmp_path: Path) -> None:
+    """It writes each shared tensor once, under whichever name comes first."""
+    ends = []
+    for steps in (3, 0):
+        model = models.build(tie_word_embeddings=True).train()
+        adapter = helpers.attach(model, **TIED)
+        accelerator = Accelerator(cpu=True)
+        prepared, optimizer = accelerator.prepare(model, helpers.adamw(adapter))
+        for seed in range(steps):
+            helpers.step(prepared, optimizer, seed)
+        if steps:
+            accelerator.save_state(str(tmp_path))
+        else:
+            accelerator.load_state(str(tmp_path))
+        ends.append(logits(model))
+    assert torch.equal(*ends)
+
+
+def test_the_state_that_accelerate_collects_is_saved_as_the_base(tmp_path: Path) -> None:
+    """Its own idiom: ``save_pretrained(..., state_dict=accelerator.get_state_dict(model))``."""
+    model = models.build()
+    before = logits(model)
+    adapter = helpers.attach(model.train(), router="trainable", modules_to_save="lm_head")
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, helpers.adamw(adapter))
+    for seed in range(3):
+        helpers.step(prepared, optimizer, seed)
+    accelerator.unwrap_model(prepared).save_pretrained(
+        tmp_path,
+        is_main_process=True,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(prepared),
+    )
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(whole), before)
+    drlora_torch.load(whole, tmp_path)
+    assert torch.equal(logits(whole), logits(model))
+
+
+peft_warns = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def in_peft(folder: Path, **changes: Any) -> tuple[Any, drlora_torch.Adapter]:
+    model = peft.get_peft_model(models.build(), peft.LoraConfig(target_modules=["q_proj"]))
+    adapter = helpers.attach(model)
+    arguments = trainers.arguments(folder, **changes)
+    rows = trainers.rows()
+    trainer = trainers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:6])
+    return trainer, adapter
+
+
+@peft_warns
+def test_a_peft_model_resumes_the_adapter_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    straight, whole = in_peft(tmp_path, **SAVING)
+    straight.train()
+    torch.manual_seed(0)
+    resumed, adapter = in_peft(tmp_path, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert adapter.engine.step_count == trainers.STEPS
+    assert helpers.rank_history(adapter) == helpers.rank_history(whole)
+    assert same_weights(adapter, whole)
+
+
+@peft_warns
+def test_the_best_peft_model_comes_back_whole(tmp_path: Path) -> None:
+    best_first = {"load_best_model_at_end": True, "greater_is_better": True}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    trainer, adapter = in_peft(tmp_path, eval_strategy="steps", **saving, **best_first)
+    trainer.train()
+    assert adapter.engine.step_count < trainers.STEPS
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@peft_warns
+def test_a_peft_model_made_later_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.build()
+    adapter = helpers.attach(model)
+    outer = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).train()
+    optimizer = helpers.adamw(adapter)
+    for seed in range(2):
+        helpers.step(outer, optimizer, seed)
+    assert caplog.text.count("a PeftModel saves and loads that one alone") == 1
+
+
+@peft_warns
+def test_an_adapter_inside_the_model_is_saved_as_before(tmp_path: Path) -> None:
+    """PEFT's integration in Transformers: ``model.add_adapter``."""
+    model = models.build()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    adapter = helpers.attach(model)
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", FILE} <= names
+    assert "config.json" not in names
+    adapter.detach()
+    assert model._hf_peft_config_loaded

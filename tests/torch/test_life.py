@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -329,3 +330,25 @@ def test_an_adapter_starts_with_the_ranks_that_its_engine_was_given() -> None:
     assert {n: r.tolist() for n, r in adapter.ranks().items()} == {
         n: r.tolist() for n, r in wanted.items()
     }
+
+
+def test_a_method_that_the_user_has_set_stays() -> None:
+    model = models.build()
+    model.save_pretrained = own = lambda folder: folder
+    adapter = helpers.attach(model)
+    assert model.save_pretrained is not own
+    adapter.detach()
+    assert model.save_pretrained is own
+
+
+def test_a_detached_model_is_freed_at_once() -> None:
+    model = models.build()
+    helpers.attach(model).detach()
+    reference = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()

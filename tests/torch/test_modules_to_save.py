@@ -137,3 +137,36 @@ def test_names_that_cannot_be_trained_are_refused(
     with pytest.raises(error, match=message):
         helpers.attach(model, modules_to_save=names)
     picture.assert_unchanged(model)
+
+
+def test_buffers_that_would_be_lost_are_refused() -> None:
+    model = models.build()
+    model.norm_of_mine = torch.nn.BatchNorm1d(4)
+    with pytest.raises(drlora_torch.AttachError, match="has buffers \\('num_batches_tracked'\\)"):
+        helpers.attach(model, modules_to_save="norm_of_mine")
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_module_that_is_replaced_after_attach_is_noticed(steps: int, tmp_path: Path) -> None:
+    model, adapter = trained(steps)
+    optimizer = helpers.adamw(adapter)
+    model.train().resize_token_embeddings(70)
+    message = "replaced or resized since attach"
+    with pytest.raises(drlora_torch.AttachError, match=message):
+        adapter.parameters()
+    with pytest.raises(drlora_torch.AttachError, match=message):
+        adapter.save_pretrained(tmp_path)
+    model(**helpers.batch()).loss.backward()
+    with pytest.raises(drlora_torch.AttachError, match=message):
+        optimizer.step()
+    with pytest.raises(drlora_torch.AttachError, match=message):
+        adapter.detach()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_modules_of_peft_are_left_to_peft() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(models.build(), config)
+    with pytest.raises(drlora_torch.AttachError, match="PEFT adapts or trains module 'lm_head'"):
+        helpers.attach(model, modules_to_save="lm_head")

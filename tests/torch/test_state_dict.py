@@ -103,6 +103,52 @@ def test_every_adapter_of_a_model_travels() -> None:
         assert torch.equal(*logits)
 
 
+def test_a_state_of_another_moment_leaves_the_base_and_the_others_alone() -> None:
+    """Saved while one adapter trains the head, loaded while another is active."""
+    model = models.build().eval()
+    base = model(models.tokens()).logits
+    head = helpers.attach(model.train(), adapter_name="head", modules_to_save="lm_head")
+    optimizer = helpers.adamw(head)
+    for seed in range(3):
+        helpers.step(model, optimizer, seed)
+    wanted = model.eval()(models.tokens()).logits
+    state = copy.deepcopy(model.state_dict())
+    helpers.attach(model, adapter_name="other")
+    state |= {key: value for key, value in model.state_dict().items() if "drlora_other" in key}
+    model.load_state_dict(state)
+    untrained = model(models.tokens()).logits  # of the other one, but for the kernel's rounding
+    torch.testing.assert_close(untrained, base, rtol=1e-5, atol=2e-6)
+    head.activate()
+    assert torch.equal(model(models.tokens()).logits, wanted)
+    for name in ("head", "other"):
+        drlora_torch.adapters(model)[name].detach()
+    assert torch.equal(model(models.tokens()).logits, base)
+
+
+def test_all_that_learns_keeps_its_identity_with_assign() -> None:
+    options: dict[str, Any] = {"router": "trainable", "modules_to_save": "lm_head"}
+    source, (model, adapter, optimizer) = trained(**options)[0], started(**options)
+    before = [id(p) for p in adapter.parameters()]
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert [id(p) for p in adapter.parameters()] == before
+    values = [p.detach().clone() for p in adapter.parameters()]
+    for seed in range(2):
+        helpers.step(model, optimizer, seed)
+    assert not any(torch.equal(a, b) for a, b in zip(values, adapter.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("config", [{}, PRUNE], ids=["grow", "prune"])
+def test_the_size_never_changes(config: Any) -> None:
+    """Checkpoints of torch.distributed are read into the state of a fresh adapter, in place."""
+    model, adapter, optimizer = started(config=config)
+    sizes = set()
+    for seed in range(8):
+        sizes.add(model.state_dict()[EXTRA].shape)
+        helpers.step(model, optimizer, seed)
+    assert len(adapter.events) == 2
+    assert sizes == {model.state_dict()[EXTRA].shape}
+
+
 def test_the_adapter_alone_is_a_complete_state() -> None:
     source, target = trained()[0], started()[0]
     alone = {key: value for key, value in source.state_dict().items() if ".drlora." in key}
@@ -178,6 +224,33 @@ def test_another_adapter_is_refused(options: dict[str, Any], message: str) -> No
     model, _, _ = started(**options)
     with pytest.raises(CheckpointError, match=message):
         model.load_state_dict(trained()[0].state_dict(), strict=False)
+
+
+def test_an_adapter_of_another_name_or_base_is_refused() -> None:
+    source = trained()[0].state_dict()
+    alone = {key: value for key, value in source.items() if ".drlora." in key}
+    model = models.build()
+    helpers.attach(model, adapter_name="law")
+    with pytest.raises(CheckpointError, match="but not adapter 'law'"):
+        model.load_state_dict(alone, strict=False)
+    other = models.build(seed=7)
+    helpers.attach(other)
+    with pytest.raises(CheckpointError, match="the base model is another"):
+        other.load_state_dict(alone, strict=False)
+
+
+def test_a_refused_state_opens_no_door_to_a_part() -> None:
+    model = models.build()
+    for name, layer in (("x", "*.0.*"), ("y", "*.1.*")):
+        adapter = helpers.attach(model, adapter_name=name, layers=layer)
+    state = copy.deepcopy(model.state_dict())
+    state["model.layers.1.mlp.experts.drlora_y.projections.down_proj.lora_B"][:] = torch.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        model.load_state_dict(state)
+    part = {k.removeprefix("model.layers.0."): v for k, v in state.items()}
+    with pytest.raises(CheckpointError, match="of a part of the model"):
+        model.model.layers[0].load_state_dict(part, strict=False)
+    assert adapter.engine.step_count == 0
 
 
 def test_a_part_of_the_model_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,23 @@ import drlora_torch
 from tests.torch import helpers, models
 
 
-def test_an_optimizer_made_before_attach_is_refused() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"router": "trainable"}, {"modules_to_save": "lm_head"}, {"auto_step": False}],
+    ids=str,
+)
+def test_an_optimizer_made_before_attach_is_refused(options: dict[str, Any]) -> None:
     model = models.build()
     optimizer = torch.optim.AdamW(model.parameters())
-    adapter = helpers.attach(model)
+    adapter = helpers.attach(model, **options)
     model(**helpers.batch()).loss.backward()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(drlora_torch.AttachError, match="parameters of the model, which attach has"):
         optimizer.step()
     assert all(helpers.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     helpers.adamw(adapter).step()  # the backward pass is not lost
+    if "auto_step" in options:
+        adapter.step()
     assert (adapter.engine.step_count, adapter.skipped_steps) == (1, 0)
 
 
@@ -68,3 +76,24 @@ def test_optimizers_beside_the_adapters_own_are_left_alone() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert (adapter.engine.step_count, adapter.skipped_steps) == (3, 0)
+
+
+@pytest.mark.parametrize("mode", ["after_warmup", "trainable"])
+def test_routers_may_have_an_optimizer_of_their_own(
+    mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that a GradScaler steps, which wants to see gradients during the warmup."""
+    gc.collect()
+    model = models.build()
+    adapter = helpers.attach(model, router=mode)
+    routers = torch.optim.AdamW(adapter.router_parameters().values(), lr=1e-2)
+    lora = torch.optim.AdamW(adapter.lora_parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu")
+    for seed in range(3):
+        scaler.scale(model(**helpers.batch(seed)).loss).backward()
+        for optimizer in (routers, lora):
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+    assert adapter.engine.step_count == 3
+    assert caplog.text == ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drlora_torch.attached import Attached
+from drlora_torch.step.parameters import all_names
 from drlora_torch.storage.peft import files, layouts
 from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
 from drlora_torch.storage.peft.files import PREFIX, own_name
@@ -123,6 +124,7 @@ def _config(
     if separate:  # engines take the names of modules without their path
         modules = sorted({name for _, _, name in linears})
     whole = sorted({own_name(name) for name in files.whole_modules(attached)})
+    tied = any(len(names) > 1 for names in all_names(attached).values())
     patterns = {name: own for name, own in parameters.items() if own != rank}
     for other in dict.fromkeys(own for own in linears.values() if own != rank):
         patterns[pattern(linear for linear, own in linears.items() if own == other)] = other
@@ -142,4 +144,5 @@ def _config(
         "target_modules": modules,
         "target_parameters": list(parameters) or None,
         "modules_to_save": whole or None,
+        **({"ensure_weight_tying": True} if tied else {}),
     }
