@@ -2,7 +2,7 @@
 
 They require gradients from the start: a Trainer gives its optimizer, and DistributedDataParallel
 its buckets, only what does when they are made. Until the warmup is over their gradients are
-zeroed as they arrive, so that clipping does not see them, and taken away before an optimizer steps.
+dropped as they arrive, so that neither clipping nor an optimizer sees them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def hold_routers(attached: Attached) -> Callable[[], None]:
 
     def arrived(parameter: Tensor) -> None:
         if (alive := reference()) is not None and _is_warming_up(alive):
-            assert parameter.grad is not None
-            parameter.grad.zero_()  # not None: a GradScaler of its own wants to see one
+            parameter.grad = None
 
     handles = [
         parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
@@ -50,11 +49,29 @@ def _is_warming_up(attached: Attached) -> bool:
 
 def _drop_gradients(
     attached: Attached, optimizer: Optimizer, closure: hooks.Closure | None
-) -> None:
-    """Drop what was written after the gradients arrived, as DistributedDataParallel does."""
-    if _is_warming_up(attached):
+) -> hooks.Closure | None:
+    """Drop what was written after the gradients arrived, as DistributedDataParallel does.
+
+    Its zeros would let weight decay move the routers.
+    """
+    if not _is_warming_up(attached):
+        return None
+
+    def drop() -> None:
         for parameter in router_parameters(attached).values():
             parameter.grad = None
+
+    if closure is None:
+        drop()
+        return None
+    inner = closure
+
+    def closure_then_drop() -> object:
+        loss = inner()
+        drop()
+        return loss
+
+    return closure_then_drop
 
 
 def _do_nothing(attached: Attached, optimizer: Optimizer) -> None: ...
