@@ -80,11 +80,15 @@ def attach_then_wrap_layers(model: Any) -> tuple[Any, drlora_torch.Adapter]:
     return model, adapter
 
 
-SLOW = [run_compiled_then_attach, compile_layers_in_place, attach_then_wrap_layers]
+SLOW = [
+    attach_then_compile,
+    run_compiled_then_attach,
+    compile_in_place,
+    compile_layers_in_place,
+    attach_then_wrap_layers,
+]
 ORDERS: list[Any] = [
     compile_then_attach,
-    attach_then_compile,
-    compile_in_place,
     *(pytest.param(order, marks=pytest.mark.slow) for order in SLOW),
 ]
 
