@@ -21,6 +21,7 @@ from drlora_torch.lifecycle.residents import Residents, active_tracker, check_na
 from drlora_torch.models.balancing import active_coefficient
 from drlora_torch.models.discovery import choose_layers, discover
 from drlora_torch.models.records import MoELayer
+from drlora_torch.models.sharding import check_whole
 from drlora_torch.models.wrappers import check_parts, check_wrappers, unwrapped
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.notices import advise_against_balancing
@@ -226,6 +227,7 @@ def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
     """The model inside its wrappers, and its MoE layers; wrappers that cannot stay are refused."""
     check_wrappers(model)
     model = unwrapped(model)
+    check_whole(model)
     found = discover(model)
     for layer in found:
         check_parts(model, layer.name)

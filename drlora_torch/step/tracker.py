@@ -24,6 +24,7 @@ from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models.sharding import RIGHT, is_sharded
 from drlora_torch.options import Newborn
 from drlora_torch.step import agreement, growth, hooks, newborn, parameters, samples
 from drlora_torch.step.forwards import ForwardWatch
@@ -158,6 +159,8 @@ class StepTracker:
             return None
         self._strangers.own_step()
         parameters.check_in_place(self.attached)
+        if is_sharded(self._lora_parameters()):
+            raise AttachError(f"the LoRA is sharded over processes by fully_shard; {RIGHT}")
         if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
                 "an optimizer step inside adapter.disabled() would move the base model's own "
