@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from drlora_core import AllocatorEngine, atomic
 from drlora_torch.adapter import Adapter
 from drlora_torch.api import attach
-from drlora_torch.errors import DataError
+from drlora_torch.errors import DataError, RunError
 from drlora_torch.finetune import folder, result
 from drlora_torch.finetune.data import load_rows
 from drlora_torch.finetune.meter import Meter
@@ -52,6 +53,7 @@ def run(
         pydantic.ValidationError: impossible ranks or an impossible growth window.
         OSError: nothing can be written to ``output``.
     """
+    _check_alone()
     config = options.allocator_config()  # refuses an impossible window before anything is loaded
     with quiet_libraries():
         with console.status("loading model and data"):
@@ -80,6 +82,16 @@ def run(
     atomic.write_text(output / folder.RESULT, text + "\n")
     result.show(console, results, output)
     return results
+
+
+def _check_alone() -> None:
+    """Refuse to be started by torchrun or Accelerate in several processes."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError(
+            f"drlora finetune trains in one process, and this is one of {count}; start it without "
+            "torchrun, or use attach and a Trainer in a script of your own, which may run on "
+            "several GPUs (docs/ecosystem.md)"
+        )
 
 
 @contextlib.contextmanager
