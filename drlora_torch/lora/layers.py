@@ -92,7 +92,7 @@ class ExpertLoRA(nn.Module):
             rows = RowGenerator(seed, name, projection, shape.in_features)
             self.projections[projection] = SlotLoRA(shape, table.num_slots, rows)
         self._owned: _Owned | None = None  # of the table as it is now, on one device
-        self._free: IntArray | None = None  # likewise
+        self._free: Tensor | None = None  # likewise
 
     @property
     def device(self) -> torch.device:
@@ -131,11 +131,18 @@ class ExpertLoRA(nn.Module):
             parameter.copy_(tensors[key])
         self._owned = self._free = None
 
-    def free_slots(self) -> IntArray:
-        """Slots without an owner, found once for each change of the table."""
-        if self._free is None:
-            self._free = np.flatnonzero(self.table.owner == FREE)
+    def free_index(self) -> Tensor:
+        """Slots without an owner, int64, uploaded once for each change of the table or device."""
+        if self._free is None or self._free.device != self.device:
+            free = np.flatnonzero(self.table.owner == FREE)
+            self._free = torch.from_numpy(free).to(self.device)
         return self._free
+
+    @torch.no_grad()
+    def zero_free_slots(self) -> None:
+        """Zero the rows of all slots without an owner."""
+        for parameter in self.parameters():
+            parameter[self.free_index()] = 0.0
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""

@@ -61,15 +61,13 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
     """
     tested = is_tested(optimizer)
     for layer in attached.layers.values():
-        parameters = list(layer.lora.parameters())
-        on_cpu = [p for p in parameters if p.device.type == "cpu"]
+        on_cpu = [p for p in layer.lora.parameters() if p.device.type == "cpu"]
         drifting = [p for p in on_cpu if is_quantised(optimizer, p)]
-        if (tested and not drifting) or not (free := layer.lora.free_slots()).size:
+        if (tested and not drifting) or not layer.lora.free_index().numel():
             continue
-        for _, projection in layer.lora.items():
-            projection.clear(free)
+        layer.lora.zero_free_slots()
         for parameter in drifting:
-            clear_state(optimizer, parameter, free)
+            clear_state(optimizer, parameter, layer.lora.free_index().numpy())
 
 
 def check_optimizer(attached: Attached, optimizer: Optimizer) -> None:
