@@ -83,7 +83,7 @@ def test_an_event_makes_the_state_of_changed_slots_fresh(
     assert changed_rows == 2 * 2 * models.EXPERTS * 8
 
 
-@pytest.mark.parametrize("layout", ["pooled", "masked"])
+@pytest.mark.parametrize("layout", optimizers.LAYOUTS)
 @pytest.mark.parametrize("kind", optimizers.ALL)
 def test_freed_slots_stay_zero(kind: str, layout: str) -> None:
     model = models.build()
