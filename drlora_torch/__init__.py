@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
     from drlora_torch.models.declaration import register_moe
     from drlora_torch.models.records import MoELayer
-    from drlora_torch.step.optimizers.fresh import register_optimizer_state
+    from drlora_torch.step.optimizers.meanings import register_optimizer_state
 
 _HOMES = {
     "Adapter": "drlora_torch.adapter",
@@ -27,7 +27,7 @@ _HOMES = {
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
     "register_moe": "drlora_torch.models.declaration",
-    "register_optimizer_state": "drlora_torch.step.optimizers.fresh",
+    "register_optimizer_state": "drlora_torch.step.optimizers.meanings",
     "set_adapter": "drlora_torch.api",
 }
 

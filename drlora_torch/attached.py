@@ -83,7 +83,9 @@ class Attached:
     unfinished: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """Partial state of the current optimizer step while the adapter is inactive."""
     optimizers: weakref.WeakSet[Optimizer] = dataclasses.field(default_factory=weakref.WeakSet)
-    """Optimizers that have moved the LoRA."""
+    """Optimizers that have moved the LoRA, or are about to."""
+    missed: list[tuple[nn.Parameter, IntArray]] = dataclasses.field(default_factory=list)
+    """Slots that changed owner while none of ``optimizers`` held the parameter."""
     saved_by_peft: bool = False
     """True once a PeftModel around the model is known, which then saves the adapter too."""
     merged: Merged | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from drlora_torch.lora.kernels import Kernel, LoRAFactors
 from drlora_torch.lora.rows import RowGenerator
-from drlora_torch.lora.slots import Born, IntArray, SlotTable
+from drlora_torch.lora.slots import FREE, Born, IntArray, SlotTable
 
 
 class ProjectionShape(NamedTuple):
@@ -92,6 +92,7 @@ class ExpertLoRA(nn.Module):
             rows = RowGenerator(seed, name, projection, shape.in_features)
             self.projections[projection] = SlotLoRA(shape, table.num_slots, rows)
         self._owned: _Owned | None = None  # of the table as it is now, on one device
+        self._free: Tensor | None = None  # likewise
 
     @property
     def device(self) -> torch.device:
@@ -114,13 +115,13 @@ class ExpertLoRA(nn.Module):
         """Initialise slots that the table has just given to experts."""
         for _, projection in self.items():
             projection.birth(born)
-        self._owned = None
+        self._owned = self._free = None
 
     def clear(self, slots: IntArray) -> None:
         """Zero slots that the table has just freed."""
         for _, projection in self.items():
             projection.clear(slots)
-        self._owned = None
+        self._owned = self._free = None
 
     @torch.no_grad()
     def load(self, owner: IntArray, position: IntArray, tensors: Mapping[str, Tensor]) -> None:
@@ -128,7 +129,20 @@ class ExpertLoRA(nn.Module):
         self.table.load(owner, position)
         for key, parameter in self.tensors().items():
             parameter.copy_(tensors[key])
-        self._owned = None
+        self._owned = self._free = None
+
+    def free_index(self) -> Tensor:
+        """Slots without an owner, int64, uploaded once for each change of the table or device."""
+        if self._free is None or self._free.device != self.device:
+            free = np.flatnonzero(self.table.owner == FREE)
+            self._free = torch.from_numpy(free).to(self.device)
+        return self._free
+
+    @torch.no_grad()
+    def zero_free_slots(self) -> None:
+        """Zero the rows of all slots without an owner."""
+        for parameter in self.parameters():
+            parameter[self.free_index()] = 0.0
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""

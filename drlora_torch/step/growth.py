@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 from torch.optim import Optimizer
 
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
-from drlora_torch.lora.slots import FREE
+from drlora_torch.step.hooks import count_held
 from drlora_torch.step.newborn import OLD
 from drlora_torch.step.optimizers.codes import is_quantised
 from drlora_torch.step.optimizers.fresh import check_state, clear_state
+from drlora_torch.step.optimizers.names import is_tested
 from drlora_torch.step.parameters import lora_parameters
 
 
 def carry_out(attached: Attached, event: GrowthEvent) -> None:
-    """Change the slots of all layers as the engine has decided."""
-    if any(delta.any() for delta in event.deltas.values()):
-        for optimizer in attached.optimizers:  # before anything changes
-            check_state(optimizer, lora_parameters(attached))
+    """Change the slots of all layers as the engine has decided; see :func:`check_event` first."""
     for name, layer in attached.layers.items():
         lora, ages = layer.lora, attached.ages[name]
         if name in event.cut:
@@ -32,32 +29,67 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
             ages[changed] = 0
         if not changed.size:
             continue
-        for optimizer in attached.optimizers:
-            for parameter in lora.parameters():
+        for parameter in lora.parameters():
+            for optimizer in attached.optimizers:
                 clear_state(optimizer, parameter, changed)
+            if not any(count_held(each, [parameter]) for each in attached.optimizers):
+                attached.missed.append((parameter, changed))
     attached.events.append(event)
 
 
+def welcome(attached: Attached, optimizer: Optimizer) -> None:
+    """Follow an optimizer from before its first step on.
+
+    Its state may have been loaded, and events may have happened since, while another optimizer
+    stepped: rows that have changed owner are fresh in it too.
+    """
+    if optimizer in attached.optimizers:
+        return
+    attached.optimizers.add(optimizer)
+    mine = [each for each in attached.missed if count_held(optimizer, [each[0]])]
+    attached.missed[:] = [each for each in attached.missed if not count_held(optimizer, [each[0]])]
+    for parameter, changed in mine:
+        clear_state(optimizer, parameter, changed)
+
+
 def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
-    """Keep free slots at zero where the optimizer would move them.
+    """Keep free slots at zero where the optimizer may move them.
 
     The CPU code of bitsandbytes (0.50) rounds a state of zero to the fifth smallest of its codes,
-    next to larger values in the same block, so rows that never had a gradient drift.
+    next to larger values in the same block, so rows that never had a gradient drift. Optimizers
+    that nobody has tested may start their averages with another number than zero.
     """
+    tested = is_tested(optimizer)
     for layer in attached.layers.values():
-        free = np.flatnonzero(layer.lora.table.owner == FREE)
-        moved = [p for p in layer.lora.parameters() if is_quantised(optimizer, p)]
-        if free.size and moved:
-            for _, projection in layer.lora.items():
-                projection.clear(free)
-            for parameter in moved:
-                clear_state(optimizer, parameter, free)
+        on_cpu = [p for p in layer.lora.parameters() if p.device.type == "cpu"]
+        drifting = [p for p in on_cpu if is_quantised(optimizer, p)]
+        if (tested and not drifting) or not layer.lora.free_index().numel():
+            continue
+        layer.lora.zero_free_slots()
+        for parameter in drifting:
+            clear_state(optimizer, parameter, layer.lora.free_index().numpy())
 
 
 def check_optimizer(attached: Attached, optimizer: Optimizer) -> None:
     """Refuse state that no event could reset, as long as an event is to come."""
-    config = attached.engine.config
-    if config.starting_rank == config.r_target:
-        return  # the ranks never change
-    if attached.engine.step_count < config.growth_steps[-1]:
+    if _ranks_change(attached) and attached.engine.step_count < _growth_steps(attached)[-1]:
         check_state(optimizer, lora_parameters(attached))
+
+
+def check_event(attached: Attached) -> None:
+    """Refuse to close a step with an event that some optimizer's state does not allow.
+
+    The engine has not decided yet, so it stays in step with the slots.
+    """
+    if _ranks_change(attached) and attached.engine.step_count + 1 in _growth_steps(attached):
+        for optimizer in attached.optimizers:
+            check_state(optimizer, lora_parameters(attached))
+
+
+def _ranks_change(attached: Attached) -> bool:
+    config = attached.engine.config
+    return config.starting_rank != config.r_target
+
+
+def _growth_steps(attached: Attached) -> tuple[int, ...]:
+    return attached.engine.config.growth_steps

@@ -11,7 +11,7 @@ Shape letters: P rank slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,12 @@ from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray
 from drlora_torch.step.optimizers.adafactor import ADAFACTOR
 from drlora_torch.step.optimizers.adam import ADAM, ADAMAX, RADAM
-from drlora_torch.step.optimizers.correction import Correction, Snapshot, count_steps
+from drlora_torch.step.optimizers.correction import (
+    Correction,
+    Snapshot,
+    count_steps,
+    find_count,
+)
 from drlora_torch.step.optimizers.names import TORCHAO, algorithm, class_names
 from drlora_torch.step.optimizers.schedule_free import SCHEDULE_FREE
 
@@ -87,13 +92,14 @@ def snapshot(loras: Iterable[ExpertLoRA], ages: Ages, optimizer: Optimizer) -> l
             state = optimizer.state.get(parameter, {})
             copies = {k: state[k].index_select(0, rows) for k in correction.keep if k in state}
             kept.append(Snapshot(parameter, groups[parameter], rows, values, counts, copies))
-            if correction.before is not None:
-                correction.before(optimizer, kept[-1])
+    if correction.before is not None:
+        for each, t in zip(kept, count_steps(optimizer, kept), strict=True):
+            correction.before(optimizer, each, t)
     return kept
 
 
 @torch.no_grad()
-def correct(snapshots: Iterable[Snapshot], optimizer: Optimizer) -> float:
+def correct(snapshots: Sequence[Snapshot], optimizer: Optimizer) -> float:
     """Correct the step that the newborn rows have just made.
 
     Returns:
@@ -102,18 +108,24 @@ def correct(snapshots: Iterable[Snapshot], optimizer: Optimizer) -> float:
     correction = _find_correction(optimizer)
     if correction is None:
         return 0.0
-    return max((correction.after(optimizer, kept) for kept in snapshots), default=0.0)
+    counts = zip(snapshots, count_steps(optimizer, snapshots), strict=True)
+    return max((correction.after(optimizer, kept, t) for kept, t in counts), default=0.0)
 
 
 def find_obstacle(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
     """Why newborn rows are not corrected under an optimizer; None if they are, or need not be."""
     names = _names(optimizer)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    held = [p for p in parameters if p in groups]
     if _find_correction(optimizer) is not None:
-        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        moved = [p for p in parameters if p in groups and optimizer.state.get(p)]
-        if all(count_steps(optimizer, p, groups[p]) is not None for p in moved):
-            return None
-        return "it keeps no step count where Adam does"
+        moved = [p for p in held if optimizer.state.get(p)]
+        if any(find_count(optimizer, p, groups[p]) is None for p in moved):
+            return "it keeps no step count where Adam does"
+        return "it keeps no state where Adam does" if held and not moved else None
+    if any("z" in optimizer.state.get(p, {}) for p in held) and _is_of_torch(names):
+        return "a schedule-free wrapper averages all rows with the weight of their common step"
+    if any(groups[p].get("dampening") and groups[p].get("momentum") for p in held):
+        return "with dampening, only the optimizer's first step counts its gradient in full"
     if not NOT_NEEDED.isdisjoint(names):
         return None
     told = [REASONS[name] for name in names if name in REASONS]
@@ -123,6 +135,10 @@ def find_obstacle(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> s
 def _find_correction(optimizer: Optimizer) -> Correction | None:
     found = (CORRECTIONS[name] for name in _names(optimizer) if name in CORRECTIONS)
     return next(found, None)
+
+
+def _is_of_torch(names: Iterable[str]) -> bool:
+    return any(name.startswith("torch.") for name in names if name != "torch.Optimizer")
 
 
 def _names(optimizer: Optimizer) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class StepTracker:
         self._slots: dict[str, Tensor] | None = None  # importance [P], read before the step
         self._snapshots: list[Snapshot] = []
         self._horizon = 0.0  # of the newborn corrections in this step
+        self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         with contextlib.ExitStack() as undo:
             self._watch = ForwardWatch(attached.model, attached.layers)
             undo.callback(self._watch.remove)
@@ -157,6 +158,7 @@ class StepTracker:
             waits, later = bool(self._sums), closure is not None
             self._strangers.check(optimizer, self.attached, waiting=waits, has_closure=later)
             return None
+        growth.welcome(self.attached, optimizer)
         self._strangers.own_step()
         parameters.check_in_place(self.attached)
         if is_sharded(self._lora_parameters()):
@@ -192,9 +194,8 @@ class StepTracker:
 
     def _read(self, optimizer: Optimizer) -> None:
         """Read importance from the gradients that the optimizer is about to use."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor) and bool(found_inf.any()):
-            return  # a fused optimizer will leave the parameters as they are
+        if _skipped(optimizer):
+            return
         if all(parameter.grad is None for parameter in self._lora_parameters()):
             return  # this step does not train the adapter
         scale = getattr(optimizer, "grad_scale", None)
@@ -210,18 +211,24 @@ class StepTracker:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         slots, self._slots = self._slots, None
-        if slots is None:
-            return
-        if optimizer not in self.attached.optimizers:
-            growth.check_optimizer(self.attached, optimizer)
-            self.attached.optimizers.add(optimizer)
-        self._horizon = max(self._horizon, newborn.correct(self._snapshots, optimizer))
-        growth.hold_free_slots(self.attached, optimizer)
+        if slots is not None or (optimizer in self.attached.optimizers and not _skipped(optimizer)):
+            self._check(optimizer)
+            self._horizon = max(self._horizon, newborn.correct(self._snapshots, optimizer))
+            growth.hold_free_slots(self.attached, optimizer)
         self._snapshots = []
+        if slots is None:
+            return  # it trains others, or wraps an optimizer whose step was closed already
         if self._reader is None:
             self._close(slots)
         elif self.attached.paused:
             self._grow_older()
+
+    def _check(self, optimizer: Optimizer) -> None:
+        """Refuse unknown state after the first step that moved the LoRA."""
+        moved = any(parameter.grad is not None for parameter in self._lora_parameters())
+        if moved and optimizer not in self._checked:
+            growth.check_optimizer(self.attached, optimizer)
+            self._checked.add(optimizer)
 
     def close_by_hand(self, grad_scale: float) -> GrowthEvent | None:
         if self._reader is None:
@@ -236,7 +243,9 @@ class StepTracker:
             self.forget()
             self._grow_older()
             return None
-        samples.observe(self.attached, self._take_routing(slots), slots)
+        routing = self._take_routing(slots)
+        growth.check_event(self.attached)
+        samples.observe(self.attached, routing, slots)
         self._grow_older()
         event = self.attached.engine.step()
         if event is not None:
@@ -304,6 +313,12 @@ class StepTracker:
             sums = state.get(f"{ROUTING}{name}")
             if sums is not None and sums[-1]:
                 self._sums[name] = sums.to(layer.lora.device)
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """True for a fused optimizer that leaves the parameters as they are in this step."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and bool(found_inf.any())
 
 
 def _call_once(output: Tensor, tracker: weakref.ref[StepTracker], routing: Routing) -> None:

@@ -174,6 +174,7 @@ def fill(attached: Attached, saved: Saved, events: list[GrowthEvent]) -> None:
         owner, position = tensors[f"{name}/owner"].numpy(), tensors[f"{name}/position"].numpy()
         layer.lora.load(owner, position, tensors)
         attached.ages[name] = tensors[f"{name}/ages"].numpy().copy()
+    attached.missed.clear()
 
 
 @torch.no_grad()

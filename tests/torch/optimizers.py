@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import bitsandbytes
+import pytest
 import schedulefree
 import torch
 import torchao.optim
@@ -29,6 +30,8 @@ from torch.optim import (
 )
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
+LAYOUTS = ["pooled", pytest.param("masked", marks=pytest.mark.slow)]
+"""For tests of single rows, to which a layout is just another number of rows."""
 BLOCK = 256  # of bitsandbytes
 
 

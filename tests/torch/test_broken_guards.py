@@ -26,7 +26,7 @@ from drlora_torch.step import growth, newborn, samples, warmup
 from drlora_torch.step import tracker as tracker_module
 from drlora_torch.step.forwards import ForwardWatch, ModelCall
 from drlora_torch.step.importance import slot_importance
-from drlora_torch.step.optimizers import adam, codes, fresh
+from drlora_torch.step.optimizers import adam, codes, meanings
 from drlora_torch.step.routing import Routing
 from drlora_torch.step.tracker import StepTracker
 from drlora_torch.step.witness import GradientWitness
@@ -244,7 +244,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     ),
     "schedule-free copies of the weights are zeroed": (
         lambda monkeypatch: monkeypatch.setitem(
-            fresh.OWN, "schedulefree.AdamWScheduleFree", {"z": fresh.MEANINGS["zeros"]}
+            meanings.OWN, "schedulefree.AdamWScheduleFree", {"z": meanings.zeros}
         ),
         lambda _: test_optimizer_state.test_an_event_makes_the_state_of_changed_slots_fresh(
             "schedulefree adamw", test_optimizer_state.GROW, "pooled"

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 import drlora_torch
 from drlora_torch.step import newborn
-from drlora_torch.step.optimizers import fresh
+from drlora_torch.step.optimizers import fresh, meanings
 from tests.torch import helpers, models, optimizers
 from tests.torch.test_optimizer_newborn import newborn_rows
 
@@ -52,7 +52,7 @@ def states(optimizer: Optimizer, adapter: Any) -> dict[tuple[nn.Parameter, str],
     }
 
 
-@pytest.mark.parametrize("layout", ["pooled", "masked"])
+@pytest.mark.parametrize("layout", optimizers.LAYOUTS)
 @pytest.mark.parametrize("config", [GROW, PRUNE], ids=["grow", "prune"])
 @pytest.mark.parametrize("kind", optimizers.ALL)
 def test_an_event_makes_the_state_of_changed_slots_fresh(
@@ -83,7 +83,7 @@ def test_an_event_makes_the_state_of_changed_slots_fresh(
     assert changed_rows == 2 * 2 * models.EXPERTS * 8
 
 
-@pytest.mark.parametrize("layout", ["pooled", "masked"])
+@pytest.mark.parametrize("layout", optimizers.LAYOUTS)
 @pytest.mark.parametrize("kind", optimizers.ALL)
 def test_freed_slots_stay_zero(kind: str, layout: str) -> None:
     model = models.build()
@@ -100,7 +100,7 @@ def test_freed_slots_stay_zero(kind: str, layout: str) -> None:
         assert not slots.lora_B[free].any()
 
 
-@pytest.mark.parametrize("layout", ["pooled", "masked"])
+@pytest.mark.parametrize("layout", optimizers.LAYOUTS)
 @pytest.mark.parametrize("kind", sorted(optimizers.ALL.keys() - COUPLED))
 def test_other_rows_move_as_if_there_had_been_no_event(kind: str, layout: str) -> None:
     """The same optimizer on copies, with the same gradients: bit for bit the same rows.
@@ -134,7 +134,7 @@ def test_other_rows_move_as_if_there_had_been_no_event(kind: str, layout: str) -
     assert len(adapter.events) == 2
 
 
-@pytest.mark.parametrize("layout", ["pooled", "masked"])
+@pytest.mark.parametrize("layout", optimizers.LAYOUTS)
 @pytest.mark.parametrize("kind", sorted(QUANTISED.keys() - UNCORRECTED))
 def test_newborn_rows_move_as_far_as_without_quantisation(kind: str, layout: str) -> None:
     """Up to 16,000 in one step when the code 0 was taken for zero.
@@ -237,14 +237,16 @@ class WithHistory(Remembering):
 
 @pytest.fixture
 def _meanings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh, "OWN", dict(fresh.OWN))
+    monkeypatch.setattr(meanings, "REGISTERED", {})
 
 
 @pytest.mark.parametrize("cls", [Remembering, WithHistory])
 def test_unknown_state_is_refused_at_the_first_step(cls: type[Optimizer]) -> None:
     model = models.build()
     optimizer = cls(helpers.attach(model).parameters())
-    with pytest.raises(drlora_torch.AttachError, match=f"'anchor'.* that {cls.__name__} keeps"):
+    with pytest.raises(
+        drlora_torch.AttachError, match=rf"'anchor'.* that tests\.{cls.__name__} keeps"
+    ):
         helpers.step(model, optimizer)
 
 
@@ -386,7 +388,7 @@ def test_the_table_of_the_documentation_names_every_optimizer() -> None:
     page = (Path(__file__).parents[2] / "docs" / "ecosystem.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## Optimizers\n(.*?)^## ", page, flags=re.M | re.S)
     told = set(re.findall(r"\w+", section))
-    known = {*newborn.CORRECTIONS, *newborn.NOT_NEEDED, *newborn.REASONS, *fresh.OWN}
+    known = {*newborn.CORRECTIONS, *newborn.NOT_NEEDED, *newborn.REASONS, *meanings.OWN}
     names = {re.split(r"[. ]", name)[-1] for name in known} - {"_AdamBase"}
     assert {name.lower() for name in names} <= {name.lower() for name in told}
     assert {each.lower() for each in fresh.BITSANDBYTES_ALGORITHMS} <= {t.lower() for t in told}

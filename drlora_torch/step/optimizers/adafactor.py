@@ -18,15 +18,13 @@ from drlora_torch.step.optimizers.correction import (
     Correction,
     Snapshot,
     as_column,
-    count_steps,
 )
 
 _FACTORS = {"row_var": "beta2_decay", "exp_avg_sq_row": "decay_rate"}
 """Row factor of the second moment and the group's exponent, of torch and of Transformers."""
 
 
-def _before(optimizer: Optimizer, kept: Snapshot) -> None:
-    count = count_steps(optimizer, kept.parameter, kept.group)
+def _before(optimizer: Optimizer, kept: Snapshot, count: float | None) -> None:
     state = optimizer.state.get(kept.parameter, {})
     key = next((key for key in _FACTORS if key in state), None)
     if key is None or not count or kept.parameter.grad is None:
@@ -46,7 +44,7 @@ def _undo(average: Tensor, square: Tensor, weight: float) -> Tensor:
     return (average - weight * square) / (1.0 - weight)
 
 
-def _after(optimizer: Optimizer, kept: Snapshot) -> float:
+def _after(optimizer: Optimizer, kept: Snapshot, count: float | None) -> float:
     rate = next(kept.group[name] for name in _FACTORS.values() if name in kept.group)
     return float(SETTLED ** (1.0 / rate))
 

@@ -1,7 +1,8 @@
 """Newborn rows under Adam and its kin: the update is rescaled to that of a young bias correction.
 
 With equal moments, the updates of an optimizer whose count is n and of one whose count is t differ
-by a factor only, which depends on n, t and the betas. Epsilon is neglected.
+by a factor only, which depends on n, t and the betas. Epsilon is left aside: rows whose gradients
+are not much larger than it move less than under a fresh Adam.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from drlora_torch.step.optimizers.correction import (
     Correction,
     Snapshot,
     as_column,
-    count_steps,
     settled_after,
 )
 from drlora_torch.step.optimizers.names import algorithm
@@ -105,27 +105,39 @@ def _decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return float(group["lr"]) * group["weight_decay"] if decoupled else 0.0
 
 
-def _rescale(factor: Factor) -> Callable[[Optimizer, Snapshot], float]:
-    def after(optimizer: Optimizer, kept: Snapshot) -> float:
-        t = count_steps(optimizer, kept.parameter, kept.group)
+def _rescale(factor: Factor) -> Callable[[Optimizer, Snapshot, float | None], float]:
+    def after(optimizer: Optimizer, kept: Snapshot, t: float | None) -> float:
         if t is None:
             return 0.0
         # An optimizer made after the birth has made fewer steps than the row has lived.
         n = np.minimum(kept.counts, t)
         share = factor(optimizer, kept, n, t)
-        start = kept.values
+        # Most steps of bfloat16 are smaller than its resolution, so they are rounded at random.
+        random = getattr(optimizer, "bf16_stochastic_round", False)
+        random = random and kept.values.dtype == torch.bfloat16
+        start = kept.values.float() if random else kept.values
         if decay := _decay(optimizer, kept.group):
             start = start * (1.0 - decay)
-        moved = kept.parameter.index_select(0, kept.rows)
-        moved = torch.lerp(start, moved, share.expand_as(moved))
+        moved = kept.parameter.index_select(0, kept.rows).to(start.dtype)
+        moved = torch.lerp(start, moved, share.to(start.dtype).expand_as(moved))
         if is_quantised(optimizer, kept.parameter):
             most = largest_step(n, kept.group["betas"][:2]) * float(kept.group["lr"])
             limit = as_column(most, moved)
             moved = start + (moved - start).clamp(-limit, limit)
-        kept.parameter[kept.rows] = moved
+        kept.parameter[kept.rows] = _round_at_random(moved) if random else moved
         return settled_after(*kept.group["betas"][:2])
 
     return after
+
+
+def _round_at_random(values: Tensor) -> Tensor:
+    """Round float32 to one of the two nearest bfloat16, on average to the values themselves.
+
+    Adds a random number below the bits that bfloat16 lacks, then cuts them off.
+    """
+    bits = values.view(torch.int32)
+    noise = torch.randint_like(bits, 1 << 16)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 ADAM = Correction(after=_rescale(_adam))

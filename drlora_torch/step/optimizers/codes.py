@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
+_zeros = WeakTensorKeyDictionary()
+"""Code of zero by map: to search a map on a GPU would wait for it."""
 Reset = Callable[[Tensor], None]
 """Makes the rows of an int64 index fresh."""
 
@@ -74,8 +77,11 @@ def is_quantised(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 
 
 def _code_of_zero(qmap: Tensor) -> int | None:
-    found = (qmap == 0).nonzero()
-    return int(found[0]) if found.numel() else None
+    if qmap not in _zeros:
+        found = (qmap == 0).nonzero()
+        _zeros[qmap] = int(found[0]) if found.numel() else None
+    zero: int | None = _zeros[qmap]
+    return zero
 
 
 def _fill(values: Tensor, index: Tensor, value: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,21 +35,40 @@ class Snapshot(NamedTuple):
 class Correction:
     """How newborn rows move as if their own step count had just begun."""
 
-    after: Callable[[Optimizer, Snapshot], float]
-    """Called after the step. Returns the own steps after which rows need no correction, or 0."""
-    before: Callable[[Optimizer, Snapshot], None] | None = None
-    """Called before the step, with the gradients that it will use."""
+    after: Callable[[Optimizer, Snapshot, float | None], float]
+    """Called after the step, with t. Returns the own steps after which rows need no correction, or
+    0."""
+    before: Callable[[Optimizer, Snapshot, float | None], None] | None = None
+    """Called before the step, with t and the gradients that it will use."""
     keep: tuple[str, ...] = ()
     """Keys of the state of which the snapshot keeps the rows."""
 
 
-def count_steps(
-    optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]
-) -> float | None:
-    """t, the steps that the optimizer has made on a parameter; None if it does not say."""
+def count_steps(optimizer: Optimizer, snapshots: Sequence[Snapshot]) -> list[float | None]:
+    """t, the steps that the optimizer has made on each parameter; None if it does not say.
+
+    Counts on a GPU are read together: each read would wait for it.
+    """
+    counts = [find_count(optimizer, kept.parameter, kept.group) for kept in snapshots]
+    tensors = [count for count in counts if isinstance(count, Tensor)]
+    places: dict[torch.device, list[Tensor]] = {}
+    for count in tensors:
+        places.setdefault(count.device, []).append(count.detach().reshape(()))
+    read = {where: iter(torch.stack(each).tolist()) for where, each in places.items()}
+    return [
+        next(read[count.device])
+        if isinstance(count, Tensor)
+        else None
+        if count is None
+        else float(count)
+        for count in counts
+    ]
+
+
+def find_count(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> Any:
+    """The step count of a parameter, a number or tensor; None if there is none."""
     state = optimizer.state.get(parameter, {})
-    count = state.get("step", group.get("step", group.get("k")))
-    return None if count is None else float(count)
+    return state.get("step", group.get("step", group.get("k")))
 
 
 def settled_after(*betas: float) -> float:

@@ -12,6 +12,12 @@ TORCHAO = "torchao._AdamBase"
 """Base class of all optimizers of torchao."""
 
 
+TESTED_PACKAGES = frozenset(
+    {"torch", "torchao", "bitsandbytes", "transformers", "schedulefree", "lion_pytorch"}
+)
+"""All their optimizers leave rows alone that are zero, with zero gradients and fresh state."""
+
+
 def class_names(cls: type) -> tuple[str, ...]:
     """``{top package}.{class}`` of a class and its bases, the class itself first.
 
@@ -26,6 +32,22 @@ def class_names(cls: type) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=64)
 def _class_names(cls: type) -> tuple[str, ...]:
     return tuple(f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in cls.__mro__)
+
+
+def full_name(cls: type) -> str:
+    """``{module}.{qualified name}`` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_tested(optimizer: Optimizer) -> bool:
+    """True if the class itself, not only one that it derives from, is of a tested package."""
+    return class_names(type(optimizer))[0].partition(".")[0] in TESTED_PACKAGES
+
+
+def derives_from_tested(optimizer: Optimizer) -> bool:
+    """True if a base of the optimizer's class, other than torch's ``Optimizer``, is tested."""
+    names = (name for name in class_names(type(optimizer)) if name != "torch.Optimizer")
+    return any(name.partition(".")[0] in TESTED_PACKAGES for name in names)
 
 
 def is_a(optimizer: Optimizer, name: str) -> bool:

@@ -5,10 +5,15 @@ y = (1 - beta) z + beta x, which the parameter holds (arXiv 2405.15682). At a la
 about 1 / t, as if a newborn row had been at rest for t steps: it would hardly follow its z. And z
 would move up to 30 times too far, as the second moment is young. So the step of newborn rows is
 made again with c and the bias correction of their own count n. A warmup is not repeated.
+
+This never ends: c depends on the count as 1 / n, so for a row that was born at step b, c differs
+by b / n from that of the group.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -17,38 +22,47 @@ from torch.optim import Optimizer
 
 from drlora_torch.step.optimizers.adam import rectification
 from drlora_torch.step.optimizers.correction import (
-    SETTLED,
     Correction,
     Snapshot,
     as_column,
-    count_steps,
-    settled_after,
 )
 from drlora_torch.step.optimizers.names import is_a
 
 Array = np.ndarray[Any, Any]
 
 
-def averaging_weight(speeds: Array, n: Array, group: dict[str, Any]) -> Array:
-    """c_n = w_n / (w_1 + ... + w_n) with w_j = j^r * (largest lr up to j)^power; ``n`` from 1.
+def averaging_weight(n: Array, power: float, rectified: tuple[float, float] | None = None) -> Array:
+    """c_n = w_n / (w_1 + ... + w_n) with w_j = j^power, for counts ``n`` from 1.
 
-    ``speeds`` are the learning rates of the steps 1, 2 ... of a row, relative to its group's.
+    Args:
+        n: counts, int64.
+        power: ``r`` of the parameter group.
+        rectified: for RAdam, its second beta and ``weight_lr_power``: w_j then has the factor
+            (largest rectification up to j)^weight_lr_power.
 
     Example:
-        >>> group = {"r": 0.0, "weight_lr_power": 2.0}
-        >>> averaging_weight(np.ones(4), np.array([1, 2, 4]), group).tolist()
+        >>> averaging_weight(np.array([1, 2, 4]), 0.0).tolist()
         [1.0, 0.5, 0.25]
     """
-    steps = np.arange(1, speeds.size + 1)
-    weights = steps ** group["r"] * np.maximum.accumulate(speeds) ** group["weight_lr_power"]
+    size = 1 << int(n.max() - 1).bit_length()
+    return np.asarray(_averaging_weights(size, power, rectified)[n - 1])
+
+
+@functools.lru_cache(maxsize=8)
+def _averaging_weights(size: int, power: float, rectified: tuple[float, float] | None) -> Array:
+    """c_1 ... c_size. Sizes are powers of 2, so a row of any age costs O(1) a step on average."""
+    steps = np.arange(1, size + 1)
+    weights = steps.astype(np.float64) ** power
+    if rectified is not None:
+        second, exponent = rectified
+        weights *= np.maximum.accumulate(rectification(steps, second, 4.0)) ** exponent
     sums = np.cumsum(weights)
-    return np.asarray((weights / np.where(sums > 0, sums, 1.0))[n - 1])
+    return np.asarray(weights / np.where(sums > 0, sums, 1.0))
 
 
-def _after(optimizer: Optimizer, kept: Snapshot) -> float:
-    t = count_steps(optimizer, kept.parameter, kept.group) or 0.0
+def _after(optimizer: Optimizer, kept: Snapshot, count: float | None) -> float:
+    t = count or 0.0
     state = optimizer.state[kept.parameter]
-    second = kept.group["betas"][1] if "betas" in kept.group else 0.0
     young = np.flatnonzero(kept.counts < t)  # an optimizer made after the birth is as young
     if young.size and "z" in kept.state:
         n = kept.counts[young]
@@ -59,15 +73,20 @@ def _after(optimizer: Optimizer, kept: Snapshot) -> float:
         decay = lr * kept.group["weight_decay"] * y
         move = (z - state["z"][rows] - decay) * as_column(own_lr * bias, y)
         move += decay * as_column(own_lr, y)
-        speeds = _speed(optimizer, kept.group, np.arange(1, int(n.max()) + 1))
-        c = as_column(averaging_weight(speeds, n, kept.group), y)
+        c = as_column(averaging_weight(n, kept.group["r"], _rectified(optimizer, kept.group)), y)
         kept.parameter[rows] = y.lerp(z, c) + move * (beta * (1.0 - c) - 1.0)
         state["z"][rows] = z - move
-    return max((float(kept.group["r"]) + 1.0) / SETTLED, settled_after(second))
+    return math.inf
 
 
 def _momentum(group: dict[str, Any]) -> float:
     return float(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def _rectified(optimizer: Optimizer, group: dict[str, Any]) -> tuple[float, float] | None:
+    if not is_a(optimizer, "schedulefree.RAdamScheduleFree"):
+        return None
+    return float(group["betas"][1]), float(group["weight_lr_power"])
 
 
 def _speed(optimizer: Optimizer, group: dict[str, Any], n: Array) -> Array:
@@ -75,9 +94,8 @@ def _speed(optimizer: Optimizer, group: dict[str, Any], n: Array) -> Array:
 
     RAdam rests until it can rectify; newborn rows do so without ``silent_sgd_phase`` too.
     """
-    if is_a(optimizer, "schedulefree.RAdamScheduleFree"):
-        return rectification(n, group["betas"][1], 4.0)
-    return np.ones(n.shape)
+    rectified = _rectified(optimizer, group)
+    return np.ones(n.shape) if rectified is None else rectification(n, rectified[0], 4.0)
 
 
 def _speeds(optimizer: Optimizer, group: dict[str, Any], n: Array, t: float) -> tuple[Array, Array]:
