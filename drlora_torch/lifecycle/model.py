@@ -59,7 +59,7 @@ def _own_keys(module: nn.Module) -> list[str]:
 
 
 def say_that_adapters_are_there(model: nn.Module) -> Callable[[], None]:
-    """Let the Trainer of Transformers train a quantised model, as its integration of PEFT does."""
+    """Let the Trainer of Transformers train a quantized model, as its integration of PEFT does."""
     attribute = "_hf_peft_config_loaded"
     if not getattr(model, "is_quantized", False) or getattr(model, attribute, False):
         return lambda: None

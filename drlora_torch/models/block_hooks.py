@@ -1,7 +1,7 @@
 """Hooks of a block whose experts are small modules of Linears, in a ModuleList or ModuleDict.
 
 The block's own code runs, its loop over experts included. A forward hook on each adapted Linear
-adds s (x A^T) B to its output, so the Linears may be quantised. No module is replaced and no
+adds s (x A^T) B to its output, so the Linears may be quantized. No module is replaced and no
 parameter renamed.
 
 Every forward checks the declaration against the calls of the Linears, so that neither a wrong

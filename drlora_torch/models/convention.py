@@ -92,9 +92,9 @@ def undo_all(*undos: Undo) -> Undo:
     return stack.close
 
 
-def quantised(weight: Tensor) -> str | None:
-    """Say that a weight is quantised; None if it is not."""
+def quantized(weight: Tensor) -> str | None:
+    """Say that a weight is quantized; None if it is not."""
     if weight.is_floating_point() and weight.element_size() > 1:
         return None
     kind = str(weight.dtype).removeprefix("torch.")
-    return f"is quantised ({kind}); load the model in a floating-point dtype"
+    return f"is quantized ({kind}); load the model in a floating-point dtype"

@@ -25,7 +25,7 @@ from drlora_torch.models.convention import (
     Undo,
     dotted_name,
     give_lora,
-    quantised,
+    quantized,
     undo_all,
 )
 from drlora_torch.models.location import ExpertParameter
@@ -88,7 +88,7 @@ class Fused:
         for name, weight in self.parameters(module).items():
             if not isinstance(weight, Tensor) or weight.dim() != self.dims:
                 return f"its {name} is not a {self.dims}-D tensor"
-            if (reason := ON_META if weight.is_meta else quantised(weight)) is not None:
+            if (reason := ON_META if weight.is_meta else quantized(weight)) is not None:
                 return f"its {name} {reason}"
         counts = [len(self.stacked(module, projection)) for projection in self.weights(module)]
         if len(set(counts)) > 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from drlora_torch.errors import ModelError
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.block_hooks import BlockHooks
-from drlora_torch.models.convention import ON_META, Observer, Undo, give_lora, quantised, undo_all
+from drlora_torch.models.convention import ON_META, Observer, Undo, give_lora, quantized, undo_all
 from drlora_torch.models.location import ExpertLinears
 
 Routing = Callable[..., tuple[Tensor, Tensor]]
@@ -75,7 +75,7 @@ class PerExpertLinears:
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
         linear: Any = self.container(module)[expert].get_submodule(projection)
         weight: Tensor = linear.weight
-        if (reason := quantised(weight)) is not None:
+        if (reason := quantized(weight)) is not None:
             raise ModelError(f"{projection} of expert {expert} {reason} to merge the adapter")
         return weight
 

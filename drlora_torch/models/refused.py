@@ -6,8 +6,8 @@ from torch import nn
 
 from drlora_torch.models.convention import dotted_name
 
-DEQUANTISE = (
-    "its experts are quantised ({kind}) and multiplied by kernels that cannot add a LoRA; load the "
+DEQUANTIZE = (
+    "its experts are quantized ({kind}) and multiplied by kernels that cannot add a LoRA; load the "
     "model in a floating-point dtype: from_pretrained(..., quantization_config={config}"
     "(dequantize=True))"
 )
@@ -20,14 +20,14 @@ REASONS = {
         "the caller chooses one expert per image (dataset_index): there is no router and no "
         "routing weight to allocate ranks by"
     ),
-    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": DEQUANTISE.format(
+    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": DEQUANTIZE.format(
         kind="mxfp4", config="Mxfp4Config"
     ),
-    "transformers.integrations.finegrained_fp8.FP8Experts": DEQUANTISE.format(
+    "transformers.integrations.finegrained_fp8.FP8Experts": DEQUANTIZE.format(
         kind="fp8", config="FineGrainedFP8Config"
     ),
     "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": (
-        "its experts are quantised (fp8) and multiplied by kernels that cannot add a LoRA; load "
+        "its experts are quantized (fp8) and multiplied by kernels that cannot add a LoRA; load "
         "the model in a floating-point dtype, without quantization_config"
     ),
 }

@@ -8,7 +8,7 @@ from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.step.hooks import count_held
 from drlora_torch.step.newborn import OLD
-from drlora_torch.step.optimizers.codes import is_quantised
+from drlora_torch.step.optimizers.codes import is_quantized
 from drlora_torch.step.optimizers.fresh import check_state, clear_state
 from drlora_torch.step.optimizers.names import is_tested
 from drlora_torch.step.parameters import lora_parameters
@@ -62,7 +62,7 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
     tested = is_tested(optimizer)
     for layer in attached.layers.values():
         on_cpu = [p for p in layer.lora.parameters() if p.device.type == "cpu"]
-        drifting = [p for p in on_cpu if is_quantised(optimizer, p)]
+        drifting = [p for p in on_cpu if is_quantized(optimizer, p)]
         if (tested and not drifting) or not layer.lora.free_index().numel():
             continue
         layer.lora.zero_free_slots()

@@ -183,7 +183,7 @@ def _base_values(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[dict[str,
 
 @contextlib.contextmanager
 def _without_flag(model: nn.Module) -> Iterator[None]:
-    """Inside, a quantised model without adapters of PEFT does not say that there are any."""
+    """Inside, a quantized model without adapters of PEFT does not say that there are any."""
     flag = None if _has_adapters_of_peft(model) else vars(model).pop(PEFT_FLAG, None)
     try:
         yield

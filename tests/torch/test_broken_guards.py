@@ -160,7 +160,7 @@ def checkpointing_trains() -> None:
 
 def newborn_rows_in_8_bits_stay_near() -> None:
     with torch.compiler.set_stance("force_eager"):
-        test_optimizer_state.test_newborn_rows_move_as_far_as_without_quantisation(
+        test_optimizer_state.test_newborn_rows_move_as_far_as_without_quantization(
             "torchao adamw8bit", "pooled"
         )
 
@@ -255,7 +255,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: test_optimizer_state.test_freed_slots_stay_zero("lion8bit", "pooled"),
     ),
     "steps of newborn rows in 8 bits have no limit": (
-        replace(adam, "is_quantised", lambda *_: False),
+        replace(adam, "is_quantized", lambda *_: False),
         lambda _: newborn_rows_in_8_bits_stay_near(),
     ),
     "unknown state passes the first step": (

@@ -73,7 +73,7 @@ def test_models_without_experts() -> None:
         drlora_torch.discover("olmoe")  # type: ignore[arg-type]
 
 
-def _quantised(dtype: torch.dtype) -> Any:
+def _quantized(dtype: torch.dtype) -> Any:
     model = models.build()
     experts = model.model.layers[1].mlp.experts
     weight = experts.down_proj.detach().to(dtype)
@@ -83,9 +83,9 @@ def _quantised(dtype: torch.dtype) -> Any:
 
 OBSTACLES = [
     (lambda: models.build().to("meta"), "on the meta device; load the weights first"),
-    (lambda: _quantised(torch.int8), r"down_proj is quantised \(int8\)"),
-    (lambda: _quantised(torch.uint8), r"down_proj is quantised \(uint8\)"),
-    (lambda: _quantised(torch.float8_e4m3fn), r"down_proj is quantised \(float8_e4m3fn\)"),
+    (lambda: _quantized(torch.int8), r"down_proj is quantized \(int8\)"),
+    (lambda: _quantized(torch.uint8), r"down_proj is quantized \(uint8\)"),
+    (lambda: _quantized(torch.float8_e4m3fn), r"down_proj is quantized \(float8_e4m3fn\)"),
 ]
 
 
@@ -114,6 +114,6 @@ def test_other_obstacles() -> None:
 
 
 def test_a_layer_with_an_obstacle_may_be_left_out() -> None:
-    model = _quantised(torch.int8)
+    model = _quantized(torch.int8)
     adapter = helpers.attach(model, layers=["model.layers.0.*"])
     assert list(adapter.ranks()) == ["model.layers.0.mlp.experts"]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 GROW = {"r_init": 8, "r_target": 16, "r_max": 32}
 PRUNE = {"policy": "prune", "r_init": 24, "r_target": 16, "r_max": 32}
 """Large enough for 8-bit state, in rows of 24, 32 and 48 features, in blocks of 256."""
-QUANTISED = {**optimizers.BITS8, **optimizers.TORCHAO}
+QUANTIZED = {**optimizers.BITS8, **optimizers.TORCHAO}
 STRIDES = {"sgd8bit": 10.0, "rmsprop8bit": 10.0}
 """Updates over the learning rate; about 1 for the others. These two have no bias correction."""
 UNCORRECTED = {"muon", "nadam", "bitsandbytes ademamix", "ademamix8bit"}
@@ -135,8 +135,8 @@ def test_other_rows_move_as_if_there_had_been_no_event(kind: str, layout: str) -
 
 
 @pytest.mark.parametrize("layout", optimizers.LAYOUTS)
-@pytest.mark.parametrize("kind", sorted(QUANTISED.keys() - UNCORRECTED))
-def test_newborn_rows_move_as_far_as_without_quantisation(kind: str, layout: str) -> None:
+@pytest.mark.parametrize("kind", sorted(QUANTIZED.keys() - UNCORRECTED))
+def test_newborn_rows_move_as_far_as_without_quantization(kind: str, layout: str) -> None:
     """Up to 16,000 in one step when the code 0 was taken for zero.
 
     With the right code, torchao still moved them by 75: second moments are rounded to zero next to
@@ -144,7 +144,7 @@ def test_newborn_rows_move_as_far_as_without_quantisation(kind: str, layout: str
     """
     model = models.build()
     adapter = helpers.attach(model, config=GROW, layout=layout)
-    optimizer = QUANTISED[kind](adapter.parameters())
+    optimizer = QUANTIZED[kind](adapter.parameters())
     start: dict[tuple[nn.Parameter, int], torch.Tensor] = {}
     for seed in range(10):
         helpers.step(model, optimizer, seed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from drlora_torch.step.optimizers.codes import is_quantised
+from drlora_torch.step.optimizers.codes import is_quantized
 from drlora_torch.step.optimizers.correction import (
     Correction,
     Snapshot,
@@ -120,7 +120,7 @@ def _rescale(factor: Factor) -> Callable[[Optimizer, Snapshot, float | None], fl
             start = start * (1.0 - decay)
         moved = kept.parameter.index_select(0, kept.rows).to(start.dtype)
         moved = torch.lerp(start, moved, share.to(start.dtype).expand_as(moved))
-        if is_quantised(optimizer, kept.parameter):
+        if is_quantized(optimizer, kept.parameter):
             most = largest_step(n, kept.group["betas"][:2]) * float(kept.group["lr"])
             limit = as_column(most, moved)
             moved = start + (moved - start).clamp(-limit, limit)

@@ -1,4 +1,4 @@
-"""Fresh rows of quantised optimizer state.
+"""Fresh rows of quantized optimizer state.
 
 A value is ``qmap[code] * scale`` of its block. Blocks lie in the flattened parameter and may span
 rows, so only codes are written: the scale of a block also belongs to its other rows.
@@ -68,7 +68,7 @@ def _reset_packed(codes: Tensor, scale: Tensor, zero: int | None, rows: int) -> 
     return reset
 
 
-def is_quantised(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+def is_quantized(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
     """True if the state of a parameter is stored as codes of bitsandbytes or torchao."""
     values = optimizer.state.get(parameter, {}).values()
     return any(

@@ -22,7 +22,6 @@ from drlora_torch.step.optimizers.names import (
     BITSANDBYTES,
     algorithm,
     class_names,
-    derives_from_tested,
     is_a,
 )
 from drlora_torch.step.optimizers.refusals import Problem
@@ -66,12 +65,6 @@ def check_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Non
         raise refusals.unclear_state(optimizer, list(found.values()))
     if (place := refusals.find_state_elsewhere(optimizer, {id(p) for p in own} & held)) is not None:
         raise refusals.state_elsewhere(optimizer, place)
-    if derives_from_tested(optimizer) or meanings.is_registered(optimizer):
-        return
-    for parameter in own:
-        moved = id(parameter) in held and parameter.grad is not None
-        if moved and not optimizer.state.get(parameter):
-            raise refusals.no_state(optimizer)
 
 
 def _find_resets(

@@ -105,11 +105,11 @@ def register_optimizer_state(
         optimizer: the class; subclasses inherit what is told of it.
         keys: for each key of ``optimizer.state[parameter]`` (or of a parameter group) that holds
             tensors, what a fresh row has: ``zeros``; ``weights``, the row's own values; or
-            ``shared``: the state belongs to no row and stays. Without keys: the optimizer keeps no
-            state of its own.
+            ``shared``: the state belongs to no row and stays.
 
     Raises:
-        AttachError: ``optimizer`` is no class of optimizers, or a meaning is not one of the three.
+        AttachError: ``optimizer`` is no class of optimizers, there is no key, or a meaning is not
+            one of the three.
 
     Example:
         >>> class Anchored(torch.optim.SGD): ...
@@ -120,6 +120,11 @@ def register_optimizer_state(
             f"register_optimizer_state takes the class of an optimizer, got {optimizer!r:.80}; "
             "wrong:\n    register_optimizer_state(optimizer, ...)\nright:\n"
             "    register_optimizer_state(type(optimizer), ...)"
+        )
+    if not keys:
+        raise AttachError(
+            "register_optimizer_state takes at least one key of the optimizer's state; an "
+            "optimizer without state needs none of this"
         )
     for key, told in keys.items():
         if told not in MEANINGS:
@@ -132,11 +137,6 @@ def register_optimizer_state(
     name = full_name(optimizer)
     told_now = {key: MEANINGS[told] for key, told in keys.items()}
     REGISTERED[name] = {**REGISTERED.get(name, {}), **told_now}
-
-
-def is_registered(optimizer: Optimizer) -> bool:
-    """True if a user has told of the class of an optimizer, or of one that it derives from."""
-    return any(full_name(base) in REGISTERED for base in type(optimizer).__mro__)
 
 
 def find_rule(optimizer: Optimizer, key: str) -> Rule | None:

@@ -44,12 +44,6 @@ def is_tested(optimizer: Optimizer) -> bool:
     return class_names(type(optimizer))[0].partition(".")[0] in TESTED_PACKAGES
 
 
-def derives_from_tested(optimizer: Optimizer) -> bool:
-    """True if a base of the optimizer's class, other than torch's ``Optimizer``, is tested."""
-    names = (name for name in class_names(type(optimizer)) if name != "torch.Optimizer")
-    return any(name.partition(".")[0] in TESTED_PACKAGES for name in names)
-
-
 def is_a(optimizer: Optimizer, name: str) -> bool:
     """Like ``isinstance``, by ``{top package}.{class}``."""
     return name in class_names(type(optimizer))

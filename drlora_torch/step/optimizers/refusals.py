@@ -125,12 +125,3 @@ def state_elsewhere(optimizer: Optimizer, place: Place) -> AttachError:
         "where drlora cannot make rows fresh; if they belong to no row, drlora_torch."
         f"register_optimizer_state({cls.__name__}, {place.name}='shared') says so; {_ELSE}"
     )
-
-
-def no_state(optimizer: Optimizer) -> AttachError:
-    cls = type(optimizer)
-    return AttachError(
-        f"rank slots will change owner, and {class_names(cls)[0]} keeps no state of parameters "
-        "that it has moved, or hides it; if it needs none, "
-        f"drlora_torch.register_optimizer_state({cls.__name__}) says so; {_ELSE}"
-    )

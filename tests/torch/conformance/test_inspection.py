@@ -52,8 +52,8 @@ def test_what_cannot_be_adapted_is_said_once() -> None:
     for layer in model.model.layers:
         experts = layer.mlp.experts
         experts.down_proj = nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
-    text = shown("quantised", model)
-    assert text.count("quantised (int8)") == 1
+    text = shown("quantized", model)
+    assert text.count("quantized (int8)") == 1
     assert "0 of 2 layers are adapted" in text
     assert "no mixture-of-experts layers" in shown("dense", nn.Linear(2, 2))
 

@@ -75,11 +75,11 @@ def test_weights_that_cannot_be_written_to_are_refused_before_any_is(
 
     def refuse(self: Fused, module: Any, projection: str, expert: int) -> Tensor:
         if module is last and projection == "w2":
-            raise drlora_torch.ModelError("these weights are quantised")
+            raise drlora_torch.ModelError("these weights are quantized")
         return expert_weight(self, module, projection, expert)
 
     monkeypatch.setattr(Fused, "expert_weight", refuse)
-    with pytest.raises(drlora_torch.ModelError, match="these weights are quantised"):
+    with pytest.raises(drlora_torch.ModelError, match="these weights are quantized"):
         adapter.merge(keep_originals=keep)
     assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
     assert adapter.parameters()

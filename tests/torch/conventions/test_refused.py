@@ -36,7 +36,7 @@ def _vitpose() -> nn.Module:
 
 
 def _with_experts(experts: nn.Module) -> nn.Module:
-    """A small model one of whose experts modules a quantiser has replaced."""
+    """A small model one of whose experts modules a quantizer has replaced."""
     model = models.build("gpt_oss")
     model.model.layers[1].mlp.experts = experts
     return model
@@ -58,8 +58,8 @@ def _fp8() -> nn.Module:
 REFUSED = [
     (_doge, "DogeCDMoE", 16, "one row of an embedding"),
     (_vitpose, "VitPoseNaiveMoe", EXPERTS, "no router and no routing weight"),
-    (_mxfp4, "Mxfp4GptOssExperts", EXPERTS, r"quantised \(mxfp4\).*Mxfp4Config"),
-    (_fp8, "FP8Experts", EXPERTS, r"quantised \(fp8\).*FineGrainedFP8Config"),
+    (_mxfp4, "Mxfp4GptOssExperts", EXPERTS, r"quantized \(mxfp4\).*Mxfp4Config"),
+    (_fp8, "FP8Experts", EXPERTS, r"quantized \(fp8\).*FineGrainedFP8Config"),
 ]
 
 
@@ -94,7 +94,7 @@ FUSED = ["dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7"]
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_quantised_weights(family: str) -> None:
+def test_quantized_weights(family: str) -> None:
     model = build(family)
     layer = [layer for layer in drlora_torch.discover(model) if not layer.only_on_request][-1]
     projection = list(layer.projections)[-1]
@@ -102,7 +102,7 @@ def test_quantised_weights(family: str) -> None:
     parameter.requires_grad_(False)
     parameter.data = parameter.data.to(torch.float8_e4m3fn)
     with pytest.raises(
-        drlora_torch.ModelError, match=rf"{layer.name}.*{projection} is quantised \(float8_e4m3fn\)"
+        drlora_torch.ModelError, match=rf"{layer.name}.*{projection} is quantized \(float8_e4m3fn\)"
     ):
         helpers.attach(model)
 

@@ -123,7 +123,7 @@ def test_life(block: type[Block], tmp_path: Path) -> None:
     torch.testing.assert_close(again.merge()(ids), adapted)
 
 
-class Quantised(nn.Linear):
+class Quantized(nn.Linear):
     """Stands for a Linear of bitsandbytes: integers for weights, a product of its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -136,18 +136,18 @@ class Quantised(nn.Linear):
         return x @ (self.weight.to(x.dtype) * self.scale).T
 
 
-def test_quantised_linears_are_adapted_but_not_merged() -> None:
+def test_quantized_linears_are_adapted_but_not_merged() -> None:
     model = Model(dtype=torch.float32)
     for block in model.blocks:
         for expert in experts_of(block):
-            expert.w3 = Quantised(expert.w3)
+            expert.w3 = Quantized(expert.w3)
     before = model(models.tokens())
     adapter = helpers.attach(model, targets=["w3"])
     assert torch.equal(model(models.tokens()), before)
     helpers.uneven(adapter)
     loss_of(model).backward()
     assert all(p.grad.any() for p in adapter.parameters())
-    with pytest.raises(drlora_torch.ModelError, match=r"w3 of expert 0 is quantised \(int8\)"):
+    with pytest.raises(drlora_torch.ModelError, match=r"w3 of expert 0 is quantized \(int8\)"):
         adapter.merge()
 
 
