@@ -227,8 +227,8 @@ def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
     """The model inside its wrappers, and its MoE layers; wrappers that cannot stay are refused."""
     check_wrappers(model)
     model = unwrapped(model)
-    check_whole(model)
     found = discover(model)
+    check_whole(model)
     for layer in found:
         check_parts(model, layer.name)
     return model, found

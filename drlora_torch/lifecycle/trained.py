@@ -5,6 +5,7 @@ They are the routers, unless these are frozen, and the modules of ``modules_to_s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,7 +15,9 @@ from torch.optim import Optimizer
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.step import hooks
-from drlora_torch.step.parameters import base_parameters, check_in_place, lora_parameters
+from drlora_torch.step.parameters import base_parameters, lora_parameters
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -26,10 +29,12 @@ def show_trained(attached: Attached, wanted: bool) -> None:
     """
     if wanted == attached.trained_shown:
         return
-    check_in_place(attached)
     for name, parameter in base_parameters(attached).items():
         inside = parameter.data
         other = attached.hidden_values.get(name)
+        if other is not None and other.shape != inside.shape:
+            logger.warning("%s was resized since attach and stays as it is", name)
+            continue
         parameter.data = inside.clone() if other is None else other.to(inside)
         attached.hidden_values[name] = inside
     attached.trained_shown = wanted

@@ -51,7 +51,9 @@ def all_names(attached: Attached) -> dict[str, list[str]]:
     names: dict[int, list[str]] = {}
     for name, parameter in attached.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {name: names[id(parameter)] for name, parameter in base_parameters(attached).items()}
+    return {
+        name: names.get(id(parameter), []) for name, parameter in base_parameters(attached).items()
+    }
 
 
 def check_in_place(attached: Attached) -> None:

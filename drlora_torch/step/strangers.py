@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.step.parameters import parameters_by_key
+from drlora_torch.step.parameters import lora_parameters, parameters_by_key
 
 logger = logging.getLogger(__name__)
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -36,6 +36,7 @@ class Strangers:
             for parameter in layer.lora.parameters():
                 _owners[parameter] = weakref.ref(layer.lora)
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._beside: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those of the same model
         self._steps = 0  # of others, while a backward pass waits for one of the adapter's own
 
     def own_step(self) -> None:
@@ -64,11 +65,16 @@ class Strangers:
         newest = None if Strangers._newest is None else Strangers._newest()
         if not waiting or newest is not self:
             return
-        self._count_step(attached)
+        if optimizer in self._beside:
+            self._count_step(attached)
         if optimizer in self._known:
             return
         self._known.add(optimizer)
         held = [p for group in optimizer.param_groups for p in group["params"]]
+        of_model = {id(p) for p in attached.model.parameters()}
+        if any(id(parameter) in of_model for parameter in held):
+            self._beside.add(optimizer)
+            self._count_step(attached)
         if _is_of_another_adapter(held, attached):
             return
         try:
@@ -97,6 +103,23 @@ class Strangers:
                 MANY,
                 attached.name,
             )
+
+
+def check_fresh(optimizer: Optimizer, attached: Attached) -> None:
+    """Refuse an optimizer that goes on with an earlier run, for an adapter that starts anew.
+
+    Raises:
+        AttachError: the optimizer was loaded, and the adapter was not.
+    """
+    if attached.engine.step_count or optimizer in attached.optimizers or attached.paused:
+        return
+    if any(optimizer.state.get(parameter) for parameter in lora_parameters(attached)):
+        raise AttachError(
+            f"the {type(optimizer).__name__} has state of the LoRA from an earlier run, but "
+            f"adapter {attached.name!r} is a fresh one; bring it back before training goes on: "
+            "adapter.restore(path), drlora_torch.load(model, path), or a Trainer with "
+            "callbacks=[DRLoRACallback(adapter)]"
+        )
 
 
 def _is_of_another_adapter(held: list[nn.Parameter], attached: Attached) -> bool:

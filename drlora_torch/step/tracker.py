@@ -33,7 +33,7 @@ from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
 from drlora_torch.step.processes import sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
-from drlora_torch.step.strangers import Strangers
+from drlora_torch.step.strangers import Strangers, check_fresh
 from drlora_torch.step.witness import GradientWitness
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
@@ -158,16 +158,9 @@ class StepTracker:
             waits, later = bool(self._sums), closure is not None
             self._strangers.check(optimizer, self.attached, waiting=waits, has_closure=later)
             return None
+        self._check_step(optimizer)
         growth.welcome(self.attached, optimizer)
         self._strangers.own_step()
-        parameters.check_in_place(self.attached)
-        if is_sharded(self._lora_parameters()):
-            raise AttachError(f"the LoRA is sharded over processes by fully_shard; {RIGHT}")
-        if not self.attached.enabled and parameters.base_parameters(self.attached):
-            raise AttachError(
-                "an optimizer step inside adapter.disabled() would move the base model's own "
-                "parameters; step outside of it"
-            )
         if closure is None:
             self._read(optimizer)
             return None
@@ -179,6 +172,18 @@ class StepTracker:
             return loss
 
         return closure_then_read
+
+    def _check_step(self, optimizer: Optimizer) -> None:
+        """Refuse a step of the adapter's optimizer that would train something else."""
+        parameters.check_in_place(self.attached)
+        check_fresh(optimizer, self.attached)
+        if is_sharded(self._lora_parameters()):
+            raise AttachError(f"the LoRA is sharded over processes by fully_shard; {RIGHT}")
+        if not self.attached.enabled and parameters.base_parameters(self.attached):
+            raise AttachError(
+                "an optimizer step inside adapter.disabled() would move the base model's own "
+                "parameters; step outside of it"
+            )
 
     def _holds_lora(self, optimizer: Optimizer) -> bool:
         own = self._lora_parameters()

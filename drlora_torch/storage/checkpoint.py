@@ -82,6 +82,7 @@ def describe(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
     records = [layer.record for layer in attached.layers.values()]
     return tensors, {
         "version": VERSION,
+        "name": attached.name,
         "options": attached.options.model_dump(mode="json"),
         "engine": state,
         "events": [
@@ -125,6 +126,7 @@ def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]
                 state["layers"][name][field] = tensor.numpy()
         return Saved(
             path=path,
+            name=str(description.get("name", "default")),
             layers=dict(description["layers"]),
             options=AdapterOptions(**description["options"]),
             state=state,

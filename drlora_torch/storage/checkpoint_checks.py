@@ -39,6 +39,7 @@ class Saved:
     """The content of a file whose description was read; its tensors are not checked yet."""
 
     path: Path
+    name: str  # of the adapter
     layers: Mapping[str, Any]
     options: AdapterOptions
     state: Mapping[str, Any]  # of the engine

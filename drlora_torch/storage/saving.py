@@ -24,7 +24,7 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import Residents, child_name, is_active
 from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.step.parameters import all_names, base_parameters
-from drlora_torch.storage import checkpoint, hub
+from drlora_torch.storage import checkpoint, checkpoint_checks, hub
 from drlora_torch.storage.adapter_file import FILE_NAME
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def follow_saves(model: nn.Module, holder: nn.Module) -> Callable[[], None]:
     with contextlib.ExitStack() as undo:
         undo.callback(_replace(holder, SAVE, functools.partial(_saving, model, holder)))
         if holder is not model:
-            undo.callback(_replace(holder, LOAD, functools.partial(_loading, model)))
+            undo.callback(_replace(holder, LOAD, functools.partial(_loading, model, holder)))
         return undo.pop_all().close
 
 
@@ -97,17 +97,49 @@ def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
     return save_pretrained
 
 
-def _loading(model: nn.Module, inner: Any) -> Any:
-    """Make the ``load_adapter`` of a PeftModel around a model with adapters."""
+def _loading(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
+    """Make the ``load_adapter`` of a PeftModel around a model with adapters.
 
-    def load_adapter(model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        result = inner(model_id, *args, **kwargs)
-        active, folder = _active(model), Path(str(model_id))
-        if active is not None and (folder / FILE_NAME).is_file():
-            checkpoint.restore(active, folder, check_base=True)
+    Loading PEFT's adapter again, as a Trainer does when it resumes or takes the best model back,
+    brings ours back too; loading another one beside it does not.
+    """
+
+    def load_adapter(model_id: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> Any:
+        again = adapter_name in getattr(holder, "peft_config", {})
+        found = read_adapters(model, Path(str(model_id))) if again else {}
+        checked = {
+            name: checkpoint.check_restorable(attached, saved, check_base=True)
+            for name, attached in Residents.of(model).by_name.items()
+            if (saved := found.get(name)) is not None
+        }
+        result = inner(model_id, adapter_name, *args, **kwargs)
+        for name, state in checked.items():
+            checkpoint.commit(Residents.of(model).by_name[name], state)
         return result
 
     return load_adapter
+
+
+def read_adapters(model: nn.Module, folder: Path) -> dict[str, checkpoint_checks.Saved]:
+    """Read what :func:`write_adapters` wrote, by name; empty where it wrote nothing.
+
+    Raises:
+        CheckpointError: an adapter of the model is not among them.
+    """
+    names = Residents.of(model).by_name
+    if not names or not (folder / FILE_NAME).is_file():
+        return {}
+    saved = checkpoint.read(folder)
+    found = {saved.name: saved}
+    for name in names:
+        if (folder / name / FILE_NAME).is_file():
+            found[name] = checkpoint.read(folder / name)
+    if missing := sorted(names.keys() - found.keys()):
+        raise CheckpointError(
+            f"{folder} holds adapter {', '.join(map(repr, found))}, but not {missing[0]!r} of this "
+            "model; attach under the names of the saved run"
+        )
+    return found
 
 
 def write_adapters(model: nn.Module, folder: Path) -> None:
@@ -165,20 +197,23 @@ def _base_values(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[dict[str,
     Yields the arguments to save with.
     """
     active = _active(model)
-    if active is None or not active.trained_shown:
-        yield kwargs
-        return
-    given = kwargs.get("state_dict")
-    if given is not None:
-        names = all_names(active)
-        own = {alias: v for n, v in active.hidden_values.items() for alias in names.get(n, ())}
-        own = {alias: v for alias, v in own.items() if alias in given}
-        kwargs = {**kwargs, "state_dict": {**given, **own}}
-    show_trained(active, False)
+    shown = active is not None and active.trained_shown
+    if shown and active is not None:
+        show_trained(active, False)
     try:
+        if (given := kwargs.get("state_dict")) is not None:
+            own = {
+                alias: model.get_parameter(alias).detach()
+                for attached in Residents.of(model).by_name.values()
+                for aliases in all_names(attached).values()
+                for alias in aliases
+                if alias in given
+            }
+            kwargs = {**kwargs, "state_dict": {**given, **own}}
         yield kwargs
     finally:
-        show_trained(active, True)
+        if shown and active is not None:
+            show_trained(active, True)
 
 
 @contextlib.contextmanager

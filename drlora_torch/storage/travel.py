@@ -28,7 +28,12 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import child_name
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora.slots import FREE
-from drlora_torch.step.parameters import all_names, base_keys, parameters_by_key
+from drlora_torch.step.parameters import (
+    all_names,
+    base_keys,
+    check_in_place,
+    parameters_by_key,
+)
 from drlora_torch.storage import checkpoint, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import SLOT_FIELDS, Saved
 
@@ -45,12 +50,31 @@ class AdapterState(nn.Module):
     def __init__(self, attached: Attached) -> None:
         super().__init__()
         self._attached = weakref.ref(attached)
+        self._given: tuple[Tensor, int] | None = None  # the last one given, and its version
 
     def get_extra_state(self) -> Tensor:
         """A safetensors file in memory, uint8 [bytes]."""
+        self.settle()
         attached = self._attached()
         assert attached is not None, "the LoRA lives no longer than its adapter"
-        return pack(attached)
+        given = pack(attached)
+        self._given = given, given._version
+        return given
+
+    def settle(self, *_: object) -> None:
+        """Take a state that was written into the one given, and so into the rows, in place.
+
+        Checkpoints of torch.distributed and averages of weights are loaded like that.
+        """
+        (given, version), self._given = self._given or (None, 0), None
+        attached = self._attached()
+        if given is None or given._version == version or attached is None:
+            return
+        prefix, state = "", dict(attached.model.state_dict())
+        state[_key_of(attached, prefix)] = given
+        taken = _trained_keys(attached, state, prefix)
+        saved = _read(attached, state, prefix, taken)
+        checkpoint.commit(attached, checkpoint.check_restorable(attached, saved, check_base=False))
 
     def set_extra_state(self, state: Any) -> None:
         """Taken by the model's own hooks, together with the rows."""
@@ -79,7 +103,7 @@ def _capacity(attached: Attached) -> int:
     """Bytes that an adapter may need, once all its events have happened."""
     config = attached.engine.config
     events, prunes = config.num_events, config.policy == "prune"
-    size = JSON_BYTES + events * JSON_BYTES_OF_AN_EVENT
+    size = JSON_BYTES + events * JSON_BYTES_OF_AN_EVENT + len(attached.options.model_dump_json())
     for name, layer in attached.layers.items():
         experts, slots = layer.record.num_experts, layer.lora.table.num_slots
         of_engine = experts * 8 * (4 + config.r_max * prunes)  # ranks, f, g, counts; s of prune
@@ -112,8 +136,10 @@ def follow_state_dict(attached: Attached) -> Callable[[], None]:
     """Let an adapter that enters its model travel in the model's state dict; return the undo."""
     with contextlib.ExitStack() as undo:
         lora = next(iter(attached.layers.values())).lora
-        lora.add_module(CHILD, AdapterState(attached))
+        carrier = AdapterState(attached)
+        lora.add_module(CHILD, carrier)
         undo.callback(lora._modules.pop, CHILD)
+        undo.callback(attached.model.register_forward_pre_hook(carrier.settle).remove)
         loading = _Loading(attached)
         undo.callback(loading.remove)
         return undo.pop_all().close
@@ -151,6 +177,7 @@ class _Loading:
         ours = tuple(f"{place}{child_name(attached.name)}." for place in places)
         if not any(key.startswith(places) for key in state):
             return
+        check_in_place(attached)
         if not any(key.startswith(ours) for key in state):
             raise CheckpointError(
                 f"the state dict has other weights of the experts, but not adapter "
@@ -204,6 +231,11 @@ def _trained_keys(attached: Attached, state: Mapping[str, Any], prefix: str) -> 
     }
 
 
+def _key_of(attached: Attached, prefix: str) -> str:
+    """The key of an adapter's extra state."""
+    return f"{prefix}{next(iter(attached.layers))}.{child_name(attached.name)}.{CHILD}._extra_state"
+
+
 def _read(
     attached: Attached, state: Mapping[str, Any], prefix: str, taken: dict[str, str]
 ) -> Saved:
@@ -212,9 +244,7 @@ def _read(
     ``taken`` loses the keys whose values are those of the base: the state was saved while another
     adapter was in the model, or none.
     """
-    child = child_name(attached.name)
-    first = next(iter(attached.layers))
-    key = f"{prefix}{first}.{child}.{CHILD}._extra_state"
+    child, key = child_name(attached.name), _key_of(attached, prefix)
     if key not in state:
         raise CheckpointError(
             f"the state dict has rows of the LoRA, but not whose they are: it lacks {key!r} (was "

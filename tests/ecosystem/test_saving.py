@@ -332,3 +332,37 @@ def test_an_adapter_inside_the_model_is_saved_as_before(tmp_path: Path) -> None:
     assert "config.json" not in names
     adapter.detach()
     assert model._hf_peft_config_loaded
+
+
+@peft_warns
+def test_another_adapter_of_peft_leaves_ours_alone(tmp_path: Path) -> None:
+    """A reference for DPO, say; only loading the same one again is going back."""
+    trainer, adapter = in_peft(tmp_path / "run")
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "first")
+    optimizer = helpers.adamw(adapter)
+    for seed in range(2):
+        helpers.step(trainer.model, optimizer, seed)
+    steps = adapter.engine.step_count
+    trainer.model.load_adapter(str(tmp_path / "first"), adapter_name="second")
+    assert adapter.engine.step_count == steps == trainers.STEPS + 2
+    trainer.model.load_adapter(str(tmp_path / "first"), adapter_name="default")
+    assert adapter.engine.step_count == trainers.STEPS
+
+
+@peft_warns
+def test_adapters_inside_a_peft_model_keep_their_names(tmp_path: Path) -> None:
+    model = peft.get_peft_model(models.build(), peft.LoraConfig(target_modules=["q_proj"]))
+    law, other = (helpers.attach(model, adapter_name=name) for name in ("law", "other"))
+    law.activate()
+    optimizer = helpers.adamw(law)
+    helpers.step(model, optimizer)
+    model.save_pretrained(tmp_path)
+    helpers.step(model, optimizer, 1)
+    other.activate()
+    model.load_adapter(str(tmp_path), adapter_name="default")
+    assert (law.engine.step_count, other.engine.step_count) == (1, 0)
+    law.detach()
+    helpers.attach(model, adapter_name="third")
+    with pytest.raises(drlora_torch.CheckpointError, match="but not 'third' of this model"):
+        model.load_adapter(str(tmp_path), adapter_name="default")

@@ -147,7 +147,9 @@ def test_buffers_that_would_be_lost_are_refused() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_module_that_is_replaced_after_attach_is_noticed(steps: int, tmp_path: Path) -> None:
+def test_a_module_that_is_replaced_after_attach_is_noticed(
+    steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, adapter = trained(steps)
     optimizer = helpers.adamw(adapter)
     model.train().resize_token_embeddings(70)
@@ -160,7 +162,10 @@ def test_a_module_that_is_replaced_after_attach_is_noticed(steps: int, tmp_path:
     with pytest.raises(drlora_torch.AttachError, match=message):
         optimizer.step()
     with pytest.raises(drlora_torch.AttachError, match=message):
-        adapter.detach()
+        model.load_state_dict(model.state_dict())
+    adapter.detach()  # the way out
+    assert "was resized since attach and stays as it is" in caplog.text
+    assert helpers.attach(model, modules_to_save=WHOLE).parameters()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

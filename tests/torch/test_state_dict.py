@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 
 import drlora_torch
 from drlora_torch import CheckpointError
@@ -147,6 +148,22 @@ def test_the_size_never_changes(config: Any) -> None:
         helpers.step(model, optimizer, seed)
     assert len(adapter.events) == 2
     assert sizes == {model.state_dict()[EXTRA].shape}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("next_use", ["forward", "state_dict"])
+def test_a_state_that_is_written_in_place_is_taken(next_use: str, tmp_path: Path) -> None:
+    """As checkpoints of torch.distributed are read, and as averages of weights are put in."""
+    (source, first, moments), (model, adapter, optimizer) = trained(), started()
+    checkpoint.save({"model": source.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load({"model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    if next_use == "state_dict":
+        assert model.state_dict()
+        assert adapter.engine.step_count == 5
+    optimizer.load_state_dict(copy.deepcopy(moments.state_dict()))
+    for seed in range(5, 8):
+        assert helpers.step(model, optimizer, seed) == helpers.step(source, moments, seed)
+    assert helpers.rank_history(adapter) == helpers.rank_history(first)
 
 
 def test_the_adapter_alone_is_a_complete_state() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +96,36 @@ def test_routers_may_have_an_optimizer_of_their_own(
             optimizer.zero_grad()
     assert adapter.engine.step_count == 3
     assert caplog.text == ""
+
+
+def test_an_optimizer_of_an_earlier_run_wants_its_adapter_back(tmp_path: Path) -> None:
+    model = models.build()
+    adapter = helpers.attach(model)
+    optimizer = helpers.adamw(adapter)
+    helpers.step(model, optimizer)
+    adapter.save_pretrained(tmp_path)
+    fresh = models.build()
+    again = helpers.attach(fresh)
+    resumed = helpers.adamw(again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fresh(**helpers.batch(1)).loss.backward()
+    with pytest.raises(drlora_torch.AttachError, match="state of the LoRA from an earlier run"):
+        resumed.step()
+    resumed.zero_grad()
+    again.restore(tmp_path)
+    assert helpers.step(fresh, resumed, 1) == helpers.step(model, optimizer, 1)
+
+
+def test_steps_of_another_network_are_not_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """A critic that steps many times while the adapter accumulates."""
+    gc.collect()
+    model, critic = models.build(), torch.nn.Linear(2, 2)
+    adapter = helpers.attach(model)
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+    model(**helpers.batch()).loss.backward()
+    for _ in range(30):
+        critic(torch.ones(2)).sum().backward()
+        optimizer.step()
+    helpers.adamw(adapter).step()
+    assert caplog.text == ""
+    assert adapter.engine.step_count == 1
