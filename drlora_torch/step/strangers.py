@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -113,13 +114,18 @@ def check_fresh(optimizer: Optimizer, attached: Attached) -> None:
     """
     if attached.engine.step_count or optimizer in attached.optimizers or attached.paused:
         return
-    if any(optimizer.state.get(parameter) for parameter in lora_parameters(attached)):
+    if any(_was_moved(optimizer.state.get(p, {})) for p in lora_parameters(attached)):
         raise AttachError(
             f"the {type(optimizer).__name__} has state of the LoRA from an earlier run, but "
             f"adapter {attached.name!r} is a fresh one; bring it back before training goes on: "
             "adapter.restore(path), drlora_torch.load(model, path), or a Trainer with "
             "callbacks=[DRLoRACallback(adapter)]"
         )
+
+
+def _was_moved(state: Mapping[str, Any]) -> bool:
+    """True if an optimizer has counted steps; some make the rest of their state in advance."""
+    return bool(state.get("step", 0) > 0)
 
 
 def _is_of_another_adapter(held: list[nn.Parameter], attached: Attached) -> bool:

@@ -116,6 +116,14 @@ def test_an_optimizer_of_an_earlier_run_wants_its_adapter_back(tmp_path: Path) -
     assert helpers.step(fresh, resumed, 1) == helpers.step(model, optimizer, 1)
 
 
+def test_an_optimizer_that_makes_its_state_in_advance_is_a_new_one() -> None:
+    adapter = helpers.attach(model := models.build())
+    for seed, optimizer in enumerate([torch.optim.Adagrad(adapter.parameters(), lr=1e-2)] * 2):
+        assert optimizer.state
+        helpers.step(model, optimizer, seed)
+    assert adapter.engine.step_count == 2
+
+
 def test_steps_of_another_network_are_not_counted(caplog: pytest.LogCaptureFixture) -> None:
     """A critic that steps many times while the adapter accumulates."""
     gc.collect()
