@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from drlora_torch.attached import Attached
-from drlora_torch.errors import CheckpointError
+from drlora_torch.errors import CheckpointError, ModelError
 from drlora_torch.lifecycle.residents import child_name
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora.slots import FREE
@@ -51,15 +51,26 @@ class AdapterState(nn.Module):
         super().__init__()
         self._attached = weakref.ref(attached)
         self._given: tuple[Tensor, int] | None = None  # the last one given, and its version
+        self._base: dict[str, dict[str, Any] | None] = {}
 
     def get_extra_state(self) -> Tensor:
         """A safetensors file in memory, uint8 [bytes]."""
         self.settle()
         attached = self._attached()
         assert attached is not None, "the LoRA lives no longer than its adapter"
-        given = pack(attached)
+        given = pack(attached, self._fingerprint(attached))
         self._given = given, given._version
         return given
+
+    def _fingerprint(self, attached: Attached) -> dict[str, Any] | None:
+        """That of the frozen base, computed once; None if its weights cannot be read."""
+        if not self._base:
+            records = [layer.record for layer in attached.layers.values()]
+            try:
+                self._base = {"base": fingerprint.of_model(attached.model, records)}
+            except ModelError:
+                self._base = {"base": None}
+        return self._base["base"]
 
     def settle(self, *_: object) -> None:
         """Take a state that was written into the one given, and so into the rows, in place.
@@ -80,15 +91,14 @@ class AdapterState(nn.Module):
         """Taken by the model's own hooks, together with the rows."""
 
 
-def pack(attached: Attached) -> Tensor:
+def pack(attached: Attached, base: dict[str, Any] | None) -> Tensor:
     """Everything of an adapter that is no parameter of the model, as bytes, uint8 [bytes].
 
     The size does not change while the adapter trains: a checkpoint may be read into the state dict
     of a fresh adapter, in place. Its first 8 bytes are the length of what counts.
     """
     tensors, description = checkpoint.describe(attached)
-    records = [layer.record for layer in attached.layers.values()]
-    description["base"] = fingerprint.of_model(attached.model, records)
+    description["base"] = base  # the fingerprint
     if not attached.trained_shown:
         keys = base_keys(attached)
         tensors |= {keys[name]: value for name, value in trained_values(attached).items()}
