@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +15,16 @@ from torch import nn
 from drlora_core import AllocatorEngine, atomic
 from drlora_torch.adapter import Adapter
 from drlora_torch.api import attach
-from drlora_torch.errors import DataError, RunError
+from drlora_torch.errors import DataError
 from drlora_torch.finetune import folder, result
 from drlora_torch.finetune.data import load_rows
 from drlora_torch.finetune.meter import Meter
 from drlora_torch.finetune.model import load_model, load_tokenizer
 from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.processes import agree_on, join_processes
 from drlora_torch.finetune.progress import RichProgress, quiet_libraries
 from drlora_torch.finetune.result import RunResult
-from drlora_torch.finetune.training import build_trainer, train
+from drlora_torch.finetune.training import build_trainer, evaluate_first, train
 from drlora_torch.integrations.trainer import last_checkpoint
 
 ATTACH_OPTIONS = {"alpha", "dropout", "layout", "router"}
@@ -41,6 +41,9 @@ def run(
 ) -> list[RunResult]:
     """Fine-tune, evaluate, save and print the results.
 
+    Where torchrun or Accelerate has started several processes, each trains on its share of every
+    batch, and the first one writes and prints.
+
     Args:
         options: those of the run.
         output: folder of the run; it must not exist unless ``resume``.
@@ -53,7 +56,9 @@ def run(
         pydantic.ValidationError: impossible ranks or an impossible growth window.
         OSError: nothing can be written to ``output``.
     """
-    _check_alone()
+    everyone, output = join_processes(), agree_on(output)
+    if not everyone.is_main_process:
+        console = Console(quiet=True)
     config = options.allocator_config()  # refuses an impossible window before anything is loaded
     with quiet_libraries():
         with console.status("loading model and data"):
@@ -66,8 +71,9 @@ def run(
                 "use prompt and completion, or an instruction-tuned model"
             )
         with _attached(model, options) as adapter:
-            if not resume:
+            if not resume and everyone.is_main_process:
                 folder.create(output, folder.SavedRun(options=options, compare=compare))
+            everyone.wait_for_everyone()
             console.print(
                 f"{options.model}: {len(rows[0])} training rows, {len(rows[1])} held out; "
                 f"{options.steps} steps, mean rank {config.starting_rank} to {config.r_target} "
@@ -78,20 +84,11 @@ def run(
             static = options.uniform()
             with _attached(model, static) as adapter:
                 results.append(_train(static, adapter, tokenizer, rows, output / compare, console))
-    text = json.dumps([each.model_dump() for each in results], indent=2)
-    atomic.write_text(output / folder.RESULT, text + "\n")
+    if everyone.is_main_process:
+        text = json.dumps([each.model_dump() for each in results], indent=2)
+        atomic.write_text(output / folder.RESULT, text + "\n")
     result.show(console, results, output)
     return results
-
-
-def _check_alone() -> None:
-    """Refuse to be started by torchrun or Accelerate in several processes."""
-    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise RunError(
-            f"drlora finetune trains in one process, and this is one of {count}; start it without "
-            "torchrun, or use attach and a Trainer in a script of your own, which may run on "
-            "several GPUs (docs/ecosystem.md)"
-        )
 
 
 @contextlib.contextmanager
@@ -117,24 +114,27 @@ def _train(
     """Train one method, or continue it from its last checkpoint, and write its files."""
     checkpoints, recording = output / folder.CHECKPOINTS, output / folder.RECORDING
     checkpoint = last_checkpoint(checkpoints)
-    if checkpoint is None:  # a run that stopped before its first one starts again
+    first = join_processes().is_main_process
+    if first and checkpoint is None:  # a run that stopped before its first one starts again
         shutil.rmtree(recording, ignore_errors=True)
-    adapter.engine.record_to(recording)
+    if first:
+        adapter.engine.record_to(recording)
     meter = Meter()
     progress = RichProgress(result.method_name(options.policy), options.steps, console)
     trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [meter, progress])
     with console.status("held-out loss"):
-        before = trainer.evaluate()
+        before = evaluate_first(trainer)
     with progress.bar:
         train(trainer, adapter, checkpoint)
     with console.status("held-out loss"):
         after = trainer.evaluate()
-    adapter.save_pretrained(output / folder.ADAPTER)
-    folder.write_metrics(output, trainer.state.log_history)
+    if first:
+        adapter.save_pretrained(output / folder.ADAPTER)
+        folder.write_metrics(output, trainer.state.log_history)
     ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
     return RunResult(
         method=options.policy,
-        loss_before=before["eval_loss"],
+        loss_before=before,
         loss_after=after["eval_loss"],
         tokens_per_second=meter.tokens / meter.seconds if meter.tokens else None,
         seconds=meter.seconds,

@@ -77,6 +77,7 @@ def build_trainer(
         warmup_steps=max(options.steps // 20, 1),
         max_length=options.max_length,
         seed=options.seed,
+        use_cpu=not torch.cuda.is_available(),
         bf16=options.dtype == "bfloat16" and torch.cuda.is_available(),
         gradient_checkpointing=options.gradient_checkpointing,
         save_steps=options.save_every or max(options.steps // 4, 1),
@@ -98,6 +99,19 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def evaluate_first(trainer: AdapterTrainer) -> float:
+    """Return the held-out loss before training, in nats per token.
+
+    The Trainer marks the model as prepared for it, without ``DistributedDataParallel``, and would
+    leave it so when it trains; the mark is taken back.
+    """
+    loss = float(trainer.evaluate()["eval_loss"])
+    model: Any = trainer.model
+    model.__dict__.pop("_is_accelerate_prepared", None)
+    trainer.accelerator.free_memory()
+    return loss
 
 
 def train(trainer: AdapterTrainer, adapter: Adapter, checkpoint: str | None) -> None:

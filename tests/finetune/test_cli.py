@@ -151,15 +151,6 @@ def test_resume_needs_an_unfinished_run_and_no_other_options(
     assert "leave out compare" in said
 
 
-def test_one_of_several_processes_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
-    said = refused(["finetune", "--output", str(tmp_path / "run")], capsys)
-    assert "trains in one process, and this is one of 2" in said
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_model_needs_data(moe_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs DATA" in refused(["finetune", str(moe_folder)], capsys)
 
