@@ -23,7 +23,7 @@ from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step import parameters
-from drlora_torch.storage import checkpoint, hub
+from drlora_torch.storage import checkpoint, hub, travel
 from drlora_torch.storage.peft import exporting, importing
 from drlora_torch.storage.peft.exporting import ExportReport
 
@@ -231,6 +231,7 @@ class Adapter:
             CheckpointError: nothing could be written (no space, no permission) or uploaded.
         """
         check_attached(self._attached)
+        travel.settle(self._attached)
         folder = Path(path)
         checkpoint.save(self._attached, folder)
         if push_to_hub:
@@ -251,6 +252,7 @@ class Adapter:
         """
         check_attached(self._attached)
         checkpoint.restore(self._attached, Path(path), check_base=check_base)
+        travel.forget(self._attached)
 
     def merge_and_save(self, path: str | os.PathLike[str]) -> None:
         """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is.
@@ -289,6 +291,7 @@ class Adapter:
             ModelError: experts declared by ``register_moe`` have no name in their block.
         """
         check_attached(self._attached)
+        travel.settle(self._attached)
         return exporting.export(self._attached, Path(path), rank, per_expert)
 
     def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:

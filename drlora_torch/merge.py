@@ -30,6 +30,7 @@ from drlora_torch.models.conventions import convention_of
 from drlora_torch.step import hooks
 from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.storage.entering import enter
+from drlora_torch.storage.travel import settle
 
 Layers = Mapping[str, AdaptedLayer]
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,6 +39,7 @@ SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def merge(attached: Attached, *, keep_originals: bool) -> None:
     """Write W + s B A into the weights, and take the LoRA out; routers stay trained."""
     check_attached(attached)
+    settle(attached)
     residents = Residents.of(attached.model)
     others = [name for name in residents.by_name if name != attached.name]
     if others:
@@ -88,6 +90,7 @@ def unmerge(attached: Attached) -> None:
 def merge_and_save(attached: Attached, path: Path) -> None:
     """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is."""
     active_tracker(attached)
+    settle(attached)
     if not attached.enabled:
         raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
     save_model: Any = getattr(attached.model, "save_pretrained", None)

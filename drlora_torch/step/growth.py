@@ -37,7 +37,7 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
     attached.events.append(event)
 
 
-def welcome(attached: Attached, optimizer: Optimizer) -> None:
+def meet_optimizer(attached: Attached, optimizer: Optimizer) -> None:
     """Follow an optimizer from before its first step on.
 
     Its state may have been loaded, and events may have happened since, while another optimizer

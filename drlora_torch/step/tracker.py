@@ -27,13 +27,13 @@ from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.sharding import RIGHT, is_sharded
 from drlora_torch.options import Newborn
 from drlora_torch.step import agreement, growth, hooks, newborn, parameters, samples
+from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
 from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
 from drlora_torch.step.processes import sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
-from drlora_torch.step.strangers import Strangers, check_fresh
 from drlora_torch.step.witness import GradientWitness
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
@@ -49,7 +49,7 @@ class StepTracker:
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self._notices = Notices()
-        self._strangers = Strangers(attached)
+        self._foreign = ForeignOptimizers(attached)
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
         self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
@@ -109,7 +109,7 @@ class StepTracker:
         if self._begins(routing) and self._sums and self._cleared():
             self.forget()
         self._newest_counted = self._forwards
-        self._strangers.reached()
+        self._foreign.reached()
         layer = self.attached.layers[routing.layer]
         self._notices.check_training(layer)
         self._notices.check_saving(self.attached)
@@ -156,11 +156,11 @@ class StepTracker:
         self._slots, self._snapshots = None, []
         if not self._holds_lora(optimizer):
             waits, later = bool(self._sums), closure is not None
-            self._strangers.check(optimizer, self.attached, waiting=waits, has_closure=later)
+            self._foreign.check(optimizer, self.attached, waiting=waits, has_closure=later)
             return None
         self._check_step(optimizer)
-        growth.welcome(self.attached, optimizer)
-        self._strangers.own_step()
+        growth.meet_optimizer(self.attached, optimizer)
+        self._foreign.own_step()
         if closure is None:
             self._read(optimizer)
             return None

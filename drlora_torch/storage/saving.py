@@ -26,6 +26,7 @@ from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.step.parameters import all_names, base_parameters
 from drlora_torch.storage import checkpoint, checkpoint_checks, hub
 from drlora_torch.storage.adapter_file import FILE_NAME
+from drlora_torch.storage.travel import settle
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
@@ -146,6 +147,7 @@ def write_adapters(model: nn.Module, folder: Path) -> None:
     """Write the active adapter to a folder, and inactive ones to folders of their names in it."""
     for name, attached in Residents.of(model).by_name.items():
         place = folder if is_active(attached) else folder / name
+        settle(attached)
         checkpoint.save(attached, place)
         logger.info("adapter %r is in %s", name, place)
 

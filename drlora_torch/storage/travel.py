@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,30 @@ class AdapterState(nn.Module):
         """Take a state that was written into the one given, and so into the rows, in place.
 
         Checkpoints of torch.distributed and averages of weights are loaded like that.
+
+        Raises:
+            CheckpointError: it does not fit; again at every use, until a state that fits is loaded.
         """
-        (given, version), self._given = self._given or (None, 0), None
-        attached = self._attached()
-        if given is None or given._version == version or attached is None:
+        attached, written = self._attached(), self._given
+        if attached is None or written is None or written[0]._version == written[1]:
             return
-        prefix, state = "", dict(attached.model.state_dict())
-        state[_key_of(attached, prefix)] = given
-        taken = _trained_keys(attached, state, prefix)
-        saved = _read(attached, state, prefix, taken)
-        checkpoint.commit(attached, checkpoint.check_restorable(attached, saved, check_base=False))
+        self._given = None  # the state dict below asks again
+        try:
+            prefix, state = "", dict(attached.model.state_dict())
+            state[_key_of(attached, prefix)] = written[0]
+            taken = _trained_keys(attached, state, prefix)
+            saved = _read(attached, state, prefix, taken)
+            checked = checkpoint.check_restorable(attached, saved, check_base=False)
+        except BaseException:
+            self._given = written
+            raise
+        self._given = None
+        checkpoint.commit(attached, checked)
+
+    def forget(self) -> None:
+        """Forget what was given: another state takes its place."""
+        self._given = None
+        self._base.clear()
 
     def set_extra_state(self, state: Any) -> None:
         """Taken by the model's own hooks, together with the rows."""
@@ -150,16 +164,34 @@ def follow_state_dict(attached: Attached) -> Callable[[], None]:
         lora.add_module(CHILD, carrier)
         undo.callback(lora._modules.pop, CHILD)
         undo.callback(attached.model.register_forward_pre_hook(carrier.settle).remove)
-        loading = _Loading(attached)
+        loading = _Loading(attached, carrier)
         undo.callback(loading.remove)
         return undo.pop_all().close
+
+
+def settle(attached: Attached) -> None:
+    """Take a state that was written into the model's state dict in place, before it is used."""
+    for carrier in _carriers(attached):
+        carrier.settle()
+
+
+def forget(attached: Attached) -> None:
+    """Forget such a state: the adapter has been brought to another one."""
+    for carrier in _carriers(attached):
+        carrier.forget()
+
+
+def _carriers(attached: Attached) -> Iterator[AdapterState]:
+    for layer in attached.layers.values():
+        yield from (child for child in layer.lora.children() if isinstance(child, AdapterState))
 
 
 class _Loading:
     """Takes part in the model's ``load_state_dict``."""
 
-    def __init__(self, attached: Attached) -> None:
+    def __init__(self, attached: Attached, carrier: AdapterState) -> None:
         self._attached = weakref.ref(attached)
+        self._carrier = carrier
         self._prefix = ""  # of the model in the state that is being loaded
         self._checked: checkpoint.Checked | None = None
         self._complete: set[str] = set()  # keys that may be missing
@@ -196,6 +228,7 @@ class _Loading:
                 "Trainer(..., callbacks=[DRLoRACallback(adapter)]); to load other weights of the "
                 "base: detach() first"
             )
+        self._carrier.forget()
         alone = not any(_is_of_base(key, places) for key in state)
         taken = _trained_keys(attached, state, prefix)
         saved = _read(attached, state, prefix, taken)

@@ -151,7 +151,7 @@ def test_the_size_never_changes(config: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("next_use", ["forward", "state_dict"])
+@pytest.mark.parametrize("next_use", ["forward", "state_dict", "save"])
 def test_a_state_that_is_written_in_place_is_taken(next_use: str, tmp_path: Path) -> None:
     """As checkpoints of torch.distributed are read, and as averages of weights are put in."""
     (source, first, moments), (model, adapter, optimizer) = trained(), started()
@@ -160,10 +160,31 @@ def test_a_state_that_is_written_in_place_is_taken(next_use: str, tmp_path: Path
     if next_use == "state_dict":
         assert model.state_dict()
         assert adapter.engine.step_count == 5
+    if next_use == "save":
+        adapter.save_pretrained(tmp_path / "adapter")
+        assert drlora_torch.load(models.build(), tmp_path / "adapter").engine.step_count == 5
     optimizer.load_state_dict(copy.deepcopy(moments.state_dict()))
     for seed in range(5, 8):
         assert helpers.step(model, optimizer, seed) == helpers.step(source, moments, seed)
     assert helpers.rank_history(adapter) == helpers.rank_history(first)
+
+
+def test_a_state_written_in_place_that_does_not_fit_stops_every_use(tmp_path: Path) -> None:
+    """The rows are gone already; nothing goes on with them until another state is loaded."""
+    source, (model, adapter, _) = trained(config={"gamma": 0.5})[0], trained(2)
+    adapter.save_pretrained(tmp_path / "before")
+    kept = copy.deepcopy(model.state_dict())
+    for key, value in model.state_dict().items():
+        value.copy_(source.state_dict()[key])
+    for use in (lambda: model(models.tokens()), lambda: adapter.save_pretrained(tmp_path)) * 2:
+        with pytest.raises(CheckpointError, match="gamma"):
+            use()
+    model.load_state_dict(kept)
+    wanted = model.eval()(models.tokens()).logits
+    for key, value in model.state_dict().items():
+        value.copy_(source.state_dict()[key])
+    adapter.restore(tmp_path / "before", check_base=False)
+    assert torch.equal(model(models.tokens()).logits, wanted)
 
 
 def test_the_adapter_alone_is_a_complete_state() -> None:

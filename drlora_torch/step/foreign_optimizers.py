@@ -26,10 +26,10 @@ MANY = 20
 RIGHT = "make the optimizer after attach:\n    optimizer = AdamW(adapter.parameters())"
 
 
-class Strangers:
+class ForeignOptimizers:
     """Watches the optimizers of the process that hold no parameter of one adapter."""
 
-    _newest: ClassVar[weakref.ref[Strangers] | None] = None
+    _newest: ClassVar[weakref.ref[ForeignOptimizers] | None] = None
     """That of the adapter whose experts a backward pass has reached last."""
 
     def __init__(self, attached: Attached) -> None:
@@ -46,7 +46,7 @@ class Strangers:
 
     def reached(self) -> None:
         """Note that a backward pass has reached the experts."""
-        Strangers._newest = weakref.ref(self)
+        ForeignOptimizers._newest = weakref.ref(self)
 
     def check(
         self, optimizer: Optimizer, attached: Attached, *, waiting: bool, has_closure: bool
@@ -63,7 +63,7 @@ class Strangers:
             AttachError: the optimizer holds only what ``attach`` has frozen, or the LoRA of an
                 adapter that is gone.
         """
-        newest = None if Strangers._newest is None else Strangers._newest()
+        newest = None if ForeignOptimizers._newest is None else ForeignOptimizers._newest()
         if not waiting or newest is not self:
             return
         if optimizer in self._beside:
