@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from drlora_torch.lifecycle.residents import Residents, active_tracker, check_na
 from drlora_torch.models.balancing import active_coefficient
 from drlora_torch.models.discovery import choose_layers, discover
 from drlora_torch.models.records import MoELayer
-from drlora_torch.models.sharding import check_whole
+from drlora_torch.models.sharding import check_sharding, reshard
 from drlora_torch.models.wrappers import check_parts, check_wrappers, unwrapped
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.notices import advise_against_balancing
@@ -49,6 +49,7 @@ def attach(
     newborn: Literal["corrected", "plain"] = "corrected",
     rslora: bool = False,
     kernel: Literal["auto", "ragged", "grouped"] = "auto",
+    process_group: Any = None,
     record: str | os.PathLike[str] | None = None,
 ) -> Adapter:
     """Freeze a model, add LoRA with dynamic ranks to its experts, and start observing.
@@ -83,6 +84,8 @@ def attach(
         rslora: scale by alpha / sqrt(r_target) instead.
         kernel: ``ragged`` loops over experts and takes all dtypes; ``grouped`` uses torch's
             ``grouped_mm``; ``auto`` takes ``grouped`` on GPUs. Results are equal to rounding.
+        process_group: the processes of ``torch.distributed`` that train this adapter together,
+            where others train something else; default: all.
         record: directory for a recording of all statistics, see ``engine.record_to``.
 
     Returns:
@@ -128,10 +131,11 @@ def attach(
     check_name(adapter_name, residents.by_name)
     check_new(engine)
     attached = _build(adapter_name, residents, engine, options, found)
+    attached.process_group = process_group
     draw(attached)
     with _entered(residents, attached, holder):
         _add_layers(attached)
-        if record is not None and is_first_process():
+        if record is not None and is_first_process(process_group):
             engine.record_to(record)
         handle = _handle(attached)
     advise_against_balancing(attached, active_coefficient(model))
@@ -147,6 +151,7 @@ def load(
     trainable: bool = True,
     check_base: bool = True,
     revision: str | None = None,
+    process_group: Any = None,
 ) -> Adapter:
     """Attach a saved adapter to its base model, ready to be used or trained further.
 
@@ -160,6 +165,7 @@ def load(
         trainable: False to use it only: nothing is counted and nothing requires gradients.
         check_base: False to load onto a model whose expert weights are not those of the training.
         revision: branch, tag or commit, for a repository.
+        process_group: as for :func:`attach`.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
@@ -174,6 +180,7 @@ def load(
     events = checkpoint.check(saved, engine, model, found, check_base)
     options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
     attached = _build(adapter_name, residents, engine, options, found)
+    attached.process_group = process_group
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
     with _entered(residents, attached, holder):
@@ -228,7 +235,8 @@ def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
     check_wrappers(model)
     model = unwrapped(model)
     found = discover(model)
-    check_whole(model)
+    check_sharding(model)
+    reshard(model, [layer.name for layer in found])
     for layer in found:
         check_parts(model, layer.name)
     return model, found

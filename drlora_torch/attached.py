@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,6 +68,8 @@ class Attached:
     there from the start, or need no correction any more."""
     modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     """Modules of the base that learn whole (``modules_to_save``), by name."""
+    process_group: Any = None
+    """The processes that train the adapter together; None for all."""
     events: list[GrowthEvent] = dataclasses.field(default_factory=list)
     skipped_steps: int = 0
     enabled: bool = True

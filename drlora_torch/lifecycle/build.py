@@ -14,6 +14,7 @@ from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray, SlotTable
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.records import MoELayer
+from drlora_torch.models.sharding import find_spread
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.newborn import OLD
 
@@ -61,6 +62,8 @@ def _adapt(
         options.kernel,
     )
     lora.to(device=weight.device, dtype=options.lora_dtype(weight.dtype))
+    if (spread := find_spread(model, record.name)) is not None:
+        lora.shard(spread)
     router = None if record.router is None else model.get_submodule(record.router)
     return AdaptedLayer(record, experts, lora, router)
 

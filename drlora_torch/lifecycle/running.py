@@ -39,7 +39,8 @@ class Running:
             convention = convention_of(layer.experts)
             weight = convention.first_weight(layer.experts)
             assert weight is not None
-            layer.lora.to(device=weight.device)
+            if layer.lora.spread is None:
+                layer.lora.to(device=weight.device)
             layer.lora.train(layer.experts.training)
             self._undo.callback(convention.install(layer.experts, layer.lora, self.tracker))
         show_trained(attached, True)

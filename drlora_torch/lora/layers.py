@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.kernels import Kernel, LoRAFactors
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import FREE, Born, IntArray, SlotTable
+from drlora_torch.lora.spread import Spread
 
 
 class ProjectionShape(NamedTuple):
@@ -41,18 +43,23 @@ class SlotLoRA(nn.Module):
     @torch.no_grad()
     def birth(self, born: Born) -> None:
         """Draw fresh rows of A and zero those of B, so that the layer's function stays."""
-        if not born.slots.size:
-            return
-        drawn = [self.rows.draw(*each) for each in zip(born.experts, born.positions, strict=True)]
-        slots = torch.from_numpy(born.slots).to(self.lora_A.device)
-        self.lora_A[slots] = torch.from_numpy(np.stack(drawn)).to(self.lora_A)
-        self.lora_B[slots] = 0.0
+        here, rows = parts.find_rows(self.lora_A, born.slots)
+        if here.size:
+            owners = zip(born.experts[here], born.positions[here], strict=True)
+            drawn = np.stack([self.rows.draw(*each) for each in owners])
+            lora_A = parts.local(self.lora_A)
+            lora_A[rows] = torch.from_numpy(drawn).to(lora_A)
+        _zero(self.lora_B, born.slots)
 
     @torch.no_grad()
     def clear(self, slots: IntArray) -> None:
         """Zero the rows of freed slots."""
-        index = torch.from_numpy(slots).to(self.lora_A.device)
-        self.lora_A[index] = self.lora_B[index] = 0.0
+        _zero(self.lora_A, slots)
+        _zero(self.lora_B, slots)
+
+
+def _zero(parameter: Tensor, rows: IntArray) -> None:
+    parts.local(parameter)[parts.find_rows(parameter, rows)[1]] = 0.0
 
 
 class ExpertLoRA(nn.Module):
@@ -91,12 +98,19 @@ class ExpertLoRA(nn.Module):
         for projection, shape in shapes.items():
             rows = RowGenerator(seed, name, projection, shape.in_features)
             self.projections[projection] = SlotLoRA(shape, table.num_slots, rows)
+        self.spread: Spread | None = None
+        """Where the rows of A and B are, if the experts were spread over processes before."""
         self._owned: _Owned | None = None  # of the table as it is now, on one device
-        self._free: Tensor | None = None  # likewise
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where forwards run; parameters may rest elsewhere (CPU offload)."""
+        mesh = getattr(next(self.parameters()), "device_mesh", None)
+        return self.device if mesh is None else torch.device(mesh.device_type)
 
     def items(self) -> list[tuple[str, SlotLoRA]]:
         return list(self.projections.items())  # type: ignore[arg-type]
@@ -105,6 +119,13 @@ class ExpertLoRA(nn.Module):
         """A and B of all projections, as files name them: ``{layer}/{projection}/lora_A``."""
         named = self.projections.named_parameters()
         return {f"{self.name}/{key.replace('.', '/')}": parameter for key, parameter in named}
+
+    def shard(self, spread: Spread) -> None:
+        """Spread A and B over the processes that hold the experts."""
+        self.spread = spread
+        for _, projection in self.items():
+            projection.lora_A = spread.shard(projection.lora_A)
+            projection.lora_B = spread.shard(projection.lora_B)
 
     def draw(self) -> None:
         """Draw the starting rows of A of every slot that has an owner."""
@@ -115,43 +136,46 @@ class ExpertLoRA(nn.Module):
         """Initialise slots that the table has just given to experts."""
         for _, projection in self.items():
             projection.birth(born)
-        self._owned = self._free = None
+        self._owned = None
 
     def clear(self, slots: IntArray) -> None:
         """Zero slots that the table has just freed."""
         for _, projection in self.items():
             projection.clear(slots)
-        self._owned = self._free = None
+        self._owned = None
 
     @torch.no_grad()
     def load(self, owner: IntArray, position: IntArray, tensors: Mapping[str, Tensor]) -> None:
         """Take a saved slot table and the values of A and B, named as :meth:`tensors` does."""
         self.table.load(owner, position)
         for key, parameter in self.tensors().items():
-            parameter.copy_(tensors[key])
-        self._owned = self._free = None
+            parts.write(parameter, tensors[key])
+        self._owned = None
 
-    def free_index(self) -> Tensor:
-        """Slots without an owner, int64, uploaded once for each change of the table or device."""
-        if self._free is None or self._free.device != self.device:
-            free = np.flatnonzero(self.table.owner == FREE)
-            self._free = torch.from_numpy(free).to(self.device)
-        return self._free
-
-    @torch.no_grad()
-    def zero_free_slots(self) -> None:
-        """Zero the rows of all slots without an owner."""
-        for parameter in self.parameters():
-            parameter[self.free_index()] = 0.0
+    def free_slots(self) -> IntArray:
+        """Slots without an owner, int64."""
+        return np.flatnonzero(self.table.owner == FREE)
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""
         slots = dict(self.items()).get(projection)
         if slots is None:
             return None
-        owned = self._owned_on(slots.lora_A.device)
+        lora_A: Tensor = slots.lora_A
+        lora_B: Tensor = slots.lora_B
+        owners, padded = self._owned_on(lora_A.device)
+        if self.spread is not None:
+            lora_A = self.spread.gather(lora_A, projection, "lora_A")
+            lora_B = self.spread.gather(lora_B, projection, "lora_B")
+            owners, padded = owners[self.spread.experts], padded[self.spread.experts]
         dropout = self.dropout if self.training else 0.0
-        return LoRAFactors(slots.lora_A, slots.lora_B, *owned, self.scaling, dropout, self.kernel)
+        return LoRAFactors(lora_A, lora_B, owners, padded, self.scaling, dropout, self.kernel)
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts whose weights are here; all, but for expert parallelism."""
+        chosen = slice(None) if self.spread is None else self.spread.experts
+        return len(range(self.table.num_experts)[chosen])
 
     @torch.no_grad()
     def delta_weight(self, projection: str, expert: int) -> Tensor:

@@ -12,13 +12,15 @@ Shape letters: T tokens, K experts per token, H model width.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import ATTACHMENT, Observer, Undo, give_lora
@@ -48,13 +50,38 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
     remove_lora = give_lora(module, lora, observer)
     vars(module)[BASE_CONFIG] = base_config
     module.config = config
+    stop_counting = _count_before_dispatch(module, lora, observer)
 
     def remove() -> None:
+        stop_counting()
         module.config = base_config
         del vars(module)[BASE_CONFIG]
         remove_lora()
 
     return remove
+
+
+def is_expert_parallel(module: Any) -> bool:
+    """True if Transformers has given the experts of a layer to several processes."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
+def _count_before_dispatch(module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
+    """Count the routing of a process's own tokens: its experts see those of others.
+
+    How the tokens get there differs with the layer, and so do the indices that experts see.
+    """
+    if not is_expert_parallel(module):
+        return lambda: None
+    parameters = inspect.signature(module.forward)
+
+    def count(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        if observer.enabled:
+            _, index, weights = parameters.bind(*args, **kwargs).arguments.values()
+            observer.routed(lora, output, index, parts.local(weights))
+
+    handle = module.register_forward_hook(count, with_kwargs=True)
+    return cast("Undo", handle.remove)
 
 
 # It loops over experts and observes: a compiled model leaves its graph here.
@@ -76,7 +103,7 @@ def experts_forward(
     bias_1, bias_2 = (
         getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, second)
     )
-    dispatch = Dispatch.sort(top_k_index, lora.table.num_experts)
+    dispatch = Dispatch.sort(top_k_index, lora.num_local_experts)
     project = INTERFACE.projector(module, lora, dispatch)
     rows = project(first, hidden_states, bias_1, gather=True)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
@@ -86,7 +113,8 @@ def experts_forward(
     else:
         output = project(second, rows, bias_2, routing_weights=top_k_weights)
     output = output.to(hidden_states.dtype)
-    observer.routed(lora, output, top_k_index, top_k_weights)
+    if not is_expert_parallel(module):  # else it is counted before the tokens travel
+        observer.routed(lora, output, top_k_index, top_k_weights)
     return output
 
 

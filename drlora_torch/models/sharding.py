@@ -1,43 +1,141 @@
-"""Models whose parameters are spread over processes, which drlora does not train yet.
+"""Models that are spread over processes before ``attach``: by ``fully_shard`` or Transformers.
 
-Each process would train a LoRA of its own, or none, without a word.
+What is read here is where the weights of a layer's experts are; the LoRA then goes by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from drlora_torch.errors import AttachError
+from drlora_torch.lora import parts
+from drlora_torch.lora.spread import Spread, find_features
+from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.location import ExpertParameter
 
-RIGHT = (
-    "drlora trains models that every process holds whole; wrap such a model after attach:\n"
-    "    adapter = attach(model, engine)\n"
-    "    parallel = DistributedDataParallel(model)"
+INSTEAD = (
+    "drlora trains models in DistributedDataParallel, fully_shard, or Transformers' "
+    "DistributedConfig(fsdp_size=, ep_size=, tp_size=)"
 )
-SIZES = ("tp_size", "ep_size", "fsdp_size", "pp_size", "dp_replicate_size")
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse to adapt a model that is spread over processes.
+def check_sharding(model: nn.Module) -> None:
+    """Refuse a model whose layers are on different processes.
 
     Raises:
-        AttachError: ``fully_shard`` or a DistributedConfig of Transformers has sharded it.
+        AttachError: it is cut into the stages of a pipeline.
     """
+    if _size(model, "pp_size") > 1:
+        raise AttachError(
+            f"the model is cut into stages of a pipeline (pp_size={_size(model, 'pp_size')}), so "
+            f"no process sees all layers and no budget spans them; {INSTEAD}"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True if processes hold some parameter of a model together."""
+    return any(parts.is_sharded(parameter) for parameter in model.parameters())
+
+
+def find_spread(model: nn.Module, layer: str) -> Spread | None:
+    """Where the experts of a layer are; None if every process has them whole.
+
+    Raises:
+        AttachError: they are spread in a way that their convention, or drlora, cannot follow.
+    """
+    experts = model.get_submodule(layer)
+    weight: Any = convention_of(experts).first_weight(experts)
+    if not parts.is_sharded(weight):
+        return None
+    if not _is_by_transformers(model):
+        kinds = tuple(weight.placements)
+        return Spread(
+            mesh=weight.device_mesh,
+            placements=tuple(_by_rows(kind) for kind in kinds),
+            batches=weight.device_mesh.size(),
+        )
+    return _spread_by_transformers(model, layer, experts)
+
+
+def reshard(model: nn.Module, layers: Iterable[str]) -> None:
+    """Free gathered copies around some layers, so that their parameters are the sharded ones.
+
+    A forward without a backward pass may leave them (``reshard_after_forward=False``).
+    """
+    for module in _around(model, layers):
+        if hasattr(module, "reshard") and hasattr(module, "set_reshard_after_forward"):
+            module.reshard()
+
+
+def _around(model: nn.Module, layers: Iterable[str]) -> list[Any]:
+    """The modules that hold some layers, the layers, and the model, each once."""
+    found: dict[int, nn.Module] = {id(model): model}
+    for layer in layers:
+        module = model
+        for name in layer.split("."):
+            module = module.get_submodule(name)
+            found[id(module)] = module
+    return list(found.values())
+
+
+def _by_rows(placement: Any) -> Any:
+    from torch.distributed.tensor import Shard
+
+    return placement if placement.is_replicate() else Shard(0)
+
+
+def _is_by_transformers(model: nn.Module) -> bool:
+    return _size(model, "tp_size") > 1 or _size(model, "ep_size") > 1
+
+
+def _size(model: nn.Module, name: str) -> int:
     config: Any = getattr(getattr(model, "config", None), "distributed_config", None)
-    sizes = {name: getattr(config, name, None) or 1 for name in SIZES}
-    spread = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
-    if spread or is_sharded(model.parameters()):
-        how = f"DistributedConfig({spread})" if spread else "fully_shard"
-        raise AttachError(f"the model is sharded over processes by {how}; {RIGHT}")
+    return int(getattr(config, name, None) or 1)
 
 
-def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
-    """True if a process holds only a part of some parameter, a DTensor."""
-    if not distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
+def _spread_by_transformers(model: nn.Module, layer: str, experts: Any) -> Spread:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
 
-    return any(isinstance(parameter, DTensor) for parameter in parameters)
+    convention = convention_of(experts)
+    if convention.name != "interface":
+        raise AttachError(
+            f"the experts of {layer!r} ({type(experts).__name__}) run in a way that cannot be "
+            "followed under tensor or expert parallelism; use DistributedConfig(fsdp_size=) alone"
+        )
+    weight: Any = convention.first_weight(experts)
+    world = distributed.group.WORLD
+    assert world is not None
+    mesh = DeviceMesh.from_group(world, weight.device_mesh.device_type)
+    batches = _size(model, "dp_replicate_size") * _size(model, "fsdp_size")
+    by_expert = getattr(experts, "_is_expert_parallel", False)
+    chosen = _experts_here(weight, experts.num_experts) if by_expert else slice(None)
+    return Spread(
+        mesh=mesh,
+        placements=(Shard(0),),
+        batches=batches,
+        experts=chosen,
+        features={} if by_expert else dict(_features_here(experts)),
+    )
+
+
+def _experts_here(weight: Any, count: int) -> slice:
+    """The experts that a process computes under expert parallelism, ``count`` of them."""
+    first = weight.device_mesh.get_local_rank("ep") * count
+    return slice(first, first + count)
+
+
+def _features_here(experts: Any) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Input and output features of each projection that a process computes with."""
+    convention = convention_of(experts)
+    for projection in convention.projection_shapes(experts):
+        where = convention.location(experts, projection)
+        assert isinstance(where, ExpertParameter)
+        weight: Any = getattr(experts.get_submodule(where.module), where.name)
+        for name, dimension in (("lora_A", 2), ("lora_B", 1)):
+            at = 3 - dimension if where.transposed else dimension
+            if (chosen := find_features(weight, at)) is not None:
+                yield (projection, name), chosen

@@ -6,13 +6,16 @@ decisions. Where it does not know the LoRA, the copies would drift apart without
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
+from drlora_torch.lora import parts
+from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.step.processes import several_processes
 
 TOLERANCE = 1e-4  # of the standard deviation over processes, relative to the mean
@@ -29,12 +32,14 @@ APART = (
 )
 
 
-def probe(lora: Iterable[nn.Parameter], slots: Mapping[str, Tensor]) -> NDArray[np.float64]:
+def probe(attached: Attached, slots: Mapping[str, Tensor]) -> NDArray[np.float64]:
     """What a process adds to the sum over all: 1, its total importance, and that squared.
 
-    At the first step all importance is 0, since B is; then the total size of the gradients.
+    At the first step all importance is 0, since B is; then the total size of the gradients. Rows
+    that processes hold together have one gradient.
     """
-    if not several_processes():
+    lora = lora_parameters(attached)
+    if not several_processes(attached.process_group) or any(map(parts.is_sharded, lora)):
         return np.zeros(3)
     total = sum(float(values.sum()) for values in slots.values())
     if not total:

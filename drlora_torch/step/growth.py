@@ -63,11 +63,13 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
     for layer in attached.layers.values():
         on_cpu = [p for p in layer.lora.parameters() if p.device.type == "cpu"]
         drifting = [p for p in on_cpu if is_quantized(optimizer, p)]
-        if (tested and not drifting) or not layer.lora.free_index().numel():
+        free = layer.lora.free_slots()
+        if (tested and not drifting) or not free.size:
             continue
-        layer.lora.zero_free_slots()
+        for _, projection in layer.lora.items():
+            projection.clear(free)
         for parameter in drifting:
-            clear_state(optimizer, parameter, layer.lora.free_index().numpy())
+            clear_state(optimizer, parameter, free)
 
 
 def check_optimizer(attached: Attached, optimizer: Optimizer) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.step.processes import several_processes
 
 
 @torch.no_grad()
@@ -32,13 +32,24 @@ def slot_importance(lora: ExpertLoRA) -> Tensor:
 
     Returns:
         float64 [P] on the device of the parameters. A parameter without a gradient (nothing was
-        routed there) adds 0.
+        routed there) adds 0. Where processes hold rows together, the share of this one: the sum
+        over all is s.
     """
     total = _zeros(lora)
     for parameter in lora.tensors().values():
         if parameter.grad is not None:
-            total += mean_sensitivity(parameter, parameter.grad)
+            total += _row_importance(parameter, parameter.grad)
     return total
+
+
+def _row_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The importance of the rows that are here, in their places, [P]."""
+    here = mean_sensitivity(parts.local(parameter), parts.local(gradient))
+    if not parts.is_sharded(parameter):
+        return here
+    places = torch.from_numpy(parts.held_rows(parameter)).to(here.device)
+    everywhere = here.new_zeros(len(parameter))
+    return everywhere.index_copy_(0, places, here / parts.num_holders(parameter))
 
 
 class ImportanceReader:
@@ -46,13 +57,12 @@ class ImportanceReader:
 
     Autograd's accumulation hooks see the gradient summed over the micro-batches so far, so the
     last value of a step is that of its whole gradient, and it survives ``zero_grad``. With several
-    processes the gradients are read at the end of the backward pass, when they are averaged.
+    processes :meth:`read` follows at the end of the backward pass, when gradients are averaged.
     """
 
     def __init__(self, loras: Iterable[ExpertLoRA]) -> None:
         self.parts: dict[str, Tensor] = {}
         """What was read since the last :meth:`take`, float64 [P] by parameter."""
-        self._late: dict[str, Tensor] = {}  # parameters to read when the backward pass has ended
         self._handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, key))  # type: ignore[no-untyped-call]
             for lora in loras
@@ -68,26 +78,18 @@ class ImportanceReader:
         self.parts.clear()
         return taken
 
+    def read(self, lora: ExpertLoRA) -> None:
+        """Read the gradients of a layer as they are now."""
+        for key, parameter in lora.tensors().items():
+            self._arrived(key, parameter)
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def _arrived(self, key: str, parameter: Tensor) -> None:
-        self._late[key] = parameter
-        if not several_processes():
-            self._read()
-            return
-        # Callbacks run in order at the end of the backward pass; one that is queued by a callback
-        # comes after that of DistributedDataParallel, which averages. A backward pass that fails
-        # drops its callbacks, so each arrival queues one; the first that runs reads everything.
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._read))
-
-    def _read(self) -> None:
-        late, self._late = self._late, {}
-        for key, parameter in late.items():
-            if parameter.grad is not None:
-                self.parts[key] = mean_sensitivity(parameter, parameter.grad)
+        if parameter.grad is not None:
+            self.parts[key] = _row_importance(parameter, parameter.grad)
 
 
 def _zeros(lora: ExpertLoRA) -> Tensor:

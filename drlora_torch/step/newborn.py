@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray
 from drlora_torch.step.optimizers.adafactor import ADAFACTOR
@@ -27,6 +28,7 @@ from drlora_torch.step.optimizers.correction import (
     Snapshot,
     count_steps,
     find_count,
+    local_state,
 )
 from drlora_torch.step.optimizers.names import TORCHAO, algorithm, class_names
 from drlora_torch.step.optimizers.schedule_free import SCHEDULE_FREE
@@ -83,15 +85,17 @@ def snapshot(loras: Iterable[ExpertLoRA], ages: Ages, optimizer: Optimizer) -> l
         young = np.flatnonzero(ages[lora.name] != OLD)
         if not young.size:
             continue
-        rows = torch.from_numpy(young).to(lora.device)
-        counts = ages[lora.name][young] + 1
         for parameter in lora.tensors().values():
             if parameter.grad is None or parameter not in groups:
                 continue
-            values = parameter.index_select(0, rows)
-            state = optimizer.state.get(parameter, {})
+            here, rows = parts.find_rows(parameter, young)
+            counts = ages[lora.name][young[here]] + 1
+            weights, gradient = parts.local(parameter), parts.local(parameter.grad)
+            state = local_state(optimizer, parameter)
             copies = {k: state[k].index_select(0, rows) for k in correction.keep if k in state}
-            kept.append(Snapshot(parameter, groups[parameter], rows, values, counts, copies))
+            values = weights.index_select(0, rows)
+            group = groups[parameter]
+            kept.append(Snapshot(parameter, weights, gradient, group, rows, values, counts, copies))
     if correction.before is not None:
         for each, t in zip(kept, count_steps(optimizer, kept), strict=True):
             correction.before(optimizer, each, t)

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from drlora_torch.attached import Attached
 
 
 def observe(
-    attached: Attached, totals: Mapping[str, NDArray[np.float64]], slots: Mapping[str, Tensor]
+    attached: Attached,
+    totals: Mapping[str, NDArray[np.float64]],
+    slots: Mapping[str, NDArray[np.float64]],
 ) -> None:
     """Hand the samples of a step to the engine; a layer that saw no token has none.
 
@@ -27,7 +28,7 @@ def observe(
     samples = {
         name: (
             totals[name][:-1] / totals[name][-1],
-            layer.lora.table.per_dimension(slots[name].cpu().numpy()),
+            layer.lora.table.per_dimension(slots[name]),
         )
         for name, layer in attached.layers.items()
         if totals[name][-1] != 0

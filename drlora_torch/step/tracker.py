@@ -23,16 +23,18 @@ from torch.optim import Optimizer
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
+from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.models.sharding import RIGHT, is_sharded
+from drlora_torch.models.sharding import reshard
 from drlora_torch.options import Newborn
-from drlora_torch.step import agreement, growth, hooks, newborn, parameters, samples
+from drlora_torch.step import growth, hooks, newborn, parameters, samples, warmup
+from drlora_torch.step.exchange import exchange
 from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
 from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
-from drlora_torch.step.processes import sum_over_processes
+from drlora_torch.step.processes import several_processes, sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
 from drlora_torch.step.witness import GradientWitness
 
@@ -49,6 +51,8 @@ class StepTracker:
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self._notices = Notices()
+        self._witness = GradientWitness()
+        self._reached: dict[str, None] = {}  # layers of the backward pass that is running
         self._foreign = ForeignOptimizers(attached)
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
@@ -60,8 +64,6 @@ class StepTracker:
         with contextlib.ExitStack() as undo:
             self._watch = ForwardWatch(attached.model, attached.layers)
             undo.callback(self._watch.remove)
-            self._witness = GradientWitness(self._watched())
-            undo.callback(self._witness.remove)
             self._reader: ImportanceReader | None = None
             if not attached.options.auto_step:
                 self._reader = ImportanceReader(self._loras())
@@ -109,6 +111,7 @@ class StepTracker:
         if self._begins(routing) and self._sums and self._cleared():
             self.forget()
         self._newest_counted = self._forwards
+        self._expect_gradients(routing.layer)
         self._foreign.reached()
         layer = self.attached.layers[routing.layer]
         self._notices.check_training(layer)
@@ -118,6 +121,29 @@ class StepTracker:
         if routing.layer in self._sums:
             sums = self._sums[routing.layer] + sums
         self._sums[routing.layer] = sums
+
+    def _expect_gradients(self, layer: str) -> None:
+        """Look at the gradients of a layer once the running backward pass has ended.
+
+        Callbacks run in order; one that is queued by a callback comes after those of
+        DistributedDataParallel and ``fully_shard``, which average. A backward pass that fails
+        drops its callbacks, so each layer queues one; the first that runs looks at all.
+        """
+        self._witness.expect(layer, self.attached.layers[layer].lora.parameters())
+        self._reached[layer] = None
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self._backward_ended))
+
+    def _backward_ended(self) -> None:
+        reached, self._reached = self._reached, {}
+        several = several_processes(self.attached.process_group)
+        for name in reached:
+            lora = self.attached.layers[name].lora
+            self._witness.note(name, lora.parameters())
+            if several and self._reader is not None:
+                self._reader.read(lora)
+        if several and reached:
+            warmup.drop_gradients(self.attached)
 
     def _begins(self, routing: Routing) -> bool:
         """True for the first layer that the backward pass of a forward reaches."""
@@ -142,11 +168,15 @@ class StepTracker:
     def _lora_parameters(self) -> list[torch.nn.Parameter]:
         return parameters.lora_parameters(self.attached)
 
-    def _watched(self) -> dict[str, torch.nn.Parameter]:
-        return {lora.name: next(lora.parameters()) for lora in self._loras()}
-
     def _cleared(self) -> bool:
-        return self._witness.cleared(self._watched(), self._lora_parameters())
+        return self._witness.cleared(self._anywhere)
+
+    def _anywhere(self, here: bool) -> bool:
+        """True if something holds in any of the processes that hold the LoRA together."""
+        if not any(map(parts.is_sharded, self._lora_parameters())):
+            return here
+        device, group = self._loras()[0].compute_device, self.attached.process_group
+        return bool(sum_over_processes(np.array([float(here)]), device, group)[0])
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -154,6 +184,8 @@ class StepTracker:
         self, optimizer: Optimizer, closure: hooks.Closure | None
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
+        if several_processes(self.attached.process_group):
+            reshard(self.attached.model, self.attached.layers)
         if not self._holds_lora(optimizer):
             waits, later = bool(self._sums), closure is not None
             self._foreign.check(optimizer, self.attached, waiting=waits, has_closure=later)
@@ -177,8 +209,8 @@ class StepTracker:
         """Refuse a step of the adapter's optimizer that would train something else."""
         parameters.check_in_place(self.attached)
         check_fresh(optimizer, self.attached)
-        if is_sharded(self._lora_parameters()):
-            raise AttachError(f"the LoRA is sharded over processes by fully_shard; {RIGHT}")
+        if optimizer not in self._checked:
+            parameters.check_rows(self.attached)
         if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
                 "an optimizer step inside adapter.disabled() would move the base model's own "
@@ -203,6 +235,8 @@ class StepTracker:
             return
         if all(parameter.grad is None for parameter in self._lora_parameters()):
             return  # this step does not train the adapter
+        if not self._sums and _is_at_rest(optimizer):
+            return  # torch.distributed.checkpoint steps a fresh optimizer to see its state
         scale = getattr(optimizer, "grad_scale", None)
         loras = self._loras()
         slots = {} if self.attached.paused else {lora.name: slot_importance(lora) for lora in loras}
@@ -248,9 +282,11 @@ class StepTracker:
             self.forget()
             self._grow_older()
             return None
-        routing = self._take_routing(slots)
+        sums = {name: self._local_sums(name) for name in self._sums}
+        self.forget()
+        routing, importance = exchange(self.attached, sums, slots)
         growth.check_event(self.attached)
-        samples.observe(self.attached, routing, slots)
+        samples.observe(self.attached, routing, importance)
         self._grow_older()
         event = self.attached.engine.step()
         if event is not None:
@@ -262,16 +298,6 @@ class StepTracker:
         if self._horizon:
             newborn.grow_older(self.attached.ages, self._horizon)
         self._horizon = 0.0
-
-    def _take_routing(self, slots: dict[str, Tensor]) -> dict[str, NDArray[np.float64]]:
-        """Routing sums of the step over all processes, [N + 1] by layer; counting restarts."""
-        local = [self._local_sums(name) for name in self.attached.layers]
-        local.append(agreement.probe(self._lora_parameters(), slots))
-        self.forget()
-        summed = sum_over_processes(np.concatenate(local), self._loras()[0].device)
-        *parts, probe = np.split(summed, np.cumsum([part.size for part in local])[:-1])
-        agreement.check(probe)
-        return dict(zip(self.attached.layers, parts, strict=True))
 
     def _local_sums(self, name: str) -> NDArray[np.float64]:
         if name not in self._sums:
@@ -298,7 +324,7 @@ class StepTracker:
                 if parameter.grad is not None:
                     found[f"{GRADIENT}{key}"] = parameter.grad
         if self._reader is not None:
-            found |= {f"{IMPORTANCE}{key}": part for key, part in self._reader.parts.items()}
+            found |= {f"{IMPORTANCE}{key}": read for key, read in self._reader.parts.items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -307,13 +333,16 @@ class StepTracker:
         importance: dict[str, Tensor] = {}
         for key, parameter in parameters.parameters_by_key(self.attached).items():
             gradient = state.get(f"{GRADIENT}{key}")
-            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
-            if (part := state.get(f"{IMPORTANCE}{key}")) is not None:
-                importance[key] = part.to(parameter.device)
+            if gradient is not None:
+                gradient = gradient.to(parameter.device, parameter.dtype, copy=True)
+            parameter.grad = gradient
+            if (read := state.get(f"{IMPORTANCE}{key}")) is not None:
+                importance[key] = read.to(parameter.device)
         if self._reader is not None:
             self._reader.parts = importance
         if any(key.startswith((GRADIENT, IMPORTANCE)) for key in state):
-            self._witness.note(self._watched())
+            for lora in self._loras():
+                self._witness.note(lora.name, lora.parameters())
         for name, layer in self.attached.layers.items():
             sums = state.get(f"{ROUTING}{name}")
             if sums is not None and sums[-1]:
@@ -324,6 +353,11 @@ def _skipped(optimizer: Optimizer) -> bool:
     """True for a fused optimizer that leaves the parameters as they are in this step."""
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, Tensor) and bool(found_inf.any())
+
+
+def _is_at_rest(optimizer: Optimizer) -> bool:
+    """True if an optimizer moves nothing."""
+    return all(not group.get("lr", 1.0) for group in optimizer.param_groups)
 
 
 def _call_once(output: Tensor, tracker: weakref.ref[StepTracker], routing: Routing) -> None:

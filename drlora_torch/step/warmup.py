@@ -33,7 +33,7 @@ def hold_routers(attached: Attached) -> Callable[[], None]:
         parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         for parameter in router_parameters(attached).values()
     ]
-    stop = hooks.follow_optimizers(attached, _drop_gradients, _do_nothing)
+    stop = hooks.follow_optimizers(attached, _drop_before_step, _do_nothing)
 
     def undo() -> None:
         stop()
@@ -47,28 +47,32 @@ def _is_warming_up(attached: Attached) -> bool:
     return attached.engine.step_count < attached.engine.config.warmup_steps
 
 
-def _drop_gradients(
+def drop_gradients(attached: Attached) -> None:
+    """Drop the gradients of routers that wait for the end of the warm-up.
+
+    ``fully_shard`` replaces parameters and their hooks, so this also follows each backward pass.
+    """
+    waits = attached.options.router is RouterMode.AFTER_WARMUP and attached.trainable
+    if waits and _is_warming_up(attached):
+        for parameter in router_parameters(attached).values():
+            parameter.grad = None
+
+
+def _drop_before_step(
     attached: Attached, optimizer: Optimizer, closure: hooks.Closure | None
 ) -> hooks.Closure | None:
     """Drop what was written after the gradients arrived, as DistributedDataParallel does.
 
     Its zeros would let weight decay move the routers.
     """
-    if not _is_warming_up(attached):
-        return None
-
-    def drop() -> None:
-        for parameter in router_parameters(attached).values():
-            parameter.grad = None
-
     if closure is None:
-        drop()
+        drop_gradients(attached)
         return None
     inner = closure
 
     def closure_then_drop() -> object:
         loss = inner()
-        drop()
+        drop_gradients(attached)
         return loss
 
     return closure_then_drop

@@ -7,69 +7,66 @@ wrote itself (a group without advantage, a masked batch) are no such sign.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
-from torch import Tensor, nn
+from torch import nn
+
+from drlora_torch.lora import parts
+
+ON_THE_WAY = -2  # where the backward pass has not ended yet
+NONE = -1
 
 
 class GradientWitness:
-    """Watches the gradient of one LoRA parameter of each layer for all of them.
+    """Watches the gradients of the layers that a backward pass has reached.
 
-    Args:
-        watched: those parameters, by layer.
+    It remembers the parameters as they were after that pass: between forward and backward,
+    ``fully_shard`` has others in the model, and the gradients are not theirs.
     """
 
-    def __init__(self, watched: Mapping[str, nn.Parameter]) -> None:
-        self._versions: dict[str, int] = {}  # of the gradients after the last backward pass
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(_noting(self._versions, name))  # type: ignore[no-untyped-call]
-            for name, parameter in watched.items()
-        ]
+    def __init__(self) -> None:
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._versions: dict[str, int] = {}  # of a gradient of each layer after its backward pass
 
     @property
     def seen(self) -> bool:
-        """True if gradients of this step have arrived."""
+        """True if gradients of this step have arrived, or were to."""
         return bool(self._versions)
 
-    def cleared(self, watched: Mapping[str, nn.Parameter], lora: list[nn.Parameter]) -> bool:
+    def expect(self, layer: str, lora: Iterable[nn.Parameter]) -> None:
+        """Note that a backward pass has reached a layer: its gradients come next."""
+        self._parameters.setdefault(layer, list(lora))
+        self._versions[layer] = ON_THE_WAY
+
+    def note(self, layer: str, lora: Iterable[nn.Parameter]) -> None:
+        """Note that the gradients of a layer have arrived."""
+        self._parameters[layer] = list(lora)
+        self._versions[layer] = self._version_now(layer)
+
+    def cleared(self, anywhere: Callable[[bool], bool]) -> bool:
         """True if gradients had arrived and there is nothing left of them.
 
         Args:
-            watched: as they are now.
-            lora: all parameters whose gradients are asked for.
+            anywhere: from what holds in this process to what holds in any of those that share rows:
+                free rows have no gradient, and a process may hold nothing else.
         """
-        gradients = [p.grad for p in lora if p.grad is not None]
-        if not self.seen or not gradients:
-            return self.seen
-        now = {name: _version_of(watched[name]) for name in self._versions}
+        now = {layer: self._version_now(layer) for layer in self._versions}
         if now == self._versions:
             return False  # nobody has written to them since
-        if any(bool(gradient.any()) for gradient in gradients):
-            self._versions.update(now)
+        every = [p.grad for lora in self._parameters.values() for p in lora]
+        gradients = [gradient for gradient in every if gradient is not None]
+        if not gradients:
+            return True
+        if anywhere(any(bool(parts.local(gradient).any()) for gradient in gradients)):
+            self._versions = now
             return False
         return True
 
-    def note(self, watched: Mapping[str, nn.Parameter]) -> None:
-        """Take gradients that were set by hand for some that have arrived."""
-        self._versions.update({name: _version_of(p) for name, p in watched.items()})
-
     def forget(self) -> None:
+        self._parameters.clear()
         self._versions.clear()
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _noting(versions: dict[str, int], name: str) -> Callable[[Tensor], None]:
-    """A hook; the garbage collector does not see it, so it must not refer to a model."""
-
-    def arrived(parameter: Tensor) -> None:
-        versions[name] = _version_of(parameter)
-
-    return arrived
-
-
-def _version_of(parameter: Tensor) -> int:
-    """How often the gradient was written to in place; -1 without one."""
-    return -1 if parameter.grad is None else parameter.grad._version
+    def _version_now(self, layer: str) -> int:
+        """How often its first gradient was written to in place; NONE without one."""
+        gradient = self._parameters[layer][0].grad
+        return NONE if gradient is None else parts.local(gradient)._version

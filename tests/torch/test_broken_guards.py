@@ -140,6 +140,7 @@ def count_at_once(
 ) -> None:
     """As if a forward counted, whether a backward pass follows or not."""
     call = self._watch.running
+    vars(self)["_expect_gradients"] = lambda layer: None  # only a backward pass can look forward
     self.reached(Routing(lora.name, 1, top_k_index, top_k_weights.detach(), call))
 
 
@@ -147,8 +148,9 @@ def count_each_time(output: Tensor, tracker: Any, routing: Routing) -> None:
     output.register_hook(lambda gradient: tracker().reached(routing))
 
 
-def no_gradient(self: GradientWitness, watched: Any, lora: list[Any]) -> bool:
-    return self.seen and not any(bool(p.grad.any()) for p in lora if p.grad is not None)
+def no_gradient(self: GradientWitness, anywhere: Any) -> bool:
+    gradients = [p.grad for lora in self._parameters.values() for p in lora]
+    return self.seen and not any(bool(g.any()) for g in gradients if g is not None)
 
 
 def checkpointing_trains() -> None:

@@ -18,6 +18,7 @@ from drlora_torch.step.optimizers.correction import (
     Correction,
     Snapshot,
     as_column,
+    local_state,
 )
 
 _FACTORS = {"row_var": "beta2_decay", "exp_avg_sq_row": "decay_rate"}
@@ -25,12 +26,12 @@ _FACTORS = {"row_var": "beta2_decay", "exp_avg_sq_row": "decay_rate"}
 
 
 def _before(optimizer: Optimizer, kept: Snapshot, count: float | None) -> None:
-    state = optimizer.state.get(kept.parameter, {})
+    state = local_state(optimizer, kept.parameter)
     key = next((key for key in _FACTORS if key in state), None)
-    if key is None or not count or kept.parameter.grad is None:
+    if key is None or not count:
         return
     t, rate = count + 1.0, kept.group[_FACTORS[key]]
-    gradient = kept.parameter.grad.index_select(0, kept.rows)
+    gradient = kept.gradient.index_select(0, kept.rows)
     square = gradient.to(state[key]).square().mean(-1, keepdim=True)
     average = state[key][kept.rows].reshape_as(square)
     own = as_column(np.minimum(kept.counts, t) ** rate, square)

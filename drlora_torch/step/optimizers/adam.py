@@ -20,6 +20,7 @@ from drlora_torch.step.optimizers.correction import (
     Correction,
     Snapshot,
     as_column,
+    local_state,
     settled_after,
 )
 from drlora_torch.step.optimizers.names import algorithm
@@ -84,7 +85,7 @@ def _adamax(optimizer: Optimizer, kept: Snapshot, n: np.ndarray[Any, Any], t: fl
 def _radam(optimizer: Optimizer, kept: Snapshot, n: np.ndarray[Any, Any], t: float) -> Tensor:
     """In its first steps, RAdam does not divide by the second moment."""
     first, second = kept.group["betas"]
-    state = optimizer.state[kept.parameter]
+    state = local_state(optimizer, kept.parameter)
     denominator = state["exp_avg_sq"].index_select(0, kept.rows).sqrt() + kept.group["eps"]
 
     def size(count: np.ndarray[Any, Any]) -> Tensor:
@@ -118,13 +119,13 @@ def _rescale(factor: Factor) -> Callable[[Optimizer, Snapshot, float | None], fl
         start = kept.values.float() if random else kept.values
         if decay := _decay(optimizer, kept.group):
             start = start * (1.0 - decay)
-        moved = kept.parameter.index_select(0, kept.rows).to(start.dtype)
+        moved = kept.weights.index_select(0, kept.rows).to(start.dtype)
         moved = torch.lerp(start, moved, share.to(start.dtype).expand_as(moved))
         if is_quantized(optimizer, kept.parameter):
             most = largest_step(n, kept.group["betas"][:2]) * float(kept.group["lr"])
             limit = as_column(most, moved)
             moved = start + (moved - start).clamp(-limit, limit)
-        kept.parameter[kept.rows] = _round_at_random(moved) if random else moved
+        kept.weights[kept.rows] = _round_at_random(moved) if random else moved
         return settled_after(*kept.group["betas"][:2])
 
     return after

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.slots import IntArray
 
 SETTLED = 1e-3  # a correction this close to 1 has ended
@@ -24,8 +25,10 @@ class Snapshot(NamedTuple):
     """Newborn rows of one parameter as they were before the optimizer's step."""
 
     parameter: nn.Parameter
+    weights: Tensor  # what this process holds of it, [p, features]; shares its memory
+    gradient: Tensor  # likewise
     group: dict[str, Any]
-    rows: Tensor  # int64 [newborn]
+    rows: Tensor  # int64 [newborn], of those held here
     values: Tensor  # [newborn, features]
     counts: IntArray  # own step count n of each row in the coming step
     state: dict[str, Tensor]  # rows of the state that the correction needs, [newborn, features]
@@ -63,6 +66,12 @@ def count_steps(optimizer: Optimizer, snapshots: Sequence[Snapshot]) -> list[flo
         else float(count)
         for count in counts
     ]
+
+
+def local_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The state of a parameter, of which tensors are what this process holds."""
+    state = optimizer.state.get(parameter, {})
+    return {k: parts.local(v) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def find_count(optimizer: Optimizer, parameter: nn.Parameter, group: dict[str, Any]) -> Any:

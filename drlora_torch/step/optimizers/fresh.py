@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.slots import IntArray
 from drlora_torch.step.optimizers import meanings, refusals
 from drlora_torch.step.optimizers.codes import Reset, reset_blockwise, reset_subclass
@@ -39,7 +40,7 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, slots: IntArray) 
     Raises:
         AttachError: as :func:`check_state` does.
     """
-    index = torch.from_numpy(slots)
+    index = parts.find_rows(parameter, slots)[1]
     resets, problems = _find_resets(optimizer, parameter)
     if problems:
         raise refusals.unclear_state(optimizer, problems)
@@ -117,26 +118,26 @@ def _plain_reset(
     value = optimizer.state[parameter][key]
     if rule is None and value.shape == parameter.shape:
         rule = COMMON.get(key)
-    stored = getattr(value, "_local_tensor", value)  # of a DTensor
-    subclass = class_names(type(stored))[0].partition(".")[0] != "torch"
-    if rule is None or subclass or (rows := _as_rows(value, parameter)) is None:
+    value, weights = parts.local(value), parts.local(parameter)
+    subclass = class_names(type(value))[0].partition(".")[0] != "torch"
+    if rule is None or subclass or (rows := _as_rows(value, weights)) is None:
         return None
-    if rule is meanings.weights and rows.shape != parameter.shape:
+    if rule is meanings.weights and rows.shape != weights.shape:
         return None
     groups = optimizer.param_groups
     group = next(g for g in groups if any(held is parameter for held in g["params"]))
 
     def reset(index: Tensor) -> None:
-        fresh = rule(group, parameter, index)
+        fresh = rule(group, weights, index)
         rows[index.to(rows.device)] = fresh.to(rows) if isinstance(fresh, Tensor) else fresh
 
     return reset
 
 
-def _as_rows(value: Tensor, parameter: nn.Parameter) -> Tensor | None:
+def _as_rows(value: Tensor, parameter: Tensor) -> Tensor | None:
     """A state [P, ...] itself, or a flat one [P * n] as [P, n]; None if it has no such rows."""
     if value.dim() and value.shape[0] == parameter.shape[0]:
         return value
-    if value.dim() == 1 and value.numel() and value.numel() % parameter.shape[0] == 0:
+    if value.dim() == 1 and value.numel() and value.numel() % len(parameter) == 0:
         return value.view(parameter.shape[0], -1)
     return None

@@ -10,34 +10,34 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from drlora_torch.errors import AttachError
 from drlora_torch.step.optimizers.names import class_names, full_name
 
 Group = Mapping[str, Any]
-Rule = Callable[[Group, nn.Parameter, Tensor], float | Tensor]
+Rule = Callable[[Group, Tensor, Tensor], float | Tensor]
 """From a parameter, its group and an int64 index to the fresh state of the rows in the index."""
 
 
-def zeros(group: Group, parameter: nn.Parameter, index: Tensor) -> float:
+def zeros(group: Group, parameter: Tensor, index: Tensor) -> float:
     return 0.0
 
 
-def weights(group: Group, parameter: nn.Parameter, index: Tensor) -> Tensor:
+def weights(group: Group, parameter: Tensor, index: Tensor) -> Tensor:
     return parameter[index.to(parameter.device)]
 
 
-def shared(group: Group, parameter: nn.Parameter, index: Tensor) -> float:
+def shared(group: Group, parameter: Tensor, index: Tensor) -> float:
     raise AssertionError("state that all rows share is left alone")
 
 
-def _accumulator(group: Group, parameter: nn.Parameter, index: Tensor) -> float:
+def _accumulator(group: Group, parameter: Tensor, index: Tensor) -> float:
     return float(group["initial_accumulator_value"])
 
 
-def _learning_rate(group: Group, parameter: nn.Parameter, index: Tensor) -> float:
+def _learning_rate(group: Group, parameter: Tensor, index: Tensor) -> float:
     return float(group["lr"])
 
 

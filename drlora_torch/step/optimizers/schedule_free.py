@@ -25,6 +25,7 @@ from drlora_torch.step.optimizers.correction import (
     Correction,
     Snapshot,
     as_column,
+    local_state,
 )
 from drlora_torch.step.optimizers.names import is_a
 
@@ -62,7 +63,7 @@ def _averaging_weights(size: int, power: float, rectified: tuple[float, float] |
 
 def _after(optimizer: Optimizer, kept: Snapshot, count: float | None) -> float:
     t = count or 0.0
-    state = optimizer.state[kept.parameter]
+    state = local_state(optimizer, kept.parameter)
     young = np.flatnonzero(kept.counts < t)  # an optimizer made after the birth is as young
     if young.size and "z" in kept.state:
         n = kept.counts[young]
@@ -74,7 +75,7 @@ def _after(optimizer: Optimizer, kept: Snapshot, count: float | None) -> float:
         move = (z - state["z"][rows] - decay) * as_column(own_lr * bias, y)
         move += decay * as_column(own_lr, y)
         c = as_column(averaging_weight(n, kept.group["r"], _rectified(optimizer, kept.group)), y)
-        kept.parameter[rows] = y.lerp(z, c) + move * (beta * (1.0 - c) - 1.0)
+        kept.weights[rows] = y.lerp(z, c) + move * (beta * (1.0 - c) - 1.0)
         state["z"][rows] = z - move
     return math.inf
 
