@@ -22,7 +22,8 @@ from drlora_torch.errors import refuse_copy
 from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.options import AdapterOptions
-from drlora_torch.step import parameters
+from drlora_torch.step import parameters, sharded
+from drlora_torch.step.processes import is_first_process
 from drlora_torch.storage import checkpoint, hub, travel
 from drlora_torch.storage.peft import exporting, importing
 from drlora_torch.storage.peft.exporting import ExportReport
@@ -84,6 +85,11 @@ class Adapter:
     def is_active(self) -> bool:
         """True for the adapter that the model runs with; always, if it is the only one."""
         return is_active(self._attached)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if several processes hold the adapter's parameters together (DTensors)."""
+        return sharded.is_sharded(self._attached)
 
     def ranks(self) -> dict[str, np.ndarray]:
         """Active rank of every expert, int64 [N] by layer name."""
@@ -190,6 +196,7 @@ class Adapter:
         Raises:
             AttachError: the adapter is merged already, or was detached, or others are attached.
         """
+        sharded.check_whole(self._attached, "merge")
         merge.merge(self._attached, keep_originals=keep_originals)
         return self.model
 
@@ -220,6 +227,10 @@ class Adapter:
         the new one is complete. Between micro-batches of an accumulation, the partial state of the
         step is saved too.
 
+        With several processes, all may call: the first one writes. Where they hold the adapter
+        together (:attr:`is_sharded`), all must. The file is the same for every way to spread the
+        model, and loads in each.
+
         Args:
             path: the directory.
             push_to_hub: upload the adapter with a model card too; it is written to ``path``,
@@ -228,13 +239,14 @@ class Adapter:
             private: visibility of a repository that is made; default: the account's.
 
         Raises:
-            CheckpointError: nothing could be written (no space, no permission) or uploaded.
+            CheckpointError: nothing could be written (no space, no permission) or uploaded, or
+                some of the processes that hold the adapter together did not call.
         """
         check_attached(self._attached)
         travel.settle(self._attached)
         folder = Path(path)
         checkpoint.save(self._attached, folder)
-        if push_to_hub:
+        if push_to_hub and is_first_process(self._attached.process_group):
             hub.upload(self._attached, folder, repo_id or folder.resolve().name, private)
 
     def restore(self, path: str | os.PathLike[str], *, check_base: bool = True) -> None:
@@ -267,6 +279,7 @@ class Adapter:
                 untouched.
             ModelError: the model is none of Transformers.
         """
+        sharded.check_whole(self._attached, "merge_and_save")
         merge.merge_and_save(self._attached, Path(path))
 
     def export_peft(
@@ -291,6 +304,7 @@ class Adapter:
             ModelError: experts declared by ``register_moe`` have no name in their block.
         """
         check_attached(self._attached)
+        sharded.check_whole(self._attached, "export_peft")
         travel.settle(self._attached)
         return exporting.export(self._attached, Path(path), rank, per_expert)
 
@@ -308,6 +322,7 @@ class Adapter:
             AttachError: the adapter has made a step already.
         """
         check_attached(self._attached)
+        sharded.check_whole(self._attached, "import_peft")
         return importing.start_from(self._attached, Path(path))
 
 

@@ -105,13 +105,14 @@ class DRLoRACallback(TrainerCallback):
             state.log_history[-1].update(added)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero or self.adapter.is_sharded:
             self.adapter.save_pretrained(_folder(args, state))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.adapter.restore(state.best_model_checkpoint)
-        if args.save_strategy != "no" and state.is_world_process_zero:
+        saves = state.is_world_process_zero or self.adapter.is_sharded
+        if args.save_strategy != "no" and saves:
             self.adapter.save_pretrained(str(args.output_dir))
 
     def _checkpoint(self, args: Any, state: TrainerState) -> Path:

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
+from drlora_torch.lora import parts
 from drlora_torch.step import hooks
 from drlora_torch.step.parameters import base_parameters, lora_parameters
+from drlora_torch.step.sharded import free_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +27,25 @@ def show_trained(attached: Attached, wanted: bool) -> None:
     """Have the trained values in the model, or the base's.
 
     Tensors are exchanged, not copied over: a backward pass whose forward ran before (DPO asks the
-    base model in between) still finds the values it needs, unchanged.
+    base model in between) still finds the values it needs, unchanged. ``fully_shard`` keeps views
+    of the memory of a parameter and gathers it for each pass anew, so there values move.
     """
     if wanted == attached.trained_shown:
         return
+    free_gathered(attached)
     for name, parameter in base_parameters(attached).items():
         inside = parameter.data
         other = attached.hidden_values.get(name)
         if other is not None and other.shape != inside.shape:
             logger.warning("%s was resized since attach and stays as it is", name)
             continue
-        parameter.data = inside.clone() if other is None else other.to(inside)
-        attached.hidden_values[name] = inside
+        if not parts.is_sharded(parameter):
+            parameter.data = inside.clone() if other is None else other.to(inside)
+            attached.hidden_values[name] = inside
+            continue
+        attached.hidden_values[name] = inside.clone()
+        if other is not None:
+            parts.write(parameter, other)
     attached.trained_shown = wanted
 
 

@@ -61,10 +61,7 @@ def find_spread(model: nn.Module, layer: str) -> Spread | None:
 
 
 def reshard(model: nn.Module, layers: Iterable[str]) -> None:
-    """Free gathered copies around some layers, so that their parameters are the sharded ones.
-
-    A forward without a backward pass may leave them (``reshard_after_forward=False``).
-    """
+    """Free what ``fully_shard`` has gathered of some modules and of those around them."""
     for module in _around(model, layers):
         if hasattr(module, "reshard") and hasattr(module, "set_reshard_after_forward"):
             module.reshard()

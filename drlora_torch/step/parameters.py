@@ -8,7 +8,6 @@ from torch import nn
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
-from drlora_torch.lora import parts
 from drlora_torch.options import RouterMode
 
 
@@ -75,28 +74,6 @@ def check_in_place(attached: Attached) -> None:
             "modules_to_save of PEFT?), so the adapter would train what the model does not use; do "
             "that before attach"
         )
-
-
-def check_rows(attached: Attached) -> None:
-    """Refuse LoRA that processes hold together only in part, or not by whole rows.
-
-    Raises:
-        AttachError: names a parameter that was left out, or how it is cut.
-    """
-    named = {
-        key: parameter
-        for layer in attached.layers.values()
-        for key, parameter in layer.lora.tensors().items()
-    }
-    sharded = {key for key, parameter in named.items() if parts.is_sharded(parameter)}
-    if sharded and (whole := sorted(named.keys() - sharded)):
-        raise AttachError(
-            f"fully_shard has left out {len(whole)} of {len(named)} LoRA parameters "
-            f"({whole[0]!r}), which each process would train on its own; leave none of "
-            "adapter.parameters() in ignored_params, and shard the whole model, root included"
-        )
-    for parameter in named.values():
-        parts.held_rows(parameter)
 
 
 def base_key(name: str, routers: Mapping[str, nn.Parameter]) -> str:

@@ -25,9 +25,8 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.models.sharding import reshard
 from drlora_torch.options import Newborn
-from drlora_torch.step import growth, hooks, newborn, parameters, samples, warmup
+from drlora_torch.step import growth, hooks, newborn, parameters, samples, sharded, warmup
 from drlora_torch.step.exchange import exchange
 from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
 from drlora_torch.step.forwards import ForwardWatch
@@ -184,8 +183,7 @@ class StepTracker:
         self, optimizer: Optimizer, closure: hooks.Closure | None
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
-        if several_processes(self.attached.process_group):
-            reshard(self.attached.model, self.attached.layers)
+        sharded.free_gathered(self.attached)
         if not self._holds_lora(optimizer):
             waits, later = bool(self._sums), closure is not None
             self._foreign.check(optimizer, self.attached, waiting=waits, has_closure=later)
@@ -210,7 +208,7 @@ class StepTracker:
         parameters.check_in_place(self.attached)
         check_fresh(optimizer, self.attached)
         if optimizer not in self._checked:
-            parameters.check_rows(self.attached)
+            sharded.check_rows(self.attached)
         if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
                 "an optimizer step inside adapter.disabled() would move the base model's own "
@@ -275,6 +273,7 @@ class StepTracker:
                 "adapter.step() is called for you after every optimizer.step(); use "
                 "attach(..., auto_step=False) to call it yourself"
             )
+        sharded.free_gathered(self.attached)
         return self._close(self._reader.take(self._loras(), grad_scale))
 
     def _close(self, slots: dict[str, Tensor]) -> GrowthEvent | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import tracker_of
 from drlora_torch.lifecycle.trained import trained_values
+from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.parameters import base_keys, check_in_place
-from drlora_torch.step.processes import several_processes
+from drlora_torch.step.processes import is_first_process, several_processes
+from drlora_torch.step.sharded import free_gathered, is_sharded, meeting
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
 
@@ -40,27 +42,59 @@ VERSION = 2
 
 
 def save(attached: Attached, path: Path) -> None:
-    """Write the whole adapter to a folder; values of slots that nobody owns are written as 0."""
+    """Write the whole adapter to a folder; values of slots that nobody owns are written as 0.
+
+    Of several processes the first one writes. Where they hold the adapter together, all must call.
+    """
     check_in_place(attached)
+    free_gathered(attached)
+    if is_sharded(attached):
+        with meeting(attached, "save_pretrained"):
+            _save(attached, path)
+    elif is_first_process(attached.process_group):
+        _save(attached, path)
+
+
+def _save(attached: Attached, path: Path) -> None:
     tensors, description = describe(attached)
+    writes = is_first_process(attached.process_group)
+    for key, values in _weights(attached):
+        _check_finite(key, values)
+        if writes:
+            tensors[key] = values.cpu().contiguous()
+    records = [layer.record for layer in attached.layers.values()]
+    description["base"] = fingerprint.of_model(attached.model, records)
+    if writes:
+        pending = {
+            k: values.detach().cpu().contiguous() for k, values in _pending(attached).items()
+        }
+        adapter_file.write(path, tensors | pending, description)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write the content of a file that was put together elsewhere."""
+    for key, values in tensors.items():
+        if values.is_floating_point():
+            _check_finite(key, values)
+    held = {key: values.detach().cpu().contiguous() for key, values in tensors.items()}
+    adapter_file.write(path, held, description)
+
+
+def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
+    """All that the adapter trains, whole, by their keys in files; one after the other."""
     for name, layer in attached.layers.items():
         if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():
             raise CheckpointError(
                 f"layer {name!r} holds other ranks than the engine (was a growth event "
                 "interrupted?); go on from the last file that was saved"
             )
-        owned = torch.from_numpy(layer.lora.table.owner != FREE)
+        owned = torch.from_numpy(layer.lora.table.owner != FREE).to(layer.lora.compute_device)
         for key, parameter in layer.lora.tensors().items():
             # An average of the weights over steps (EMA) leaves values in slots that were freed.
-            tensors[key] = keep_rows(parameter.detach().cpu(), owned)
+            yield key, keep_rows(parts.whole(parameter), owned)
     keys = base_keys(attached)
-    tensors |= {keys[name]: values for name, values in trained_values(attached).items()}
-    _check_finite(tensors)
-    tensors |= _pending(attached)
-    records = [layer.record for layer in attached.layers.values()]
-    description["base"] = fingerprint.of_model(attached.model, records)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    adapter_file.write(path, whole, description)
+    for name, values in trained_values(attached).items():
+        yield keys[name], parts.whole(values)
 
 
 def describe(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,6 +135,10 @@ def describe(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def keep_rows(values: Tensor, kept: Tensor) -> Tensor:
     """Values [P, ...] with 0 in every row that is not kept, bool [P]; not a copy if all are."""
+    if parts.is_sharded(values):
+        copy = values.clone()
+        parts.local(copy)[~kept[parts.held_rows(values)]] = 0.0
+        return copy
     return values if kept.all() else values.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
@@ -169,6 +207,7 @@ def check(
 @torch.no_grad()
 def fill(attached: Attached, saved: Saved, events: list[GrowthEvent]) -> None:
     """Give an adapter the checked content of a file, but not the partial state of a step."""
+    free_gathered(attached)
     tensors = saved.tensors
     attached.skipped_steps = saved.skipped_steps
     attached.events[:] = events
@@ -184,7 +223,7 @@ def fill_trained(attached: Attached, saved: Saved) -> None:
     """Give an adapter that is in its model the trained values of base parameters in a file."""
     keys = base_keys(attached)
     for name, values in trained_values(attached).items():
-        values.copy_(saved.tensors[keys[name]])
+        parts.write(values, saved.tensors[keys[name]])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -235,20 +274,19 @@ def commit(attached: Attached, checked: Checked) -> None:
         tracker.load_state_dict(saved.pending)
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def _check_finite(key: str, values: Tensor) -> None:
     """Refuse to replace a good file by one that ``load`` would refuse."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{key} holds values that are not finite: the training has diverged; nothing was "
-                "written, and what was there before is untouched"
-            )
+    if not torch.isfinite(values).all():
+        raise CheckpointError(
+            f"{key} holds values that are not finite: the training has diverged; nothing was "
+            "written, and what was there before is untouched"
+        )
 
 
 def _pending(attached: Attached) -> dict[str, Tensor]:
     tracker = tracker_of(attached)
     found = attached.unfinished if tracker is None else tracker.state_dict()
-    if found and several_processes():
+    if found and several_processes(attached.process_group):
         warnings.warn(
             "saved in the middle of an optimizer step: gradients of several processes are not "
             "saved, so resume from the beginning of the step",

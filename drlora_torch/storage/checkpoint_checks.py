@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from drlora_core import AllocatorEngine, GrowthEvent
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.modules import choose_modules
+from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE, Layout
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
@@ -104,7 +105,7 @@ def check_tensors(
             raise CheckpointError(f"{key} has shape {tuple(tensor.shape)}, not {shape}")
         if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
             raise CheckpointError(f"{key} has a wrong dtype, {tensor.dtype}")
-        if key in wanted and not torch.isfinite(tensor).all():
+        if key in wanted and not torch.isfinite(parts.local(tensor)).all():
             raise CheckpointError(f"{key} holds values that are not finite")
         if key.startswith(ROUTING) and ((tensor < 0).any() or tensor[-1] % 1 != 0):
             raise CheckpointError(f"{key} holds counts that are impossible")
@@ -130,7 +131,8 @@ def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
                 raise CheckpointError(f"layer {name!r}: {what}")
         free = torch.from_numpy(~held)
         for key in _lora_shapes(saved, name):
-            if saved.tensors[key][free].any():
+            values = saved.tensors[key]
+            if parts.local(values)[free[parts.held_rows(values)]].any():
                 raise CheckpointError(f"{key}: a slot nobody owns is not 0")
 
 

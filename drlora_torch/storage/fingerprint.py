@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from drlora_torch.errors import CheckpointError
+from drlora_torch.lora import parts
+from drlora_torch.lora.spread import find_features
+from drlora_torch.models.convention import Convention
 from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.location import ExpertParameter
 from drlora_torch.models.records import MoELayer
 
 POINTS = 8  # rows and columns of each sampled weight
@@ -62,13 +66,48 @@ def _digest(module: nn.Module, record: MoELayer) -> str:
     for projection, shape in record.projections.items():
         digest.update(f"{projection} {record.num_experts} {tuple(shape)}\n".encode())
         for expert in sorted({0, record.num_experts // 2, record.num_experts - 1}):
-            weight = convention.expert_weight(module, projection, expert)
-            digest.update(_sample(weight.detach()).numpy().tobytes())
+            chosen = _sample(convention, module, projection, expert)
+            bits = chosen.to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+            digest.update(bits.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """POINTS x POINTS values of a weight [O, I] spread over it, as the bits of bfloat16."""
-    rows, columns = (torch.linspace(0, n - 1, min(n, POINTS)).long() for n in weight.shape)
-    chosen = weight[rows.to(weight.device)][:, columns.to(weight.device)]
-    return chosen.to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+def _sample(convention: Convention, module: nn.Module, projection: str, expert: int) -> Tensor:
+    """POINTS x POINTS values of an expert's weight [O, I], spread over it."""
+    where = convention.location(module, projection)
+    if isinstance(where, ExpertParameter):
+        weight = getattr(module.get_submodule(where.module), where.name)
+        if parts.is_sharded(weight) and weight.dim() == 3:
+            points = [torch.tensor([expert]), *map(_spread_points, weight.shape[1:])]
+            chosen = _pick_sharded(weight.detach(), points)[0]
+            return chosen.T if where.transposed else chosen
+    weight = parts.whole(convention.expert_weight(module, projection, expert))
+    rows, columns = (_spread_points(size).to(weight.device) for size in weight.shape)
+    return weight[rows][:, columns]
+
+
+def _spread_points(size: int) -> Tensor:
+    return torch.linspace(0, size - 1, min(size, POINTS)).long()
+
+
+def _pick_sharded(weight: Any, points: Sequence[Tensor]) -> Tensor:
+    """Pick values of a DTensor at some indices of each dimension; every holder must call.
+
+    Each process gives what it holds, and all get the sum: nothing else of the weight travels.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    held = parts.local(weight)
+    picked = held.new_zeros([len(each) for each in points], dtype=torch.float64)
+    places = []
+    for dimension, wanted in enumerate(points):
+        here = find_features(weight, dimension)
+        here = torch.arange(weight.shape[dimension]) if here is None else here.cpu()
+        among = torch.isin(wanted, here)
+        places.append(among.nonzero()[:, 0].to(held.device))
+        held = held.index_select(dimension, torch.searchsorted(here, wanted[among]).to(held.device))
+    picked[torch.meshgrid(*places, indexing="ij")] = held.double() / parts.num_holders(weight)
+    mesh = weight.device_mesh
+    every = [Partial() for _ in range(mesh.ndim)]
+    summed: Tensor = DTensor.from_local(picked.to(mesh.device_type), mesh, every).full_tensor()
+    return summed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import Residents, child_name, is_active
 from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.step.parameters import all_names, base_parameters
+from drlora_torch.step.sharded import is_sharded
 from drlora_torch.storage import checkpoint, checkpoint_checks, hub
 from drlora_torch.storage.adapter_file import FILE_NAME
-from drlora_torch.storage.travel import settle
+from drlora_torch.storage.travel import content, settle
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
@@ -77,16 +78,17 @@ def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
         folder, result = Path(save_directory), None
         by_trainer = holder is model and _is_called_by_trainer(kwargs)
         if not by_trainer or _has_adapters_of_peft(model):
-            with _base_values(model, kwargs) as given, _without_flag(model):
-                result = inner(save_directory, *args, **given)
-        if not _writes(args, kwargs):
+            with _base_values(model, kwargs) as arguments, _without_flag(model):
+                result = inner(save_directory, *args, **arguments)
+        given = kwargs.get("state_dict")
+        if not _takes_part(model, given, _writes(args, kwargs)):
             return result
         if by_trainer:
             write_adapters(model, folder)
             _write_trained(model, folder)
             return None
         try:
-            write_adapters(model, folder)
+            write_adapters(model, folder, given)
         except CheckpointError as error:  # the base, which was asked for, is complete
             logger.error("the base model is in %s without its adapter: %s", folder, error)
             return result
@@ -143,12 +145,22 @@ def read_adapters(model: nn.Module, folder: Path) -> dict[str, checkpoint_checks
     return found
 
 
-def write_adapters(model: nn.Module, folder: Path) -> None:
-    """Write the active adapter to a folder, and inactive ones to folders of their names in it."""
+def write_adapters(model: nn.Module, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """Write the active adapter to a folder, and inactive ones to folders of their names in it.
+
+    Args:
+        model: the adapted model.
+        folder: made if it does not exist.
+        state: the model's whole state dict, if processes that hold the model together have
+            gathered it for the first one; else all of them must call.
+    """
     for name, attached in Residents.of(model).by_name.items():
         place = folder if is_active(attached) else folder / name
         settle(attached)
-        checkpoint.save(attached, place)
+        if state is not None and is_sharded(attached):
+            checkpoint.write(place, *content(attached, state))
+        else:
+            checkpoint.save(attached, place)
         logger.info("adapter %r is in %s", name, place)
 
 
@@ -183,6 +195,15 @@ def _has_adapters_of_peft(model: nn.Module) -> bool:
     return bool(getattr(model, PEFT_FLAG, False)) and hasattr(model, "peft_config")
 
 
+def _takes_part(model: nn.Module, state: object, writes: bool) -> bool:
+    """Whether this process has a part in writing the adapters.
+
+    Where processes hold them together, all have, unless the whole state was gathered before.
+    """
+    together = any(is_sharded(each) for each in Residents.of(model).by_name.values())
+    return writes or (together and state is None)
+
+
 def _writes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this process writes (``is_main_process``, the second parameter)."""
     return bool(kwargs.get("is_main_process", args[0] if args else True))
@@ -200,6 +221,11 @@ def _base_values(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[dict[str,
     """
     active = _active(model)
     shown = active is not None and active.trained_shown
+    if active is not None and is_sharded(active) and kwargs.get("state_dict") is not None:
+        if base_parameters(active):
+            logger.warning("the base model is saved with the trained routers and modules_to_save")
+        yield kwargs
+        return
     if shown and active is not None:
         show_trained(active, False)
     try:

@@ -27,6 +27,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError, ModelError
 from drlora_torch.lifecycle.residents import child_name
 from drlora_torch.lifecycle.trained import trained_values
+from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE
 from drlora_torch.step.parameters import (
     all_names,
@@ -51,26 +52,29 @@ class AdapterState(nn.Module):
         super().__init__()
         self._attached = weakref.ref(attached)
         self._given: tuple[Tensor, int] | None = None  # the last one given, and its version
-        self._base: dict[str, dict[str, Any] | None] = {}
+        self._base: dict[str, Any] | None = None
+        self.read_base(attached)
 
     def get_extra_state(self) -> Tensor:
         """A safetensors file in memory, uint8 [bytes]."""
         self.settle()
         attached = self._attached()
         assert attached is not None, "the LoRA lives no longer than its adapter"
-        given = pack(attached, self._fingerprint(attached))
+        given = pack(attached, self._base)
         self._given = given, given._version
         return given
 
-    def _fingerprint(self, attached: Attached) -> dict[str, Any] | None:
-        """That of the frozen base, computed once; None if its weights cannot be read."""
-        if not self._base:
-            records = [layer.record for layer in attached.layers.values()]
-            try:
-                self._base = {"base": fingerprint.of_model(attached.model, records)}
-            except ModelError:
-                self._base = {"base": None}
-        return self._base["base"]
+    def read_base(self, attached: Attached) -> None:
+        """Read the fingerprint of the frozen base; None if its weights cannot be read.
+
+        Now, and not when the state dict is asked for: processes may hold the base together, and
+        one of them may ask alone.
+        """
+        records = [layer.record for layer in attached.layers.values()]
+        try:
+            self._base = fingerprint.of_model(attached.model, records)
+        except ModelError:
+            self._base = None
 
     def settle(self, *_: object) -> None:
         """Take a state that was written into the one given, and so into the rows, in place.
@@ -99,7 +103,6 @@ class AdapterState(nn.Module):
     def forget(self) -> None:
         """Forget what was given: another state takes its place."""
         self._given = None
-        self._base.clear()
 
     def set_extra_state(self, state: Any) -> None:
         """Taken by the model's own hooks, together with the rows."""
@@ -115,7 +118,8 @@ def pack(attached: Attached, base: dict[str, Any] | None) -> Tensor:
     description["base"] = base  # the fingerprint
     if not attached.trained_shown:
         keys = base_keys(attached)
-        tensors |= {keys[name]: value for name, value in trained_values(attached).items()}
+        for name, value in trained_values(attached).items():
+            tensors[keys[name]] = parts.whole(value)
     tensors[DESCRIPTION] = _as_bytes(json.dumps(description).encode())
     held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     content = safetensors.save(held)
@@ -195,6 +199,7 @@ class _Loading:
         self._prefix = ""  # of the model in the state that is being loaded
         self._checked: checkpoint.Checked | None = None
         self._complete: set[str] = set()  # keys that may be missing
+        self._alone = True  # without weights of the base
         model: Any = attached.model  # torch has no types for these methods
         self._handles: list[RemovableHandle] = [
             model.register_load_state_dict_pre_hook(self._before),
@@ -229,7 +234,7 @@ class _Loading:
                 "base: detach() first"
             )
         self._carrier.forget()
-        alone = not any(_is_of_base(key, places) for key in state)
+        alone = self._alone = not any(_is_of_base(key, places) for key in state)
         taken = _trained_keys(attached, state, prefix)
         saved = _read(attached, state, prefix, taken)
         self._checked = checkpoint.check_restorable(attached, saved, check_base=alone)
@@ -256,6 +261,8 @@ class _Loading:
         if attached is None or checked is None:
             return
         checkpoint.commit(attached, checked)
+        if not self._alone:
+            self._carrier.read_base(attached)
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if key not in self._complete]
 
@@ -282,7 +289,19 @@ def _key_of(attached: Attached, prefix: str) -> str:
 def _read(
     attached: Attached, state: Mapping[str, Any], prefix: str, taken: dict[str, str]
 ) -> Saved:
-    """Collect an adapter from a state dict, as if it came from a file.
+    """Take an adapter from a state dict, as if it came from a file; see :func:`collect`."""
+    return checkpoint.parse(WHERE, *collect(attached, state, prefix, taken))
+
+
+def content(attached: Attached, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """The tensors and the description of a file, from a state dict of the whole model."""
+    return collect(attached, state, "", _trained_keys(attached, state, ""))
+
+
+def collect(
+    attached: Attached, state: Mapping[str, Any], prefix: str, taken: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Collect what a file would hold from a state dict.
 
     ``taken`` loses the keys whose values are those of the base: the state was saved while another
     adapter was in the model, or none.
@@ -310,7 +329,7 @@ def _read(
                 del taken[key]
             else:
                 tensors[own] = state[key]
-    return checkpoint.parse(WHERE, tensors, description)
+    return tensors, description
 
 
 def _holders(attached: Attached) -> list[Any]:
