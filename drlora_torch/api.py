@@ -130,16 +130,14 @@ def attach(
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
     check_new(engine)
-    attached = _build(adapter_name, residents, engine, options, found)
-    attached.process_group = process_group
+    attached = _build(adapter_name, residents, engine, options, found, process_group)
     draw(attached)
     with _entered(residents, attached, holder):
         _add_layers(attached)
         if record is not None and is_first_process(process_group):
             engine.record_to(record)
-        handle = _handle(attached)
     advise_against_balancing(attached, active_coefficient(model))
-    return handle
+    return _handle(attached)
 
 
 def load(
@@ -179,8 +177,7 @@ def load(
     engine = checkpoint.restore_engine(saved, policy)
     events = checkpoint.check(saved, engine, model, found, check_base)
     options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
-    attached = _build(adapter_name, residents, engine, options, found)
-    attached.process_group = process_group
+    attached = _build(adapter_name, residents, engine, options, found, process_group)
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
     with _entered(residents, attached, holder):
@@ -248,6 +245,7 @@ def _build(
     engine: AllocatorEngine,
     options: AdapterOptions,
     found: Sequence[MoELayer],
+    process_group: Any,
 ) -> Attached:
     """Build an adapter for the chosen layers of those found, after every check."""
     model = residents.model
@@ -255,7 +253,7 @@ def _build(
     check_free(residents, engine)
     check_layers(model, records, options)
     check_engine(engine, records)
-    return build(name, model, engine, options, records)
+    return build(name, model, engine, options, records, process_group)
 
 
 def _add_layers(attached: Attached) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -25,6 +26,7 @@ def build(
     engine: AllocatorEngine,
     options: AdapterOptions,
     records: Sequence[MoELayer],
+    process_group: Any = None,
 ) -> Attached:
     """Build an adapter for these layers, with the engine's ranks and all slots at zero."""
     layers = {record.name: _adapt(model, engine, options, record) for record in records}
@@ -33,7 +35,7 @@ def build(
         for name, layer in layers.items()
     }
     modules = choose_modules(model, options.modules_to_save, records)
-    return Attached(name, model, engine, options, layers, ages, modules)
+    return Attached(name, model, engine, options, layers, ages, modules, process_group)
 
 
 def draw(attached: Attached) -> None:

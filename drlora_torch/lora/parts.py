@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drlora_torch.errors import AttachError
 from drlora_torch.lora.slots import IntArray
 
 
@@ -33,12 +32,14 @@ def local(tensor: Tensor) -> Tensor:
     return held
 
 
-def held_rows(tensor: Tensor) -> IntArray:
-    """Which rows this process holds, ascending, int64 [p].
+def has_whole_rows(tensor: Tensor) -> bool:
+    """True if a tensor is not cut, or along its first dimension only."""
+    placements = getattr(tensor, "placements", ())
+    return all(each.is_replicate() or each.is_shard(0) for each in placements)
 
-    Raises:
-        AttachError: the tensor is cut along another dimension than its first.
-    """
+
+def held_rows(tensor: Tensor) -> IntArray:
+    """Which rows this process holds, ascending, int64 [p]; see :func:`has_whole_rows`."""
     if not is_sharded(tensor):
         return np.arange(len(tensor))
     spread: Any = tensor
@@ -49,12 +50,6 @@ def held_rows(tensor: Tensor) -> IntArray:
 def _held_rows(mesh: Any, placements: tuple[Any, ...], count: int) -> IntArray:
     from torch.distributed.tensor import distribute_tensor
 
-    if any(not (each.is_replicate() or each.is_shard(0)) for each in placements):
-        raise AttachError(
-            f"the LoRA has the placements {placements}; rows must stay whole: fully_shard cuts "
-            "them so by default, and a shard_placement_fn must return Shard(0) for lora_A and "
-            "lora_B"
-        )
     numbers = torch.arange(count, device=mesh.device_type)
     held = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local()
     return np.asarray(held.cpu().numpy())

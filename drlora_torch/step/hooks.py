@@ -18,6 +18,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from drlora_torch.lora import parts
+
 Owner = TypeVar("Owner")
 Closure = Callable[[], Any]
 Before = Callable[[Owner, Optimizer, Closure | None], Closure | None]
@@ -76,6 +78,22 @@ def follow_optimizers(
             stop_other()
     _followers[stop] = reference
     return stop
+
+
+def is_at_rest(optimizer: Optimizer) -> bool:
+    """True if an optimizer moves nothing."""
+    return all(not group.get("lr", 1.0) for group in optimizer.param_groups)
+
+
+def is_trial(optimizer: Optimizer) -> bool:
+    """True for a step that trains nothing.
+
+    ``torch.distributed.checkpoint`` steps a fresh optimizer, with zeros for gradients and a
+    learning rate of zero, to see its state.
+    """
+    held = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    gradients = (parts.local(gradient) for gradient in held if gradient is not None)
+    return is_at_rest(optimizer) and not any(bool(each.any()) for each in gradients)
 
 
 def count_held(optimizer: Optimizer, parameters: list[nn.Parameter]) -> int:

@@ -55,8 +55,13 @@ def check_rows(attached: Attached) -> None:
             f"({whole[0]!r}), which each process would train on its own; leave none of "
             "adapter.parameters() in ignored_params, and shard the whole model, root included"
         )
-    for parameter in named.values():
-        parts.held_rows(parameter)
+    for key, parameter in named.items():
+        if not parts.has_whole_rows(parameter):
+            raise AttachError(
+                f"{key} has the placements {getattr(parameter, 'placements', ())}, but its rows "
+                "must stay whole: fully_shard cuts them so by default, and a shard_placement_fn "
+                "must return Shard(0) for lora_A and lora_B"
+            )
 
 
 def check_whole(attached: Attached, action: str) -> None:

@@ -38,6 +38,7 @@ from drlora_torch.step.routing import Routing, sum_weights
 from drlora_torch.step.witness import GradientWitness
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
+NO_BACKWARD = -1
 COUNTED = -1  # number of a checkpointed forward that was counted already
 
 
@@ -52,6 +53,7 @@ class StepTracker:
         self._notices = Notices()
         self._witness = GradientWitness()
         self._reached: dict[str, None] = {}  # layers of the backward pass that is running
+        self._running = NO_BACKWARD
         self._foreign = ForeignOptimizers(attached)
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
@@ -107,7 +109,9 @@ class StepTracker:
         """Count a forward whose output the backward pass has reached."""
         if self.attached.paused:
             return
-        if self._begins(routing) and self._sums and self._cleared():
+        before, self._running = self._running, torch._C._current_graph_task_id()
+        another = before != self._running or self._running == NO_BACKWARD
+        if self._begins(routing) and another and self._sums and self._cleared():
             self.forget()
         self._newest_counted = self._forwards
         self._expect_gradients(routing.layer)
@@ -233,8 +237,8 @@ class StepTracker:
             return
         if all(parameter.grad is None for parameter in self._lora_parameters()):
             return  # this step does not train the adapter
-        if not self._sums and _is_at_rest(optimizer):
-            return  # torch.distributed.checkpoint steps a fresh optimizer to see its state
+        if not self._sums and hooks.is_at_rest(optimizer):
+            return  # a trial, see hooks.is_trial
         scale = getattr(optimizer, "grad_scale", None)
         loras = self._loras()
         slots = {} if self.attached.paused else {lora.name: slot_importance(lora) for lora in loras}
@@ -352,11 +356,6 @@ def _skipped(optimizer: Optimizer) -> bool:
     """True for a fused optimizer that leaves the parameters as they are in this step."""
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, Tensor) and bool(found_inf.any())
-
-
-def _is_at_rest(optimizer: Optimizer) -> bool:
-    """True if an optimizer moves nothing."""
-    return all(not group.get("lr", 1.0) for group in optimizer.param_groups)
 
 
 def _call_once(output: Tensor, tracker: weakref.ref[StepTracker], routing: Routing) -> None:

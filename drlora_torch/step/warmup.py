@@ -66,7 +66,8 @@ def _drop_before_step(
     Its zeros would let weight decay move the routers.
     """
     if closure is None:
-        drop_gradients(attached)
+        if not hooks.is_trial(optimizer):
+            drop_gradients(attached)
         return None
     inner = closure
 

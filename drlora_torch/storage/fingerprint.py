@@ -30,10 +30,16 @@ COMPARABLE = {"float32", "bfloat16", "float64"}  # a float16 model rounds on its
 @torch.no_grad()
 def of_model(model: nn.Module, layers: Sequence[MoELayer]) -> dict[str, Any]:
     return {
-        "model": type(model).__name__,
+        "model": _class_of(model).__name__,
         "dtype": layers[0].dtype,
         "experts": {each.name: _digest(model.get_submodule(each.name), each) for each in layers},
     }
+
+
+def _class_of(model: nn.Module) -> type:
+    """The class of a model; ``fully_shard`` puts one of its own in front."""
+    kinds = type(model).__mro__
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed"))
 
 
 def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object) -> None:

@@ -76,11 +76,12 @@ def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
         if not Residents.of(model).by_name:
             return inner(save_directory, *args, **kwargs)
         folder, result = Path(save_directory), None
+        given = kwargs.get("state_dict")
+        given = None if given is None else dict(given)  # saving the base takes ours out of it
         by_trainer = holder is model and _is_called_by_trainer(kwargs)
         if not by_trainer or _has_adapters_of_peft(model):
             with _base_values(model, kwargs) as arguments, _without_flag(model):
                 result = inner(save_directory, *args, **arguments)
-        given = kwargs.get("state_dict")
         if not _takes_part(model, given, _writes(args, kwargs)):
             return result
         if by_trainer:
