@@ -24,6 +24,7 @@ from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models import frameworks
 from drlora_torch.models.sharding import RIGHT, is_sharded
 from drlora_torch.options import Newborn
 from drlora_torch.step import agreement, growth, hooks, newborn, parameters, samples
@@ -92,6 +93,8 @@ class StepTracker:
             return
         self._forwards += 1
         number, call = self._forwards, self._watch.running
+        if self._watch.begins_training():
+            frameworks.check_training(lora)
         if not torch.is_grad_enabled():
             if call is not None and call.with_gradients:  # reentrant checkpointing, perhaps
                 call.checkpointed[lora.name] = number
