@@ -38,13 +38,13 @@ JOIN = (
     "the model runs inside DistributedDataParallel.join(), where processes may take unequal "
     "numbers of steps, and drlora sums statistics over all of them in each step, which would hang "
     "or fail; take as many steps on every process (drop_last=True, or stop all at the smallest "
-    "count) without join(); wrong:\n"
+    "count), with a new wrapper: torch leaves one in this mode after join(); wrong:\n"
     "    with parallel.join():\n"
     "        train(parallel, loader)\n"
     "right:\n"
     "    loader = DataLoader(data, sampler=DistributedSampler(data, drop_last=True), "
     "drop_last=True)\n"
-    "    train(parallel, loader)"
+    "    train(DistributedDataParallel(model), loader)"
 )
 MARKS = {
     "ds_id": f"DeepSpeed (ZeRO-3) holds the parameters: it {DEEPSPEED}",
