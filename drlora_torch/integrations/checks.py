@@ -8,6 +8,7 @@ from typing import Any
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import AttachError
 from drlora_torch.integrations.trl import has_reference
+from drlora_torch.models import frameworks
 from drlora_torch.models.balancing import active_coefficient, declared_coefficient
 from drlora_torch.models.wrappers import is_peft_model
 from drlora_torch.step.notices import advise_against_balancing
@@ -34,9 +35,11 @@ def check_optimizer(adapter: Adapter, optimizer: Any) -> None:
     """Refuse to train with an optimizer that does not hold the adapter.
 
     Raises:
-        AttachError: parameters of the adapter are missing in it.
+        AttachError: parameters of the adapter are missing in it, or it is one of DeepSpeed's.
     """
     state = state_of(adapter)
+    if state.trainable:
+        frameworks.check_optimizer(optimizer)
     groups = getattr(optimizer, "param_groups", None)
     if groups is None or not state.trainable or not adapter.options.auto_step:
         return

@@ -13,17 +13,29 @@ from typing import Any
 from torch import nn
 
 from drlora_torch.errors import AttachError
+from drlora_torch.models import frameworks
 
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 DDP = ("torch.nn.parallel.distributed", "DistributedDataParallel")
 FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
 DATA_PARALLEL = ("torch.nn.parallel.data_parallel", "DataParallel")
+DEEPSPEED = ("deepspeed.runtime.engine", "DeepSpeedEngine")
+MEGATRON = ("megatron.core.distributed.data_parallel_base", "_BaseDataParallel")
+STAGE = ("torch.distributed.pipelining.stage", "_PipelineStageBase")
+PIPE = ("torch.distributed.pipelining._IR", "Pipe")
 ACTIVATIONS = (
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
     "ActivationWrapper",
 )
 PEFT = (("peft", "PeftModel"), ("peft", "PeftMixedModel"))
-INSIDE = {COMPILED: "_orig_mod", DDP: "module", FSDP: "module", DATA_PARALLEL: "module"}
+INSIDE = {
+    COMPILED: "_orig_mod",
+    DDP: "module",
+    FSDP: "module",
+    DATA_PARALLEL: "module",
+    DEEPSPEED: "module",
+    MEGATRON: "module",
+}
 """Wrappers of whole models, and the attribute that holds the model."""
 
 RIGHT = "attach(model, engine) first, then DistributedDataParallel(model)"
@@ -41,6 +53,13 @@ REFUSED = {
         "    attach(DataParallel(model), engine)\nright, with one process for each GPU:\n"
         f"    {RIGHT}"
     ),
+    DEEPSPEED: (
+        "it would not train what is added now; "
+        + frameworks.RIGHT.format(wrong="attach(deepspeed.initialize(...)[0], engine)")
+    ),
+    MEGATRON: f"it {frameworks.MEGATRON}",
+    STAGE: f"it {frameworks.PIPELINE}",
+    PIPE: f"it {frameworks.PIPELINE}",
 }
 
 
@@ -53,11 +72,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def check_wrappers(model: nn.Module) -> None:
     """Refuse to adapt a model through a wrapper that would not train what is added now."""
-    while (inner := _inside(model)) is not None:
+    inner: nn.Module | None = model
+    while inner is not None:
+        model = inner
         for kind, reason in REFUSED.items():
             if _is(model, kind):
-                raise AttachError(f"the model is wrapped in {kind[1]} already: {reason}")
-        model = inner
+                raise AttachError(
+                    f"the model is wrapped in {type(model).__name__} already: {reason}"
+                )
+        inner = _inside(model)
+    if isinstance(model, nn.Module):
+        frameworks.check_new(model)
 
 
 def check_parts(model: nn.Module, layer: str) -> None:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models import frameworks
 from drlora_torch.step.parameters import lora_parameters, parameters_by_key
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,12 @@ class ForeignOptimizers:
 
         Raises:
             AttachError: the optimizer holds only what ``attach`` has frozen, or the LoRA of an
-                adapter that is gone.
+                adapter that is gone, or it belongs to a framework that steps copies.
         """
         newest = None if ForeignOptimizers._newest is None else ForeignOptimizers._newest()
         if not waiting or newest is not self:
             return
+        frameworks.check_running()
         if optimizer in self._beside:
             self._count_step(attached)
         if optimizer in self._known:

@@ -41,6 +41,8 @@ class ModelCall:
     module: int = 0
     """Identity of the module that runs: a reference would keep a model alive with its loss."""
     with_gradients: bool = True
+    asked: bool = False
+    """True once its first adapted layer has run."""
     reached: bool = False
     """True once its backward pass has begun."""
     outer: ModelCall | None = None
@@ -95,6 +97,13 @@ class ForwardWatch:
     def running(self) -> ModelCall | None:
         """The forward of this thread; None outside of one."""
         return getattr(self._running, "call", None)
+
+    def begins_training(self) -> bool:
+        """True once in each forward that may be trained: at the first layer that asks."""
+        if (call := self.running) is None:
+            return torch.is_grad_enabled()
+        first, call.asked = call.with_gradients and not call.asked, True
+        return first
 
     def checkpointed_call(self, layer: str) -> ModelCall | None:
         """The forward that a checkpointed layer is run again for, within its backward pass."""

@@ -25,6 +25,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models import frameworks
 from drlora_torch.options import Newborn
 from drlora_torch.step import growth, hooks, newborn, parameters, samples, sharded, warmup
 from drlora_torch.step.exchange import exchange
@@ -95,6 +96,8 @@ class StepTracker:
             return
         self._forwards += 1
         number, call = self._forwards, self._watch.running
+        if self._watch.begins_training():
+            frameworks.check_training(lora)
         if not torch.is_grad_enabled():
             if call is not None and call.with_gradients:  # reentrant checkpointing, perhaps
                 call.checkpointed[lora.name] = number

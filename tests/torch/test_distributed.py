@@ -13,6 +13,7 @@ import torch.distributed
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
 import drlora_torch
@@ -128,6 +129,62 @@ def shard(said: dict[str, str], attempt: Callable[..., None]) -> None:
         said["sharded before attach"] = str(error)
 
 
+def uneven(said: dict[str, str], rank: int, rows: slice) -> None:
+    """More steps on one process than on the other, inside ``join``."""
+    model = models.build()
+    adapter = helpers.attach(model)
+    optimizer, parallel = helpers.adamw(adapter), DistributedDataParallel(model)
+    try:
+        with parallel.join():
+            for step in range(1 + rank):
+                said["join"] = f"step {step + 1}: "
+                ids = models.tokens(4, 7, step)[rows]
+                parallel(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+    except drlora_torch.AttachError as error:
+        said["join"] += str(error)
+    optimizer.zero_grad()
+    parallel = DistributedDataParallel(model)
+    for _ in range(2):
+        ids = models.tokens(4, 7, 0)[rows]
+        parallel(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said["steps without join"] = str(adapter.engine.step_count)
+
+
+class Logits(torch.nn.Module):
+    """A model as a stage of a pipeline: tensors in, tensors out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.model(input_ids=ids).logits
+
+
+def pipeline(said: dict[str, str]) -> None:
+    """A pipeline, here of a single stage, before and after ``attach``."""
+    model = models.build()
+    adapter = helpers.attach(model)
+    group, _ = torch.distributed.new_subgroups(1)
+    stage = PipelineStage(Logits(model), 0, 1, torch.device("cpu"), group=group)
+    schedule = ScheduleGPipe(stage, 1, loss_fn=lambda logits, ids: logits.sum() * ids.sum())
+    ids = models.tokens(4, 7, 0)
+    attempts: dict[str, Callable[[], object]] = {
+        "pipeline": lambda: schedule.step(ids, target=ids),
+        "stage": lambda: helpers.attach(stage),  # type: ignore[arg-type]
+    }
+    for name, attempt in attempts.items():
+        said[name] = ""
+        try:
+            attempt()
+        except drlora_torch.AttachError as error:
+            said[name] = str(error)
+    said["steps in a pipeline"] = str(adapter.engine.step_count)
+
+
 def apart(rank: int, folder: str, compiled: bool) -> None:
     """What the processes of a run say that is wrapped in the wrong order, or not at all."""
     torch.set_num_threads(1)
@@ -179,6 +236,8 @@ def apart(rank: int, folder: str, compiled: bool) -> None:
     found = drlora_torch.adapters(parallel)
     said["found"] = "" if found == {"default": adapter} else str(found)
     shard(said, attempt)
+    uneven(said, rank, rows)
+    pipeline(said)
     torch.save(said, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)
@@ -196,6 +255,13 @@ def test_processes_that_train_apart_all_raise_at_the_first_step(
     assert "sharded over processes by fully_shard" in first.pop("sharded before attach")
     sharded = first.pop("sharded after attach")
     assert sharded.startswith("step 1: the LoRA is sharded over processes by fully_shard")
+    assert first.pop("join").startswith(
+        "step 1: the model runs inside DistributedDataParallel.join"
+    )
+    assert first.pop("steps without join") == "2"
+    assert "runs in a pipeline (torch.distributed.pipelining.stage)" in first.pop("pipeline")
+    assert "wrapped in PipelineStage already" in first.pop("stage")
+    assert first.pop("steps in a pipeline") == "0"
     right = {"first adapter", "right order", "compiled", "found"}
     assert {name: text for name, text in first.items() if text and name in right} == {}
     for name in first.keys() - right:
