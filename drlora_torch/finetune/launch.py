@@ -129,7 +129,7 @@ def launch(processes: int, arguments: list[str], folder: Path) -> NoReturn:
     finally:
         logging.disable(logging.NOTSET)
     Console().show_cursor()  # the progress bar had no time to
-    if code > 2 and (folder / OPTIONS).is_file():
+    if code > 128 and (folder / OPTIONS).is_file():
         text += f"; go on with: drlora finetune --resume {folder} --processes {processes}"
     print_error(text)
     raise SystemExit(code)
