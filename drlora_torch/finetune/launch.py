@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import tempfile
 from collections.abc import Mapping
@@ -130,7 +131,7 @@ def launch(processes: int, arguments: list[str], folder: Path) -> NoReturn:
         logging.disable(logging.NOTSET)
     Console().show_cursor()  # the progress bar had no time to
     if code > 128 and (folder / OPTIONS).is_file():
-        text += f"; go on with: drlora finetune --resume {folder} --processes {processes}"
+        text += f"; go on with: drlora finetune --resume {shlex.quote(str(folder))} --processes {processes}"
     print_error(text)
     raise SystemExit(code)
 

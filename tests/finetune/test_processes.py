@@ -71,7 +71,7 @@ def same_run(run: Path, one: Path) -> None:
     assert len({rank for ranks in ours["ranks"].values() for rank in ranks}) > 1
     assert ours["skipped_steps"] == 0
     assert ours["loss_after"] == pytest.approx(theirs["loss_after"], abs=2e-3)  # mean over batches
-    assert losses(run) == pytest.approx(losses(one), abs=1e-4)
+    assert losses(run) == pytest.approx(losses(one), abs=1e-5)
     assert set(losses(run)) == set(range(1, STEPS + 1))
 
 
