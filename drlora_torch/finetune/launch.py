@@ -131,7 +131,8 @@ def launch(processes: int, arguments: list[str], folder: Path) -> NoReturn:
         logging.disable(logging.NOTSET)
     Console().show_cursor()  # the progress bar had no time to
     if code > 128 and (folder / OPTIONS).is_file():
-        text += f"; go on with: drlora finetune --resume {shlex.quote(str(folder))} --processes {processes}"
+        name = shlex.quote(str(folder))
+        text += f"; go on with: drlora finetune --resume {name} --processes {processes}"
     print_error(text)
     raise SystemExit(code)
 
