@@ -15,7 +15,7 @@ from rich.console import Console
 
 from drlora_core.cli.common import AsJson, emit
 from drlora_torch.errors import RunError
-from drlora_torch.finetune import folder
+from drlora_torch.finetune import folder, launch
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 from drlora_torch.finetune.signature import add_finetune_options
 
@@ -39,6 +39,12 @@ def finetune(
     compare: Annotated[
         Literal["uniform"] | None, typer.Option(help="Also train static LoRA with the same budget.")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes on this machine, one for each GPU. [default: 1; at least 1]"
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped."""
@@ -53,10 +59,23 @@ def finetune(
         values = FinetuneOptions.model_validate({**shipped, **chosen})
         run = folder.SavedRun(options=values, compare=compare)
     target = resume or output or Path("runs", time.strftime("finetune-%Y%m%d-%H%M%S"))
+    if launch.must_launch(processes):
+        _refuse_early(run, target, processes, resume is not None)
+        words = launch.finetune_arguments(chosen, target, compare, resume is not None)
+        launch.launch(processes, words, target)
 
     from drlora_torch.finetune import job
 
     job.run(run.options, target, Console(), compare=run.compare, resume=resume is not None)
+
+
+def _refuse_early(run: folder.SavedRun, target: Path, processes: int, resume: bool) -> None:
+    """Refuse what the processes of a run would refuse, before they are started."""
+    run.options.allocator_config()
+    if resume:
+        run.options.shared_by(processes, run.processes)
+    else:
+        folder.refuse_existing(target)
 
 
 def _read_unfinished(path: Path, chosen: dict[str, Any]) -> folder.SavedRun:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 from pydantic import ValidationError
@@ -75,14 +76,18 @@ def _register_others(app: typer.Typer) -> list[str]:
     return missing
 
 
-def run(arguments: list[str] | None) -> None:
+def print_error(text: str) -> None:
+    typer.echo(f"drlora: {text}", err=True)
+
+
+def run(arguments: list[str] | None, show: Callable[[str], None] = print_error) -> None:
     """Run the application; show an error in one line; always end in SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     app, missing = build()
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command is not None and command not in typer.main.get_group(app).commands:
         for reason in missing:
-            typer.echo(f"drlora: not available here: {reason}", err=True)
+            print_error(f"not available here: {reason}")
     try:
         app(args=arguments, prog_name="drlora")
     except Exception as error:
@@ -95,5 +100,5 @@ def run(arguments: list[str] | None) -> None:
         elif not isinstance(error, USER_ERRORS):
             text = f"internal error: {type(error).__name__}: {text}"
             text, code = f"{text} (DRLORA_DEBUG=1 shows the traceback)", 1
-        typer.echo(f"drlora: {text}", err=True)
+        show(text)
         raise SystemExit(code) from None

@@ -22,6 +22,8 @@ class SavedRun(BaseModel):
 
     options: FinetuneOptions
     compare: Literal["uniform"] | None = None
+    processes: int = 1
+    """Processes that shared the rows of a step when the run began."""
 
 
 def create(folder: Path, run: SavedRun) -> None:
@@ -29,9 +31,20 @@ def create(folder: Path, run: SavedRun) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        text = f"output folder {str(folder)!r} exists; use another --output, or --resume its run"
-        raise RunError(text) from None
+        raise _exists(folder) from None
     atomic.write_text(folder / OPTIONS, run.model_dump_json(indent=2) + "\n")
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse what :func:`create` would refuse, before anything is loaded."""
+    if folder.exists():
+        raise _exists(folder)
+
+
+def _exists(folder: Path) -> RunError:
+    return RunError(
+        f"output folder {str(folder)!r} exists; use another --output, or --resume its run"
+    )
 
 
 def read(folder: Path) -> SavedRun:

@@ -42,7 +42,8 @@ def run(
     """Fine-tune, evaluate, save and print the results.
 
     Where torchrun or Accelerate has started several processes, each trains on its share of every
-    batch, and the first one writes and prints.
+    batch, and the first one writes and prints. A run may go on in another number of processes: a
+    step has as many rows as before.
 
     Args:
         options: those of the run.
@@ -59,6 +60,8 @@ def run(
     everyone, output = join_processes(), agree_on(output)
     if not everyone.is_main_process:
         console = Console(quiet=True)
+    if resume:
+        options = options.shared_by(everyone.num_processes, folder.read(output).processes)
     config = options.allocator_config()  # refuses an impossible window before anything is loaded
     with quiet_libraries():
         with console.status("loading model and data"):
@@ -72,7 +75,9 @@ def run(
             )
         with _attached(model, options) as adapter:
             if not resume and everyone.is_main_process:
-                folder.create(output, folder.SavedRun(options=options, compare=compare))
+                processes = everyone.num_processes
+                begun = folder.SavedRun(options=options, compare=compare, processes=processes)
+                folder.create(output, begun)
             everyone.wait_for_everyone()
             console.print(
                 f"{options.model}: {len(rows[0])} training rows, {len(rows[1])} held out; "

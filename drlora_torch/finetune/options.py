@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from drlora_core import AllocatorConfig
 from drlora_core.config import PolicyName, ScopeName, TimetableName
 from drlora_torch.embedded import MODEL_DIR, TEST_FILE, TRAIN_FILE
+from drlora_torch.errors import RunError
 
 
 class FinetuneOptions(BaseModel):
@@ -105,6 +106,32 @@ class FinetuneOptions(BaseModel):
     def uniform(self) -> FinetuneOptions:
         """Return the options of static LoRA at the same budget, to compare with."""
         return self.model_copy(update={"policy": "uniform", "scope": "layer"})
+
+    def shared_by(self, processes: int, begun_with: int) -> FinetuneOptions:
+        """Return the options with which some processes go on with a run that others began.
+
+        A step has the same rows. The batch of a process does not grow, so that it fits into memory
+        as before; a process that has more rows than that accumulates.
+
+        Raises:
+            RunError: the rows of a step cannot be shared equally.
+
+        Example:
+            >>> options = FinetuneOptions(model="m", data="d.jsonl", batch_size=8, steps=100)
+            >>> options.shared_by(1, begun_with=4).accumulation
+            4
+        """
+        if processes == begun_with:
+            return self
+        rows = self.batch_size * self.accumulation * begun_with
+        if rows % processes:
+            raise RunError(
+                f"a step of this run has {rows} rows, which {processes} processes cannot share "
+                f"equally; resume it with --processes {begun_with}, or another divisor of {rows}"
+            )
+        share = rows // processes
+        batch = max(size for size in range(1, self.batch_size + 1) if share % size == 0)
+        return self.model_copy(update={"batch_size": batch, "accumulation": share // batch})
 
 
 def embedded_defaults() -> dict[str, object]:
