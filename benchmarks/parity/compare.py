@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import tempfile
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
-from benchmarks.parity import training
+from benchmarks.parity.files import Passage, Passages
+from benchmarks.parity.launch import launch
 from benchmarks.parity.modes import MODES, Mode, run_alone
 from benchmarks.parity.training import Trace
 
-EXACT, LOSS = 1e-11, 1e-6
-"""Largest relative differences that rounding explains; Transformers computes losses in float32."""
+EXACT, THIRDS = 1e-11, 1e-5
+"""Largest relative differences that rounding explains: in float64; and where the batch is cut into
+3 or 5, of which the mean is not exact in the float32 of the model's norms."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,52 +46,45 @@ class Difference:
     @property
     def agrees(self) -> bool:
         """True if the processes decided as one, with all figures equal to rounding."""
-        figures = (self.phi, self.s, self.parameters)
+        figures = (self.phi, self.s, self.loss, self.parameters)
         right = self.equal_ranks and self.equal_tokens and self.processes == 0.0
-        exact = self.loss < LOSS and all(figure < EXACT for figure in figures)
-        return right and exact and not self.error
+        most = EXACT if self.world & (self.world - 1) == 0 else THIRDS
+        return right and not self.error and all(figure < most for figure in figures)
 
 
 def compare(world: int, modes: Sequence[Mode], steps: int) -> list[Difference]:
     """Compare modes in one launch of ``world`` processes."""
-    places = [MODES.index(mode) for mode in modes]
-    with tempfile.TemporaryDirectory() as folder:
-        training.build_model().save_pretrained(Path(folder) / "model")
-        arguments = (folder, world, places, steps)
-        multiprocessing.spawn(_work, arguments, nprocs=world)
-        found: list[Difference] = torch.load(Path(folder) / "found.pt", weights_only=False)
-        return found
+    return list(launch(world, partial(_compare, [MODES.index(mode) for mode in modes], steps)))
 
 
-def _work(rank: int, folder: str, world: int, places: list[int], steps: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(minutes=2),
-    )
-    alone = [distributed.new_group([each]) for each in range(world)][rank]
+def compare_files(checkpoints: bool) -> list[Passage]:
+    """Save and load between all topologies, in one launch of two processes.
+
+    Args:
+        checkpoints: through torch.distributed.checkpoint too.
+    """
+    return list(launch(2, partial(_compare_files, checkpoints)))
+
+
+def _compare_files(checkpoints: bool, folder: Path, alone: Any) -> list[Passage]:
+    passages = Passages(folder, alone)
+    return [*passages.files(), *(passages.checkpoints() if checkpoints else [])]
+
+
+def _compare(places: list[int], steps: int, folder: Path, alone: Any) -> list[Difference]:
     known: dict[str, Trace] = {}
     found = []
     for place in places:
-        mode = MODES[place]
+        mode, world = MODES[place], distributed.get_world_size()
         if mode.recipe.key not in known:
             known[mode.recipe.key] = run_alone(mode.recipe, steps, alone)
         try:
-            trace = mode.spread(Path(folder) / "model", mode.recipe, steps)
+            trace = mode.spread(folder / "model", mode.recipe, steps)
             found.append(_measure(trace, known[mode.recipe.key], place, world, steps))
         except Exception:
             error = traceback.format_exc()
             found.append(Difference(mode=place, world=world, steps=steps, error=error))
-    if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
-    distributed.barrier()
-    # Not destroy_process_group: torch then joins a gloo thread while it holds the lock of the
-    # interpreter, which that thread may need to free a tensor, and both wait for ever.
-    os._exit(0)
+    return found
 
 
 def _measure(trace: Trace, alone: Trace, place: int, world: int, steps: int) -> Difference:

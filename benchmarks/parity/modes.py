@@ -34,7 +34,7 @@ class Mode:
     """Whether it is in the first tests, with two processes."""
 
 
-def _rows(batches: int, copies: int = 1) -> slice:
+def rows_of(batches: int, copies: int = 1) -> slice:
     """The rows of this process, if ``copies`` neighbors train on the same ones."""
     share = training.ROWS // batches
     first = distributed.get_rank() // copies * share
@@ -50,7 +50,7 @@ def _ddp(folder: Path, recipe: Recipe, steps: int) -> Trace:
         adapter.activate()
         parallel = DistributedDataParallel(model)
         sync = functools.partial(training.without_sync, parallel)
-        rows = _rows(distributed.get_world_size())
+        rows = rows_of(distributed.get_world_size())
         mean = training.mean_over_processes
         _extend(
             trace,
@@ -78,7 +78,8 @@ def shard(model: Model, *, whole: bool = False, replicas: int = 1, **options: An
     """Shard every decoder layer and the model, or the model alone."""
     world = distributed.get_world_size()
     shape = (replicas, world // replicas) if replicas > 1 else (world,)
-    mesh = init_device_mesh("cpu", shape)
+    names = ("replicate", "shard") if replicas > 1 else ("shard",)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for layer in () if whole else model.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
@@ -94,7 +95,7 @@ def _fsdp(folder: Path, recipe: Recipe, steps: int, *, first: bool = True, **opt
     if first:
         shard(model, **options)
     sync = functools.partial(training.without_reduction, model)
-    rows, mean = _rows(distributed.get_world_size()), training.mean_over_processes
+    rows, mean = rows_of(distributed.get_world_size()), training.mean_over_processes
     return training.train(model, adapter, recipe, rows, range(steps), sync=sync, whole=mean)
 
 
@@ -108,7 +109,7 @@ def load_spread(folder: Path, sizes: Mapping[str, int]) -> tuple[Model, slice]:
         folder, dtype=torch.float64, experts_implementation="eager", distributed_config=config
     )
     copies = distributed.get_world_size() // config.dp_size
-    return model.train(), _rows(config.dp_size, copies)
+    return model.train(), rows_of(config.dp_size, copies)
 
 
 def _transformers(folder: Path, recipe: Recipe, steps: int, **sizes: int) -> Trace:

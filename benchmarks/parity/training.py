@@ -133,7 +133,7 @@ def train(
         for micro in range(recipe.micro):
             ids = make_batch(100 * step + micro)[rows]
             with sync(micro == recipe.micro - 1) if sync else contextlib.nullcontext():
-                loss = parallel(input_ids=ids, labels=ids, use_cache=False).loss / recipe.micro
+                loss = _loss(parallel, ids) / recipe.micro
                 (loss if scaler is None else scaler.scale(loss)).backward()
             losses.append(loss.item())
         _step(adapter, recipe, optimizer, scaler)
@@ -143,6 +143,12 @@ def train(
     trace.parameters = [parts.whole(p).clone() for p in adapter.parameters()]
     trace.events = len(adapter.events)
     return trace
+
+
+def _loss(parallel: Model, ids: Tensor) -> Tensor:
+    """The mean over tokens, in float64; Transformers takes it in float32."""
+    logits = parallel(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def _step(
