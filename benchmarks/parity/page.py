@@ -16,20 +16,21 @@ from benchmarks.parity.training import EXPERTS, LENGTH, ROWS
 HEAD = """\
 # Parity: several processes decide as one
 
-`python -m benchmarks.parity` makes this page. A model is trained in several processes, each with its share
-of the rows of every batch, and in one process with all of them. The model is an OLMoE with 2 layers of
-{experts} experts in float64, the batch has {rows} rows of {length} tokens, the optimizer is AdamW, and ranks grow in
-the first half of {steps} steps.
+`python -m benchmarks.parity` makes this page. A model is trained in several processes, each with
+its share of the rows of every batch, and in one process with all of them. The model is an OLMoE
+with 2 layers of {experts} experts in float64, the batch has {rows} rows of {length} tokens, the
+optimizer is AdamW, and ranks grow in the first half of {steps} steps.
 
-*ranks* says whether the ranks of all experts are equal after every step, and *tokens* whether as many were
-counted. *phi* and *s* are the largest difference of what the allocator was given, the routing frequency and
-the importance, in any step. *loss* is that of any step and *weights* that of A, B and routers at the end. All
-differences are relative to the largest value. Between processes the weights are always equal, bit for bit.
-A mode agrees if all are below {exact:.0e}; with 3 and 5 processes below {thirds:.0e}, since the norms and routers of the model
-compute in float32, where a third or fifth is not exact.
+*ranks* says whether the ranks of all experts are equal after every step, and *tokens* whether as
+many were counted. *phi* and *s* are the largest difference of what the allocator was given, the
+routing frequency and the importance, in any step. *loss* is that of any step and *weights* that
+of A, B and routers at the end. All differences are relative to the largest value. Between
+processes the weights are always equal, bit for bit. A mode agrees if all are below {exact:.0e};
+with 3 and 5 processes below {thirds:.0e}, since the norms and routers of the model compute in
+float32, where a third or fifth is not exact.
 
-What was run: {versions}, processes of one machine with gloo, on CPUs. **Not run: NCCL, and more than one
-GPU or machine.**
+What was run: {versions}, processes of one machine with gloo, on CPUs. **Not run: NCCL, and more
+than one GPU or machine.**
 
 | mode | processes | events | ranks | tokens | phi | s | loss | weights | agrees |
 |---|---:|---:|---|---|---:|---:|---:|---:|---|
@@ -38,14 +39,15 @@ FILES = """
 ## One file for every way to spread the model
 
 An adapter with routers that learn after the warmup is saved in one topology, with
-`adapter.save_pretrained`, and loaded in another with `drlora_torch.load`, two processes each; then it trains
-on. The cells are the largest relative difference of the weights from a run in one process. Ranks were
-{ranks} everywhere.
+`adapter.save_pretrained`, and loaded in another with `drlora_torch.load`, two processes each;
+then it trains on. The cells are the largest relative difference of the weights from a run in one
+process. Ranks were {ranks} everywhere.
 
 """
 CHECKPOINTS = """
-The same with `torch.distributed.checkpoint` (`get_model_state_dict`, `get_optimizer_state_dict`), which saves
-and loads the optimizer too, compared with going on without a stop:
+The same with `torch.distributed.checkpoint` (`get_model_state_dict`,
+`get_optimizer_state_dict`), which saves and loads the optimizer too, compared with going on
+without a stop:
 
 | saved in | loaded in | ranks | weights |
 |---|---|---|---:|

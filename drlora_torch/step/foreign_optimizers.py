@@ -139,6 +139,14 @@ def _is_of_another_adapter(held: list[nn.Parameter], attached: Attached) -> bool
 
 def _refuse_useless(optimizer: Optimizer, held: list[nn.Parameter], attached: Attached) -> None:
     """Refuse an optimizer that trains nothing of this model, but was made for it."""
+    loras = {id(layer.lora) for layer in attached.layers.values()}
+    if any(parameter in _owners and id(_owners[parameter]()) in loras for parameter in held):
+        raise AttachError(
+            f"the {type(optimizer).__name__} holds the LoRA of adapter {attached.name!r} as it was "
+            "before fully_shard, which replaces parameters: it would train nothing; wrong:\n"
+            "    optimizer = AdamW(adapter.parameters())\n    fully_shard(model)\nright:\n"
+            "    fully_shard(model)\n    optimizer = AdamW(adapter.parameters())"
+        )
     if any(parameter in _owners and _owners[parameter]() is None for parameter in held):
         raise AttachError(
             f"the {type(optimizer).__name__} holds the LoRA of an adapter that is gone and "

@@ -67,6 +67,9 @@ class GradientWitness:
         self._versions.clear()
 
     def _version_now(self, layer: str) -> int:
-        """How often its first gradient was written to in place; NONE without one."""
+        """How often its first gradient was written to in place; NONE without one.
+
+        Of a DTensor, torch counts what is done to it, and to the part that is here, apart.
+        """
         gradient = self._parameters[layer][0].grad
-        return NONE if gradient is None else parts.local(gradient)._version
+        return NONE if gradient is None else gradient._version + parts.local(gradient)._version

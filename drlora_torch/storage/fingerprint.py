@@ -101,7 +101,7 @@ def _pick_sharded(weight: Any, points: Sequence[Tensor]) -> Tensor:
 
     Each process gives what it holds, and all get the sum: nothing else of the weight travels.
     """
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     held = parts.local(weight)
     picked = held.new_zeros([len(each) for each in points], dtype=torch.float64)
@@ -114,6 +114,9 @@ def _pick_sharded(weight: Any, points: Sequence[Tensor]) -> Tensor:
         held = held.index_select(dimension, torch.searchsorted(here, wanted[among]).to(held.device))
     picked[torch.meshgrid(*places, indexing="ij")] = held.double() / parts.num_holders(weight)
     mesh = weight.device_mesh
-    every = [Partial() for _ in range(mesh.ndim)]
-    summed: Tensor = DTensor.from_local(picked.to(mesh.device_type), mesh, every).full_tensor()
-    return summed
+    placements: list[Any] = [Partial() for _ in range(mesh.ndim)]
+    summed = DTensor.from_local(picked.to(mesh.device_type), mesh, placements)
+    for dimension in range(mesh.ndim):  # at once, torch warns
+        placements[dimension] = Replicate()
+        summed = summed.redistribute(placements=placements)
+    return parts.local(summed)

@@ -1,4 +1,4 @@
-"""Processes with a share of the batch each decide as one process with the whole batch."""
+"""What would not train in several processes, or train apart, says so in all of them."""
 
 from __future__ import annotations
 
@@ -11,122 +11,11 @@ import pytest
 import torch
 import torch.distributed
 from torch import multiprocessing
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
 import drlora_torch
 from tests.torch import helpers, models
-from tests.torch.helpers import Spy
-
-STEPS = 7
-
-
-SCENARIOS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "by hand": {"auto_step": False},
-    "routers later": {"router": "after_warmup"},
-    "routers": {"router": "trainable"},
-    "a head": {"modules_to_save": "lm_head"},
-    "prune": {"config": {"policy": "prune", "r_init": 6}},
-    "masked": {"layout": "masked"},
-}
-
-
-def run(model: Any, adapter: Any, rows: slice, options: dict[str, Any]) -> dict[str, Any]:
-    """Train on some rows of every batch; two micro-batches a step."""
-    spy = Spy(adapter)
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
-    for seed in range(STEPS):
-        for micro in range(2):
-            ids = models.tokens(4, 7, 10 * seed + micro)[rows]
-            (model(input_ids=ids, labels=ids).loss / 2).backward()
-        optimizer.step()
-        if "auto_step" in options:
-            adapter.step()
-        optimizer.zero_grad()
-    return {
-        "ranks": helpers.rank_history(adapter),
-        "events": [{n: d.tolist() for n, d in e.deltas.items()} for e in adapter.events],
-        "samples": [
-            {
-                name: (torch.from_numpy(phi), torch.from_numpy(s), t)
-                for name, (phi, s, t) in d.items()
-            }
-            for d in spy.samples
-        ],
-        "parameters": [p.detach() for p in adapter.parameters()],
-    }
-
-
-def attached(options: dict[str, Any]) -> tuple[Any, drlora_torch.Adapter]:
-    model = models.build(dtype=torch.float64)
-    return model, helpers.attach(model, **options)
-
-
-def worker(rank: int, folder: str, world: int) -> None:
-    """Run every scenario on a share of the four rows of a batch."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
-    )
-    share = 4 // world
-    rows = slice(share * rank, share * (rank + 1))
-    ends = {}
-    for name, options in SCENARIOS.items():
-        model, adapter = attached(options)
-        ends[name] = run(DistributedDataParallel(model), adapter, rows, options)
-    torch.save(ends, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    # Not destroy_process_group: torch then joins a gloo thread while it holds the lock of the
-    # interpreter, which that thread may need to free a tensor, and both wait for ever.
-    os._exit(0)
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_decide_as_one(tmp_path: Path, world: int) -> None:
-    multiprocessing.spawn(worker, (str(tmp_path), world), nprocs=world)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    for name, options in SCENARIOS.items():
-        alone = run(*attached(options), slice(0, 4), options)
-        assert alone["events"], name
-        assert len({rank for ranks in alone["ranks"].values() for rank in ranks}) > 1  # uneven
-        for ends in found:
-            same(ends[name], found[0][name], alone)
-
-
-def same(ends: dict[str, Any], first: dict[str, Any], alone: dict[str, Any]) -> None:
-    """A process ends exactly like the first one, and like one process but for rounding."""
-    assert ends["ranks"] == alone["ranks"]
-    assert ends["events"] == alone["events"]
-    for mine, theirs, whole in zip(
-        ends["parameters"], first["parameters"], alone["parameters"], strict=True
-    ):
-        assert torch.equal(mine, theirs)
-        torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-6)  # float32 norms and routers
-    for mine, theirs, whole in zip(
-        ends["samples"], first["samples"], alone["samples"], strict=True
-    ):
-        for name, (phi, s, tokens) in whole.items():
-            assert torch.equal(mine[name][0], theirs[name][0])
-            assert torch.equal(mine[name][1], theirs[name][1])
-            assert mine[name][2] == tokens == 2 * 4 * 7
-            torch.testing.assert_close(mine[name][0], phi, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(mine[name][1], s, rtol=1e-4, atol=1e-9)
-
-
-def shard(said: dict[str, str], attempt: Callable[..., None]) -> None:
-    """``fully_shard`` before and after ``attach``."""
-    mesh = init_device_mesh("cpu", (2,))
-    model = models.build()
-    adapter = helpers.attach(model)
-    attempt("sharded after attach", fully_shard(model, mesh=mesh), adapter, steps=1)
-    try:
-        helpers.attach(fully_shard(models.build(), mesh=mesh))
-    except drlora_torch.AttachError as error:
-        said["sharded before attach"] = str(error)
 
 
 def uneven(said: dict[str, str], rank: int, rows: slice) -> None:
@@ -235,7 +124,6 @@ def apart(rank: int, folder: str, compiled: bool) -> None:
     attempt("compiled" if compiled else "right order", parallel, adapter, steps=3)
     found = drlora_torch.adapters(parallel)
     said["found"] = "" if found == {"default": adapter} else str(found)
-    shard(said, attempt)
     uneven(said, rank, rows)
     pipeline(said)
     torch.save(said, f"{folder}/{rank}.pt")
@@ -252,9 +140,6 @@ def test_processes_that_train_apart_all_raise_at_the_first_step(
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     assert "wrapped in DistributedDataParallel already" in first.pop("wrapper")
-    assert "sharded over processes by fully_shard" in first.pop("sharded before attach")
-    sharded = first.pop("sharded after attach")
-    assert sharded.startswith("step 1: the LoRA is sharded over processes by fully_shard")
     assert first.pop("join").startswith(
         "step 1: the model runs inside DistributedDataParallel.join"
     )

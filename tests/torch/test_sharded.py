@@ -1,0 +1,361 @@
+"""Adapters that processes hold together: what is refused, and traps of sharded parameters."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+pytest.importorskip("transformers.distributed")
+
+from torch import Tensor, multiprocessing
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import drlora_torch
+from drlora_torch.errors import DRLoRAError
+from drlora_torch.lora import parts
+from drlora_torch.step import sharded
+from tests.torch import helpers, models
+from tests.torch.helpers import Spy
+
+Said = dict[str, Any]
+
+
+def shard(model: Any, **options: Any) -> Any:
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def build() -> Any:
+    model = models.build(dtype=torch.float64)
+    model.set_experts_implementation("eager")  # grouped_mm takes no float64
+    return model
+
+
+def attached(**options: Any) -> tuple[Any, drlora_torch.Adapter]:
+    model = build()
+    return model, helpers.attach(model, **options)
+
+
+def rows() -> slice:
+    first = 2 * torch.distributed.get_rank()
+    return slice(first, first + 2)
+
+
+def backward(model: Any, seed: int) -> None:
+    ids = models.tokens(4, 7, seed)[rows()]
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for seed in steps:
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def what_is_said(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except DRLoRAError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusals(folder: Path, said: Said) -> None:
+    """What would train LoRA apart, or not at all."""
+    model, adapter = attached()
+    shard(model, ignored_params=set(adapter.parameters()))
+    said["left out"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(1)))
+    model, adapter = attached()
+    shard(model, ignored_params=set(adapter.parameters()[:2]))
+    said["two left out"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(1)))
+    model, adapter = attached()
+    lora = {id(parameter) for parameter in adapter.parameters()}
+    shard(model, shard_placement_fn=lambda p: Shard(1) if id(p) in lora else None)
+    said["columns"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(1)))
+    model, adapter = attached()
+    optimizer = helpers.adamw(adapter)
+    shard(model)
+    said["early optimizer"] = what_is_said(lambda: train(model, optimizer, range(1)))
+    model, adapter = attached()
+    shard(model)
+    for action in ("merge", "merge_and_save", "export_peft", "import_peft"):
+        method = getattr(adapter, action)
+        arguments = [] if action == "merge" else [folder / action]
+        said[action] = what_is_said(lambda m=method, a=arguments: m(*a))  # type: ignore[misc]
+    said["trained after"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(2)))
+    staged = load(folder, pp_size=2)
+    said["pipeline"] = what_is_said(lambda: helpers.attach(staged))
+
+
+def load(folder: Path, **sizes: int) -> Any:
+    config = DistributedConfig(**sizes)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model",
+        dtype=torch.float64,
+        experts_implementation="eager",
+        distributed_config=config,
+    )
+    return model.train()
+
+
+def traps(folder: Path, said: Said) -> None:
+    """Gathered copies, dropped batches, trial steps, mixed dtypes."""
+    for in_place in (False, True):
+        model, adapter = attached()
+        shard(model)
+        optimizer, spy = helpers.adamw(adapter), Spy(adapter)
+        backward(model, 0)
+        optimizer.zero_grad(set_to_none=not in_place)
+        train(model, optimizer, range(1, 3))
+        said[f"tokens of a dropped batch, {in_place}"] = [
+            [tokens for _, _, tokens in step.values()] for step in spy.samples
+        ]
+    said["trial steps"] = [count_trial_steps(wrapped=True), count_trial_steps(wrapped=False)]
+
+    model, adapter = attached(router="trainable")
+    shard(model, reshard_after_forward=False)
+    optimizer = helpers.adamw(adapter)
+    train(model, optimizer, range(5))
+    with torch.no_grad():
+        trained = model(input_ids=models.tokens(4, 7, 0)).logits.clone()
+        adapter.save_pretrained(folder / "gathered")
+        with adapter.disabled():
+            said["base"] = model(input_ids=models.tokens(4, 7, 0)).logits.clone()
+        again = model(input_ids=models.tokens(4, 7, 0)).logits.clone()
+    said["disabled and back"] = torch.equal(trained, again)
+    said["logits"] = trained
+    train(model, optimizer, range(5, 7))
+    with torch.no_grad():
+        model(input_ids=models.tokens(4, 7, 0))
+    adapter.restore(folder / "gathered")
+    with torch.no_grad():
+        back = model(input_ids=models.tokens(4, 7, 0)).logits
+    said["restored"] = torch.equal(trained, back)
+
+    for name, policy in {
+        "bfloat16 base": {},
+        "mixed precision": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    }.items():
+        model = models.build(dtype=torch.bfloat16 if not policy else torch.float32)
+        adapter = helpers.attach(model)
+        shard(model, **policy)
+        train(model, helpers.adamw(adapter), range(5))
+        said[name] = (
+            {p.dtype for p in adapter.parameters()},
+            len(adapter.events),
+            [parts.whole(parameter) for parameter in adapter.parameters()],
+        )
+
+
+def count_trial_steps(*, wrapped: bool) -> int:
+    """Steps that the engine sees when the state of a fresh optimizer is asked for."""
+    model, adapter = attached(router="after_warmup")
+    if wrapped:
+        shard(model)
+    get_optimizer_state_dict(model, helpers.adamw(adapter))
+    return adapter.engine.step_count
+
+
+def all_tokens_elsewhere(folder: Path, said: Said) -> None:
+    """Every token of both processes goes to experts of one of them."""
+    for name, sizes in {"ep": {"fsdp_size": 2, "ep_size": 2}, "tp": {"tp_size": 2}}.items():
+        model = load(folder, **sizes)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                parts.local(layer.mlp.gate.weight).zero_()  # ties: the same experts for all tokens
+        adapter = helpers.attach(model)
+        spy = Spy(adapter)
+        train(model, helpers.adamw(adapter), range(5))
+        said[f"one side, {name}"] = [
+            {layer: (phi, s) for layer, (phi, s, _) in step.items()} for step in spy.samples
+        ]
+
+
+def saves(folder: Path, said: Said) -> None:
+    """Saves that cannot be complete leave what was there."""
+    model, adapter = attached()
+    shard(model)
+    train(model, helpers.adamw(adapter), range(7))  # then all slots have owners
+    (folder / "a file").write_text("in the way")
+    said["no folder"] = what_is_said(lambda: adapter.save_pretrained(folder / "a file"))
+    full = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if torch.distributed.get_rank() == 0:  # what Accelerate gathers for the first process
+        model.save_pretrained(folder / "gathered by others", state_dict=full)
+    adapter.save_pretrained(folder / "good")
+    before = (folder / "good" / "drlora_adapter.safetensors").read_bytes()
+    if torch.distributed.get_rank() == 1:
+        parts.local(adapter.parameters()[0])[0, 0] = torch.nan
+    said["not finite"] = what_is_said(lambda: adapter.save_pretrained(folder / "good"))
+    said["good"] = (folder / "good" / "drlora_adapter.safetensors").read_bytes() == before
+    torch.distributed.barrier()
+    sharded.PATIENCE = datetime.timedelta(seconds=2)
+    if torch.distributed.get_rank() == 0:
+        said["alone"] = what_is_said(lambda: adapter.save_pretrained(folder / "alone"))
+    else:
+        try:
+            model(input_ids=models.tokens(2, 7, 0))
+        except RuntimeError as error:  # the other process is gone
+            said["alone"] = str(error)
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    said: Said = {}
+    for scenario in (refusals, traps, all_tokens_elsewhere, saves):
+        scenario(Path(folder), said)
+    torch.save(said, f"{folder}/{rank}.pt")
+    os._exit(0)
+
+
+REFUSED = {
+    "left out": "AttachError: the processes train apart",
+    "two left out": "AttachError: fully_shard has left out 2 of 8 LoRA parameters",
+    "columns": "AttachError: model.layers.0.mlp.experts/gate_up_proj/lora_A has the placements",
+    "early optimizer": "AttachError: the AdamW holds the LoRA of adapter 'default' as it was",
+    "merge": "AttachError: merge needs the whole model in one process",
+    "merge_and_save": "AttachError: merge_and_save needs the whole model in one process",
+    "export_peft": "AttachError: export_peft needs the whole model in one process",
+    "import_peft": "AttachError: import_peft needs the whole model in one process",
+    "pipeline": "AttachError: the model is cut into stages of a pipeline (pp_size=2)",
+    "no folder": "CheckpointError: ",
+    "not finite": "CheckpointError: model.layers.0.mlp.experts/gate_up_proj/lora_A holds values",
+}
+
+
+def refused_in_all_processes(folder: Path, both: list[Said]) -> None:
+    for said in both:
+        assert {name: said[name][: len(text)] for name, text in REFUSED.items()} == REFUSED
+
+
+def one_process_that_saves_alone_ends_all(folder: Path, both: list[Said]) -> None:
+    first, second = (said["alone"] for said in both)
+    assert first.startswith("CheckpointError: save_pretrained needs all processes")
+    assert second  # the first one is gone
+    assert not (folder / "alone").exists()
+
+
+def a_refused_action_does_no_harm(folder: Path, both: list[Said]) -> None:
+    for said in both:
+        assert said["trained after"] == ""
+        assert said["good"]
+
+
+def a_dropped_batch_does_not_count(folder: Path, both: list[Said]) -> None:
+    for said in both:
+        for in_place in (False, True):
+            assert said[f"tokens of a dropped batch, {in_place}"] == 2 * [2 * [4 * 7]]
+
+
+def trial_steps_do_not_count(folder: Path, both: list[Said]) -> None:
+    for said in both:
+        assert said["trial steps"] == [0, 0]
+
+
+def gathered_copies_are_not_taken_for_parameters(folder: Path, both: list[Said]) -> None:
+    with torch.no_grad():
+        ids = models.tokens(4, 7, 0)
+        base = build()
+        plain = base(input_ids=ids).logits
+        drlora_torch.load(base, folder / "gathered")
+        trained = base(input_ids=ids).logits
+    assert (trained - plain).abs().max() > 1e-3
+    for said in both:
+        assert said["disabled and back"]
+        assert said["restored"]
+        torch.testing.assert_close(said["base"], plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(said["logits"], trained, rtol=1e-12, atol=1e-12)
+
+
+def float32_lora_beside_bfloat16(folder: Path, both: list[Said]) -> None:
+    for name in ("bfloat16 base", "mixed precision"):
+        (dtypes, events, first), (_, _, second) = (said[name] for said in both)
+        assert dtypes == {torch.float32}
+        assert events == 1
+        for mine, theirs in zip(first, second, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def all_tokens_on_the_experts_of_one_process(folder: Path, both: list[Said]) -> None:
+    first, second = both
+    parallel = {name: first[f"one side, {name}"] for name in ("ep", "tp")}
+    for by_ep, by_tp in zip(parallel["ep"], parallel["tp"], strict=True):
+        for layer, (phi, s) in by_ep.items():
+            used = phi.nonzero()[0]
+            assert len(used) == 2
+            assert used.max() < 4 or used.min() >= 4  # experts of one process
+            assert set(s.sum(axis=1).nonzero()[0]) <= set(used)
+            assert (phi == by_tp[layer][0]).all()
+    assert str(first["one side, ep"]) == str(second["one side, ep"])
+    assert parallel["ep"][-1]["model.layers.0.mlp.experts"][1].max() > 0
+
+
+def a_state_that_others_have_gathered_is_saved_whole(folder: Path, both: list[Said]) -> None:
+    one, two = (
+        drlora_torch.load(models.build(dtype=torch.float64), folder / name)
+        for name in ("good", "gathered by others")
+    )
+    assert helpers.rank_history(one) == helpers.rank_history(two)
+    for mine, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+CHECKS = (
+    refused_in_all_processes,
+    one_process_that_saves_alone_ends_all,
+    a_refused_action_does_no_harm,
+    a_dropped_batch_does_not_count,
+    trial_steps_do_not_count,
+    gathered_copies_are_not_taken_for_parameters,
+    float32_lora_beside_bfloat16,
+    all_tokens_on_the_experts_of_one_process,
+    a_state_that_others_have_gathered_is_saved_whole,
+)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_adapters_that_two_processes_hold_together(tmp_path: Path) -> None:
+    """One launch for all: each check looks at what both processes said and saw."""
+    build().save_pretrained(tmp_path / "model")
+    multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for check in CHECKS:
+        check(tmp_path, both)
+
+
+def test_find_rows_of_a_plain_tensor() -> None:
+    tensor: Tensor = torch.arange(6.0).view(3, 2)
+    here, places = parts.find_rows(tensor, parts.held_rows(tensor)[1:])
+    assert here.tolist() == [0, 1]
+    assert places.tolist() == [1, 2]
+    assert parts.num_holders(tensor) == 1
