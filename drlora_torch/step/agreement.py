@@ -6,9 +6,10 @@ decisions. Where it does not know the LoRA, the copies would drift apart without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from drlora_torch.lora import parts
 from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.step.processes import several_processes
 
+SIZE = 3  # numbers of a probe
 TOLERANCE = 1e-4  # of the standard deviation over processes, relative to the mean
 APART = (
     "the processes train apart: their gradients of the expert LoRA differ, and so would their "
@@ -32,7 +34,7 @@ APART = (
 )
 
 
-def probe(attached: Attached, slots: Mapping[str, Tensor]) -> NDArray[np.float64]:
+def probe(attached: Attached, slots: Sequence[Tensor]) -> Tensor:
     """What a process adds to the sum over all: 1, its total importance, and that squared.
 
     At the first step all importance is 0, since B is; then the total size of the gradients. Rows
@@ -40,12 +42,14 @@ def probe(attached: Attached, slots: Mapping[str, Tensor]) -> NDArray[np.float64
     """
     lora = lora_parameters(attached)
     if not several_processes(attached.process_group) or any(map(parts.is_sharded, lora)):
-        return np.zeros(3)
-    total = sum(float(values.sum()) for values in slots.values())
-    if not total:
+        return torch.zeros(SIZE, dtype=torch.float64)
+    totals = [values.sum() for values in slots]
+    if not attached.engine.step_count:
         gradients = [parameter.grad for parameter in lora if parameter.grad is not None]
-        total = sum(float(gradient.detach().double().abs().sum()) for gradient in gradients)
-    return np.array([1.0, total, total**2])
+        device = slots[0].device
+        totals = [gradient.double().abs().sum().to(device) for gradient in gradients] or totals
+    total = torch.stack(totals).sum()
+    return torch.stack([torch.ones_like(total), total, total.square()])
 
 
 def check(summed: NDArray[np.float64]) -> None:

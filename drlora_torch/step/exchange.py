@@ -1,4 +1,4 @@
-"""What processes tell each other at the end of a step, in one sum.
+"""What processes tell each other at the end of a step: one sum, and one copy to the host.
 
 Each has counted its own tokens. Gradients are averaged by whatever trains the model, so importance
 is the same everywhere; but where rows of A and B are spread over processes, each has read that of
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,15 +25,17 @@ from drlora_torch.step.processes import sum_over_processes
 Arrays = dict[str, NDArray[np.float64]]
 
 
+@torch.no_grad()
 def exchange(
-    attached: Attached, sums: Mapping[str, NDArray[np.float64]], slots: Mapping[str, Tensor]
+    attached: Attached, sums: Mapping[str, Tensor], slots: Mapping[str, Tensor]
 ) -> tuple[Arrays, Arrays]:
     """Sum the statistics of a step over all processes.
 
     Args:
         attached: the adapter.
-        sums: routing weights and the number of tokens, [N + 1] by layer; a layer may be missing.
-        slots: importance of the rows that are here, [P] by layer, 0 for others.
+        sums: routing weights and the number of tokens, float64 [N + 1] by layer; a layer may be
+            missing.
+        slots: importance of the rows that are here, float64 [P] by layer, 0 for others.
 
     Returns:
         Both of all processes: [N + 1] and [P] by layer.
@@ -41,19 +44,20 @@ def exchange(
         AttachError: the processes train apart.
     """
     loras = {name: layer.lora for name, layer in attached.layers.items()}
-    importance = {name: np.asarray(slots[name].cpu().numpy()) for name in loras}
-    own = []
+    device = next(iter(loras.values())).compute_device
+    counted = []
     for name, lora in loras.items():
         copies = 1 if lora.spread is None else lora.spread.copies
-        own.append(sums.get(name, np.zeros(lora.table.num_experts + 1)) / copies)
-    sharded = any(parts.is_sharded(parameter) for parameter in lora_parameters(attached))
-    if sharded:
-        own += importance.values()
-    own.append(agreement.probe(attached, slots))
-    device = next(iter(loras.values())).compute_device
-    summed = sum_over_processes(np.concatenate(own), device, attached.process_group)
-    *found, probe = np.split(summed, np.cumsum([part.size for part in own])[:-1])
+        none = torch.zeros(lora.table.num_experts + 1, dtype=torch.float64)
+        counted.append(sums.get(name, none).to(device) / copies)
+    read = [slots[name].to(device) for name in loras]
+    shared = [agreement.probe(attached, read).to(device), *counted]
+    if sharded := any(map(parts.is_sharded, lora_parameters(attached))):
+        shared += read
+    summed = sum_over_processes(torch.cat(shared), attached.process_group)
+    values = torch.cat([summed, *(() if sharded else read)]).cpu().numpy()
+    sizes = [agreement.SIZE, *(len(each) for each in (*counted, *read))]
+    probe, *found = np.split(values, np.cumsum(sizes)[:-1])
     agreement.check(probe)
-    if sharded:
-        importance = dict(zip(loras, found[len(loras) :], strict=True))
-    return dict(zip(loras, found, strict=False)), importance
+    routing, importance = found[: len(loras)], found[len(loras) :]
+    return dict(zip(loras, routing, strict=True)), dict(zip(loras, importance, strict=True))

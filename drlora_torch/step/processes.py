@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import distributed
+from torch import Tensor, distributed
 
 
 def several_processes(group: Any = None) -> bool:
@@ -20,15 +17,11 @@ def is_first_process(group: Any = None) -> bool:
     return not _initialized() or distributed.get_rank(group) == 0
 
 
-def sum_over_processes(
-    values: NDArray[np.float64], device: torch.device, group: Any = None
-) -> NDArray[np.float64]:
-    """Sum an array over the processes of a group; the array itself where there is only one."""
-    if not several_processes(group):
-        return values
-    summed = torch.from_numpy(values.copy()).to(device)
-    distributed.all_reduce(summed, group=group)
-    return np.asarray(summed.cpu(), dtype=np.float64)
+def sum_over_processes(values: Tensor, group: Any = None) -> Tensor:
+    """Sum a tensor over the processes of a group, in place; return it."""
+    if several_processes(group):
+        distributed.all_reduce(values, group=group)
+    return values
 
 
 def _initialized() -> bool:

@@ -14,9 +14,7 @@ import contextlib
 import weakref
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -181,8 +179,8 @@ class StepTracker:
         """True if something holds in any of the processes that hold the LoRA together."""
         if not any(map(parts.is_sharded, self._lora_parameters())):
             return here
-        device, group = self._loras()[0].compute_device, self.attached.process_group
-        return bool(sum_over_processes(np.array([float(here)]), device, group)[0])
+        held = torch.tensor([float(here)], device=self._loras()[0].compute_device)
+        return bool(sum_over_processes(held, self.attached.process_group))
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -288,7 +286,7 @@ class StepTracker:
             self.forget()
             self._grow_older()
             return None
-        sums = {name: self._local_sums(name) for name in self._sums}
+        sums = dict(self._sums)
         self.forget()
         routing, importance = exchange(self.attached, sums, slots)
         growth.check_event(self.attached)
@@ -305,11 +303,6 @@ class StepTracker:
             newborn.grow_older(self.attached.ages, self._horizon)
         self._horizon = 0.0
 
-    def _local_sums(self, name: str) -> NDArray[np.float64]:
-        if name not in self._sums:
-            return np.zeros(self.attached.layers[name].record.num_experts + 1)
-        return np.asarray(self._sums[name].cpu(), dtype=np.float64)
-
     # -- the partial state of a step -----------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -323,8 +316,9 @@ class StepTracker:
             return {}  # the batch was dropped, as the next backward pass will notice
         found: dict[str, Tensor] = {}
         if self._sums:
-            for name in self.attached.layers:
-                found[f"{ROUTING}{name}"] = torch.from_numpy(self._local_sums(name))
+            for name, layer in self.attached.layers.items():
+                none = torch.zeros(layer.record.num_experts + 1, dtype=torch.float64)
+                found[f"{ROUTING}{name}"] = self._sums.get(name, none).cpu()
         if self._witness.seen:
             for key, parameter in parameters.parameters_by_key(self.attached).items():
                 if parameter.grad is not None:
