@@ -354,3 +354,12 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not finite: the training has diverged"):
         adapter.save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_model_on_the_meta_device_has_no_adapter_to_give() -> None:
+    """Accelerate's fsdp_cpu_ram_efficient_loading moves models there and back."""
+    model = models.build()
+    helpers.attach(model)
+    model.to("meta")
+    with pytest.raises(CheckpointError, match="fsdp_cpu_ram_efficient_loading to false"):
+        model.state_dict()
