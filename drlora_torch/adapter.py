@@ -109,6 +109,7 @@ class Adapter:
                 no longer that of the model.
         """
         check_attached(self._attached)
+        sharded.free_gathered(self._attached)
         parameters.check_in_place(self._attached)
         if self.is_active:
             parameters.unfreeze_lora(self._attached)
@@ -117,10 +118,12 @@ class Adapter:
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """A and B of all layers, for a parameter group of their own."""
+        sharded.free_gathered(self._attached)
         return parameters.lora_parameters(self._attached)
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
         """Router parameters that learn (now or after the warmup), by qualified name."""
+        sharded.free_gathered(self._attached)
         return parameters.router_parameters(self._attached)
 
     def step(self, grad_scale: float = 1.0) -> GrowthEvent | None:

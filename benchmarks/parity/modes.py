@@ -74,28 +74,47 @@ def run_alone(recipe: Recipe, steps: int, group: Any) -> Trace:
     return trace
 
 
-def shard(model: Model, *, whole: bool = False, replicas: int = 1, **options: Any) -> Model:
-    """Shard every decoder layer and the model, or the model alone."""
-    world = distributed.get_world_size()
-    shape = (replicas, world // replicas) if replicas > 1 else (world,)
-    names = ("replicate", "shard") if replicas > 1 else ("shard",)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+def shard(
+    model: Model, *, whole: bool = False, replicas: int = 1, copies: int = 1, **options: Any
+) -> Model:
+    """Shard every decoder layer and the model, or the model alone.
+
+    Args:
+        model: sharded in place.
+        whole: the model alone.
+        replicas: how many hold the same shard, and train on different batches.
+        copies: how many processes share a batch, as in tensor parallelism by others.
+        options: of ``fully_shard``.
+    """
+    size = distributed.get_world_size() // replicas // copies
+    names = ("replicate", "shard", "copies")
+    mesh = init_device_mesh("cpu", (replicas, size, copies), mesh_dim_names=names)
+    mesh = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"]
     for layer in () if whole else model.model.layers:
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
 
 
-def _fsdp(folder: Path, recipe: Recipe, steps: int, *, first: bool = True, **options: Any) -> Trace:
+def _fsdp(
+    folder: Path,
+    recipe: Recipe,
+    steps: int,
+    *,
+    first: bool = True,
+    copies: int = 1,
+    **options: Any,
+) -> Trace:
     """``fully_shard`` after ``attach`` (``first``) or before."""
     model = training.build_model()
     if not first:
-        shard(model, **options)
+        shard(model, copies=copies, **options)
     (adapter,) = training.attach_all(model, recipe, steps)
     if first:
-        shard(model, **options)
+        shard(model, copies=copies, **options)
     sync = functools.partial(training.without_reduction, model)
-    rows, mean = rows_of(distributed.get_world_size()), training.mean_over_processes
+    rows = rows_of(distributed.get_world_size() // copies, copies)
+    mean = training.mean_over_processes
     return training.train(model, adapter, recipe, rows, range(steps), sync=sync, whole=mean)
 
 
@@ -176,6 +195,7 @@ MODES = (
     Mode(group=AFTER, name="masked", spread=_after(), recipe=MASKED),
     Mode(group=AFTER, name="uneven shards", spread=_after(), worlds=(3, 5)),
     Mode(group=AFTER, name="replicas (HSDP)", spread=_after(replicas=2), worlds=(4,)),
+    Mode(group=AFTER, name="two processes a batch", spread=_after(copies=2), worlds=(4,)),
     Mode(group=AFTER, name="clipping", spread=_after(), recipe=CLIPPED, fast=True),
     Mode(
         group=AFTER,

@@ -15,6 +15,7 @@ from drlora_torch.step.parameters import (
     unfreeze_base,
     unfreeze_lora,
 )
+from drlora_torch.step.sharded import free_gathered
 from drlora_torch.step.tracker import StepTracker
 from drlora_torch.step.warmup import hold_routers
 
@@ -26,6 +27,7 @@ class Running:
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
+        free_gathered(attached)
         for parameter in lora_parameters(attached):
             parameter.requires_grad_(True)  # hooks need it, for inference too
         self.tracker = StepTracker(attached)
@@ -55,6 +57,7 @@ class Running:
 
     def stop(self) -> None:
         """Undo :meth:`start`; the partial state of the current step is put aside."""
+        free_gathered(self.attached)
         if not self.attached.unfinished:  # else it never got as far as to take it
             self.attached.unfinished = self.tracker.state_dict()
         self._undo.close()

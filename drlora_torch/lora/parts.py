@@ -9,6 +9,7 @@ Shape letters: P rows of a tensor, p of them here.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -69,13 +70,13 @@ def find_rows(tensor: Tensor, wanted: IntArray) -> tuple[IntArray, Tensor]:
     return places, torch.from_numpy(np.searchsorted(held, wanted[places])).to(tensor.device)
 
 
-def num_holders(tensor: Tensor) -> int:
-    """How many processes hold the same rows as this one."""
+def num_parts(tensor: Tensor) -> int:
+    """Into how many parts a tensor is cut; 1 for one that is not."""
     if not is_sharded(tensor):
         return 1
     spread: Any = tensor
     sizes = zip(spread.device_mesh.shape, spread.placements, strict=True)
-    return int(np.prod([size for size, placement in sizes if placement.is_replicate()], dtype=int))
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 @torch.no_grad()

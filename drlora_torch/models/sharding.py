@@ -51,10 +51,10 @@ def find_spread(model: nn.Module, layer: str) -> Spread | None:
     if not parts.is_sharded(weight):
         return None
     if not _is_by_transformers(model):
-        kinds = tuple(weight.placements)
+        _check_data_parallel(model, layer, weight)
         return Spread(
             mesh=weight.device_mesh,
-            placements=tuple(_by_rows(kind) for kind in kinds),
+            placements=tuple(_by_rows(kind) for kind in weight.placements),
             batches=weight.device_mesh.size(),
         )
     return _spread_by_transformers(model, layer, experts)
@@ -76,6 +76,24 @@ def _around(model: nn.Module, layers: Iterable[str]) -> list[Any]:
             module = module.get_submodule(name)
             found[id(module)] = module
     return list(found.values())
+
+
+def _check_data_parallel(model: nn.Module, layer: str, weight: Any) -> None:
+    """Refuse DTensors that something else than ``fully_shard`` has made, or not it alone.
+
+    A process would not know which others train on the same batch.
+    """
+    by_fully_shard = any(hasattr(m, "set_reshard_after_forward") for m in _around(model, [layer]))
+    *replicas, last = weight.placements
+    plain = last.is_shard() and len(replicas) < 2 and all(p.is_replicate() for p in replicas)
+    if not (by_fully_shard and plain):
+        raise AttachError(
+            f"the experts of {layer!r} are DTensors with the placements {weight.placements} of a "
+            f"{weight.device_mesh}, of which drlora cannot tell who trains on which batch; wrong:\n"
+            "    distribute_tensor, parallelize_module or another library, then attach\nright:\n"
+            "    attach, then fully_shard(model); or fully_shard(model) alone, then attach; or "
+            "Transformers' DistributedConfig(fsdp_size=, ep_size=, tp_size=), then attach"
+        )
 
 
 def _by_rows(placement: Any) -> Any:

@@ -10,6 +10,7 @@ Shape letters: N experts, P rank slots.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,26 @@ from torch import Tensor
 
 from drlora_torch.attached import Attached
 from drlora_torch.lora import parts
+from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.step import agreement
 from drlora_torch.step.parameters import lora_parameters
-from drlora_torch.step.processes import sum_over_processes
+from drlora_torch.step.processes import count_processes, sum_over_processes
 
 Arrays = dict[str, NDArray[np.float64]]
+
+
+def _copies_of_batch(lora: ExpertLoRA, processes: int) -> int:
+    """How many of the processes train on the same tokens."""
+    if lora.spread is not None:
+        return lora.spread.copies
+    mesh: Any = getattr(next(lora.parameters()), "device_mesh", None)
+    return 1 if mesh is None else processes // int(mesh.size())
+
+
+def _holders_of_row(lora: ExpertLoRA, processes: int) -> int:
+    """How many of the processes hold, and read, the same row; 1 where it is not exchanged."""
+    some = next(lora.parameters())
+    return processes // parts.num_parts(some) if parts.is_sharded(some) else 1
 
 
 @torch.no_grad()
@@ -45,12 +61,12 @@ def exchange(
     """
     loras = {name: layer.lora for name, layer in attached.layers.items()}
     device = next(iter(loras.values())).compute_device
-    counted = []
+    several = count_processes(attached.process_group)
+    counted, read = [], []
     for name, lora in loras.items():
-        copies = 1 if lora.spread is None else lora.spread.copies
         none = torch.zeros(lora.table.num_experts + 1, dtype=torch.float64)
-        counted.append(sums.get(name, none).to(device) / copies)
-    read = [slots[name].to(device) for name in loras]
+        counted.append(sums.get(name, none).to(device) / _copies_of_batch(lora, several))
+        read.append(slots[name].to(device) / _holders_of_row(lora, several))
     shared = [agreement.probe(attached, read).to(device), *counted]
     if sharded := any(map(parts.is_sharded, lora_parameters(attached))):
         shared += read

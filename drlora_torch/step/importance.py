@@ -32,8 +32,7 @@ def slot_importance(lora: ExpertLoRA) -> Tensor:
 
     Returns:
         float64 [P] on the device of the parameters. A parameter without a gradient (nothing was
-        routed there) adds 0. Where processes hold rows together, the share of this one: the sum
-        over all is s.
+        routed there) adds 0, and so do rows that other processes hold.
     """
     total = _zeros(lora)
     for parameter in lora.tensors().values():
@@ -49,7 +48,7 @@ def _row_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
         return here
     places = torch.from_numpy(parts.held_rows(parameter)).to(here.device)
     everywhere = here.new_zeros(len(parameter))
-    return everywhere.index_copy_(0, places, here / parts.num_holders(parameter))
+    return everywhere.index_copy_(0, places, here)
 
 
 class ImportanceReader:

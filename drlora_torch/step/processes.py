@@ -9,7 +9,12 @@ from torch import Tensor, distributed
 
 def several_processes(group: Any = None) -> bool:
     """True if this process trains together with others, of a process group or of all."""
-    return _initialized() and distributed.get_world_size(group) > 1
+    return count_processes(group) > 1
+
+
+def count_processes(group: Any = None) -> int:
+    """How many processes train together."""
+    return distributed.get_world_size(group) if _initialized() else 1
 
 
 def is_first_process(group: Any = None) -> bool:

@@ -112,8 +112,9 @@ def _pick_sharded(weight: Any, points: Sequence[Tensor]) -> Tensor:
         among = torch.isin(wanted, here)
         places.append(among.nonzero()[:, 0].to(held.device))
         held = held.index_select(dimension, torch.searchsorted(here, wanted[among]).to(held.device))
-    picked[torch.meshgrid(*places, indexing="ij")] = held.double() / parts.num_holders(weight)
     mesh = weight.device_mesh
+    holders = mesh.size() // parts.num_parts(weight)  # of the same part
+    picked[torch.meshgrid(*places, indexing="ij")] = held.double() / holders
     placements: list[Any] = [Partial() for _ in range(mesh.ndim)]
     summed = DTensor.from_local(picked.to(mesh.device_type), mesh, placements)
     for dimension in range(mesh.ndim):  # at once, torch warns

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -103,6 +103,11 @@ def refusals(folder: Path, said: Said) -> None:
         arguments = [] if action == "merge" else [folder / action]
         said[action] = what_is_said(lambda m=method, a=arguments: m(*a))  # type: ignore[misc]
     said["trained after"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(2)))
+    foreign, mesh = build(), init_device_mesh("cpu", (2,))
+    for layer in foreign.model.layers:
+        held = distribute_tensor(layer.mlp.experts.gate_up_proj.detach(), mesh, [Shard(0)])
+        layer.mlp.experts.gate_up_proj = torch.nn.Parameter(held)
+    said["foreign"] = what_is_said(lambda: helpers.attach(foreign))
     staged = load(folder, pp_size=2)
     said["pipeline"] = what_is_said(lambda: helpers.attach(staged))
 
@@ -247,6 +252,7 @@ REFUSED = {
     "merge_and_save": "AttachError: merge_and_save needs the whole model in one process",
     "export_peft": "AttachError: export_peft needs the whole model in one process",
     "import_peft": "AttachError: import_peft needs the whole model in one process",
+    "foreign": "AttachError: the experts of 'model.layers.0.mlp.experts' are DTensors with the",
     "pipeline": "AttachError: the model is cut into stages of a pipeline (pp_size=2)",
     "no folder": "CheckpointError: ",
     "not finite": "CheckpointError: model.layers.0.mlp.experts/gate_up_proj/lora_A holds values",
@@ -358,4 +364,4 @@ def test_find_rows_of_a_plain_tensor() -> None:
     here, places = parts.find_rows(tensor, parts.held_rows(tensor)[1:])
     assert here.tolist() == [0, 1]
     assert places.tolist() == [1, 2]
-    assert parts.num_holders(tensor) == 1
+    assert parts.num_parts(tensor) == 1
