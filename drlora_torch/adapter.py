@@ -23,7 +23,6 @@ from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step import parameters, sharded
-from drlora_torch.step.processes import is_first_process
 from drlora_torch.storage import checkpoint, hub, travel
 from drlora_torch.storage.peft import exporting, importing
 from drlora_torch.storage.peft.exporting import ExportReport
@@ -230,9 +229,10 @@ class Adapter:
         the new one is complete. Between micro-batches of an accumulation, the partial state of the
         step is saved too.
 
-        With several processes, all may call: the first one writes. Where they hold the adapter
-        together (:attr:`is_sharded`), all must. The file is the same for every way to spread the
-        model, and loads in each.
+        Processes that hold the adapter together (:attr:`is_sharded`) must all call, and the first
+        one writes. Where each holds it whole, as in ``DistributedDataParallel``, each that calls
+        writes: all may, or one. The file is the same for every way to spread the model, and loads
+        in each.
 
         Args:
             path: the directory.
@@ -249,13 +249,18 @@ class Adapter:
         travel.settle(self._attached)
         folder = Path(path)
         checkpoint.save(self._attached, folder)
-        if push_to_hub and is_first_process(self._attached.process_group):
-            hub.upload(self._attached, folder, repo_id or folder.resolve().name, private)
+        if push_to_hub:
+            uploads = sharded.writes(self._attached)
+            with sharded.together(self._attached, "push_to_hub"):
+                if uploads:
+                    name = repo_id or folder.resolve().name
+                    hub.upload(self._attached, folder, name, private)
 
     def restore(self, path: str | os.PathLike[str], *, check_base: bool = True) -> None:
         """Bring the adapter to a saved state, in place: parameters keep their identity.
 
-        This is how a trainer resumes whose optimizer already holds :meth:`parameters`.
+        This is how a trainer resumes whose optimizer already holds :meth:`parameters`. All
+        processes that train the adapter must call.
 
         Args:
             path: what :meth:`save_pretrained` wrote.

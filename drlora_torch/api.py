@@ -21,12 +21,14 @@ from drlora_torch.lifecycle.residents import Residents, active_tracker, check_na
 from drlora_torch.models.balancing import active_coefficient
 from drlora_torch.models.discovery import choose_layers, discover
 from drlora_torch.models.records import MoELayer
-from drlora_torch.models.sharding import check_sharding, reshard
+from drlora_torch.models.sharding import check_sharding, is_sharded, reshard
 from drlora_torch.models.wrappers import check_parts, check_wrappers, unwrapped
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.notices import advise_against_balancing
-from drlora_torch.step.processes import is_first_process
+from drlora_torch.step.processes import is_first_process, several_processes
+from drlora_torch.step.sharded import meeting
 from drlora_torch.storage import checkpoint, hub
+from drlora_torch.storage.checkpoint_checks import Saved
 from drlora_torch.storage.entering import enter
 
 __all__ = ["adapters", "attach", "discover", "load", "set_adapter"]
@@ -163,7 +165,7 @@ def load(
         trainable: False to use it only: nothing is counted and nothing requires gradients.
         check_base: False to load onto a model whose expert weights are not those of the training.
         revision: branch, tag or commit, for a repository.
-        process_group: as for :func:`attach`.
+        process_group: as for :func:`attach`; all of its processes must call.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign or of another model. The model is
@@ -173,7 +175,7 @@ def load(
     holder, (model, found) = model, _look_inside(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
-    saved = checkpoint.read(hub.find(path, revision))
+    saved = _read(model, path, revision, process_group)
     engine = checkpoint.restore_engine(saved, policy)
     events = checkpoint.check(saved, engine, model, found, check_base)
     options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
@@ -185,6 +187,15 @@ def load(
         if trainable:
             active_tracker(attached).load_state_dict(saved.pending)
         return _handle(attached)
+
+
+def _read(
+    model: nn.Module, path: str | os.PathLike[str], revision: str | None, group: Any
+) -> Saved:
+    """Read a file in every process that holds the model, or in none."""
+    held = several_processes(group) and is_sharded(model)
+    with meeting(group, "load") if held else contextlib.nullcontext():
+        return checkpoint.read(hub.find(path, revision))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from drlora_torch.attached import Attached
 from drlora_torch.lifecycle.trained import TrainedGuard, show_trained
+from drlora_torch.lora import parts
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.step.parameters import (
     base_parameters,
@@ -41,7 +42,7 @@ class Running:
             convention = convention_of(layer.experts)
             weight = convention.first_weight(layer.experts)
             assert weight is not None
-            if layer.lora.spread is None:
+            if not any(map(parts.is_sharded, layer.lora.parameters())):
                 layer.lora.to(device=weight.device)
             layer.lora.train(layer.experts.training)
             self._undo.callback(convention.install(layer.experts, layer.lora, self.tracker))

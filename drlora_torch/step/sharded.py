@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +15,17 @@ from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lora import parts
 from drlora_torch.models import sharding
 from drlora_torch.step.parameters import parameters_by_key
-from drlora_torch.step.processes import several_processes
+from drlora_torch.step.processes import is_first_process, several_processes
 
 PATIENCE = datetime.timedelta(minutes=10)
 """How long one process waits for the others; as long as NCCL does."""
+_places: dict[Any, dict[tuple[int, ...], Any]] = {}
+"""Groups of gloo to meet in, by the world that they are of and its ranks."""
 
 
 def is_sharded(attached: Attached) -> bool:
     """True if no process holds all that the adapter trains."""
+    free_gathered(attached)
     return any(map(parts.is_sharded, parameters_by_key(attached).values()))
 
 
@@ -35,6 +38,11 @@ def free_gathered(attached: Attached) -> None:
         routers = [layer.record.router for layer in attached.layers.values()]
         names = [*attached.layers, *attached.modules, *(name for name in routers if name)]
         sharding.reshard(attached.model, names)
+
+
+def writes(attached: Attached) -> bool:
+    """True for the first of the processes that hold an adapter together, and for any other."""
+    return not is_sharded(attached) or is_first_process(attached.process_group)
 
 
 def check_rows(attached: Attached) -> None:
@@ -70,6 +78,7 @@ def check_whole(attached: Attached, action: str) -> None:
     Raises:
         AttachError: processes hold the model together.
     """
+    free_gathered(attached)
     if sharding.is_sharded(attached.model):
         raise AttachError(
             f"{action} needs the whole model in one process, and this one is sharded over "
@@ -80,21 +89,38 @@ def check_whole(attached: Attached, action: str) -> None:
 
 
 @contextlib.contextmanager
-def meeting(attached: Attached, action: str) -> Iterator[None]:
-    """Inside, all processes do the same; if it fails in one of them, it fails in all.
+def together(attached: Attached, action: str) -> Iterator[None]:
+    """Inside, the processes that hold an adapter together do the same; alone, one does it.
+
+    If it fails in one of them, it fails in all.
 
     Raises:
-        CheckpointError: one process or more did not come in time, or failed.
+        CheckpointError: one process or more did not come in time, or failed, or has gone another
+            way than the others.
     """
-    free_gathered(attached)
-    group = _meet(attached.process_group, action)
-    failed: BaseException | None = None
+    if not is_sharded(attached):
+        yield
+        return
+    with meeting(attached.process_group, action, _digest(attached)):
+        yield
+
+
+@contextlib.contextmanager
+def meeting(group: Any, action: str, state: str = "") -> Iterator[None]:
+    """:func:`together` for the processes of a group, whose ``state`` must be the same."""
+    place = _meet(group, action)
+    if len(set(_gather(place, state))) > 1:
+        raise CheckpointError(
+            f"{action}: the processes hold an adapter together, but their steps or ranks differ "
+            "(did only some of them restore a file?); bring all of them to one file: "
+            "adapter.restore(path) in every process"
+        )
+    failed: Exception | None = None
     try:
         yield
     except Exception as error:
         failed = error
-    reasons: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(reasons, failed and f"{failed}", group=group)
+    reasons = _gather(place, None if failed is None else f"{failed}")
     if failed is not None:
         raise failed
     for rank, reason in enumerate(reasons):
@@ -102,23 +128,45 @@ def meeting(attached: Attached, action: str) -> Iterator[None]:
             raise CheckpointError(f"{action} failed in process {rank}: {reason}")
 
 
+def _digest(attached: Attached) -> str:
+    """Of all that must be the same in every process."""
+    digest = hashlib.blake2b(f"{attached.engine.step_count}".encode(), digest_size=8)
+    for layer in attached.layers.values():
+        digest.update(layer.lora.table.owner.tobytes() + layer.lora.table.position.tobytes())
+    return digest.hexdigest()
+
+
+def _gather(group: Any, value: Any) -> list[Any]:
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, value, group=group)
+    return found
+
+
 def _meet(group: Any, action: str) -> Any:
     """Wait for all processes of a group; one of theirs that can wait for a limited time."""
     try:
-        meeting_place = _gloo_group(tuple(distributed.get_process_group_ranks(group)), PATIENCE)
-        distributed.monitored_barrier(meeting_place, timeout=PATIENCE, wait_all_ranks=True)
+        ranks = tuple(distributed.get_process_group_ranks(group))
+        place = _meeting_place(ranks)
+        distributed.monitored_barrier(place, timeout=PATIENCE, wait_all_ranks=True)
     except RuntimeError as error:
+        _places.clear()  # the next time, they meet anew
         raise CheckpointError(
             f"{action} needs all processes, since they hold the adapter together, but some did "
-            f"not call it within {PATIENCE}; wrong:\n    if rank == 0:\n"
-            f"        adapter.{action}(path)\nright, in every process (the first one writes):\n"
-            f"    adapter.{action}(path)\n({str(error).strip().splitlines()[0]})"
+            f"not call it within {PATIENCE}, or are gone; wrong:\n    if rank == 0:\n"
+            f"        {action}(...)\nright, in every process (of a file, the first one writes it):"
+            f"\n    {action}(...)\n({str(error).strip().splitlines()[0]})"
         ) from error
-    return meeting_place
+    return place
 
 
-@functools.lru_cache(maxsize=8)
-def _gloo_group(ranks: tuple[int, ...], patience: datetime.timedelta) -> Any:
-    return distributed.new_group(
-        list(ranks), backend="gloo", timeout=patience, use_local_synchronization=True
-    )
+def _meeting_place(ranks: tuple[int, ...]) -> Any:
+    world = distributed.group.WORLD
+    if world not in _places:  # another one since
+        _places.clear()
+        assert world is not None
+        _places[world] = {}
+    if ranks not in _places[world]:
+        _places[world][ranks] = distributed.new_group(
+            list(ranks), backend="gloo", timeout=PATIENCE, use_local_synchronization=True
+        )
+    return _places[world][ranks]

@@ -33,8 +33,8 @@ from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.parameters import base_keys, check_in_place
-from drlora_torch.step.processes import is_first_process, several_processes
-from drlora_torch.step.sharded import free_gathered, is_sharded, meeting
+from drlora_torch.step.processes import several_processes
+from drlora_torch.step.sharded import free_gathered, together, writes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
 from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
 
@@ -44,27 +44,24 @@ VERSION = 2
 def save(attached: Attached, path: Path) -> None:
     """Write the whole adapter to a folder; values of slots that nobody owns are written as 0.
 
-    Of several processes the first one writes. Where they hold the adapter together, all must call.
+    Processes that hold the adapter together must all call, and the first one writes. Where each
+    holds it whole, each that calls writes.
     """
     check_in_place(attached)
-    free_gathered(attached)
-    if is_sharded(attached):
-        with meeting(attached, "save_pretrained"):
-            _save(attached, path)
-    elif is_first_process(attached.process_group):
+    with together(attached, "save_pretrained"):
         _save(attached, path)
 
 
 def _save(attached: Attached, path: Path) -> None:
     tensors, description = describe(attached)
-    writes = is_first_process(attached.process_group)
+    here = writes(attached)
     for key, values in _weights(attached):
         _check_finite(key, values)
-        if writes:
+        if here:
             tensors[key] = values.cpu().contiguous()
     records = [layer.record for layer in attached.layers.values()]
     description["base"] = fingerprint.of_model(attached.model, records)
-    if writes:
+    if here:
         pending = {
             k: values.detach().cpu().contiguous() for k, values in _pending(attached).items()
         }
@@ -236,7 +233,11 @@ class Checked:
 
 def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
     """Bring an adapter to a saved state, in place: parameters keep their identity."""
-    commit(attached, check_restorable(attached, read(path), check_base=check_base))
+    with together(attached, "restore"):
+        saved = read(path)
+    with together(attached, "restore"):
+        checked = check_restorable(attached, saved, check_base=check_base)
+    commit(attached, checked)
 
 
 def check_restorable(attached: Attached, saved: Saved, *, check_base: bool) -> Checked:

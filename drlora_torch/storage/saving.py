@@ -23,8 +23,9 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import Residents, child_name, is_active
 from drlora_torch.lifecycle.trained import show_trained
+from drlora_torch.lora import parts
 from drlora_torch.step.parameters import all_names, base_parameters
-from drlora_torch.step.sharded import is_sharded
+from drlora_torch.step.sharded import is_sharded, writes
 from drlora_torch.storage import checkpoint, checkpoint_checks, hub
 from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.travel import content, settle
@@ -80,7 +81,11 @@ def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
         given = None if given is None else dict(given)  # saving the base takes ours out of it
         by_trainer = holder is model and _is_called_by_trainer(kwargs)
         if not by_trainer or _has_adapters_of_peft(model):
-            with _base_values(model, kwargs) as arguments, _without_flag(model):
+            with (
+                _base_values(model, kwargs) as arguments,
+                _without_flag(model),
+                _without_lora(model, given),
+            ):
                 result = inner(save_directory, *args, **arguments)
         if not _takes_part(model, given, _writes(args, kwargs)):
             return result
@@ -90,10 +95,14 @@ def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
             return None
         try:
             write_adapters(model, folder, given)
-        except CheckpointError as error:  # the base, which was asked for, is complete
+        except CheckpointError as error:
+            if _is_held_together(model):
+                raise
+            # the base, which was asked for, is complete
             logger.error("the base model is in %s without its adapter: %s", folder, error)
             return result
-        if kwargs.get("push_to_hub") and (active := _active(model)) is not None:
+        active = _active(model)
+        if kwargs.get("push_to_hub") and active is not None and writes(active):
             repo = kwargs.get("repo_id") or folder.resolve().name
             hub.upload(active, folder, repo, kwargs.get("private"))
         return result
@@ -174,10 +183,12 @@ def _write_trained(model: nn.Module, folder: Path) -> None:
         f"{name}.{child_name(attached.name)}." for attached in residents for name in attached.layers
     )
     tensors = {
-        key: value.detach().cpu().contiguous()
+        key: parts.whole(value).cpu().contiguous()
         for key, value in model.state_dict().items()
         if key in names or key.startswith(inside)
     }
+    if not all(map(writes, residents)):
+        return
     try:
         atomic.write_file(
             folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"})
@@ -196,13 +207,35 @@ def _has_adapters_of_peft(model: nn.Module) -> bool:
     return bool(getattr(model, PEFT_FLAG, False)) and hasattr(model, "peft_config")
 
 
+@contextlib.contextmanager
+def _without_lora(model: nn.Module, state: object) -> Iterator[None]:
+    """Inside, a model that Transformers gathers before it writes is the base model alone."""
+    taken: list[tuple[nn.Module, str, nn.Module]] = []
+    if state is None and _is_held_together(model):
+        for attached in Residents.of(model).by_name.values():
+            name = child_name(attached.name)
+            taken += [
+                (layer.experts, name, layer.lora)
+                for layer in attached.layers.values()
+                if layer.experts._modules.pop(name, None) is not None
+            ]
+    try:
+        yield
+    finally:
+        for experts, name, lora in taken:
+            experts.add_module(name, lora)
+
+
 def _takes_part(model: nn.Module, state: object, writes: bool) -> bool:
     """Whether this process has a part in writing the adapters.
 
     Where processes hold them together, all have, unless the whole state was gathered before.
     """
-    together = any(is_sharded(each) for each in Residents.of(model).by_name.values())
-    return writes or (together and state is None)
+    return writes or (state is None and _is_held_together(model))
+
+
+def _is_held_together(model: nn.Module) -> bool:
+    return any(is_sharded(each) for each in Residents.of(model).by_name.values())
 
 
 def _writes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

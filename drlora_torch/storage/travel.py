@@ -300,7 +300,10 @@ def _read(
 
 def content(attached: Attached, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """The tensors and the description of a file, from a state dict of the whole model."""
-    return collect(attached, state, "", _trained_keys(attached, state, ""))
+    own = _key_of(attached, "")
+    prefixes = [key.removesuffix(own) for key in state if key.endswith(own)]
+    prefix = prefixes[0] if prefixes else ""  # of a model around it, such as a PeftModel
+    return collect(attached, state, prefix, _trained_keys(attached, state, prefix))
 
 
 def collect(
