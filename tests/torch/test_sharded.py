@@ -13,8 +13,11 @@ import pytest
 import torch
 import torch.distributed
 
+pytest.importorskip("peft")
 pytest.importorskip("transformers.distributed")
 
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, multiprocessing
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -102,6 +105,10 @@ def refusals(folder: Path, said: Said) -> None:
         method = getattr(adapter, action)
         arguments = [] if action == "merge" else [folder / action]
         said[action] = what_is_said(lambda m=method, a=arguments: m(*a))  # type: ignore[misc]
+    with torch.no_grad():
+        model(input_ids=models.tokens(2, 7, 0))  # leaves gathered copies in the root
+    said["merge after a forward"] = what_is_said(adapter.merge)
+    said["is sharded"] = adapter.is_sharded
     said["trained after"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(2)))
     foreign, mesh = build(), init_device_mesh("cpu", (2,))
     for layer in foreign.model.layers:
@@ -172,6 +179,27 @@ def traps(folder: Path, said: Said) -> None:
         )
 
 
+def several(folder: Path, said: Said) -> None:
+    """A second adapter comes to a sharded model, and each is active in turn."""
+    model, first = attached(adapter_name="first")
+    shard(model)
+    optimizer, ids = helpers.adamw(first), models.tokens(4, 7, 0)
+    train(model, optimizer, range(5))
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits.clone()
+    second = helpers.attach(model, adapter_name="second")
+    train(model, helpers.adamw(second), range(5))
+    first.activate()
+    with torch.no_grad():
+        said["first again"] = torch.equal(alone, model(input_ids=ids).logits)
+    second.activate()
+    second.detach()
+    with torch.no_grad():
+        said["first alone"] = torch.equal(alone, model(input_ids=ids).logits)
+    train(model, optimizer, range(5, 7))
+    said["steps of both"] = first.engine.step_count, second.engine.step_count
+
+
 def count_trial_steps(*, wrapped: bool) -> int:
     """Steps that the engine sees when the state of a fresh optimizer is asked for."""
     model, adapter = attached(router="after_warmup")
@@ -208,6 +236,7 @@ def saves(folder: Path, said: Said) -> None:
     )
     if torch.distributed.get_rank() == 0:  # what Accelerate gathers for the first process
         model.save_pretrained(folder / "gathered by others", state_dict=full)
+    beside(folder)
     adapter.save_pretrained(folder / "good")
     before = (folder / "good" / "drlora_adapter.safetensors").read_bytes()
     if torch.distributed.get_rank() == 1:
@@ -225,6 +254,28 @@ def saves(folder: Path, said: Said) -> None:
             said["alone"] = str(error)
 
 
+def beside(folder: Path) -> None:
+    """Saves of a PeftModel from a gathered state, and of a model that Transformers spreads."""
+    model = build()
+    outer = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    adapter = helpers.attach(outer)
+    shard(model)
+    fully_shard(outer, mesh=init_device_mesh("cpu", (2,)))
+    train(outer, torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad]), range(2))
+    full = get_model_state_dict(
+        outer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if torch.distributed.get_rank() == 0:
+        outer.save_pretrained(folder / "in peft", state_dict=full)
+    assert adapter.engine.step_count == 2
+    model = load(folder, fsdp_size=2)
+    adapter = helpers.attach(model)
+    train(model, helpers.adamw(adapter), range(2))
+    model.save_pretrained(folder / "by transformers")
+    train(model, helpers.adamw(adapter), range(2))
+    assert adapter.engine.step_count == 4
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -237,7 +288,7 @@ def worker(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     said: Said = {}
-    for scenario in (refusals, traps, all_tokens_elsewhere, saves):
+    for scenario in (refusals, traps, several, all_tokens_elsewhere, saves):
         scenario(Path(folder), said)
     torch.save(said, f"{folder}/{rank}.pt")
     os._exit(0)
@@ -249,6 +300,7 @@ REFUSED = {
     "columns": "AttachError: model.layers.0.mlp.experts/gate_up_proj/lora_A has the placements",
     "early optimizer": "AttachError: the AdamW holds the LoRA of adapter 'default' as it was",
     "merge": "AttachError: merge needs the whole model in one process",
+    "merge after a forward": "AttachError: merge needs the whole model in one process",
     "merge_and_save": "AttachError: merge_and_save needs the whole model in one process",
     "export_peft": "AttachError: export_peft needs the whole model in one process",
     "import_peft": "AttachError: import_peft needs the whole model in one process",
@@ -275,6 +327,7 @@ def a_refused_action_does_no_harm(folder: Path, both: list[Said]) -> None:
     for said in both:
         assert said["trained after"] == ""
         assert said["good"]
+        assert said["is sharded"]
 
 
 def a_dropped_batch_does_not_count(folder: Path, both: list[Said]) -> None:
@@ -312,6 +365,13 @@ def float32_lora_beside_bfloat16(folder: Path, both: list[Said]) -> None:
             assert torch.equal(mine, theirs)
 
 
+def several_adapters_take_turns(folder: Path, both: list[Said]) -> None:
+    for said in both:
+        assert said["first again"]
+        assert said["first alone"]
+        assert said["steps of both"] == (7, 5)
+
+
 def all_tokens_on_the_experts_of_one_process(folder: Path, both: list[Said]) -> None:
     first, second = both
     parallel = {name: first[f"one side, {name}"] for name in ("ep", "tp")}
@@ -324,6 +384,14 @@ def all_tokens_on_the_experts_of_one_process(folder: Path, both: list[Said]) -> 
             assert (phi == by_tp[layer][0]).all()
     assert str(first["one side, ep"]) == str(second["one side, ep"])
     assert parallel["ep"][-1]["model.layers.0.mlp.experts"][1].max() > 0
+
+
+def saved_beside_others(folder: Path, both: list[Said]) -> None:
+    for name in ("in peft", "by transformers"):
+        assert (folder / name / "drlora_adapter.safetensors").is_file()
+    with safe_open(folder / "by transformers" / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert keys == set(build().state_dict())
 
 
 def a_state_that_others_have_gathered_is_saved_whole(folder: Path, both: list[Said]) -> None:
@@ -345,6 +413,8 @@ CHECKS = (
     gathered_copies_are_not_taken_for_parameters,
     float32_lora_beside_bfloat16,
     all_tokens_on_the_experts_of_one_process,
+    several_adapters_take_turns,
+    saved_beside_others,
     a_state_that_others_have_gathered_is_saved_whole,
 )
 
