@@ -33,11 +33,11 @@ class Sharding(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    fsdp_size: int = Field(1, ge=1)
+    fsdp_size: int = Field(default=1, ge=1)
     """Processes that hold the weights together, each with rows of its own."""
-    ep_size: int = Field(1, ge=1)
+    ep_size: int = Field(default=1, ge=1)
     """Processes that share the experts of a layer, each with whole ones."""
-    tp_size: int = Field(1, ge=1)
+    tp_size: int = Field(default=1, ge=1)
     """Processes that share the features of a layer, all with the same rows."""
 
     @property

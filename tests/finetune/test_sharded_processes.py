@@ -35,14 +35,14 @@ def row(run: Path, name: str) -> dict[int, float]:
     return {each["step"]: each[name] for each in rows if name in each and "loss" in each}
 
 
-def same_run(run: Path, one: Path) -> None:
+def same_run(run: Path, one: Path, held_out: float = 1e-4) -> None:
     """The same decisions, steps and held-out losses, but for rounding."""
     ours, theirs = result(run), result(one)
     assert ours["ranks"] == theirs["ranks"]
     assert len({rank for ranks in ours["ranks"].values() for rank in ranks}) > 1
     assert ours["skipped_steps"] == 0
-    for name in ("loss_before", "loss_after"):  # means over batches, which may be smaller here
-        assert ours[name] == pytest.approx(theirs[name], abs=1e-3)
+    for name in ("loss_before", "loss_after"):
+        assert ours[name] == pytest.approx(theirs[name], abs=held_out)
     assert losses(run) == pytest.approx(losses(one), abs=1e-4)
     assert set(losses(run)) == set(range(1, STEPS + 1))
     assert row(run, "grad_norm") == pytest.approx(row(one, "grad_norm"), rel=1e-3)
@@ -63,28 +63,27 @@ def test_sharded_models_train_as_one_process_and_go_on_in_each_other(tmp_path: P
     held_out = TEST_FILE.read_text().splitlines(keepends=True)[:ROWS]
     (tmp_path / "held-out.jsonl").write_text("".join(held_out))
     one, first = tmp_path / "one", tmp_path / "experts"
-    drlora(tmp_path, *RUN, "--batch-size", "16", "--compare", "uniform", "--output", "one")
-    arguments = [*RUN, "--batch-size", "8", "--compare", "uniform", "--processes", "2", *EXPERTS]
+    run = [*RUN, "--batch-size", "8"]
+    drlora(tmp_path, *run, "--accumulation", "2", "--compare", "uniform", "--output", "one")
+    arguments = [*run, "--compare", "uniform", "--processes", "2", *EXPERTS]
     said = drlora(tmp_path, *arguments, "--output", "experts", start=COMMAND)
     assert said.count("held-out loss after") == 1
     same_run(first, one)
     compared: list[Any] = [json.loads((run / "result.json").read_text())[1] for run in (first, one)]
-    assert compared[0]["loss_after"] == pytest.approx(compared[1]["loss_after"], abs=1e-3)
+    assert compared[0]["loss_after"] == pytest.approx(compared[1]["loss_after"], abs=1e-4)
 
     stopped(one, tmp_path / "one to tp")
     stopped(first, tmp_path / "experts to fsdp")
     commands = [
         [*RUN, "--batch-size", "4", "--accumulation", "2", "--output", "fsdp", *FSDP],
-        [*RUN, "--batch-size", "16", "--output", "tp", *TP],
+        [*run, "--accumulation", "2", "--output", "tp", *TP],
         ["finetune", "--resume", "experts to fsdp", *FSDP],
         ["finetune", "--resume", "one to tp", *TP],
     ]
     drlora(tmp_path, *map(json.dumps, commands), start=WORKER)
-    for name in ("fsdp", "tp", "experts to fsdp", "one to tp"):
+    for name in ("tp", "experts to fsdp", "one to tp"):
         same_run(tmp_path / name, one)
-    for name in ("tp", "one to tp"):  # the same batches as one process
-        for loss in ("loss_before", "loss_after"):
-            assert result(tmp_path / name)[loss] == pytest.approx(result(one)[loss], abs=1e-5)
+    same_run(tmp_path / "fsdp", one, held_out=5e-3)  # the mean over batches of four rows
     stopped(tmp_path / "tp", tmp_path / "tp to one")
     drlora(tmp_path, "finetune", "--resume", "tp to one")
     same_run(tmp_path / "tp to one", one)
