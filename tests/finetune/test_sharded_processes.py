@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
 ]
 
-STEPS, STOP, ROWS = 15, 10, 64
-RUN = ["finetune", "--steps", str(STEPS), "--save-every", "5", "--timetable", "late"]
+STEPS, STOP, ROWS = 12, 8, 64
+RUN = ["finetune", "--steps", str(STEPS), "--save-every", "4", "--timetable", "late"]
 RUN += ["--eval-data", "held-out.jsonl"]
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 WORKER = [*TOGETHER, "--module", sharded_runs.__name__]
