@@ -244,7 +244,7 @@ def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
     model = unwrapped(model)
     found = discover(model)
     check_sharding(model)
-    reshard(model, [layer.name for layer in found])
+    reshard(model, [name for name, _ in model.named_modules()])  # what is frozen must be held
     for layer in found:
         check_parts(model, layer.name)
     return model, found

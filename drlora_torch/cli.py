@@ -17,6 +17,7 @@ from drlora_core.cli.common import AsJson, emit
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, launch
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.finetune.signature import add_finetune_options
 
 
@@ -50,6 +51,8 @@ def finetune(
     """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped."""
     # A flag that is not given is None or False, depending on the version of click.
     chosen = {n: v for n, v in options.items() if v is not None and v is not False}
+    sizes = {name: chosen.pop(name) for name in Sharding.model_fields if name in chosen}
+    sharding = Sharding.model_validate(sizes)
     if resume is not None:
         run = _read_unfinished(resume, chosen | {"output": output, "compare": compare})
     elif "model" in chosen and "data" not in chosen:
@@ -60,20 +63,30 @@ def finetune(
         run = folder.SavedRun(options=values, compare=compare)
     target = resume or output or Path("runs", time.strftime("finetune-%Y%m%d-%H%M%S"))
     if launch.must_launch(processes):
-        _refuse_early(run, target, processes, resume is not None)
-        words = launch.finetune_arguments(chosen, target, compare, resume is not None)
-        launch.launch(processes, words, target)
+        _refuse_early(run, target, processes, sharding, resume is not None)
+        words = launch.finetune_arguments(chosen, sharding, target, compare, resume is not None)
+        launch.launch(processes, words, target, sharding)
 
     from drlora_torch.finetune import job
 
-    job.run(run.options, target, Console(), compare=run.compare, resume=resume is not None)
+    job.run(
+        run.options,
+        target,
+        Console(),
+        compare=run.compare,
+        resume=resume is not None,
+        sharding=sharding,
+    )
 
 
-def _refuse_early(run: folder.SavedRun, target: Path, processes: int, resume: bool) -> None:
+def _refuse_early(
+    run: folder.SavedRun, target: Path, processes: int, sharding: Sharding, resume: bool
+) -> None:
     """Refuse what the processes of a run would refuse, before they are started."""
     run.options.allocator_config()
+    sharding.check(processes)
     if resume:
-        run.options.shared_by(processes, run.processes)
+        run.options.shared_by(sharding.batches(processes), run.processes)
     else:
         folder.refuse_existing(target)
 

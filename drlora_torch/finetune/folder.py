@@ -23,7 +23,8 @@ class SavedRun(BaseModel):
     options: FinetuneOptions
     compare: Literal["uniform"] | None = None
     processes: int = 1
-    """Processes that shared the rows of a step when the run began."""
+    """Processes that shared the rows of a step when the run began; those of one tensor-parallel
+    group have the same rows and count as one."""
 
 
 def create(folder: Path, run: SavedRun) -> None:

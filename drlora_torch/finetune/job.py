@@ -24,6 +24,7 @@ from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.processes import agree_on, join_processes
 from drlora_torch.finetune.progress import RichProgress, quiet_libraries
 from drlora_torch.finetune.result import RunResult
+from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.finetune.training import build_trainer, evaluate_first, train
 from drlora_torch.integrations.trainer import last_checkpoint
 
@@ -38,12 +39,13 @@ def run(
     *,
     compare: Literal["uniform"] | None = None,
     resume: bool = False,
+    sharding: Sharding | None = None,
 ) -> list[RunResult]:
     """Fine-tune, evaluate, save and print the results.
 
     Where torchrun or Accelerate has started several processes, each trains on its share of every
-    batch, and the first one writes and prints. A run may go on in another number of processes: a
-    step has as many rows as before.
+    batch, and the first one writes and prints. A run may go on in another number of processes, and
+    with another sharding: a step has as many rows as before.
 
     Args:
         options: those of the run.
@@ -51,6 +53,7 @@ def run(
         console: shows progress and tables.
         compare: ``uniform`` trains static LoRA with the same budget too; its result comes second.
         resume: continue from the last checkpoint in ``output``.
+        sharding: how the processes hold the model; by default, each has all of it.
 
     Raises:
         DRLoRAError: the model, the data or the folder does not fit; nothing was overwritten.
@@ -60,12 +63,15 @@ def run(
     everyone, output = join_processes(), agree_on(output)
     if not everyone.is_main_process:
         console = Console(quiet=True)
+    sharding = sharding or Sharding()
+    sharding.check(everyone.num_processes)
+    batches = sharding.batches(everyone.num_processes)
     if resume:
-        options = options.shared_by(everyone.num_processes, folder.read(output).processes)
+        options = options.shared_by(batches, folder.read(output).processes)
     config = options.allocator_config()  # refuses an impossible window before anything is loaded
     with quiet_libraries():
         with console.status("loading model and data"):
-            model = load_model(options.model, options.dtype)
+            model = load_model(options.model, options.dtype, sharding)
             tokenizer = load_tokenizer(options.model)
             rows = load_rows(options)
         if "messages" in rows[0].column_names and not getattr(tokenizer, "chat_template", None):
@@ -75,8 +81,7 @@ def run(
             )
         with _attached(model, options) as adapter:
             if not resume and everyone.is_main_process:
-                processes = everyone.num_processes
-                begun = folder.SavedRun(options=options, compare=compare, processes=processes)
+                begun = folder.SavedRun(options=options, compare=compare, processes=batches)
                 folder.create(output, begun)
             everyone.wait_for_everyone()
             console.print(
@@ -133,8 +138,9 @@ def _train(
         train(trainer, adapter, checkpoint)
     with console.status("held-out loss"):
         after = trainer.evaluate()
-    if first:
+    if first or adapter.is_sharded:
         adapter.save_pretrained(output / folder.ADAPTER)
+    if first:
         folder.write_metrics(output, trainer.state.log_history)
     ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
     return RunResult(

@@ -17,6 +17,7 @@ from drlora_core.cli.app import print_error
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.folder import OPTIONS
 from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.finetune.signature import ARGUMENTS
 
 if TYPE_CHECKING:
@@ -64,19 +65,20 @@ def _check_machine(processes: int) -> None:
 
 
 def finetune_arguments(
-    options: Mapping[str, Any], output: Path, compare: str | None, resume: bool
+    options: Mapping[str, Any], sharding: Sharding, output: Path, compare: str | None, resume: bool
 ) -> list[str]:
     """Return the arguments of ``drlora`` for a run, or for the rest of it.
 
     Args:
         options: fields of :class:`FinetuneOptions` that the user has given.
+        sharding: how the processes hold the model.
         output: folder of the run.
         compare: as on the command line.
         resume: whether the run in ``output`` goes on; its options are in there.
     """
     if resume:
-        return ["finetune", f"--resume={output}"]
-    arguments = ["finetune", f"--output={output}"]
+        return ["finetune", f"--resume={output}", *sharding.words]
+    arguments = ["finetune", f"--output={output}", *sharding.words]
     arguments += [] if compare is None else [f"--compare={compare}"]
     for name, value in options.items():
         if name not in ARGUMENTS:
@@ -102,7 +104,7 @@ def set_environment(processes: int) -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
-def launch(processes: int, arguments: list[str], folder: Path) -> NoReturn:
+def launch(processes: int, arguments: list[str], folder: Path, sharding: Sharding) -> NoReturn:
     """Run ``drlora`` with these arguments in several processes, and exit like them.
 
     A signal ends all of them. What went wrong is said in one sentence.
@@ -131,8 +133,8 @@ def launch(processes: int, arguments: list[str], folder: Path) -> NoReturn:
         logging.disable(logging.NOTSET)
     Console().show_cursor()  # the progress bar had no time to
     if code > 128 and (folder / OPTIONS).is_file():
-        name = shlex.quote(str(folder))
-        text += f"; go on with: drlora finetune --resume {name} --processes {processes}"
+        options = " ".join([shlex.quote(str(folder)), f"--processes {processes}", *sharding.words])
+        text += f"; go on with: drlora finetune --resume {options}"
     print_error(text)
     raise SystemExit(code)
 

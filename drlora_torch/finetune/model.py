@@ -11,17 +11,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drlora_torch.errors import ModelError
 from drlora_torch.finetune.options import is_local
+from drlora_torch.finetune.sharding import Sharding
+from drlora_torch.models.sharding import is_sharded
 
 
-def load_model(name: str, dtype: str = "auto") -> nn.Module:
+def load_model(name: str, dtype: str = "auto", sharding: Sharding | None = None) -> nn.Module:
     """Load a causal language model from a folder or by its id on the Hugging Face Hub.
 
     The dtype ``auto`` is float32 on a CPU, where half precision is slow, and that of the
-    checkpoint on a GPU. A model that cannot be loaded is a ModelError.
+    checkpoint on a GPU. A model that cannot be loaded, or not in shards, is a ModelError.
     """
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
-    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
+    if sharding is None or not sharding.is_sharded:
+        whole: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
+        return whole
+    config = sharding.distributed_config()
+    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype, distributed_config=config)
+    if not is_sharded(model):
+        raise ModelError(
+            f"Transformers does not shard {type(model).__name__} with {' '.join(sharding.words)}; "
+            "use --fsdp-size alone, or none of these options"
+        )
     return model
 
 

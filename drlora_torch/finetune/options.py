@@ -127,7 +127,8 @@ class FinetuneOptions(BaseModel):
         if rows % processes:
             raise RunError(
                 f"a step of this run has {rows} rows, which {processes} processes cannot share "
-                f"equally; resume it with --processes {begun_with}, or another divisor of {rows}"
+                f"equally; resume it with --processes {begun_with}, or another divisor of {rows} "
+                "(times --tp-size, whose processes have the same rows)"
             )
         share = rows // processes
         batch = max(size for size in range(1, self.batch_size + 1) if share % size == 0)

@@ -1,4 +1,4 @@
-"""Command-line parameters made from the fields of :class:`FinetuneOptions`."""
+"""Command-line parameters made from the fields of :class:`FinetuneOptions` and `Sharding`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from drlora_torch.finetune.sharding import Sharding
 
 ARGUMENTS = ("model", "data")  # positional on the command line; every other field is an option
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -21,7 +22,7 @@ def add_finetune_options(command: Callable[..., None]) -> Callable[..., None]:
     A parameter that the user does not give is None, so that defaults are declared only once.
     """
     *parameters, _ = signature(command, eval_str=True).parameters.values()
-    for name, field in FinetuneOptions.model_fields.items():
+    for name, field in {**FinetuneOptions.model_fields, **Sharding.model_fields}.items():
         given: Any = typer.Option(f"--{name.replace('_', '-')}", help=help_text(name, field))
         if name in ARGUMENTS:
             given = typer.Argument(help=help_text(name, field))

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from drlora_torch.adapter import Adapter
 from drlora_torch.errors import CheckpointError
+from drlora_torch.finetune import optimizer_state
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.integrations.trainer import DRLoRACallback
 
@@ -22,7 +23,57 @@ class AdapterTrainer(SFTTrainer):
 
     The callback writes the adapter into each checkpoint and restores it from there. TRL's model
     card would describe a fully fine-tuned model, so none is written.
+
+    For a model that processes hold together, it does what the Trainer refuses to: it checkpoints
+    the optimizer, in the files of one process. Rows that several processes have are counted once.
     """
+
+    @property
+    def _optimizer_groups(self) -> optimizer_state.Groups:
+        """The parameters that train, grouped as the Trainer does in one process."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return [[p for n, p in named if (n in decayed) is decay] for decay in (True, False)]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        first = self.args.should_save
+        state = optimizer_state.gather(self.optimizer, self._optimizer_groups, keep=first)
+        if first:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        optimizer_state.scatter(self.optimizer, self._optimizer_groups, state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.get_tp_size() > 1:
+            self.gather_function = self._gather_once
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_once(self, losses: torch.Tensor) -> torch.Tensor:
+        """The losses [B] of each process, of neighbors with the same rows once: [B * batches]."""
+        every: torch.Tensor = self.accelerator.gather(losses)
+        once = every.view(-1, len(losses))[:: self.get_tp_size()].reshape(-1)
+        data = self.accelerator.gradient_state
+        filled_up = data.end_of_dataloader and data.remainder > 0
+        return once[: data.remainder] if filled_up else once
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        seen = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + seen // self.get_tp_size()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -82,6 +133,7 @@ def build_trainer(
         gradient_checkpointing=options.gradient_checkpointing,
         save_steps=options.save_every or max(options.steps // 4, 1),
         save_total_limit=2,
+        save_only_model=adapter.is_sharded,
         logging_steps=1,
         include_num_input_tokens_seen="non_padding",
         report_to="none",
@@ -97,6 +149,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[DRLoRACallback(adapter), *callbacks],
     )
+    arguments.save_only_model = False  # AdapterTrainer can save more than the Trainer would
     trainer.remove_callback(PrinterCallback)
     return trainer
 

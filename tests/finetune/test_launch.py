@@ -17,6 +17,7 @@ from drlora_core.cli import main
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, job, launch, worker
 from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.sharding import Sharding
 from tests.finetune.test_options import OTHER
 
 Calls = list[tuple[Any, ...]]
@@ -36,8 +37,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What this process would train."""
     calls: Calls = []
 
-    def run(options: FinetuneOptions, output: Path, *_: Any, compare: Any, resume: bool) -> None:
-        calls.append((options, output, compare, resume))
+    def run(
+        options: FinetuneOptions,
+        output: Path,
+        *_: Any,
+        compare: Any,
+        resume: bool,
+        sharding: Sharding,
+    ) -> None:
+        calls.append((options, output, compare, resume, sharding))
 
     monkeypatch.setattr(job, "run", run)
     return calls
@@ -136,7 +144,7 @@ def test_the_processes_read_what_the_user_gave(launched: Calls, trained: Calls) 
     arguments += ["--gradient-checkpointing", "--compare", "uniform", "--output", "-my run"]
     ended("--processes", "3", *arguments, "--", "-m", "-d.jsonl")
     ended("--processes", "2")
-    (three, words, output), (two, own_words, own_output) = launched
+    (three, words, output, _), (two, own_words, own_output, _) = launched
     assert (three, output, two) == (3, Path("-my run"), 2)
     assert str(own_output).startswith("runs")
     assert [word for word in words if "processes" in word] == []
@@ -146,8 +154,8 @@ def test_the_processes_read_what_the_user_gave(launched: Calls, trained: Calls) 
     ended()
     full, own, plain = trained
     options = FinetuneOptions(**{**OTHER, "model": "-m", "data": "-d.jsonl"})
-    assert full == (options, Path("-my run"), "uniform", False)
-    assert own == (plain[0], own_output, None, False)  # the clock is read once
+    assert full == (options, Path("-my run"), "uniform", False, Sharding())
+    assert own == (plain[0], own_output, None, False, Sharding())  # the clock is read once
 
 
 def test_a_resume_takes_its_options_from_the_folder(
@@ -155,12 +163,12 @@ def test_a_resume_takes_its_options_from_the_folder(
 ) -> None:
     options = FinetuneOptions(model="m", data="d.jsonl")
     folder.create(tmp_path / "run", folder.SavedRun(options=options, compare="uniform"))
-    ended("--resume", str(tmp_path / "run"), "--processes", "2")
-    ((processes, words, output),) = launched
-    assert (processes, output) == (2, tmp_path / "run")
+    ended("--resume", str(tmp_path / "run"), "--processes", "2", "--fsdp-size", "2")
+    ((processes, words, output, sharding),) = launched
+    assert (processes, output, sharding) == (2, tmp_path / "run", Sharding(fsdp_size=2))
     with pytest.raises(SystemExit):
         main(words)
-    assert trained == [(options, tmp_path / "run", "uniform", True)]
+    assert trained == [(options, tmp_path / "run", "uniform", True, sharding)]
 
 
 def test_torchrun_gets_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +178,7 @@ def test_torchrun_gets_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     with pytest.raises(SystemExit) as stopped:
-        launch.launch(3, ["finetune", "--output=run"], Path("run"))
+        launch.launch(3, ["finetune", "--output=run"], Path("run"), Sharding())
     assert stopped.value.code == 0
     (found,) = seen
     assert (found.standalone, found.nproc_per_node, found.module) == (True, "3", True)
@@ -227,11 +235,11 @@ def test_a_failure_is_one_sentence_with_the_exit_code_of_its_process(
         options = FinetuneOptions(model="m", data="d.jsonl")
         folder.create(tmp_path / "run", folder.SavedRun(options=options))
     with pytest.raises(SystemExit) as stopped:
-        launch.launch(2, [], tmp_path / "run")
+        launch.launch(2, [], tmp_path / "run", Sharding(fsdp_size=2))
     assert stopped.value.code == code
     said = capsys.readouterr().err.strip()
     goes_on = begun and code > 128
-    hint = f"; go on with: drlora finetune --resume {tmp_path / 'run'} --processes 2"
+    hint = f"; go on with: drlora finetune --resume {tmp_path / 'run'} --processes 2 --fsdp-size=2"
     assert said == f"drlora: {sentence}{hint if goes_on else ''}"
 
 
@@ -244,7 +252,7 @@ def test_a_signal_is_named(
     monkeypatch.setattr("torch.distributed.run.run", run)
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     with pytest.raises(SystemExit) as stopped:
-        launch.launch(2, [], tmp_path)
+        launch.launch(2, [], tmp_path, Sharding())
     assert stopped.value.code == 143
     assert capsys.readouterr().err == "drlora: stopped by SIGTERM\n"
 

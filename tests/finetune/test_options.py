@@ -57,7 +57,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FinetuneOptions, str
     """What the command line hands to the job."""
     calls: list[tuple[FinetuneOptions, str | None]] = []
 
-    def run(options: FinetuneOptions, *_: Any, compare: str | None, resume: bool) -> None:
+    def run(options: FinetuneOptions, *_: Any, compare: str | None, **__: Any) -> None:
         calls.append((options, compare))
 
     monkeypatch.setattr(job, "run", run)
