@@ -103,6 +103,7 @@ def _fsdp(
     *,
     first: bool = True,
     copies: int = 1,
+    divide: float | None = None,
     **options: Any,
 ) -> Trace:
     """``fully_shard`` after ``attach`` (``first``) or before."""
@@ -112,8 +113,15 @@ def _fsdp(
     (adapter,) = training.attach_all(model, recipe, steps)
     if first:
         shard(model, copies=copies, **options)
+    world = distributed.get_world_size()
+    if divide is not None:  # each process then has its share of the loss of all
+        recipe = dataclasses.replace(recipe, share=1.0 / world)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(divide)
+                module.set_force_sum_reduction_for_comms(True)
     sync = functools.partial(training.without_reduction, model)
-    rows = rows_of(distributed.get_world_size() // copies, copies)
+    rows = rows_of(world // copies, copies)
     mean = training.mean_over_processes
     return training.train(model, adapter, recipe, rows, range(steps), sync=sync, whole=mean)
 
@@ -159,6 +167,7 @@ BY_HAND = Recipe(attach={"auto_step": False}, micro=2)
 MASKED = Recipe(attach={"layout": "masked"})
 HEAD = Recipe(attach={"modules_to_save": ["lm_head"]})
 CLIPPED = Recipe(clip=True)
+STATIC = Recipe(config={"r_init": 1, "r_target": 1})
 DDP, AFTER = "DistributedDataParallel", "`fully_shard` after `attach`"
 BEFORE, BY = "`fully_shard` before `attach`", "Transformers' `DistributedConfig`"
 
@@ -166,6 +175,13 @@ MODES = (
     Mode(group=DDP, name="plain", spread=_ddp, fast=True),
     Mode(group=DDP, name="accumulation with no_sync", spread=_ddp, recipe=ACCUMULATED, fast=True),
     Mode(group=DDP, name="auto_step=False", spread=_ddp, recipe=BY_HAND, fast=True),
+    Mode(
+        group=DDP,
+        name="auto_step=False, reentrant checkpointing",
+        spread=_ddp,
+        recipe=dataclasses.replace(BY_HAND, checkpointing=True),
+        fast=True,
+    ),
     Mode(group=DDP, name="router=after_warmup", spread=_ddp, recipe=LATE, fast=True),
     Mode(group=DDP, name="router=trainable", spread=_ddp, recipe=ROUTERS),
     Mode(group=DDP, name="modules_to_save", spread=_ddp, recipe=HEAD),
@@ -210,12 +226,20 @@ MODES = (
         spread=_after(),
         recipe=Recipe(checkpointing=True),
     ),
+    Mode(
+        group=AFTER,
+        name="auto_step=False, reentrant checkpointing",
+        spread=_after(),
+        recipe=dataclasses.replace(BY_HAND, checkpointing=True),
+    ),
+    Mode(group=AFTER, name="a process without rows", spread=_after(), recipe=STATIC, worlds=(5,)),
     Mode(group=BEFORE, name="plain", spread=_before(), fast=True),
     Mode(group=BEFORE, name="accumulation", spread=_before(), recipe=ACCUMULATED),
     Mode(group=BEFORE, name="auto_step=False", spread=_before(), recipe=BY_HAND),
     Mode(group=BEFORE, name="router=after_warmup", spread=_before(), recipe=LATE, fast=True),
     Mode(group=BEFORE, name="prune", spread=_before(), recipe=PRUNE),
     Mode(group=BEFORE, name="clipping", spread=_before(), recipe=CLIPPED),
+    Mode(group=BEFORE, name="a sum over processes", spread=_before(divide=1.0), worlds=(2,)),
     Mode(group=BEFORE, name="uneven shards", spread=_before(), worlds=(3, 5)),
     Mode(group=BEFORE, name="replicas (HSDP)", spread=_before(replicas=2), worlds=(4,)),
     Mode(

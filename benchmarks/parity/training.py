@@ -33,6 +33,8 @@ class Recipe:
     """Micro-batches of a step."""
     clip: bool = False
     scaler: bool = False
+    share: float = 1.0
+    """What a loss is multiplied with before its backward pass."""
     checkpointing: bool | None = None
     """Whether activation checkpointing is reentrant; None for none."""
     names: tuple[str, ...] = ("default",)
@@ -134,7 +136,8 @@ def train(
             ids = make_batch(100 * step + micro)[rows]
             with sync(micro == recipe.micro - 1) if sync else contextlib.nullcontext():
                 loss = _loss(parallel, ids) / recipe.micro
-                (loss if scaler is None else scaler.scale(loss)).backward()
+                own = loss * recipe.share
+                (own if scaler is None else scaler.scale(own)).backward()
             losses.append(loss.item())
         _step(adapter, recipe, optimizer, scaler)
         trace.losses.append(whole(sum(losses)))

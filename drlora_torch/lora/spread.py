@@ -12,6 +12,7 @@ Shape letters: P rank slots, N experts, F features.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,9 @@ class Spread:
     placements: tuple[Any, ...]
     """``Shard(0)`` or ``Replicate()`` for each of its dimensions."""
     batches: int
-    """How many different batches they train on; the loss is the mean over these."""
+    """How many different batches they train on."""
+    divisor: Callable[[], float]
+    """What a sum of gradients over these is divided by; asked for in each backward pass."""
     experts: slice = dataclasses.field(default_factory=lambda: slice(None))
     """Experts whose weights are here."""
     features: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
@@ -55,15 +58,16 @@ class Spread:
         every = range(self.mesh.ndim)
         everywhere = spread.redistribute(placements=[Replicate() for _ in every])
         gathered: Tensor = everywhere.to_local(grad_placements=[Partial() for _ in every])
-        if self.batches > 1 and gathered.requires_grad:
-            gathered.register_hook(partial(_share, self.batches))  # type: ignore[no-untyped-call]
+        if gathered.requires_grad:
+            gathered.register_hook(partial(_share, self.divisor))  # type: ignore[no-untyped-call]
         chosen = self.features.get((projection, name))
         return gathered if chosen is None else gathered.index_select(1, chosen)
 
 
-def _share(batches: int, gradient: Tensor) -> Tensor:
-    """The part of one batch in the gradient of their mean."""
-    return gradient / batches
+def _share(divisor: Callable[[], float], gradient: Tensor) -> Tensor:
+    """The part of one batch in the gradient of all."""
+    number = divisor()
+    return gradient if number == 1.0 else gradient / number
 
 
 def find_features(weight: Any, dimension: int) -> Tensor | None:

@@ -6,6 +6,7 @@ What is read here is where the weights of a layer's experts are; the LoRA then g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -40,6 +41,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(parts.is_sharded(parameter) for parameter in model.parameters())
 
 
+def count_copies(model: nn.Module, processes: int) -> int:
+    """How many of the processes have the same batch, by what Transformers was told."""
+    if not _is_by_transformers(model):
+        return 1
+    return processes // (_size(model, "dp_replicate_size") * _size(model, "fsdp_size"))
+
+
 def find_spread(model: nn.Module, layer: str) -> Spread | None:
     """Where the experts of a layer are; None if every process has them whole.
 
@@ -56,6 +64,7 @@ def find_spread(model: nn.Module, layer: str) -> Spread | None:
             mesh=weight.device_mesh,
             placements=tuple(_by_rows(kind) for kind in weight.placements),
             batches=weight.device_mesh.size(),
+            divisor=partial(_divisor, _around(model, [layer]), weight.device_mesh.size()),
         )
     return _spread_by_transformers(model, layer, experts)
 
@@ -96,6 +105,21 @@ def _check_data_parallel(model: nn.Module, layer: str, weight: Any) -> None:
         )
 
 
+def _divisor(around: list[Any], batches: int) -> float:
+    """What ``fully_shard`` divides the gradients of a layer by: the mean, or what a user has set.
+
+    Args:
+        around: the modules that hold the layer; the innermost that is sharded decides.
+        batches: of the processes.
+    """
+    for module in reversed(around):
+        if hasattr(module, "set_gradient_divide_factor"):
+            groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None) or ()
+            factors = [getattr(group, "gradient_divide_factor", None) for group in groups]
+            return next((float(each) for each in factors if each is not None), float(batches))
+    return float(batches)
+
+
 def _by_rows(placement: Any) -> Any:
     from torch.distributed.tensor import Shard
 
@@ -132,6 +156,7 @@ def _spread_by_transformers(model: nn.Module, layer: str, experts: Any) -> Sprea
         mesh=mesh,
         placements=(Shard(0),),
         batches=batches,
+        divisor=lambda: float(batches),
         experts=chosen,
         features={} if by_expert else dict(_features_here(experts)),
     )

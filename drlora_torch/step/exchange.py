@@ -20,6 +20,7 @@ from torch import Tensor
 from drlora_torch.attached import Attached
 from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.models.sharding import count_copies
 from drlora_torch.step import agreement
 from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.step.processes import count_processes, sum_over_processes
@@ -27,12 +28,12 @@ from drlora_torch.step.processes import count_processes, sum_over_processes
 Arrays = dict[str, NDArray[np.float64]]
 
 
-def _copies_of_batch(lora: ExpertLoRA, processes: int) -> int:
+def _copies_of_batch(attached: Attached, lora: ExpertLoRA, processes: int) -> int:
     """How many of the processes train on the same tokens."""
     if lora.spread is not None:
         return lora.spread.copies
     mesh: Any = getattr(next(lora.parameters()), "device_mesh", None)
-    return 1 if mesh is None else processes // int(mesh.size())
+    return count_copies(attached.model, processes) if mesh is None else processes // mesh.size()
 
 
 def _holders_of_row(lora: ExpertLoRA, processes: int) -> int:
@@ -65,7 +66,8 @@ def exchange(
     counted, read = [], []
     for name, lora in loras.items():
         none = torch.zeros(lora.table.num_experts + 1, dtype=torch.float64)
-        counted.append(sums.get(name, none).to(device) / _copies_of_batch(lora, several))
+        copies = _copies_of_batch(attached, lora, several)
+        counted.append(sums.get(name, none).to(device) / copies)
         read.append(slots[name].to(device) / _holders_of_row(lora, several))
     shared = [agreement.probe(attached, read).to(device), *counted]
     if sharded := any(map(parts.is_sharded, lora_parameters(attached))):

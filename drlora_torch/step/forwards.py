@@ -78,8 +78,11 @@ class ForwardWatch:
 
     __reduce__ = refuse_copy
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Iterable[str], backward_begins: Callable[[], None]
+    ) -> None:
         self._model = model
+        self._backward_begins = weakref.WeakMethod(backward_begins)
         self._running = threading.local()
         self._in_backward: ModelCall | None = None
         self._handles: list[RemovableHandle] = []
@@ -143,9 +146,14 @@ class ForwardWatch:
         watch = weakref.ref(self)
 
         def reached(gradient: Tensor) -> None:
-            """The backward pass enters the forward through its output, before any of its layers."""
+            """The backward pass enters the forward through its output, before any of its layers.
+
+            Those then run, and are passed through, in backward passes of their own inside of it.
+            """
             if (alive := watch()) is not None:
                 alive._in_backward = call
+                if (begins := alive._backward_begins()) is not None:
+                    begins()
 
         for tensor in _tensors(output):
             if tensor.requires_grad:

@@ -14,7 +14,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lora import parts
 from drlora_torch.models import sharding
-from drlora_torch.step.parameters import parameters_by_key
+from drlora_torch.step.parameters import base_parameters, parameters_by_key
 from drlora_torch.step.processes import is_first_process, several_processes
 
 PATIENCE = datetime.timedelta(minutes=10)
@@ -63,6 +63,9 @@ def check_rows(attached: Attached) -> None:
             f"({whole[0]!r}), which each process would train on its own; leave none of "
             "adapter.parameters() in ignored_params, and shard the whole model, root included"
         )
+    if sharded:
+        _check_base(attached)
+        _check_group(attached, next(iter(named.values())))
     for key, parameter in named.items():
         if not parts.has_whole_rows(parameter):
             raise AttachError(
@@ -70,6 +73,31 @@ def check_rows(attached: Attached) -> None:
                 "must stay whole: fully_shard cuts them so by default, and a shard_placement_fn "
                 "must return Shard(0) for lora_A and lora_B"
             )
+
+
+def _check_base(attached: Attached) -> None:
+    """Refuse parameters of the base that learn and that nothing averages."""
+    spreads = [layer.lora.spread for layer in attached.layers.values()]
+    if all(spread is not None and spread.batches == 1 for spread in spreads):
+        return  # all processes have the same batch, and so the same gradients
+    for name, parameter in base_parameters(attached).items():
+        if not parts.is_sharded(parameter):
+            raise AttachError(
+                f"{name} learns, but fully_shard has left it out, so each process would train its "
+                "own; shard the whole model, root included: fully_shard(model)"
+            )
+
+
+def _check_group(attached: Attached, parameter: Any) -> None:
+    """Refuse a process group without some of those that hold the LoRA."""
+    held = set(parameter.device_mesh.mesh.flatten().tolist())
+    train = set(distributed.get_process_group_ranks(attached.process_group))
+    if not held <= train:
+        raise AttachError(
+            f"process_group has the processes {sorted(train)}, but the LoRA is held together by "
+            f"{sorted(held)}, which must decide together; leave out process_group, or give a group "
+            "with all of them to attach"
+        )
 
 
 def check_whole(attached: Attached, action: str) -> None:

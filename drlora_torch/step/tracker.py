@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class StepTracker:
         self._horizon = 0.0  # of the newborn corrections in this step
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         with contextlib.ExitStack() as undo:
-            self._watch = ForwardWatch(attached.model, attached.layers)
+            self._watch = ForwardWatch(attached.model, attached.layers, self._backward_begins)
             undo.callback(self._watch.remove)
             self._reader: ImportanceReader | None = None
             if not attached.options.auto_step:
@@ -135,18 +135,35 @@ class StepTracker:
         """
         self._witness.expect(layer, self.attached.layers[layer].lora.parameters())
         self._reached[layer] = None
+        self._when_backward_ends(self._backward_ended)
+
+    def _backward_begins(self) -> None:
+        """Look again at the end of a pass with others inside of it: only then all is averaged."""
+        self._when_backward_ends(lambda: self._look_at_gradients(self.attached.layers))
+
+    def _when_backward_ends(self, call: Callable[[], None]) -> None:
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._backward_ended))
+        try:
+            queue(lambda: queue(call))
+        except AssertionError as error:  # compiled autograd has no such callbacks
+            if several_processes(self.attached.process_group):
+                raise AttachError(
+                    "compiled autograd does not tell when gradients have been averaged over "
+                    "processes; train without torch._dynamo.config.compiled_autograd"
+                ) from error
 
     def _backward_ended(self) -> None:
         reached, self._reached = self._reached, {}
+        self._look_at_gradients(reached)
+
+    def _look_at_gradients(self, reached: Iterable[str]) -> None:
         several = several_processes(self.attached.process_group)
         for name in reached:
             lora = self.attached.layers[name].lora
             self._witness.note(name, lora.parameters())
             if several and self._reader is not None:
                 self._reader.read(lora)
-        if several and reached:
+        if several:
             warmup.drop_gradients(self.attached)
 
     def _begins(self, routing: Routing) -> bool:

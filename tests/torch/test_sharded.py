@@ -63,14 +63,16 @@ def rows() -> slice:
     return slice(first, first + 2)
 
 
-def backward(model: Any, seed: int) -> None:
-    ids = models.tokens(4, 7, seed)[rows()]
+def backward(model: Any, seed: int, chosen: slice | None = None) -> None:
+    ids = models.tokens(4, 7, seed)[chosen or rows()]
     model(input_ids=ids, labels=ids).loss.backward()
 
 
-def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, steps: range, chosen: slice | None = None
+) -> None:
     for seed in steps:
-        backward(model, seed)
+        backward(model, seed, chosen)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -95,6 +97,14 @@ def refusals(folder: Path, said: Said) -> None:
     lora = {id(parameter) for parameter in adapter.parameters()}
     shard(model, shard_placement_fn=lambda p: Shard(1) if id(p) in lora else None)
     said["columns"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(1)))
+    model, adapter = attached(router="trainable")
+    for layer in model.model.layers:
+        fully_shard(layer.mlp.experts, mesh=init_device_mesh("cpu", (2,)))
+    said["routers left out"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(1)))
+    alone = [torch.distributed.new_group([each]) for each in range(2)][torch.distributed.get_rank()]
+    model, adapter = attached(process_group=alone)
+    shard(model)
+    said["small group"] = what_is_said(lambda: train(model, helpers.adamw(adapter), range(1)))
     model, adapter = attached()
     optimizer = helpers.adamw(adapter)
     shard(model)
@@ -218,7 +228,8 @@ def all_tokens_elsewhere(folder: Path, said: Said) -> None:
                 parts.local(layer.mlp.gate.weight).zero_()  # ties: the same experts for all tokens
         adapter = helpers.attach(model)
         spy = Spy(adapter)
-        train(model, helpers.adamw(adapter), range(5))
+        same = slice(0, 2) if name == "tp" else None
+        train(model, helpers.adamw(adapter), range(5), same)
         said[f"one side, {name}"] = [
             {layer: (phi, s) for layer, (phi, s, _) in step.items()} for step in spy.samples
         ]
@@ -299,6 +310,8 @@ REFUSED = {
     "two left out": "AttachError: fully_shard has left out 2 of 8 LoRA parameters",
     "columns": "AttachError: model.layers.0.mlp.experts/gate_up_proj/lora_A has the placements",
     "early optimizer": "AttachError: the AdamW holds the LoRA of adapter 'default' as it was",
+    "routers left out": "AttachError: model.layers.0.mlp.gate.weight learns, but fully_shard has",
+    "small group": "AttachError: process_group has the processes [",
     "merge": "AttachError: merge needs the whole model in one process",
     "merge after a forward": "AttachError: merge needs the whole model in one process",
     "merge_and_save": "AttachError: merge_and_save needs the whole model in one process",
@@ -381,7 +394,7 @@ def all_tokens_on_the_experts_of_one_process(folder: Path, both: list[Said]) -> 
             assert len(used) == 2
             assert used.max() < 4 or used.min() >= 4  # experts of one process
             assert set(s.sum(axis=1).nonzero()[0]) <= set(used)
-            assert (phi == by_tp[layer][0]).all()
+            assert (phi == by_tp[layer][0]).all()  # ties: for all rows
     assert str(first["one side, ep"]) == str(second["one side, ep"])
     assert parallel["ep"][-1]["model.layers.0.mlp.experts"][1].max() > 0
 
@@ -391,7 +404,8 @@ def saved_beside_others(folder: Path, both: list[Said]) -> None:
         assert (folder / name / "drlora_adapter.safetensors").is_file()
     with safe_open(folder / "by transformers" / "model.safetensors", "pt") as file:
         keys = set(file.keys())
-    assert keys == set(build().state_dict())
+    assert keys
+    assert not [key for key in keys if "drlora" in key]
 
 
 def a_state_that_others_have_gathered_is_saved_whole(folder: Path, both: list[Said]) -> None:

@@ -118,6 +118,8 @@ def _plain_reset(
     value = optimizer.state[parameter][key]
     if rule is None and value.shape == parameter.shape:
         rule = COMMON.get(key)
+    if parts.is_sharded(parameter) and not parts.is_sharded(value):
+        return None
     value, weights = parts.local(value), parts.local(parameter)
     subclass = class_names(type(value))[0].partition(".")[0] != "torch"
     if rule is None or subclass or (rows := _as_rows(value, weights)) is None:
@@ -138,6 +140,6 @@ def _as_rows(value: Tensor, parameter: Tensor) -> Tensor | None:
     """A state [P, ...] itself, or a flat one [P * n] as [P, n]; None if it has no such rows."""
     if value.dim() and value.shape[0] == parameter.shape[0]:
         return value
-    if value.dim() == 1 and value.numel() and value.numel() % len(parameter) == 0:
+    if value.dim() == 1 and value.numel() and len(parameter) and not value.numel() % len(parameter):
         return value.view(parameter.shape[0], -1)
     return None
