@@ -22,7 +22,7 @@ class SavedRun(BaseModel):
 
     options: FinetuneOptions
     compare: Literal["uniform"] | None = None
-    processes: int = 1
+    processes: int | None = None
     """Processes that shared the rows of a step when the run began; those of one tensor-parallel
     group have the same rows and count as one."""
 

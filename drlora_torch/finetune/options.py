@@ -107,7 +107,7 @@ class FinetuneOptions(BaseModel):
         """Return the options of static LoRA at the same budget, to compare with."""
         return self.model_copy(update={"policy": "uniform", "scope": "layer"})
 
-    def shared_by(self, processes: int, begun_with: int) -> FinetuneOptions:
+    def shared_by(self, processes: int, begun_with: int | None) -> FinetuneOptions:
         """Return the options with which some processes go on with a run that others began.
 
         A step has the same rows. The batch of a process does not grow, so that it fits into memory
@@ -121,7 +121,7 @@ class FinetuneOptions(BaseModel):
             >>> options.shared_by(1, begun_with=4).accumulation
             4
         """
-        if processes == begun_with:
+        if begun_with is None or processes == begun_with:
             return self
         rows = self.batch_size * self.accumulation * begun_with
         if rows % processes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,23 +21,20 @@ from torch.optim import Optimizer
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
-from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models import frameworks
 from drlora_torch.options import Newborn
-from drlora_torch.step import growth, hooks, newborn, parameters, samples, sharded, warmup
+from drlora_torch.step import growth, hooks, newborn, parameters, samples, sharded
+from drlora_torch.step.backward import BackwardPasses
 from drlora_torch.step.exchange import exchange
 from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
 from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
-from drlora_torch.step.processes import several_processes, sum_over_processes
 from drlora_torch.step.routing import Routing, sum_weights
-from drlora_torch.step.witness import GradientWitness
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
-NO_BACKWARD = -1
 COUNTED = -1  # number of a checkpointed forward that was counted already
 
 
@@ -50,9 +47,6 @@ class StepTracker:
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self._notices = Notices()
-        self._witness = GradientWitness()
-        self._reached: dict[str, None] = {}  # layers of the backward pass that is running
-        self._running = NO_BACKWARD
         self._foreign = ForeignOptimizers(attached)
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
@@ -62,12 +56,13 @@ class StepTracker:
         self._horizon = 0.0  # of the newborn corrections in this step
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         with contextlib.ExitStack() as undo:
-            self._watch = ForwardWatch(attached.model, attached.layers, self._backward_begins)
-            undo.callback(self._watch.remove)
             self._reader: ImportanceReader | None = None
             if not attached.options.auto_step:
                 self._reader = ImportanceReader(self._loras())
                 undo.callback(self._reader.remove)
+            self._passes = BackwardPasses(attached, self._reader)
+            self._watch = ForwardWatch(attached.model, attached.layers, self._passes.begin)
+            undo.callback(self._watch.remove)
             follow = hooks.follow_optimizers
             undo.callback(follow(self, StepTracker._before_step, StepTracker._after_step))
             self.remove = undo.pop_all().close  # take all hooks out
@@ -77,9 +72,7 @@ class StepTracker:
     def forget(self) -> None:
         """Forget what the step has gathered so far."""
         self._sums.clear()
-        self._witness.forget()
-        if self._reader is not None:
-            self._reader.parts.clear()
+        self._passes.forget()
 
     # -- gather --------------------------------------------------------------------------------
 
@@ -110,12 +103,11 @@ class StepTracker:
         """Count a forward whose output the backward pass has reached."""
         if self.attached.paused:
             return
-        before, self._running = self._running, torch._C._current_graph_task_id()
-        another = before != self._running or self._running == NO_BACKWARD
-        if self._begins(routing) and another and self._sums and self._cleared():
+        new = self._passes.is_new()
+        if self._begins(routing) and new and self._sums and self._passes.dropped():
             self.forget()
         self._newest_counted = self._forwards
-        self._expect_gradients(routing.layer)
+        self._passes.reach(routing.layer)
         self._foreign.reached()
         layer = self.attached.layers[routing.layer]
         self._notices.check_training(layer)
@@ -125,46 +117,6 @@ class StepTracker:
         if routing.layer in self._sums:
             sums = self._sums[routing.layer] + sums
         self._sums[routing.layer] = sums
-
-    def _expect_gradients(self, layer: str) -> None:
-        """Look at the gradients of a layer once the running backward pass has ended.
-
-        Callbacks run in order; one that is queued by a callback comes after those of
-        DistributedDataParallel and ``fully_shard``, which average. A backward pass that fails
-        drops its callbacks, so each layer queues one; the first that runs looks at all.
-        """
-        self._witness.expect(layer, self.attached.layers[layer].lora.parameters())
-        self._reached[layer] = None
-        self._when_backward_ends(self._backward_ended)
-
-    def _backward_begins(self) -> None:
-        """Look again at the end of a pass with others inside of it: only then all is averaged."""
-        self._when_backward_ends(lambda: self._look_at_gradients(self.attached.layers))
-
-    def _when_backward_ends(self, call: Callable[[], None]) -> None:
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        try:
-            queue(lambda: queue(call))
-        except AssertionError as error:  # compiled autograd has no such callbacks
-            if several_processes(self.attached.process_group):
-                raise AttachError(
-                    "compiled autograd does not tell when gradients have been averaged over "
-                    "processes; train without torch._dynamo.config.compiled_autograd"
-                ) from error
-
-    def _backward_ended(self) -> None:
-        reached, self._reached = self._reached, {}
-        self._look_at_gradients(reached)
-
-    def _look_at_gradients(self, reached: Iterable[str]) -> None:
-        several = several_processes(self.attached.process_group)
-        for name in reached:
-            lora = self.attached.layers[name].lora
-            self._witness.note(name, lora.parameters())
-            if several and self._reader is not None:
-                self._reader.read(lora)
-        if several:
-            warmup.drop_gradients(self.attached)
 
     def _begins(self, routing: Routing) -> bool:
         """True for the first layer that the backward pass of a forward reaches."""
@@ -188,16 +140,6 @@ class StepTracker:
 
     def _lora_parameters(self) -> list[torch.nn.Parameter]:
         return parameters.lora_parameters(self.attached)
-
-    def _cleared(self) -> bool:
-        return self._witness.cleared(self._anywhere)
-
-    def _anywhere(self, here: bool) -> bool:
-        """True if something holds in any of the processes that hold the LoRA together."""
-        if not any(map(parts.is_sharded, self._lora_parameters())):
-            return here
-        held = torch.tensor([float(here)], device=self._loras()[0].compute_device)
-        return bool(sum_over_processes(held, self.attached.process_group))
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -328,15 +270,15 @@ class StepTracker:
         ``pending/routing/{layer}`` float64 [N + 1]; ``pending/gradient/{key}``, of the shape of
         the parameter of that key; with ``auto_step=False`` also ``pending/importance/{key}`` [P].
         """
-        gathered = self._sums or self._witness.seen
-        if self._reader is None and gathered and self._cleared():
+        gathered = self._sums or self._passes.seen
+        if self._reader is None and gathered and self._passes.dropped():
             return {}  # the batch was dropped, as the next backward pass will notice
         found: dict[str, Tensor] = {}
         if self._sums:
             for name, layer in self.attached.layers.items():
                 none = torch.zeros(layer.record.num_experts + 1, dtype=torch.float64)
                 found[f"{ROUTING}{name}"] = self._sums.get(name, none).cpu()
-        if self._witness.seen:
+        if self._passes.seen:
             for key, parameter in parameters.parameters_by_key(self.attached).items():
                 if parameter.grad is not None:
                     found[f"{GRADIENT}{key}"] = parameter.grad
@@ -358,8 +300,7 @@ class StepTracker:
         if self._reader is not None:
             self._reader.parts = importance
         if any(key.startswith((GRADIENT, IMPORTANCE)) for key in state):
-            for lora in self._loras():
-                self._witness.note(lora.name, lora.parameters())
+            self._passes.take_as_arrived()
         for name, layer in self.attached.layers.items():
             sums = state.get(f"{ROUTING}{name}")
             if sums is not None and sums[-1]:

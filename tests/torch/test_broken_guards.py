@@ -140,7 +140,7 @@ def count_at_once(
 ) -> None:
     """As if a forward counted, whether a backward pass follows or not."""
     call = self._watch.running
-    vars(self)["_expect_gradients"] = lambda layer: None  # only a backward pass can look forward
+    vars(self._passes)["reach"] = lambda layer: None  # only a backward pass can look forward
     self.reached(Routing(lora.name, 1, top_k_index, top_k_weights.detach(), call))
 
 

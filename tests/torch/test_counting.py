@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import drlora_torch
 from drlora_torch.adapter import state_of
 from drlora_torch.lifecycle.residents import active_tracker
-from drlora_torch.step import tracker
+from drlora_torch.step import backward
 from tests.torch import helpers, models
 from tests.torch.helpers import RouterLog, Spy
 from tests.torch.test_statistics import ROUNDING, padded, setup
@@ -321,7 +321,7 @@ def test_a_step_by_hand_inside_paused_does_not_count() -> None:
 
 def test_importance_is_read_after_a_backward_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes it is read at the end of a pass, which never came in the first."""
-    monkeypatch.setattr(tracker, "several_processes", lambda group: True)
+    monkeypatch.setattr(backward, "several_processes", lambda group: True)
     model, adapter, optimizer, spy = setup(auto_step=False)
 
     def fail(gradient: Tensor) -> None:
