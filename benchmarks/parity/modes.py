@@ -172,9 +172,9 @@ DDP, AFTER = "DistributedDataParallel", "`fully_shard` after `attach`"
 BEFORE, BY = "`fully_shard` before `attach`", "Transformers' `DistributedConfig`"
 
 MODES = (
-    Mode(group=DDP, name="plain", spread=_ddp, fast=True),
-    Mode(group=DDP, name="accumulation with no_sync", spread=_ddp, recipe=ACCUMULATED, fast=True),
-    Mode(group=DDP, name="auto_step=False", spread=_ddp, recipe=BY_HAND, fast=True),
+    Mode(group=DDP, name="plain", spread=_ddp),
+    Mode(group=DDP, name="accumulation with no_sync", spread=_ddp, recipe=ACCUMULATED),
+    Mode(group=DDP, name="auto_step=False", spread=_ddp, recipe=BY_HAND),
     Mode(
         group=DDP,
         name="auto_step=False, reentrant checkpointing",
@@ -189,7 +189,7 @@ MODES = (
     Mode(group=DDP, name="prune", spread=_ddp, recipe=PRUNE),
     Mode(group=DDP, name="masked", spread=_ddp, recipe=MASKED),
     Mode(group=DDP, name="two adapters", spread=_ddp, recipe=Recipe(names=("first", "second"))),
-    Mode(group=AFTER, name="plain", spread=_after(), fast=True),
+    Mode(group=AFTER, name="plain", spread=_after()),
     Mode(
         group=AFTER,
         name="reshard_after_forward=False",
@@ -197,17 +197,17 @@ MODES = (
         recipe=ACCUMULATED,
         fast=True,
     ),
-    Mode(group=AFTER, name="root alone", spread=_after(whole=True), recipe=ACCUMULATED, fast=True),
+    Mode(group=AFTER, name="root alone", spread=_after(whole=True), recipe=ACCUMULATED),
     Mode(
         group=AFTER,
         name="CPU offload",
         spread=_after(offload_policy=CPUOffloadPolicy(pin_memory=False)),
     ),
-    Mode(group=AFTER, name="accumulation", spread=_after(), recipe=ACCUMULATED, fast=True),
+    Mode(group=AFTER, name="accumulation", spread=_after(), recipe=ACCUMULATED),
     Mode(group=AFTER, name="auto_step=False", spread=_after(), recipe=BY_HAND, fast=True),
     Mode(group=AFTER, name="router=after_warmup", spread=_after(), recipe=LATE, fast=True),
     Mode(group=AFTER, name="modules_to_save", spread=_after(), recipe=HEAD),
-    Mode(group=AFTER, name="prune", spread=_after(), recipe=PRUNE, fast=True),
+    Mode(group=AFTER, name="prune", spread=_after(), recipe=PRUNE),
     Mode(group=AFTER, name="masked", spread=_after(), recipe=MASKED),
     Mode(group=AFTER, name="uneven shards", spread=_after(), worlds=(3, 5)),
     Mode(group=AFTER, name="replicas (HSDP)", spread=_after(replicas=2), worlds=(4,)),
@@ -218,7 +218,6 @@ MODES = (
         name="activation checkpointing",
         spread=_after(),
         recipe=Recipe(checkpointing=False),
-        fast=True,
     ),
     Mode(
         group=AFTER,
@@ -233,7 +232,7 @@ MODES = (
         recipe=dataclasses.replace(BY_HAND, checkpointing=True),
     ),
     Mode(group=AFTER, name="a process without rows", spread=_after(), recipe=STATIC, worlds=(5,)),
-    Mode(group=BEFORE, name="plain", spread=_before(), fast=True),
+    Mode(group=BEFORE, name="plain", spread=_before()),
     Mode(group=BEFORE, name="accumulation", spread=_before(), recipe=ACCUMULATED),
     Mode(group=BEFORE, name="auto_step=False", spread=_before(), recipe=BY_HAND),
     Mode(group=BEFORE, name="router=after_warmup", spread=_before(), recipe=LATE, fast=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from drlora_torch.errors import RunError
@@ -12,6 +11,8 @@ from drlora_torch.errors import RunError
 
 def can_share_features() -> bool:
     """Whether Accelerate accepts tensor parallelism on this machine."""
+    import torch
+
     return torch.cuda.is_available()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -23,12 +24,27 @@ INSTEAD = (
 )
 
 
+SIZES = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size")
+OLDEST = (5, 23)
+
+
 def check_sharding(model: nn.Module) -> None:
-    """Refuse a model whose layers are on different processes.
+    """Refuse a model that is spread in a way that cannot be followed.
 
     Raises:
-        AttachError: it is cut into the stages of a pipeline.
+        AttachError: it is cut into the stages of a pipeline, or was spread by a Transformers that
+            is older than what was tested.
     """
+    sizes = {name: _size(model, name) for name in SIZES}
+    spread = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    installed = version("transformers")
+    if spread and tuple(map(int, installed.split(".")[:2])) < OLDEST:
+        raise AttachError(
+            f"the model was loaded with DistributedConfig({spread}) of Transformers "
+            f"{installed}, which spreads experts in another way than drlora knows; use "
+            f"Transformers {'.'.join(map(str, OLDEST))} or newer, or fully_shard(model) on a model that was loaded "
+            "whole"
+        )
     if _size(model, "pp_size") > 1:
         raise AttachError(
             f"the model is cut into stages of a pipeline (pp_size={_size(model, 'pp_size')}), so "

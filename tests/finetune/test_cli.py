@@ -114,7 +114,8 @@ def test_an_unknown_model_is_refused(
 ) -> None:
     said = refused(["finetune", str(tmp_path / "nothing"), str(sums)], capsys)
     assert "has no config.json" in said
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable was read when the library was imported; its retries would take a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = refused(["finetune", "nobody/no-such-model", str(sums)], capsys)
     assert "'nobody/no-such-model' could not be loaded" in said
 

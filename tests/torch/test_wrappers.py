@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import drlora_torch
+from drlora_torch import AttachError
+from drlora_torch.models import sharding
 from tests.torch import helpers, models
 
 # Dynamo's own, when it looks at a tensor between two graphs.
@@ -201,3 +204,14 @@ def test_a_module_of_the_user_around_the_model_is_none() -> None:
     assert list(adapter.layers) == [f"module.{name}" for name in LAYERS]
     losses, _, _ = train(task, adapter)
     assert len(losses) == STEPS
+
+
+def test_models_that_an_older_transformers_has_spread_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = models.build()
+    model.config.distributed_config = SimpleNamespace(fsdp_size=1, ep_size=2, tp_size=2)
+    monkeypatch.setattr(sharding, "version", lambda name: "5.22.1")
+    with pytest.raises(AttachError, match=r"DistributedConfig\(tp_size=2, ep_size=2\).*5\.22\.1"):
+        helpers.attach(model)
+    assert not drlora_torch.adapters(model)
