@@ -40,10 +40,10 @@ def check_sharding(model: nn.Module) -> None:
     installed = version("transformers")
     if spread and tuple(map(int, installed.split(".")[:2])) < OLDEST:
         raise AttachError(
-            f"the model was loaded with DistributedConfig({spread}) of Transformers "
-            f"{installed}, which spreads experts in another way than drlora knows; use "
-            f"Transformers {'.'.join(map(str, OLDEST))} or newer, or fully_shard(model) on a model that was loaded "
-            "whole"
+            f"the model was loaded with DistributedConfig({spread}) of Transformers {installed}, "
+            "which spreads experts in another way than drlora knows; use Transformers "
+            f"{'.'.join(map(str, OLDEST))} or newer, or fully_shard(model) on a model that was "
+            "loaded whole"
         )
     if _size(model, "pp_size") > 1:
         raise AttachError(
