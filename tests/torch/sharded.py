@@ -167,7 +167,13 @@ def traps(folder: Path, said: Said) -> None:
     train(model, optimizer, range(5, 7))
     with torch.no_grad():
         model(input_ids=models.tokens(4, 7, 0))
+    said["held together"] = adapter.is_sharded
+    with torch.no_grad():
+        model(input_ids=models.tokens(4, 7, 0))
     adapter.restore(folder / "gathered")
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # what was written to copies is gone now
     with torch.no_grad():
         back = model(input_ids=models.tokens(4, 7, 0)).logits
     said["restored"] = torch.equal(trained, back)

@@ -78,6 +78,7 @@ def gathered_copies_are_not_taken_for_parameters(folder: Path, both: list[Said])
     assert (trained - plain).abs().max() > 1e-3
     for said in both:
         assert said["disabled and back"]
+        assert said["held together"]
         assert said["restored"]
         torch.testing.assert_close(said["base"], plain, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(said["logits"], trained, rtol=1e-12, atol=1e-12)
