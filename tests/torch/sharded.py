@@ -257,6 +257,12 @@ def saves(folder: Path, said: Said) -> None:
     if torch.distributed.get_rank() == 1:
         parts.local(adapter.parameters()[0])[0, 0] = torch.nan
     said["not finite"] = what_is_said(lambda: adapter.save_pretrained(folder / "good"))
+    table = next(iter(adapter.layers.values())).lora.table
+    owner, position = table.owner.copy(), table.position.copy()
+    if torch.distributed.get_rank() == 1:
+        table.load(owner[::-1], position[::-1])
+    said["other tables"] = what_is_said(lambda: adapter.save_pretrained(folder / "good"))
+    table.load(owner, position)
     said["good"] = (folder / "good" / "drlora_adapter.safetensors").read_bytes() == before
     torch.distributed.barrier()
     sharded.PATIENCE = datetime.timedelta(seconds=2)

@@ -33,6 +33,7 @@ REFUSED = {
     "import_peft": "AttachError: import_peft needs the whole model in one process",
     "foreign": "AttachError: the experts of 'model.layers.0.mlp.experts' are DTensors with the",
     "pipeline": "AttachError: the model is cut into stages of a pipeline (pp_size=2)",
+    "other tables": "CheckpointError: save_pretrained: the processes hold an adapter together, but",
     "no folder": "CheckpointError: ",
     "not finite": "CheckpointError: model.layers.0.mlp.experts/gate_up_proj/lora_A holds values",
 }
