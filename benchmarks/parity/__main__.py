@@ -18,14 +18,16 @@ WORLDS = (2, 4, 3, 5)
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=12, help="Optimizer steps of each mode.")] = 100,
+    steps: Annotated[int, typer.Option(min=12, help="Steps with two processes.")] = 100,
+    more: Annotated[int, typer.Option(min=12, help="Steps with three to five.")] = 25,
     page: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
 ) -> None:
     """Compare every way to spread a model over processes with one process."""
     console = Console(stderr=True)
     found = []
     for world in track(WORLDS, "numbers of processes", console=console):
-        found += compare(world, [mode for mode in MODES if world in mode.worlds], steps)
+        chosen = [mode for mode in MODES if world in mode.worlds]
+        found += compare(world, chosen, steps if world == 2 else more)
     passages = compare_files(checkpoints=True)
     page.write_text(write_page(found, passages))
     wrong = [each for each in found if not each.agrees]

@@ -40,6 +40,7 @@ def _work(rank: int, folder: str, world: int, job: Job) -> None:
         timeout=datetime.timedelta(minutes=5),
     )
     alone = [distributed.new_group([each]) for each in range(world)][rank]
+    training.compute_in_float64()
     found = job(Path(folder), alone)
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
