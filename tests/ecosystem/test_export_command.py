@@ -92,6 +92,7 @@ def test_bad_runs_are_one_sentence(
         assert "\n" not in said
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     pytest.importorskip("peft")
     done = subprocess.run(
