@@ -28,7 +28,13 @@ RUN = ["finetune", "--steps", str(STEPS), "--save-every", "10", "--timetable", "
 SHARED = [*RUN, "--batch-size", "8", "--processes", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
 COMMAND = [str(Path(sys.executable).with_name("drlora"))]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).parents[2]  # for modules of the tests
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 def drlora(folder: Path, *arguments: str, code: int = 0, start: list[str] = COMMAND) -> str:
