@@ -62,7 +62,7 @@ def attach(
     Args:
         model: a Transformers model with mixture-of-experts layers, or a PeftModel around one,
             whose own adapters then stay trainable, or ``torch.compile(model)``. Wrap it in
-            ``DistributedDataParallel`` afterwards.
+            ``DistributedDataParallel`` afterwards; ``fully_shard`` may come before or after.
         engine: decides the ranks; gets a layer per experts module, unless it has them already.
         adapter_name: tells it from other adapters of the model; the new one is the active one.
             Letters, digits, ``_`` and ``-``.
@@ -96,7 +96,8 @@ def attach(
     Raises:
         ModelError: no MoE layer, or one that cannot be adapted.
         AttachError: the model has an adapter of this name, the engine decides for another one or
-            has made steps already, or the model is wrapped for several processes already.
+            has made steps already, or the model is wrapped or spread for several processes in a
+            way that cannot be followed.
         LayoutError: the engine has other layers.
         ValueError: an option out of range. The model and the engine are left unchanged.
 
@@ -244,7 +245,7 @@ def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
     model = unwrapped(model)
     found = discover(model)
     check_sharding(model)
-    reshard(model, [name for name, _ in model.named_modules()])  # what is frozen must be held
+    reshard(model.modules())  # what is frozen must be what processes hold
     for layer in found:
         check_parts(model, layer.name)
     return model, found

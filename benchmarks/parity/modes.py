@@ -126,21 +126,36 @@ def _fsdp(
     return training.train(model, adapter, recipe, rows, range(steps), sync=sync, whole=mean)
 
 
-def load_spread(folder: Path, sizes: Mapping[str, int]) -> tuple[Model, slice]:
-    """Load a model as Transformers spreads it; also the rows that this process trains on."""
-    from transformers import AutoModelForCausalLM
+def load_spread(
+    folder: Path, sizes: Mapping[str, int], *, split_experts: bool = True
+) -> tuple[Model, slice]:
+    """Load a model as Transformers spreads it; also the rows that this process trains on.
+
+    Some families have no plan for their experts under tensor parallelism (``split_experts``).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
     config = DistributedConfig(**sizes)
+    base = AutoConfig.from_pretrained(folder)
+    if not split_experts:
+        plan = base.base_model_tp_plan
+        base.base_model_tp_plan = {k: style for k, style in plan.items() if "experts" not in k}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, experts_implementation="eager", distributed_config=config
+        folder,
+        config=base,
+        dtype=torch.float64,
+        experts_implementation="eager",
+        distributed_config=config,
     )
     copies = distributed.get_world_size() // config.dp_size
     return model.train(), rows_of(config.dp_size, copies)
 
 
-def _transformers(folder: Path, recipe: Recipe, steps: int, **sizes: int) -> Trace:
-    model, rows = load_spread(folder, sizes)
+def _transformers(
+    folder: Path, recipe: Recipe, steps: int, *, split_experts: bool = True, **sizes: int
+) -> Trace:
+    model, rows = load_spread(folder, sizes, split_experts=split_experts)
     (adapter,) = training.attach_all(model, recipe, steps)
     return training.train(
         model, adapter, recipe, rows, range(steps), whole=training.mean_over_processes
@@ -155,7 +170,7 @@ def _before(**options: Any) -> Spread:
     return functools.partial(_fsdp, first=False, **options)
 
 
-def _by_transformers(**sizes: int) -> Spread:
+def _by_transformers(**sizes: Any) -> Spread:
     return functools.partial(_transformers, **sizes)
 
 
@@ -298,6 +313,7 @@ MODES = (
             "ep 4 + fsdp": {"fsdp_size": 4, "ep_size": 4},
             "ep 4 + fsdp x tp": {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
             "ep 2 + fsdp x tp": {"fsdp_size": 2, "tp_size": 2, "ep_size": 2},
+            "fsdp x tp of other layers": {"fsdp_size": 2, "tp_size": 2, "split_experts": False},
             "ep 2 + replicas": {"fsdp_size": 2, "dp_replicate_size": 2, "ep_size": 2},
         }.items()
     ),

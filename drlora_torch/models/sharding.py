@@ -22,8 +22,6 @@ INSTEAD = (
     "drlora trains models in DistributedDataParallel, fully_shard, or Transformers' "
     "DistributedConfig(fsdp_size=, ep_size=, tp_size=)"
 )
-
-
 SIZES = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size")
 OLDEST = (5, 23)
 
@@ -80,20 +78,20 @@ def find_spread(model: nn.Module, layer: str) -> Spread | None:
             mesh=weight.device_mesh,
             placements=tuple(_by_rows(kind) for kind in weight.placements),
             batches=weight.device_mesh.size(),
-            divisor=partial(_divisor, _around(model, [layer]), weight.device_mesh.size()),
+            divisor=partial(_divisor, around(model, [layer]), weight.device_mesh.size()),
         )
     return _spread_by_transformers(model, layer, experts)
 
 
-def reshard(model: nn.Module, layers: Iterable[str]) -> None:
-    """Free what ``fully_shard`` has gathered of some modules and of those around them."""
-    for module in _around(model, layers):
+def reshard(modules: Iterable[Any]) -> None:
+    """Free what ``fully_shard`` has gathered of some modules."""
+    for module in modules:
         if hasattr(module, "reshard") and hasattr(module, "set_reshard_after_forward"):
             module.reshard()
 
 
-def _around(model: nn.Module, layers: Iterable[str]) -> list[Any]:
-    """The modules that hold some layers, the layers, and the model, each once."""
+def around(model: nn.Module, layers: Iterable[str]) -> list[Any]:
+    """The modules that hold some layers, the layers, and the model, each once; outer ones first."""
     found: dict[int, nn.Module] = {id(model): model}
     for layer in layers:
         module = model
@@ -108,7 +106,7 @@ def _check_data_parallel(model: nn.Module, layer: str, weight: Any) -> None:
 
     A process would not know which others train on the same batch.
     """
-    by_fully_shard = any(hasattr(m, "set_reshard_after_forward") for m in _around(model, [layer]))
+    by_fully_shard = any(hasattr(m, "set_reshard_after_forward") for m in around(model, [layer]))
     *replicas, last = weight.placements
     plain = last.is_shard() and len(replicas) < 2 and all(p.is_replicate() for p in replicas)
     if not (by_fully_shard and plain):
@@ -121,14 +119,14 @@ def _check_data_parallel(model: nn.Module, layer: str, weight: Any) -> None:
         )
 
 
-def _divisor(around: list[Any], batches: int) -> float:
+def _divisor(modules: list[Any], batches: int) -> float:
     """What ``fully_shard`` divides the gradients of a layer by: the mean, or what a user has set.
 
     Args:
-        around: the modules that hold the layer; the innermost that is sharded decides.
+        modules: those that hold the layer; the innermost that is sharded decides.
         batches: of the processes.
     """
-    for module in reversed(around):
+    for module in reversed(modules):
         if hasattr(module, "set_gradient_divide_factor"):
             groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None) or ()
             factors = [getattr(group, "gradient_divide_factor", None) for group in groups]
@@ -168,13 +166,17 @@ def _spread_by_transformers(model: nn.Module, layer: str, experts: Any) -> Sprea
     batches = _size(model, "dp_replicate_size") * _size(model, "fsdp_size")
     by_expert = getattr(experts, "_is_expert_parallel", False)
     chosen = _experts_here(weight, experts.num_experts) if by_expert else slice(None)
+    features = {} if by_expert else dict(_features_here(experts))
+    # Processes that share a batch each have a part of its gradient; where the experts are not
+    # split, each has all of it.
+    divisor = float(batches if by_expert or features else mesh.size())
     return Spread(
         mesh=mesh,
         placements=(Shard(0),),
         batches=batches,
-        divisor=lambda: float(batches),
+        divisor=lambda: divisor,
         experts=chosen,
-        features={} if by_expert else dict(_features_here(experts)),
+        features=features,
     )
 
 

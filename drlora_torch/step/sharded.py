@@ -37,7 +37,7 @@ def free_gathered(attached: Attached) -> None:
     if several_processes(attached.process_group):
         routers = [layer.record.router for layer in attached.layers.values()]
         names = [*attached.layers, *attached.modules, *(name for name in routers if name)]
-        sharding.reshard(attached.model, names)
+        sharding.reshard(sharding.around(attached.model, names))
 
 
 def writes(attached: Attached) -> bool:
@@ -117,10 +117,15 @@ def check_whole(attached: Attached, action: str) -> None:
 
 
 @contextlib.contextmanager
-def together(attached: Attached, action: str) -> Iterator[None]:
+def together(attached: Attached, action: str, *, in_step: bool = True) -> Iterator[None]:
     """Inside, the processes that hold an adapter together do the same; alone, one does it.
 
     If it fails in one of them, it fails in all.
+
+    Args:
+        attached: the adapter.
+        action: what they do, for errors.
+        in_step: whether they must have made the same steps and decisions.
 
     Raises:
         CheckpointError: one process or more did not come in time, or failed, or has gone another
@@ -129,7 +134,7 @@ def together(attached: Attached, action: str) -> Iterator[None]:
     if not is_sharded(attached):
         yield
         return
-    with meeting(attached.process_group, action, _digest(attached)):
+    with meeting(attached.process_group, action, _digest(attached) if in_step else ""):
         yield
 
 

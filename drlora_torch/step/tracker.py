@@ -238,6 +238,8 @@ class StepTracker:
                 "attach(..., auto_step=False) to call it yourself"
             )
         sharded.free_gathered(self.attached)
+        if not self.attached.engine.step_count:  # no optimizer of torch may have stepped
+            sharded.check_rows(self.attached)
         return self._close(self._reader.take(self._loras(), grad_scale))
 
     def _close(self, slots: dict[str, Tensor]) -> GrowthEvent | None:

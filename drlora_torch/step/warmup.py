@@ -66,7 +66,7 @@ def _drop_before_step(
     Its zeros would let weight decay move the routers.
     """
     if closure is None:
-        if not hooks.is_trial(optimizer):
+        if _is_warming_up(attached) and not hooks.is_trial(optimizer):
             drop_gradients(attached)
         return None
     inner = closure

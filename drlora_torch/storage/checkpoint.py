@@ -85,7 +85,7 @@ def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
                 f"layer {name!r} holds other ranks than the engine (was a growth event "
                 "interrupted?); go on from the last file that was saved"
             )
-        owned = torch.from_numpy(layer.lora.table.owner != FREE).to(layer.lora.compute_device)
+        owned = torch.from_numpy(layer.lora.table.owner != FREE)
         for key, parameter in layer.lora.tensors().items():
             # An average of the weights over steps (EMA) leaves values in slots that were freed.
             yield key, keep_rows(parts.whole(parameter), owned)
@@ -136,6 +136,7 @@ def keep_rows(values: Tensor, kept: Tensor) -> Tensor:
         copy = values.clone()
         parts.local(copy)[~kept[parts.held_rows(values)]] = 0.0
         return copy
+    kept = kept.to(values.device)
     return values if kept.all() else values.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
@@ -233,9 +234,9 @@ class Checked:
 
 def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
     """Bring an adapter to a saved state, in place: parameters keep their identity."""
-    with together(attached, "restore"):
+    with together(attached, "restore", in_step=False):
         saved = read(path)
-    with together(attached, "restore"):
+    with together(attached, "restore", in_step=False):
         checked = check_restorable(attached, saved, check_base=check_base)
     commit(attached, checked)
 

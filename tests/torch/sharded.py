@@ -262,8 +262,10 @@ def saves(folder: Path, said: Said) -> None:
     if torch.distributed.get_rank() == 1:
         table.load(owner[::-1], position[::-1])
     said["other tables"] = what_is_said(lambda: adapter.save_pretrained(folder / "good"))
-    table.load(owner, position)
     said["good"] = (folder / "good" / "drlora_adapter.safetensors").read_bytes() == before
+    adapter.restore(folder / "good")  # the way back
+    adapter.save_pretrained(folder / "again")
+    said["again"] = (folder / "again" / "drlora_adapter.safetensors").read_bytes() == before
     torch.distributed.barrier()
     sharded.PATIENCE = datetime.timedelta(seconds=2)
     if torch.distributed.get_rank() == 0:

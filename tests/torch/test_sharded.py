@@ -55,6 +55,7 @@ def a_refused_action_does_no_harm(folder: Path, both: list[Said]) -> None:
     for said in both:
         assert said["trained after"] == ""
         assert said["good"]
+        assert said["again"]
         assert said["is sharded"]
 
 
