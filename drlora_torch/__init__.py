@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from drlora_torch.api import adapters, attach, discover, load, set_adapter
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
     from drlora_torch.models.declaration import register_moe
+    from drlora_torch.models.quantizer import Experts4bitConfig
+    from drlora_torch.models.quantizing import dequantize_experts, quantize_experts
     from drlora_torch.models.records import MoELayer
     from drlora_torch.step.optimizers.meanings import register_optimizer_state
 
@@ -20,12 +22,15 @@ _HOMES = {
     "Adapter": "drlora_torch.adapter",
     "AttachError": "drlora_torch.errors",
     "CheckpointError": "drlora_torch.errors",
+    "Experts4bitConfig": "drlora_torch.models.quantizer",
     "ModelError": "drlora_torch.errors",
     "MoELayer": "drlora_torch.models.records",
     "adapters": "drlora_torch.api",
     "attach": "drlora_torch.api",
+    "dequantize_experts": "drlora_torch.models.quantizing",
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
+    "quantize_experts": "drlora_torch.models.quantizing",
     "register_moe": "drlora_torch.models.declaration",
     "register_optimizer_state": "drlora_torch.step.optimizers.meanings",
     "set_adapter": "drlora_torch.api",
@@ -35,12 +40,15 @@ __all__ = [
     "Adapter",
     "AttachError",
     "CheckpointError",
+    "Experts4bitConfig",
     "MoELayer",
     "ModelError",
     "adapters",
     "attach",
+    "dequantize_experts",
     "discover",
     "load",
+    "quantize_experts",
     "register_moe",
     "register_optimizer_state",
     "set_adapter",

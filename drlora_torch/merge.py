@@ -121,6 +121,13 @@ def write(layers: Layers) -> dict[ExpertWeight, Original]:
     Returns:
         The weights as they were, on the CPU. Where writing fails half-way, they are restored.
     """
+    for name, layer in layers.items():
+        if convention_of(layer.experts).is_packed(layer.experts):
+            raise AttachError(
+                f"the experts of {name!r} are stored as {layer.record.dtype}, so W + s B A cannot "
+                "be written into them; use merge_and_save(path), or "
+                "drlora_torch.dequantize_experts(model) before attach"
+            )
     originals: dict[ExpertWeight, Original] = {}
     for place in _places(layers):
         _weight(layers, place)  # weights that cannot be written to are refused before any is

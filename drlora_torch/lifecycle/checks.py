@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from drlora_core import AllocatorEngine
 from drlora_core.errors import LayoutError, UnknownLayerError, near_misses
@@ -103,12 +103,12 @@ def _check_routers(records: list[MoELayer], options: AdapterOptions) -> None:
 
 def _check_grouped(experts: nn.Module, record: MoELayer) -> None:
     """``grouped_mm`` takes the weights of a layer, wherever its convention keeps them."""
-    for projection in record.projections:
-        where = convention_of(experts).location(experts, projection)
-        weight: Tensor = convention_of(experts).expert_weight(experts, projection, 0)
-        stacked = isinstance(where, ExpertParameter)
-        if not stacked or not grouped.supports(weight.unsqueeze(0)):
-            found = f"{record.dtype}{list(weight.shape)}" if stacked else "one Linear per expert"
+    convention = convention_of(experts)
+    for projection, (inner, outer) in record.projections.items():
+        stacked = isinstance(convention.location(experts, projection), ExpertParameter)
+        weight = convention.expert_weight(experts, projection, 0)
+        if not stacked or not grouped.supports((record.num_experts, inner, outer), weight.dtype):
+            found = f"{record.dtype}{[outer, inner]}" if stacked else "one Linear per expert"
             raise AttachError(
                 f"kernel='grouped' cannot multiply {record.name}.{projection}, {found}: it takes "
                 "float32, bfloat16 and float16 weights of all experts in one parameter, with rows "

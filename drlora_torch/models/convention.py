@@ -59,6 +59,9 @@ class Convention(Protocol):
     def first_weight(self, module: Any) -> Tensor | None:
         """Return a weight whose dtype and device speak for the layer; None if it has none."""
 
+    def storage(self, module: Any) -> tuple[str, int]:
+        """How the expert weights are stored, and the bytes they take."""
+
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
         """Features by projection, in the order they are applied; only without an obstacle."""
 
@@ -69,7 +72,10 @@ class Convention(Protocol):
         """Let a layer run with a LoRA, a child of it; of several adapters only the active one."""
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        """The weight of one expert, a view [O, I]: what is written to it, the model computes."""
+        """The weight of one expert [O, I]: a view, to which one can write, unless it is packed."""
+
+    def is_packed(self, module: Any) -> bool:
+        """True if :meth:`expert_weight` unpacks the weights."""
 
     def location(self, module: Any, projection: str) -> Location:
         """Tell the parameter or the Linears that hold the weights of a projection."""
@@ -77,6 +83,10 @@ class Convention(Protocol):
 
 def dotted_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def dtype_name(weight: Tensor | None) -> str:
+    return "unknown" if weight is None else str(weight.dtype).removeprefix("torch.")
 
 
 def give_lora(module: nn.Module, lora: ExpertLoRA, observer: Observer) -> Undo:

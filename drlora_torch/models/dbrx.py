@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.models.fused import Fused, Project, compute_dtype, is_a, routed
+from drlora_torch.models.fused import Fused, Project, compute_dtype, is_a, packed_routed, routed
 from drlora_torch.models.location import ExpertParameter
 
 
 def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    tokens = tokens.to(compute_dtype(module.mlp.w1))  # once for two projections
+    tokens = tokens.to(compute_dtype(DBRX.stored(module, "w1"), tokens))  # once for two
     gate = project("w1", tokens, gather=True)
     up = project("v1", tokens, gather=True)
     return project("w2", module.mlp.activation_fn(gate) * up, routing_weights=weights)
 
 
-DBRX = Fused(
+DBRX: Fused = Fused(
     name="stacked",
     matches=is_a("transformers.models.dbrx.modeling_dbrx.DbrxExperts"),
     weights=lambda module: {
@@ -32,6 +32,7 @@ DBRX = Fused(
         for name in ("w1", "v1", "w2")
     },
     install_into=routed(_run),
+    packed=packed_routed(lambda: DBRX, _run),
     dims=2,
     by_expert=lambda module, weight: weight.view(module.num_experts, -1, weight.shape[-1]),
 )

@@ -6,11 +6,11 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from drlora_core.errors import UnknownLayerError, near_misses
 from drlora_torch.errors import ModelError
-from drlora_torch.models.convention import Convention
+from drlora_torch.models.convention import Convention, dtype_name
 from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.records import MoELayer
 from drlora_torch.models.refused import CONTAINERS, refusal
@@ -89,16 +89,18 @@ def _adaptable(
 ) -> MoELayer:
     obstacle = convention.obstacle(module)
     inside = convention.router
+    storage, nbytes = convention.storage(module)
     return MoELayer(
         name=name,
         experts_class=type(module).__name__,
         num_experts=convention.num_experts(module),
         projections={} if obstacle else convention.projection_shapes(module),
         router=_joined(name, inside) if inside else _router_beside(model, name, routers),
-        dtype=_dtype_name(convention.first_weight(module)),
+        dtype=storage,
         obstacle=obstacle,
         convention=convention.name,
         only_on_request=convention.only_on_request,
+        nbytes=nbytes,
     )
 
 
@@ -110,14 +112,11 @@ def _refused(model: nn.Module, name: str, module: Any, reason: str, routers: set
         num_experts=len(module) if container else module.num_experts,
         projections={},
         router=None if container else _router_beside(model, name, routers),
-        dtype=_dtype_name(next(module.parameters(), None)),
+        dtype=dtype_name(next(module.parameters(), None)),
         obstacle=reason,
         convention="none",
+        nbytes=sum(parameter.nbytes for parameter in module.parameters()),
     )
-
-
-def _dtype_name(weight: Tensor | None) -> str:
-    return "unknown" if weight is None else str(weight.dtype).removeprefix("torch.")
 
 
 def _router_beside(model: nn.Module, layer: str, routers: set[type]) -> str | None:

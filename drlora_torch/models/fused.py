@@ -10,6 +10,7 @@ width, S = T * K (token, expert) pairs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
+from drlora_torch.lora.stored import Dense, Stored
 from drlora_torch.models.convention import (
     ON_META,
     Observer,
@@ -29,6 +31,7 @@ from drlora_torch.models.convention import (
     undo_all,
 )
 from drlora_torch.models.location import ExpertParameter
+from drlora_torch.quantized import holders
 
 GATE_UP_DOWN = {
     name: ExpertParameter(name=name, transposed=False) for name in ("gate_up_proj", "down_proj")
@@ -42,6 +45,14 @@ Run = Callable[[Any, Project, Tensor, Tensor, Tensor], Tensor]
 """Experts of a layer on tokens [T, H] and their routing [T, K] (index, weights); gives [T, H]."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """How layers run whose weights are packed, where no LoRA is active."""
+
+    start: Callable[[Any], None]
+    stop: Callable[[Any], None]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Fused:
     """A convention of experts in one tensor per projection; one instance a family."""
@@ -51,10 +62,13 @@ class Fused:
     weights: Callable[[Any], Mapping[str, ExpertParameter]]
     """Where a layer has each projection, in the order they are applied."""
     install_into: Install
+    packed: Packed
     dims: int = 3
     """Dimensions of a weight as the model keeps it."""
     by_expert: Callable[[Any, Tensor], Tensor] = lambda module, weight: weight
     """View a weight of a layer by expert, [N, O, I], or [N, I, O] if transposed."""
+    real: Callable[[Any, Tensor], Tensor] = lambda module, by_expert: by_expert
+    """Leave out what a tensor has for experts without weights."""
     router: str | None = None
     only_on_request: bool = False
 
@@ -65,32 +79,59 @@ class Fused:
             for projection, where in self.weights(module).items()
         }
 
-    def stacked(self, module: Any, projection: str) -> Tensor:
-        """The weight of all experts by expert, [N, O, I], or [N, I, O] if transposed."""
-        return self.by_expert(module, self.parameters(module)[projection])
+    def stored(self, module: Any, projection: str) -> Stored:
+        """The weight of all experts, in whatever storage.
+
+        Raises:
+            AttributeError, TypeError: there is none, or it is no tensor.
+        """
+        where = self.location(module, projection)
+        holder: Any = module.get_submodule(where.module)
+        packed = holders.open_weight(holder, where.name, where.transposed)
+        if packed is None:
+            weight = self.by_expert(module, getattr(holder, where.name))
+            return Dense((self.real(module, weight),), where.transposed)
+        real = tuple(self.real(module, tensor) for tensor in packed.tensors)
+        return dataclasses.replace(packed, tensors=real)
 
     def num_experts(self, module: Any) -> int:
         weight = self.first_weight(module)
-        return 0 if weight is None else len(self.by_expert(module, weight))
+        return 0 if weight is None else len(weight)
 
     def first_weight(self, module: Any) -> Tensor | None:
-        first: Tensor | None = next(iter(self.parameters(module).values()))
-        return first
+        try:
+            return self.stored(module, next(iter(self.weights(module)))).tensors[0]
+        except (AttributeError, TypeError):  # there is none, or it is no tensor
+            return None
+
+    def storage(self, module: Any) -> tuple[str, int]:
+        try:
+            each = [self.stored(module, projection) for projection in self.weights(module)]
+            return each[0].kind, sum(weight.nbytes for weight in each)
+        except (AttributeError, TypeError):
+            return "unknown", 0
+
+    def is_packed(self, module: Any) -> bool:
+        return any(self.stored(module, projection).packed for projection in self.weights(module))
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
-        shapes = {}
-        for projection, where in self.weights(module).items():
-            _, *features = self.stacked(module, projection).shape
-            shapes[projection] = ProjectionShape(*features[:: 1 if where.transposed else -1])
-        return shapes
+        return {
+            projection: ProjectionShape(*self.stored(module, projection).shape[1:])
+            for projection in self.weights(module)
+        }
 
     def obstacle(self, module: Any) -> str | None:
-        for name, weight in self.parameters(module).items():
-            if not isinstance(weight, Tensor) or weight.dim() != self.dims:
+        for name, where in self.weights(module).items():
+            holder: Any = module.get_submodule(where.module)
+            packed = holders.open_weight(holder, where.name, where.transposed)
+            weight = getattr(holder, where.name, None) if packed is None else packed.tensors[0]
+            if not isinstance(weight, Tensor) or (packed is None and weight.dim() != self.dims):
                 return f"its {name} is not a {self.dims}-D tensor"
-            if (reason := ON_META if weight.is_meta else quantized(weight)) is not None:
+            if weight.is_meta:
+                return f"its {name} {ON_META}"
+            if packed is None and (reason := quantized(weight)) is not None:
                 return f"its {name} {reason}"
-        counts = [len(self.stacked(module, projection)) for projection in self.weights(module)]
+        counts = [self.stored(module, projection).shape[0] for projection in self.weights(module)]
         if len(set(counts)) > 1:
             return f"its projections have {' and '.join(map(str, counts))} experts"
         return None
@@ -99,29 +140,24 @@ class Fused:
         return self.install_into(self, module, lora, observer)
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
-        weight = self.stacked(module, projection)[expert]
-        return weight.T if self.location(module, projection).transposed else weight
+        stored = self.stored(module, projection)
+        if isinstance(stored, Dense):
+            return stored.view(expert)
+        return stored.matrix(expert, stored.dtype or torch.float32).T
 
     def location(self, module: Any, projection: str) -> ExpertParameter:
         return self.weights(module)[projection]
 
-    def projector(self, module: Any, lora: ExpertLoRA, dispatch: Dispatch) -> Project:
+    def projector(self, module: Any, lora: ExpertLoRA | None, dispatch: Dispatch) -> Project:
         """Return the function that multiplies sorted rows with a projection of their experts."""
-        weights, parameters = self.weights(module), self.parameters(module)
-        dtype = compute_dtype(parameters[next(iter(weights))])
 
         def project(
             projection: str, inputs: Tensor, bias: Tensor | None = None, **options: Any
         ) -> Tensor:
-            return expert_linear(
-                inputs.to(dtype),
-                self.by_expert(module, parameters[projection]),
-                bias,
-                lora.factors(projection),
-                dispatch,
-                transposed=weights[projection].transposed,
-                **options,
-            )
+            weight = self.stored(module, projection)
+            factors = None if lora is None else lora.factors(projection)
+            rows = inputs.to(compute_dtype(weight, inputs))
+            return expert_linear(rows, weight, bias, factors, dispatch, **options)
 
         return project
 
@@ -136,23 +172,86 @@ def routed(run: Run) -> Install:
 
     def install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-            dispatch = Dispatch.sort(top_k_index, lora.table.num_experts)
-            project = convention.projector(module, lora, dispatch)
-            output = run(module, project, tokens, top_k_index, top_k_weights)
-            output = output.to(hidden_states.dtype)
+            output = _routed(
+                convention, run, module, lora, hidden_states, top_k_index, top_k_weights
+            )
             observer.routed(lora, output, top_k_index, top_k_weights)
-            return output.view(hidden_states.shape)
+            return output
 
         return undo_all(give_lora(module, lora, observer), run_instead(module, forward, observer))
 
     return install
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
+def packed_routed(convention: Callable[[], Fused], run: Run) -> Packed:
+    """Run such experts where their weights are packed."""
+
+    def forward(module: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return _routed(convention(), run, module, None, states, index, weights)
+
+    return packed_by_class({"": forward})
+
+
+def _routed(
+    convention: Fused,
+    run: Run,
+    module: Any,
+    lora: ExpertLoRA | None,
+    states: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    tokens = states.reshape(-1, states.shape[-1])
+    project = convention.projector(
+        module, lora, Dispatch.sort(index, convention.num_experts(module))
+    )
+    output = run(module, project, tokens, index, weights)
+    return output.to(states.dtype).view(states.shape)
+
+
+def multiply_packed(
+    holder: Any, where: ExpertParameter, inputs: Tensor, dispatch: Dispatch
+) -> Tensor:
+    """Sorted rows [S, I] times the packed weights that a module holds, [S, O]."""
+    weight = holders.open_weight(holder, where.name, where.transposed)
+    assert weight is not None, "a module gets its packed weights and this forward together"
+    rows = inputs.to(compute_dtype(weight, inputs))
+    return expert_linear(rows, weight, None, None, dispatch)
+
+
+def packed_by_class(forwards: Mapping[str, Callable[..., Tensor]]) -> Packed:
+    """Give some modules of a layer, by name, a class whose forward reads packed weights.
+
+    It has the name of their own class, and a copy of the model has it too.
+    """
+
+    def start(layer: Any) -> None:
+        for name, forward in forwards.items():
+            module = layer.get_submodule(name)
+            kind: Any = type(module)
+            module.__class__ = _subclass(kind, forward)
+
+    def stop(layer: Any) -> None:
+        for name in forwards:
+            module = layer.get_submodule(name)
+            module.__class__ = type(module).__base__
+
+    return Packed(start, stop)
+
+
+@functools.cache
+def _subclass(kind: type, forward: Callable[..., Tensor]) -> type:
+    forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+    own = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), own)
+
+
+def compute_dtype(weight: Stored, inputs: Tensor) -> torch.dtype:
     """Return the autocast dtype inside autocast, else that of the base weights."""
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype or inputs.dtype
 
 
 def run_instead(module: nn.Module, adapted: Callable[..., Tensor], observer: Observer) -> Undo:

@@ -24,11 +24,13 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import ATTACHMENT, Observer, Undo, give_lora
-from drlora_torch.models.fused import Fused
+from drlora_torch.models.fused import Fused, Packed
 from drlora_torch.models.location import ExpertParameter
 
 IMPLEMENTATION = "drlora"
+PACKED = "drlora_packed"
 BASE_CONFIG = "_drlora_base_config"  # set on adapted modules beside their attachment
+PLAIN_CONFIG = "_drlora_plain_config"  # set on modules with packed weights
 
 
 def _weights(module: Any) -> dict[str, ExpertParameter]:
@@ -43,7 +45,7 @@ def _weights(module: Any) -> dict[str, ExpertParameter]:
 
 
 def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    _registry(module).register(IMPLEMENTATION, experts_forward)
     base_config = module.config
     config = copy.deepcopy(base_config)
     config._experts_implementation = IMPLEMENTATION
@@ -97,25 +99,60 @@ def experts_forward(
     if not observer.enabled:
         own = type(module).forward.__wrapped__
         chosen = vars(module)[BASE_CONFIG]._experts_implementation
-        base: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, own)
+        base: Callable[..., Tensor] = _registry(module).get_interface(chosen, own)
         return base(module, hidden_states, top_k_index, top_k_weights)
+    output = _run(module, lora, hidden_states, top_k_index, top_k_weights)
+    if not is_expert_parallel(module):  # else it is counted before the tokens travel
+        observer.routed(lora, output, top_k_index, top_k_weights)
+    return output
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def packed_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same without LoRA, for weights that the implementations of Transformers cannot read."""
+    return _run(module, None, hidden_states, top_k_index, top_k_weights)
+
+
+def _run(
+    module: Any, lora: ExpertLoRA | None, tokens: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
     first, second = INTERFACE.weights(module)
     bias_1, bias_2 = (
         getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, second)
     )
-    dispatch = Dispatch.sort(top_k_index, lora.num_local_experts)
+    count = INTERFACE.num_experts(module) if lora is None else lora.num_local_experts
+    dispatch = Dispatch.sort(index, count)
     project = INTERFACE.projector(module, lora, dispatch)
-    rows = project(first, hidden_states, bias_1, gather=True)
+    rows = project(first, tokens, bias_1, gather=True)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     if module.has_post_expert_norm:
         rows = module.post_expert_norm(project(second, rows, bias_2))
-        output = dispatch.combine(rows, top_k_weights)
+        output = dispatch.combine(rows, weights)
     else:
-        output = project(second, rows, bias_2, routing_weights=top_k_weights)
-    output = output.to(hidden_states.dtype)
-    if not is_expert_parallel(module):  # else it is counted before the tokens travel
-        observer.routed(lora, output, top_k_index, top_k_weights)
-    return output
+        output = project(second, rows, bias_2, routing_weights=weights)
+    return output.to(tokens.dtype)
+
+
+def _start_packed(module: Any) -> None:
+    _registry(module).register(PACKED, packed_forward)
+    vars(module)[PLAIN_CONFIG] = module.config
+    module.config = copy.deepcopy(module.config)
+    module.config._experts_implementation = PACKED
+
+
+def _stop_packed(module: Any) -> None:
+    module.config = vars(module).pop(PLAIN_CONFIG)
+
+
+def _registry(module: Any) -> Any:
+    """Where the forward of a module looks up its implementation."""
+    if module.__class__.__name__ == "FP8Experts":
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+        return ALL_FP8_EXPERTS_FUNCTIONS
+    return ALL_EXPERTS_FUNCTIONS
 
 
 INTERFACE = Fused(
@@ -123,4 +160,5 @@ INTERFACE = Fused(
     matches=lambda module: {"is_transposed", "has_gate", "config"} <= vars(module).keys(),
     weights=_weights,
     install_into=_install,
+    packed=Packed(_start_packed, _stop_packed),
 )

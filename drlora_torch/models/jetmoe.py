@@ -20,7 +20,7 @@ from torch import Tensor
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, is_a, run_instead
+from drlora_torch.models.fused import Fused, is_a, multiply_packed, packed_by_class, run_instead
 from drlora_torch.models.location import ExpertParameter
 
 FIRST, LAST = "input_linear", "output_linear"
@@ -63,6 +63,14 @@ def _routing(output: Any) -> tuple[Tensor, Tensor]:
     return index.view(logits.shape[0], -1), weights.view(logits.shape[0], -1)
 
 
+def _run_packed(projection: Any, inputs: Tensor, expert_size: list[int]) -> Tensor:
+    """A projection whose weights are packed."""
+    experts = _experts(expert_size, inputs.device)
+    dispatch = Dispatch.sort(experts.unsqueeze(1), len(expert_size))
+    where = ExpertParameter(name="weight", transposed=False)
+    return multiply_packed(projection, where, inputs, dispatch).to(inputs.dtype)
+
+
 JETMOE = Fused(
     name="single projections",
     matches=is_a("transformers.models.jetmoe.modeling_jetmoe.JetMoeMoE"),
@@ -71,6 +79,7 @@ JETMOE = Fused(
         for projection in (FIRST, LAST)
     },
     install_into=_install,
+    packed=packed_by_class({FIRST: _run_packed, LAST: _run_packed}),
     router="router",
 )
 JETMOE_ATTENTION = dataclasses.replace(

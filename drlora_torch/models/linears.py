@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from drlora_torch.errors import ModelError
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.block_hooks import BlockHooks
-from drlora_torch.models.convention import ON_META, Observer, Undo, give_lora, quantized, undo_all
+from drlora_torch.models.convention import (
+    ON_META,
+    Observer,
+    Undo,
+    dtype_name,
+    give_lora,
+    quantized,
+    undo_all,
+)
 from drlora_torch.models.location import ExpertLinears
 
 Routing = Callable[..., tuple[Tensor, Tensor]]
@@ -53,6 +61,15 @@ class PerExpertLinears:
             return None
         weight: Tensor = self.linears(module)[self.projections[0]][0].weight
         return weight
+
+    def storage(self, module: Any) -> tuple[str, int]:
+        if self.obstacle(module) is not None:
+            return "unknown", 0
+        weights = [each.weight for linears in self.linears(module).values() for each in linears]
+        return dtype_name(weights[0]), sum(weight.nbytes for weight in weights)
+
+    def is_packed(self, module: Any) -> bool:
+        return False
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
         return {name: _shape(each[0]) for name, each in self.linears(module).items()}

@@ -20,7 +20,7 @@ from drlora_torch.errors import ModelError
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, is_a, run_instead
+from drlora_torch.models.fused import Fused, is_a, multiply_packed, packed_by_class, run_instead
 from drlora_torch.models.location import ExpertParameter
 
 
@@ -53,13 +53,25 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
     )
 
 
+def _run_packed(experts: Any, hidden_states: Tensor) -> Tensor:
+    """Experts with packed weights on the inputs of all of them, [N * T, H]."""
+    index = torch.arange(len(hidden_states), device=hidden_states.device)
+    index = index // (len(hidden_states) // experts.num_experts)
+    dispatch = Dispatch.sort(index.unsqueeze(1), experts.num_experts)
+    gate, up = multiply_packed(experts, GATE_UP, hidden_states, dispatch).chunk(2, dim=-1)
+    rows = multiply_packed(experts, DOWN, up * experts.act_fn(gate), dispatch)
+    return rows.to(hidden_states.dtype)
+
+
+GATE_UP, DOWN = (
+    ExpertParameter(module="experts", name=name, transposed=True)
+    for name in ("gate_up_proj", "down_proj")
+)
 LLAMA4 = Fused(
     name="weighted inputs",
     matches=is_a("transformers.models.llama4.modeling_llama4.Llama4TextMoe"),
-    weights=lambda module: {
-        name: ExpertParameter(module="experts", name=name, transposed=True)
-        for name in ("gate_up_proj", "down_proj")
-    },
+    weights=lambda module: {each.name: each for each in (GATE_UP, DOWN)},
     install_into=_install,
+    packed=packed_by_class({"experts": _run_packed}),
     router="router",
 )

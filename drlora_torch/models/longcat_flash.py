@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.models.fused import GATE_UP_DOWN, Fused, Project, is_a, routed
+from drlora_torch.models.fused import GATE_UP_DOWN, Fused, Project, is_a, packed_routed, routed
 
 
 def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -17,11 +17,12 @@ def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: 
     return output + kept * tokens
 
 
-LONGCAT_FLASH = Fused(
+LONGCAT_FLASH: Fused = Fused(
     name="identity experts",
     matches=is_a("transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts"),
     weights=lambda module: GATE_UP_DOWN,
     install_into=routed(_run),
+    packed=packed_routed(lambda: LONGCAT_FLASH, _run),
     # gate_up_proj has rows for the identity experts too, which no token meets
-    by_expert=lambda module, weight: weight[: module.down_proj.shape[0]],
+    real=lambda module, by_expert: by_expert[: module.down_proj.shape[0]],
 )

@@ -23,10 +23,12 @@ class MoELayer:
     router: str | None
     """Qualified name of the router module, None where none was found."""
     dtype: str
-    """Data type of the expert weights, such as ``float32``."""
+    """How the expert weights are stored, such as ``float32``, ``nf4``, ``fp8`` or ``mxfp4``."""
     obstacle: str | None = None
     """Why the layer cannot be adapted; None where it can."""
     convention: str = "interface"
     """How the layer stores and calls its experts, which says what adapts it."""
     only_on_request: bool = False
     """True for what ``attach`` adapts only if ``layers`` names it, such as routed attention."""
+    nbytes: int = 0
+    """Bytes that the expert weights take, with the scales of packed ones."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora_torch.models.fused import GATE_UP_DOWN, Fused, Project, is_a, routed
+from drlora_torch.models.fused import GATE_UP_DOWN, Fused, Project, is_a, packed_routed, routed
 
 
 def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -14,9 +14,10 @@ def _run(module: Any, project: Project, tokens: Tensor, index: Tensor, weights: 
     return project("down_proj", rows, routing_weights=weights)
 
 
-STEP3P7 = Fused(
+STEP3P7: Fused = Fused(
     name="undecorated",
     matches=is_a("transformers.models.step3p7.modeling_step3p7.Step3p7Experts"),
     weights=lambda module: GATE_UP_DOWN,
     install_into=routed(_run),
+    packed=packed_routed(lambda: STEP3P7, _run),
 )

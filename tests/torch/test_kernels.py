@@ -16,6 +16,7 @@ from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import Kernel, LoRAFactors, expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.lora.slots import Layout, SlotTable
+from drlora_torch.lora.stored import Dense
 from drlora_torch.step.importance import mean_sensitivity
 from tests.torch import helpers, models
 
@@ -58,11 +59,10 @@ def run(
     assert isinstance(factors, LoRAFactors)
     output = expert_linear(
         inputs,
-        weight,
+        Dense((weight,), case["transposed"]),
         bias,
         factors,
         dispatch,
-        transposed=case["transposed"],
         gather=case["gather"],
         routing_weights=weights if case["combine"] else None,
     )
@@ -167,10 +167,16 @@ def test_auto_takes_grouped_where_the_gpu_can(
 ) -> None:
     """As Transformers checks it for its own grouped experts."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    chosen = kernels.choose(Kernel.AUTO, FakeWeight(torch.device("cuda", 0)))
+    chosen = kernels.choose(Kernel.AUTO, FakeWeight(torch.device("cuda", 0)), torch.bfloat16)
     assert chosen is (Kernel.GROUPED if grouped else Kernel.RAGGED)
-    assert kernels.choose(Kernel.AUTO, FakeWeight(torch.device("cpu"))) is Kernel.RAGGED
-    assert kernels.choose(Kernel.RAGGED, FakeWeight(torch.device("cuda", 0))) is Kernel.RAGGED
+    assert (
+        kernels.choose(Kernel.AUTO, FakeWeight(torch.device("cpu")), torch.bfloat16)
+        is Kernel.RAGGED
+    )
+    assert (
+        kernels.choose(Kernel.RAGGED, FakeWeight(torch.device("cuda", 0)), torch.bfloat16)
+        is Kernel.RAGGED
+    )
 
 
 class FakeWeight:

@@ -12,18 +12,18 @@ from torch import Tensor
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import grouped, ragged
 from drlora_torch.lora.kernels.factors import Kernel, LoRAFactors
+from drlora_torch.lora.stored import Stored
 
 __all__ = ["Kernel", "LoRAFactors", "expert_linear"]
 
 
 def expert_linear(
     inputs: Tensor,
-    weight: Tensor,
+    weight: Stored,
     bias: Tensor | None,
     lora: LoRAFactors | None,
     dispatch: Dispatch,
     *,
-    transposed: bool,
     gather: bool = False,
     routing_weights: Tensor | None = None,
 ) -> Tensor:
@@ -31,11 +31,10 @@ def expert_linear(
 
     Args:
         inputs: sorted rows, [S, I]; with ``gather`` the tokens themselves, [T, I].
-        weight: frozen weights, [N, O, I], or [N, I, O] if ``transposed``.
+        weight: the frozen weights of the experts.
         bias: [N, O] or None.
         lora: the low-rank update and its kernel, or None for the base product alone.
         dispatch: which rows belong to which expert.
-        transposed: the axes of ``weight``, as the model declares them.
         gather: take each pair's row from its token.
         routing_weights: [T, K]; given, each token's rows are summed with these weights.
 
@@ -43,17 +42,20 @@ def expert_linear(
         Sorted rows [S, O] in the dtype of ``inputs``, sentinel rows 0 before the bias; with
         ``routing_weights`` [T, O] in the dtype that inputs and weights promote to.
     """
-    wanted = choose(Kernel.AUTO if lora is None else lora.kernel, weight)
+    wanted = choose(Kernel.AUTO if lora is None else lora.kernel, weight, inputs.dtype)
     kernel = grouped.expert_linear if wanted is Kernel.GROUPED else ragged.expert_linear
-    matrices = weight if transposed else weight.transpose(1, 2)
-    return kernel(inputs, matrices, bias, lora, dispatch, gather, routing_weights)
+    return kernel(inputs, weight, bias, lora, dispatch, gather, routing_weights)
 
 
-def choose(wanted: Kernel, weight: Tensor) -> Kernel:
-    """The kernel for a weight: the one asked for, or the faster one of those that take it."""
+def choose(wanted: Kernel, weight: Stored, dtype: torch.dtype) -> Kernel:
+    """The kernel for a weight: the one asked for, or the faster one of those that take it.
+
+    ``dtype`` is that of the inputs.
+    """
     if wanted is not Kernel.AUTO:
         return wanted
     # the GPUs that grouped_mm has kernels for (Ampere on), as Transformers checks it too
     on_gpu = weight.device.type == "cuda"
     fast = on_gpu and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-    return Kernel.GROUPED if fast and grouped.supports(weight) else Kernel.RAGGED
+    fits = grouped.supports(weight.shape, weight.dtype or dtype)
+    return Kernel.GROUPED if fast and fits else Kernel.RAGGED

@@ -9,43 +9,104 @@ I input and O output features, R padded rank.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout, grouped_mm
 
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels.factors import LoRAFactors
+from drlora_torch.lora.stored import Stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes
+GROUP_BYTES = 2**30
+"""Most bytes of packed weights that are unpacked at once, as Transformers allows for FP8."""
 
 
-def supports(weight: Tensor) -> bool:
-    """True if ``grouped_mm`` takes these weights [N, ., .]: their dtype, and rows of 16 bytes."""
-    aligned = all(size * weight.element_size() % ALIGNMENT == 0 for size in weight.shape[1:])
-    return weight.dtype in DTYPES and aligned
+def supports(shape: tuple[int, int, int], dtype: torch.dtype) -> bool:
+    """True if ``grouped_mm`` takes weights (N, I, O): their dtype, and rows of 16 bytes."""
+    aligned = all(size * dtype.itemsize % ALIGNMENT == 0 for size in shape[1:])
+    return dtype in DTYPES and aligned
 
 
 def expert_linear(
     inputs: Tensor,
-    matrices: Tensor,
+    weight: Stored,
     bias: Tensor | None,
     lora: LoRAFactors | None,
     dispatch: Dispatch,
     gather: bool,
     routing_weights: Tensor | None,
 ) -> Tensor:
-    """Compute :func:`drlora_torch.lora.kernels.expert_linear`; ``matrices`` are [N, I, O]."""
+    """Compute :func:`drlora_torch.lora.kernels.expert_linear`."""
     dead = ~dispatch.live.unsqueeze(-1)
     # grouped_mm leaves the rows behind the last expert unwritten, forward and backward
     rows = (inputs[dispatch.tokens] if gather else inputs).masked_fill(dead, 0.0)
-    output = grouped_mm(rows, matrices.to(rows.dtype), offs=dispatch.offsets)
+    output = _base(rows, weight, dispatch)
     if lora is not None:
         output = output + lora.scaling * _low_rank(rows, lora, dispatch, dead)
     output = output.masked_fill(dead, 0.0)
     if bias is not None:
         output = output + bias[dispatch.experts].to(output.dtype)
     return output if routing_weights is None else dispatch.combine(output, routing_weights)
+
+
+def _base(rows: Tensor, weight: Stored, dispatch: Dispatch) -> Tensor:
+    """x W^T of every row, [S, I] -> [S, O]."""
+    if not weight.packed:
+        matrices = weight.matrices(0, weight.shape[0], rows.dtype)
+        return grouped_mm(rows, matrices, offs=dispatch.offsets)
+    output: Tensor = _PackedProduct.apply(rows, weight, dispatch)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Rows times packed weights, unpacked a group of experts at a time; differentiable in rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Stored, dispatch: Dispatch) -> Tensor:
+        ctx.save_for_backward(*weight.tensors)
+        ctx.weight, ctx.dispatch = dataclasses.replace(weight, tensors=()), dispatch
+        return _by_groups(rows, weight, dispatch, transposed=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight = dataclasses.replace(ctx.weight, tensors=tuple(ctx.saved_tensors))
+        return _by_groups(grad.contiguous(), weight, ctx.dispatch, transposed=True), None, None
+
+
+def _by_groups(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: bool) -> Tensor:
+    """Rows times the weights, [S, I] -> [S, O], or times the transposed ones, [S, O] -> [S, I].
+
+    One group, where all experts fit into it, does not wait for the device.
+    """
+    count, *features = weight.shape
+    size = max(1, GROUP_BYTES // (math.prod(features) * rows.element_size()))
+    if size >= count:
+        return grouped_mm(rows, _chosen(weight, 0, count, rows, transposed), offs=dispatch.offsets)
+    output = rows.new_zeros(rows.shape[0], features[0 if transposed else 1])
+    ends = [0, *itertools.accumulate(dispatch.counts[:-1])]
+    for first in range(0, count, size):
+        last = min(first + size, count)
+        start, stop = ends[first], ends[last]
+        if start < stop:
+            offsets = dispatch.offsets[first:last] - start
+            group = _chosen(weight, first, last, rows, transposed)
+            output[start:stop] = grouped_mm(rows[start:stop], group, offs=offsets)
+            del group  # before the next one is unpacked
+    return output
+
+
+def _chosen(weight: Stored, first: int, last: int, rows: Tensor, transposed: bool) -> Tensor:
+    matrices = weight.matrices(first, last, rows.dtype)
+    return matrices.transpose(1, 2) if transposed else matrices
 
 
 def _low_rank(rows: Tensor, lora: LoRAFactors, dispatch: Dispatch, dead: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The kernel for CPUs: one loop over experts, the low-rank part ragged over active ranks.
 
 An expert's tokens are gathered, multiplied and corrected while they are in cache; the weighted sum
-over experts is one pass at the end. Kept for backward: the inputs, x A^T, and no copy of a weight.
+over experts is one pass at the end. Kept for backward: the inputs, x A^T, and no copy of a weight;
+a packed weight is unpacked one expert at a time, in forward and again in backward.
 
 The low-rank part is computed in the dtype of A and B, so in float32 under bfloat16 weights: more
 exact, and faster where shapes change. oneDNN, which multiplies bfloat16, compiles each shape that
@@ -13,6 +14,7 @@ I input and O output features, P rank slots, n rows and r rank of one expert.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,24 +24,25 @@ from torch.autograd.function import once_differentiable
 
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels.factors import Kernel, LoRAFactors
+from drlora_torch.lora.stored import Stored
 
 
 def expert_linear(
     inputs: Tensor,
-    matrices: Tensor,
+    weight: Stored,
     bias: Tensor | None,
     lora: LoRAFactors | None,
     dispatch: Dispatch,
     gather: bool,
     routing_weights: Tensor | None,
 ) -> Tensor:
-    """Compute :func:`drlora_torch.lora.kernels.expert_linear`; ``matrices`` are [N, I, O]."""
+    """Compute :func:`drlora_torch.lora.kernels.expert_linear`."""
     if lora is None:
         empty = inputs.new_empty(0, 0)
-        slots: list[slice | Tensor | None] = [None] * matrices.shape[0]
+        slots: list[slice | Tensor | None] = [None] * weight.shape[0]
         lora = LoRAFactors(empty, empty, slots, empty, 0.0, 0.0, Kernel.RAGGED)
     output: Tensor = _ExpertLinear.apply(  # type: ignore[no-untyped-call]
-        inputs, lora.lora_A, lora.lora_B, routing_weights, matrices, bias, lora, dispatch, gather
+        inputs, lora.lora_A, lora.lora_B, routing_weights, weight, bias, lora, dispatch, gather
     )
     return output
 
@@ -54,7 +57,7 @@ class _ExpertLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         routing_weights: Tensor | None,
-        matrices: Tensor,
+        weight: Stored,
         bias: Tensor | None,
         lora: LoRAFactors,
         dispatch: Dispatch,
@@ -64,17 +67,17 @@ class _ExpertLinear(torch.autograd.Function):
         if routing_weights is not None:
             dtype = torch.result_type(inputs, routing_weights)
             routing_weights = dispatch.live_weights(routing_weights)
-        output = dispatch.empty(inputs, matrices.shape[2], dtype)
+        output = dispatch.empty(inputs, weight.shape[2], dtype)
         xs, ys = _rows(inputs, dispatch, gather), dispatch.split(output)
         lows: list[Tensor | None] = []
         keeps: list[Tensor | None] = []
         with torch.autocast(inputs.device.type, enabled=False):
-            for e, weight in _visited(matrices, dispatch):
+            for e in _visited(dispatch):
                 x, y = xs(e), ys[e]
                 if y.dtype == x.dtype:
-                    torch.mm(x, weight.to(x.dtype), out=y)
+                    torch.mm(x, weight.matrix(e, x.dtype), out=y)
                 else:
-                    y.copy_(x @ weight.to(x.dtype))
+                    y.copy_(x @ weight.matrix(e, x.dtype))
                 if bias is not None:
                     y += bias[e]
                 low = keep = None
@@ -86,9 +89,10 @@ class _ExpertLinear(torch.autograd.Function):
                 lows.append(low)
                 keeps.append(keep)
         ctx.save_for_backward(
-            inputs, lora_A, lora_B, routing_weights, matrices, bias, *lows, *keeps
+            inputs, lora_A, lora_B, routing_weights, bias, *weight.tensors, *lows, *keeps
         )
-        ctx.lora, ctx.dispatch, ctx.gather = lora, dispatch, gather
+        ctx.weight, ctx.lora = dataclasses.replace(weight, tensors=()), lora
+        ctx.num_tensors, ctx.dispatch, ctx.gather = len(weight.tensors), dispatch, gather
         if routing_weights is None:
             return output
         return dispatch.sum(output, routing_weights.to(dtype))
@@ -96,7 +100,9 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, lora_A, lora_B, routing_weights, matrices, bias, *kept = ctx.saved_tensors
+        inputs, lora_A, lora_B, routing_weights, bias, *kept = ctx.saved_tensors
+        weight = dataclasses.replace(ctx.weight, tensors=tuple(kept[: ctx.num_tensors]))
+        kept = kept[ctx.num_tensors :]
         lora, dispatch, gather = ctx.lora, ctx.dispatch, ctx.gather
         needs_inputs, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         needs_rows = needs_inputs or needs_weights
@@ -110,12 +116,12 @@ class _ExpertLinear(torch.autograd.Function):
         # g and what follows from it lack the routing weight until it is multiplied in
         gs = _rows(grad.to(inputs.dtype), dispatch, weighted)
         lows, keeps = kept[: len(kept) // 2], kept[len(kept) // 2 :]
-        experts = zip(_visited(matrices, dispatch), lows, keeps, strict=True)
+        experts = zip(_visited(dispatch), lows, keeps, strict=True)
         with torch.autocast(grad.device.type, enabled=False):
-            for (e, weight), low, keep in experts:
+            for e, low, keep in experts:
                 x, g, d_x, slots = xs(e), gs(e), d_xs[e], lora.slots[e]
                 if needs_rows:
-                    torch.mm(g, weight.to(g.dtype).T, out=d_x)
+                    torch.mm(g, weight.matrix(e, g.dtype).T, out=d_x)
                 if slots is not None:
                     g_low = g.to(low.dtype)
                     d_low = (g_low @ _of(lora_B, slots, low.dtype).T).mul_(lora.scaling)
@@ -140,10 +146,9 @@ class _ExpertLinear(torch.autograd.Function):
         return d_inputs, d_A, d_B, d_weights, None, None, None, None, None
 
 
-def _visited(matrices: Tensor, dispatch: Dispatch) -> Iterator[tuple[int, Tensor]]:
-    """Each expert that has rows, and its matrix."""
-    each = zip(matrices.unbind(), dispatch.counts[:-1], strict=True)
-    return ((e, weight) for e, (weight, rows) in enumerate(each) if rows)
+def _visited(dispatch: Dispatch) -> Iterator[int]:
+    """Each expert that has rows."""
+    return (e for e, rows in enumerate(dispatch.counts[:-1]) if rows)
 
 
 def _rows(source: Tensor, dispatch: Dispatch, gather: bool) -> Callable[[int], Tensor]:

@@ -1,0 +1,284 @@
+"""Experts in 4 bits for ``from_pretrained`` and ``save_pretrained``: a quantizer of Transformers.
+
+It is registered when Transformers imports its quantizers, so this module imports nothing of drlora
+that would import a model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
+
+from drlora_torch.errors import ModelError
+
+if TYPE_CHECKING:
+    from drlora_torch.models.quantizing import Place
+
+METHOD = "drlora_experts_4bit"
+TYPES = ("nf4", "fp4")
+
+
+@register_quantization_config(METHOD)
+class Experts4bitConfig(QuantizationConfigMixin):
+    """Load a model with the weights of its experts in 4 bits.
+
+    Experts are packed as they are read, one weight of one layer at a time, by bitsandbytes in
+    blocks of 64 values. ``model.save_pretrained`` writes the packed weights, and
+    ``from_pretrained`` reads them back bit for bit (after ``import drlora_torch``; this config may
+    be passed again).
+
+    Args:
+        quant_type: ``nf4``, for weights that are distributed normally, or ``fp4``.
+        double_quant: quantize the scales too: 0.516 bytes a weight instead of 0.563.
+        rest: how to load the Linears of the rest of the model; None leaves them as they are. The
+            routers are always left as they are.
+
+    Raises:
+        ModelError: a value that is not accepted.
+
+    Example:
+        >>> config = Experts4bitConfig(rest=BitsAndBytesConfig(load_in_4bit=True))
+        >>> config.quant_type
+        'nf4'
+
+        ::
+
+            model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B",
+                quantization_config=drlora_torch.Experts4bitConfig())
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        double_quant: bool = True,
+        rest: BitsAndBytesConfig | dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise ModelError(
+                f"Experts4bitConfig has no option {', '.join(sorted(unknown))}; "
+                "it has quant_type, double_quant and rest"
+            )
+        if quant_type not in TYPES:
+            raise ModelError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+        if not isinstance(double_quant, bool):
+            raise ModelError(f"double_quant must be True or False, got {double_quant!r}")
+        if isinstance(rest, dict):
+            rest = BitsAndBytesConfig.from_dict(rest)
+        if rest is not None and not (isinstance(rest, BitsAndBytesConfig) and rest.load_in_4bit):
+            raise ModelError(f"rest must be a BitsAndBytesConfig(load_in_4bit=True), got {rest!r}")
+        self.quant_method = METHOD
+        self.quant_type = quant_type
+        self.double_quant = double_quant
+        self.rest = rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a ``config.json`` keeps."""
+        values = dict(vars(self))
+        return {**values, "rest": None if self.rest is None else self.rest.to_dict()}
+
+
+@register_quantizer(METHOD)
+class ExpertsQuantizer(HfQuantizer):
+    """Packs experts while a model is loaded; a second quantizer has the rest of it."""
+
+    quantization_config: Experts4bitConfig
+
+    def __init__(self, quantization_config: Experts4bitConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.places: dict[str, Place] = {}
+        """The weights of the experts, by their names in the model."""
+        self.conversions: list[Any] = []
+        """Between the names of the model and those of the checkpoint before packing."""
+        self.rest: HfQuantizer | None = None
+        if quantization_config.rest is not None:
+            from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+            pre_quantized = self.pre_quantized
+            self.rest = Bnb4BitHfQuantizer(quantization_config.rest, pre_quantized=pre_quantized)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse before anything is loaded."""
+        from drlora_torch.quantized.four_bit import load_bitsandbytes
+
+        load_bitsandbytes()
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ModelError(
+                "experts in 4 bits cannot be offloaded to disk; leave it out of device_map"
+            )
+        if self.rest is not None:
+            self.rest.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Let bitsandbytes choose a device, if it has a part of the model."""
+        return device_map if self.rest is None else self.rest.update_device_map(device_map)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from drlora_torch.models.quantizing import find_places, start_packed
+        from drlora_torch.quantized import holders
+
+        if getattr(model, "_tp_size", None) or getattr(model.config, "distributed_config", None):
+            raise ModelError(
+                "experts in 4 bits cannot be loaded in parts (tp_plan, DistributedConfig); load "
+                "the model in each process, and call fully_shard then"
+            )
+        config = self.quantization_config
+        places = find_places(model)
+        names = {id(module): name for name, module in model.named_modules()}
+        for place in places:
+            form = place.form(config.quant_type, config.double_quant)
+            self.places[f"{names[id(place.holder)]}.{place.name}"] = place
+            holders.declare(place.holder, place.name, form, form.empty("meta"))
+        start_packed(places)
+        if self.rest is not None:
+            self._leave_routers(model, self.rest.quantization_config)
+            self.rest._process_model_before_weight_loading(model, **kwargs)
+
+    def _leave_routers(self, model: Any, config: Any) -> None:
+        from drlora_torch.models.discovery import discover
+
+        given = config.llm_int8_skip_modules
+        skipped = get_keys_to_not_convert(model) if given is None else list(given)
+        routers = [layer.router for layer in discover(model) if layer.router is not None]
+        config.llm_int8_skip_modules = sorted({*skipped, *routers})
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """True for the experts, and what the other quantizer wants."""
+        rest = self.rest is not None and self.rest.param_needs_quantization(model, param_name)
+        return param_name in self.places or rest
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that packs a weight as it is read."""
+        return _Pack(self)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Read packed experts under their own names: they are neither merged nor transposed."""
+        if self.pre_quantized:
+            weight_conversions = self._without_experts(weight_conversions)
+        if self.rest is not None:
+            return self.rest.update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _without_experts(self, conversions: Any) -> list[Any]:
+        return [each for each in conversions if not _touches(each, self.places)]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, place in self.places.items():
+            _check_loaded(name, place)
+        if self.rest is not None:
+            self.rest._process_model_after_weight_loading(model, **kwargs)
+        self._keep_conversions(model, model._weight_conversions or [])
+        return model
+
+    def _keep_conversions(self, model: Any, conversions: list[Any]) -> None:
+        """Keep ``save_pretrained`` from splitting packed weights by expert."""
+        self.conversions = conversions
+        model._weight_conversions = self._without_experts(conversions)
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from drlora_torch.models.quantizing import dequantize_experts
+
+        dequantize_experts(model, dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed weights are plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """An adapter trains on top of them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Let ``Trainer`` take the model, which looks for adapters of PEFT alone."""
+        return True
+
+
+class _Pack(ConversionOps):
+    def __init__(self, quantizer: ExpertsQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        from drlora_torch.quantized import holders
+
+        quantizer = self.quantizer
+        if full_layer_name not in quantizer.places:
+            assert quantizer.rest is not None, "only experts need this quantizer"
+            own = quantizer.rest.get_quantize_ops()
+            return own.convert(input_dict, full_layer_name=full_layer_name, **kwargs)  # type: ignore[no-any-return]
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        place = quantizer.places[full_layer_name]
+        form: Any = holders.formats(place.holder)[place.name]
+        packed = form.pack(weight.to(form.dtype))
+        return {full_layer_name + suffix: tensor for suffix, tensor in packed.items()}
+
+
+def _touches(conversion: Any, names: Any) -> bool:
+    """True if a conversion makes one of these weights out of others; a renaming does not."""
+    if not hasattr(conversion, "operations"):
+        return False
+    patterns = conversion.target_patterns
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def _check_loaded(name: str, place: Place) -> None:
+    """Refuse experts of which something is missing in the checkpoint, or damaged."""
+    from drlora_torch.quantized import holders
+
+    form: Any = holders.formats(place.holder)[place.name]
+    for suffix in form.empty("meta"):
+        tensor = getattr(place.holder, place.name + suffix)
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise ModelError(f"the checkpoint lacks {name + suffix}: these experts cannot be used")
+    if not form.is_sound(place.holder, place.name):
+        raise ModelError(f"the checkpoint is damaged: {name} has scales that are not finite")
+
+
+def announce(model: Any, config: Experts4bitConfig, places: list[Place]) -> None:
+    """Let Transformers know that the experts of a model have been packed in memory."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    before: Any = getattr(model, "hf_quantizer", None)
+    if before is not None:
+        config.rest = before.quantization_config
+    quantizer = ExpertsQuantizer(config, pre_quantized=False)
+    quantizer.rest = before
+    names = {id(module): name for name, module in model.named_modules()}
+    quantizer.places = {f"{names[id(p.holder)]}.{p.name}": p for p in places}
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # as save_pretrained chooses them
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
+    quantizer._keep_conversions(model, conversions)
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method = METHOD
+    model.config.quantization_config = config
+
+
+def withdraw(model: Any) -> None:
+    """Undo :func:`announce`, or what loading has left."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, ExpertsQuantizer):
+        return
+    quantizer.remove_quantization_config(model)
+    model._weight_conversions = quantizer.conversions
+    if quantizer.rest is not None:
+        model.hf_quantizer, model.is_quantized = quantizer.rest, True
+        model.quantization_method = quantizer.rest.quantization_config.quant_method
+        model.config.quantization_config = quantizer.rest.quantization_config

@@ -1,0 +1,204 @@
+"""NF4 and FP4: 4-bit codes with a scale for every 64 values, packed and unpacked by bitsandbytes.
+
+Every expert is a tensor of its own to bitsandbytes: no block has values of two experts, so one
+expert can be unpacked alone, at any size. With double quantization the scales are 8-bit codes
+themselves, in blocks of 256, around a mean that is kept beside them (QLoRA, arXiv 2305.14314).
+
+Shape letters: N experts, I input and O output features, n experts of a group, b blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drlora_torch.errors import ModelError
+from drlora_torch.lora.stored import Stored
+
+BLOCK = 64
+NESTED_BLOCK = 256
+TYPES = ("nf4", "fp4")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = torch.int32
+"""Scales are kept as the bits of float32: ``model.to(dtype)`` and mixed precision round floats."""
+OLDEST = (0, 50)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FourBit:
+    """How the weights of all experts of one projection are packed."""
+
+    quant_type: str
+    """``nf4`` or ``fp4``."""
+    double_quant: bool
+    """Whether the scales are quantized too."""
+    shape: tuple[int, ...]
+    """Shape of the weight as the model had it, such as [N, O, I]."""
+    num_experts: int
+    dtype: torch.dtype
+    """Data type of the weight as the model had it, and of an unpacked one."""
+
+    @property
+    def expert_shape(self) -> tuple[int, int]:
+        """Rows and columns of one expert's weight, as the model stores them."""
+        columns = self.shape[-1]
+        return math.prod(self.shape) // (self.num_experts * columns), columns
+
+    @property
+    def blocks(self) -> int:
+        return -(-math.prod(self.expert_shape) // BLOCK)
+
+    def empty(self, device: torch.device | str) -> dict[str, Tensor]:
+        """Tensors of the right shapes and dtypes, by the suffix of their name."""
+        count, blocks = self.num_experts, self.blocks
+        code_bytes = -(-math.prod(self.expert_shape) // 2)
+        new = functools.partial(torch.empty, device=device)
+        tensors = {"": new(count, code_bytes, dtype=torch.uint8)}
+        if not self.double_quant:
+            return {**tensors, "_absmax": new(count, blocks, dtype=BITS)}
+        nested = -(-blocks // NESTED_BLOCK)
+        return {
+            **tensors,
+            "_absmax": new(count, blocks, dtype=torch.uint8),
+            "_nested_absmax": new(count, nested, dtype=BITS),
+            "_offset": new(count, dtype=BITS),
+        }
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantize a weight of this shape, expert by expert."""
+        functional = load_bitsandbytes()
+        packed = self.empty(weight.device)
+        for expert, values in enumerate(weight.view(self.num_experts, -1)):
+            codes, state = functional.quantize_4bit(
+                values.contiguous(),
+                blocksize=BLOCK,
+                compress_statistics=self.double_quant,
+                quant_type=self.quant_type,
+            )
+            packed[""][expert] = codes.view(-1)
+            if self.double_quant:
+                packed["_absmax"][expert] = state.absmax
+                packed["_nested_absmax"][expert] = state.state2.absmax.view(BITS)
+                packed["_offset"][expert] = state.offset.view(BITS)
+            else:
+                packed["_absmax"][expert] = state.absmax.view(BITS)
+        return packed
+
+    def is_sound(self, holder: Any, name: str) -> bool:
+        """True if the scales of a weight are finite numbers."""
+        floats = [getattr(holder, name + suffix) for suffix in self.empty("meta")]
+        return all(
+            bool(bits.view(torch.float32).isfinite().all()) for bits in floats if bits.dtype is BITS
+        )
+
+    def open(self, tensors: tuple[Tensor, ...], transposed: bool) -> FourBitWeight:
+        """Take such tensors as a weight of the kernels."""
+        return FourBitWeight(tensors, self, transposed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FourBitWeight(Stored):
+    """Packed weights of the experts: codes, scales, and the scales' own scales and means."""
+
+    format: FourBit
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, columns = self.format.expert_shape
+        count = self.tensors[0].shape[0]
+        return (count, rows, columns) if self.transposed else (count, columns, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.format.dtype
+
+    @property
+    def kind(self) -> str:
+        return self.format.quant_type
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        return self.matrices(expert, expert + 1, dtype)[0]
+
+    def matrices(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        weights = self.unpack(first, last).to(dtype)
+        return weights if self.transposed else weights.transpose(1, 2)
+
+    def unpack(self, first: int, last: int) -> Tensor:
+        """Weights of some experts as the model stores them, [n, O, I] or [n, I, O]."""
+        rows, columns = self.format.expert_shape
+        codes, scales = self.tensors[0][first:last], self._scales(first, last)
+        if last - first == 1 or rows * columns % BLOCK == 0:
+            return _decode(codes, scales, (last - first, rows, columns), self.format)
+        one = (1, rows, columns)
+        each = [_decode(c, s, one, self.format) for c, s in zip(codes, scales, strict=True)]
+        return torch.cat(each)
+
+    def _scales(self, first: int, last: int) -> Tensor:
+        """Scales of the blocks of some experts, float32 [n, b]."""
+        if not self.format.double_quant:
+            return self.tensors[1][first:last].view(torch.float32)
+        _, codes, *floats = (tensor[first:last] for tensor in self.tensors)
+        nested, offset = (bits.view(torch.float32) for bits in floats)
+        if last - first == 1 or self.format.blocks % NESTED_BLOCK == 0:
+            scales = _decode_scales(codes, nested)
+        else:
+            each = [_decode_scales(c, n) for c, n in zip(codes, nested, strict=True)]
+            scales = torch.stack(each)
+        return scales + offset.unsqueeze(1)
+
+
+def _decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], form: FourBit) -> Tensor:
+    functional = load_bitsandbytes()
+    state = functional.QuantState(
+        absmax=scales.reshape(-1),
+        shape=torch.Size(shape),
+        dtype=form.dtype,
+        blocksize=BLOCK,
+        quant_type=form.quant_type,
+    )
+    values: Tensor = functional.dequantize_4bit(codes.reshape(-1, 1), state)
+    return values.view(shape)
+
+
+def _decode_scales(codes: Tensor, nested: Tensor) -> Tensor:
+    values: Tensor = load_bitsandbytes().dequantize_blockwise(
+        codes.reshape(-1),
+        absmax=nested.reshape(-1),
+        code=_scale_codes(codes.device),
+        blocksize=NESTED_BLOCK,
+    )
+    return values.view(codes.shape)
+
+
+@functools.cache
+def _scale_codes(device: torch.device) -> Tensor:
+    """The 256 values of an 8-bit scale, as ``quantize_4bit`` uses them."""
+    codes: Tensor = load_bitsandbytes().create_dynamic_map().to(device)
+    return codes
+
+
+def load_bitsandbytes() -> Any:
+    """Return ``bitsandbytes.functional``; a ModelError says what to install."""
+    try:
+        import bitsandbytes
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ModelError(
+            "4-bit experts need bitsandbytes, which cannot be imported "
+            f"({error}); pip install 'drlora[quantized]'"
+        ) from error
+    found = tuple(int(part) for part in re.findall(r"\d+", bitsandbytes.__version__)[:2])
+    if found < OLDEST:
+        raise ModelError(
+            f"4-bit experts need bitsandbytes {'.'.join(map(str, OLDEST))} or newer, and "
+            f"{bitsandbytes.__version__} is installed; pip install -U 'drlora[quantized]'"
+        )
+    return bitsandbytes.functional
