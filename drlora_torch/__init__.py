@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from drlora_torch.models.records import MoELayer
     from drlora_torch.step.optimizers.meanings import register_optimizer_state
 
+from drlora_torch.models.registering import register_quantizers
+
 _HOMES = {
     "Adapter": "drlora_torch.adapter",
     "AttachError": "drlora_torch.errors",
@@ -53,6 +55,9 @@ __all__ = [
     "register_optimizer_state",
     "set_adapter",
 ]
+
+
+register_quantizers()
 
 
 def __getattr__(name: str) -> object:

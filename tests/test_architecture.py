@@ -37,6 +37,7 @@ UNNAMED = 5
 # Likewise the parts of drlora_torch, from the ground up; a part imports from lower floors alone.
 FLOORS: tuple[set[str], ...] = (
     {"errors", "lora", "embedded"},
+    {"quantized"},
     {"models", "options"},
     {"attached"},
     {"step"},

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 from drlora_torch.errors import ModelError
 
 if TYPE_CHECKING:
-    from drlora_torch.models.quantizing import Place
+    from drlora_torch.models.places import Place
 
 METHOD = "drlora_experts_4bit"
 TYPES = ("nf4", "fp4")
@@ -122,7 +122,7 @@ class ExpertsQuantizer(HfQuantizer):
         return device_map if self.rest is None else self.rest.update_device_map(device_map)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from drlora_torch.models.quantizing import find_places, start_packed
+        from drlora_torch.models.places import find_places, start_packed
         from drlora_torch.quantized import holders
 
         if getattr(model, "_tp_size", None) or getattr(model.config, "distributed_config", None):
@@ -139,6 +139,11 @@ class ExpertsQuantizer(HfQuantizer):
             holders.declare(place.holder, place.name, form, form.empty("meta"))
         start_packed(places)
         if self.rest is not None:
+            if any(place.name == "weight" for place in places):  # bitsandbytes' names match it too
+                raise ModelError(
+                    f"the experts of {type(model).__name__} cannot be loaded beside Linears in "
+                    "4 bits; use Experts4bitConfig(rest=None)"
+                )
             self._leave_routers(model, self.rest.quantization_config)
             self.rest._process_model_before_weight_loading(model, **kwargs)
 
@@ -175,19 +180,28 @@ class ExpertsQuantizer(HfQuantizer):
             _check_loaded(name, place)
         if self.rest is not None:
             self.rest._process_model_after_weight_loading(model, **kwargs)
-        self._keep_conversions(model, model._weight_conversions or [])
+        self.keep_conversions(model, model._weight_conversions or [])
         return model
 
-    def _keep_conversions(self, model: Any, conversions: list[Any]) -> None:
+    def keep_conversions(self, model: Any, conversions: list[Any]) -> None:
         """Keep ``save_pretrained`` from splitting packed weights by expert."""
-        self.conversions = conversions
-        model._weight_conversions = self._without_experts(conversions)
+        self.conversions = [each for each in conversions if not _is_of(self.rest, each)]
+        model._weight_conversions = self._without_experts(self.conversions)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from drlora_torch.models.quantizing import dequantize_experts
+        from drlora_torch.models.places import unpack_all
 
-        dequantize_experts(model, dtype)
+        unpack_all(model, dtype)
         return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Leave the model to the quantizer of its rest, if there is one."""
+        super().remove_quantization_config(model)
+        model._weight_conversions = self.conversions
+        if self.rest is not None:
+            model.hf_quantizer, model.is_quantized = self.rest, True
+            model.config.quantization_config = self.rest.quantization_config
+            model.quantization_method = self.rest.quantization_config.quant_method
 
     def is_serializable(self) -> bool:
         """Packed weights are plain tensors."""
@@ -226,6 +240,12 @@ class _Pack(ConversionOps):
         return {full_layer_name + suffix: tensor for suffix, tensor in packed.items()}
 
 
+def _is_of(quantizer: HfQuantizer | None, conversion: Any) -> bool:
+    """True if a conversion unpacks what a quantizer has packed, which is saved as it is."""
+    makers = [getattr(op, "hf_quantizer", None) for op in getattr(conversion, "operations", ())]
+    return quantizer is not None and quantizer in makers
+
+
 def _touches(conversion: Any, names: Any) -> bool:
     """True if a conversion makes one of these weights out of others; a renaming does not."""
     if not hasattr(conversion, "operations"):
@@ -245,40 +265,3 @@ def _check_loaded(name: str, place: Place) -> None:
             raise ModelError(f"the checkpoint lacks {name + suffix}: these experts cannot be used")
     if not form.is_sound(place.holder, place.name):
         raise ModelError(f"the checkpoint is damaged: {name} has scales that are not finite")
-
-
-def announce(model: Any, config: Experts4bitConfig, places: list[Place]) -> None:
-    """Let Transformers know that the experts of a model have been packed in memory."""
-    if not hasattr(model, "save_pretrained"):
-        return
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    before: Any = getattr(model, "hf_quantizer", None)
-    if before is not None:
-        config.rest = before.quantization_config
-    quantizer = ExpertsQuantizer(config, pre_quantized=False)
-    quantizer.rest = before
-    names = {id(module): name for name, module in model.named_modules()}
-    quantizer.places = {f"{names[id(p.holder)]}.{p.name}": p for p in places}
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # as save_pretrained chooses them
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
-    quantizer._keep_conversions(model, conversions)
-    model.hf_quantizer, model.is_quantized = quantizer, True
-    model.quantization_method = METHOD
-    model.config.quantization_config = config
-
-
-def withdraw(model: Any) -> None:
-    """Undo :func:`announce`, or what loading has left."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, ExpertsQuantizer):
-        return
-    quantizer.remove_quantization_config(model)
-    model._weight_conversions = quantizer.conversions
-    if quantizer.rest is not None:
-        model.hf_quantizer, model.is_quantized = quantizer.rest, True
-        model.quantization_method = quantizer.rest.quantization_config.quant_method
-        model.config.quantization_config = quantizer.rest.quantization_config

@@ -6,23 +6,22 @@ Shape letters: N experts, I input and O output features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.lora import parts
 from drlora_torch.lora.stored import Dense
-from drlora_torch.models.convention import ATTACHMENT, dotted_name
-from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
-from drlora_torch.models.fused import Fused
-from drlora_torch.models.location import ExpertParameter
-from drlora_torch.models.records import MoELayer
+from drlora_torch.models.places import Place, find_places, start_packed, unpack_all
+from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
 from drlora_torch.quantized import holders
-from drlora_torch.quantized.four_bit import DTYPES, FourBit, load_bitsandbytes
+from drlora_torch.quantized.four_bit import DTYPES, load_bitsandbytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,72 +30,6 @@ class ExpertBytes:
 
     before: int
     after: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """The weight of one projection of all experts of a layer, in the module that holds it."""
-
-    layer: str
-    convention: Fused
-    experts: Any
-    projection: str
-
-    @property
-    def holder(self) -> Any:
-        return self.experts.get_submodule(self._where.module)
-
-    @property
-    def name(self) -> str:
-        """Name of the weight in its holder."""
-        return self._where.name
-
-    @property
-    def transposed(self) -> bool:
-        return self._where.transposed
-
-    @property
-    def _where(self) -> ExpertParameter:
-        return self.convention.location(self.experts, self.projection)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return cast("nn.Parameter", getattr(self.holder, self.name))
-
-    def form(self, quant_type: str, double_quant: bool) -> FourBit:
-        """How the weight would be packed."""
-        shape = tuple(self.weight.shape)
-        count = shape[0] if len(shape) == 3 else self.convention.num_experts(self.experts)
-        return FourBit(quant_type, double_quant, shape, count, self.weight.dtype)
-
-
-def find_places(model: nn.Module) -> list[Place]:
-    """The weights of all experts; a ModelError says where there are none that could be packed.
-
-    They may be on the meta device.
-    """
-    layers = discover(model)
-    if not layers:
-        raise ModelError(
-            f"{type(model).__name__} has no mixture-of-experts layer that drlora knows, so there "
-            "are no experts to quantize"
-        )
-    return [place for layer in layers for place in _places(model, layer)]
-
-
-def _places(model: nn.Module, layer: MoELayer) -> Iterator[Place]:
-    experts = model.get_submodule(layer.name)
-    if layer.convention == "none":
-        raise ModelError(f"the experts of {layer.name!r} cannot be quantized: {layer.obstacle}")
-    convention = convention_of(experts)
-    if not isinstance(convention, Fused):
-        raise ModelError(
-            f"the experts of {layer.name!r} are Linears, one each ({dotted_name(type(experts))}): "
-            "load the model with transformers.BitsAndBytesConfig(load_in_4bit=True), which "
-            "quantizes Linears"
-        )
-    for projection in convention.weights(experts):
-        yield Place(layer.name, convention, experts, projection)
 
 
 def quantize_experts(
@@ -130,8 +63,6 @@ def quantize_experts(
         >>> quantize_experts(model)
         ExpertBytes(before=98304, after=12768)
     """
-    from drlora_torch.models.quantizer import Experts4bitConfig, announce
-
     config = Experts4bitConfig(quant_type=quant_type, double_quant=double_quant)
     places = _quantizable(model)
     before = sum(place.weight.nbytes for place in places)
@@ -139,7 +70,7 @@ def quantize_experts(
         form = place.form(quant_type, double_quant)
         holders.declare(place.holder, place.name, form, form.pack(place.weight.detach()))
     start_packed(places)
-    announce(model, config, places)
+    _announce(model, config, places)
     return ExpertBytes(before, stored_bytes(model))
 
 
@@ -154,52 +85,13 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> Ex
         ModelError: there are no such experts.
         AttachError: the model has an adapter.
     """
-    from drlora_torch.models.quantizer import withdraw
-
     _refuse_adapted(model)
-    places = [p for p in find_places(model) if p.name in holders.formats(p.holder)]
-    if not places:
-        raise ModelError(
-            f"{type(model).__name__} has no experts that drlora has packed; "
-            "drlora_torch.discover(model) lists how they are stored"
-        )
     before = stored_bytes(model)
-    for place in places:
-        holders.restore(place.holder, place.name, nn.Parameter(_unpack(place, dtype)))
-    for _, group in by_layer(places).items():
-        group[0].convention.packed.stop(group[0].experts)
-    withdraw(model)
+    unpack_all(model, dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, ExpertsQuantizer):
+        quantizer.remove_quantization_config(model)
     return ExpertBytes(before, stored_bytes(model))
-
-
-@torch.no_grad()
-def _unpack(place: Place, dtype: torch.dtype | None) -> Tensor:
-    """A weight as the model has it, [N, O, I], [N, I, O] or of the shape it was packed in."""
-    packed = holders.open_weight(place.holder, place.name, place.transposed)
-    assert packed is not None, "it has a format"
-    dtype = dtype or packed.dtype or torch.bfloat16
-    form = holders.formats(place.holder)[place.name]
-    count, *features = packed.shape
-    shape = (count, *(features if place.transposed else features[::-1]))
-    weight = torch.empty(shape, dtype=dtype, device=packed.device)
-    for expert in range(count):
-        matrix = packed.matrix(expert, packed.dtype or dtype)
-        weight[expert] = matrix if place.transposed else matrix.T
-    return weight.view(form.shape) if isinstance(form, FourBit) else weight
-
-
-def start_packed(places: list[Place]) -> None:
-    """Let layers run whose weights have been replaced by packed ones."""
-    for group in by_layer(places).values():
-        group[0].convention.packed.start(group[0].experts)
-
-
-def by_layer(places: list[Place]) -> dict[str, list[Place]]:
-    """The weights of each layer."""
-    groups: dict[str, list[Place]] = {}
-    for place in places:
-        groups.setdefault(place.layer, []).append(place)
-    return groups
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -247,3 +139,24 @@ def _check(place: Place) -> None:
         lowest, highest = torch.aminmax(place.weight)
     if not (lowest.isfinite() and highest.isfinite()):
         raise ModelError(f"{what} has values that are not finite, which cannot be quantized")
+
+
+def _announce(model: Any, config: Experts4bitConfig, places: list[Place]) -> None:
+    """Let Transformers know that the experts of a model have been packed in memory."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    before: Any = getattr(model, "hf_quantizer", None)
+    if before is not None:
+        config.rest = before.quantization_config
+    quantizer = ExpertsQuantizer(config, pre_quantized=False)
+    quantizer.rest = before
+    names = {id(module): name for name, module in model.named_modules()}
+    quantizer.places = {f"{names[id(p.holder)]}.{p.name}": p for p in places}
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # as save_pretrained chooses them
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in conversions if not isinstance(each, PrefixChange)]
+    quantizer.keep_conversions(model, conversions)
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method = METHOD
+    model.config.quantization_config = config

@@ -30,5 +30,5 @@ class MoELayer:
     """How the layer stores and calls its experts, which says what adapts it."""
     only_on_request: bool = False
     """True for what ``attach`` adapts only if ``layers`` names it, such as routed attention."""
-    nbytes: int = 0
+    nbytes: int = dataclasses.field(default=0, compare=False)
     """Bytes that the expert weights take, with the scales of packed ones."""

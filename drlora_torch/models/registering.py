@@ -1,0 +1,47 @@
+"""Register our quantizer with Transformers as soon as that imports its own.
+
+``import drlora_torch`` alone must make ``from_pretrained`` read experts that drlora has packed, and
+must not import Transformers, which takes seconds: the command line has to start fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+REGISTRY = "transformers.quantizers.auto"
+QUANTIZERS = "drlora_torch.models.quantizer"
+
+
+class _AtImport(MetaPathFinder):
+    """Steps aside for the finder that knows the registry, and acts once that is imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            own = spec.loader.exec_module
+
+            def execute(module: ModuleType) -> None:
+                own(module)
+                importlib.import_module(QUANTIZERS)
+
+            spec.loader.exec_module = execute  # type: ignore[method-assign]
+        return spec
+
+
+def register_quantizers() -> None:
+    """Register now, if Transformers has been imported that far, or when it is."""
+    if REGISTRY in sys.modules:
+        importlib.import_module(QUANTIZERS)
+    else:
+        sys.meta_path.insert(0, _AtImport())
