@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from drlora_torch.api import adapters, attach, discover, load, set_adapter
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
     from drlora_torch.models.declaration import register_moe
+    from drlora_torch.models.packed_checkpoints import packed_config
     from drlora_torch.models.quantizer import Experts4bitConfig
     from drlora_torch.models.quantizing import dequantize_experts, quantize_experts
     from drlora_torch.models.records import MoELayer
@@ -32,6 +33,7 @@ _HOMES = {
     "dequantize_experts": "drlora_torch.models.quantizing",
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
+    "packed_config": "drlora_torch.models.packed_checkpoints",
     "quantize_experts": "drlora_torch.models.quantizing",
     "register_moe": "drlora_torch.models.declaration",
     "register_optimizer_state": "drlora_torch.step.optimizers.meanings",
@@ -50,6 +52,7 @@ __all__ = [
     "dequantize_experts",
     "discover",
     "load",
+    "packed_config",
     "quantize_experts",
     "register_moe",
     "register_optimizer_state",

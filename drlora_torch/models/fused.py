@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import expert_linear
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
@@ -69,6 +70,8 @@ class Fused:
     """View a weight of a layer by expert, [N, O, I], or [N, I, O] if transposed."""
     real: Callable[[Any, Tensor], Tensor] = lambda module, by_expert: by_expert
     """Leave out what a tensor has for experts without weights."""
+    unfit: Callable[[Any], str | None] = lambda module: None
+    """Why the weights of a layer cannot be read, beside what :meth:`obstacle` finds."""
     router: str | None = None
     only_on_request: bool = False
 
@@ -121,6 +124,8 @@ class Fused:
         }
 
     def obstacle(self, module: Any) -> str | None:
+        if (reason := self.unfit(module)) is not None:
+            return f"its weight {reason}"
         for name, where in self.weights(module).items():
             holder: Any = module.get_submodule(where.module)
             packed = holders.open_weight(holder, where.name, where.transposed)
@@ -143,7 +148,8 @@ class Fused:
         stored = self.stored(module, projection)
         if isinstance(stored, Dense):
             return stored.view(expert)
-        return stored.matrix(expert, stored.dtype or torch.float32).T
+        whole = dataclasses.replace(stored, tensors=tuple(map(parts.whole, stored.tensors)))
+        return whole.matrix(expert, stored.dtype or torch.float32).T
 
     def location(self, module: Any, projection: str) -> ExpertParameter:
         return self.weights(module)[projection]

@@ -155,10 +155,21 @@ def _registry(module: Any) -> Any:
     return ALL_EXPERTS_FUNCTIONS
 
 
+def _unfit(module: Any) -> str | None:
+    """Why the weights of a module are not what its flags say."""
+    if module.config._experts_implementation == "deepgemm_megamoe":
+        return (
+            "is laid out for the kernel DeepGEMM Mega MoE, which has no backward; load the model "
+            "with experts_implementation='grouped_mm'"
+        )
+    return None
+
+
 INTERFACE = Fused(
     name="interface",
     matches=lambda module: {"is_transposed", "has_gate", "config"} <= vars(module).keys(),
     weights=_weights,
     install_into=_install,
+    unfit=_unfit,
     packed=Packed(_start_packed, _stop_packed),
 )

@@ -121,7 +121,12 @@ def _unpack(place: Place, dtype: torch.dtype | None) -> Tensor:
 
 
 def start_packed(places: list[Place]) -> None:
-    """Let layers run whose weights have been replaced by packed ones."""
+    """Let layers run whose weights have been replaced by packed ones.
+
+    Transformers must not draw weights for them where a checkpoint lacks some.
+    """
+    for place in places:
+        place.holder._is_hf_initialized = True
     for group in by_layer(places).values():
         group[0].convention.packed.start(group[0].experts)
 

@@ -85,8 +85,26 @@ class Experts4bitConfig(QuantizationConfigMixin):
         return {**values, "rest": None if self.rest is None else self.rest.to_dict()}
 
 
+class Trainable:
+    """What Transformers asks before it trains or saves a model; a part of our quantizers."""
+
+    def is_serializable(self) -> bool:
+        """Packed weights are plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """An adapter trains on top of them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Let ``Trainer`` take the model, which looks for adapters of PEFT alone."""
+        return True
+
+
 @register_quantizer(METHOD)
-class ExpertsQuantizer(HfQuantizer):
+class ExpertsQuantizer(Trainable, HfQuantizer):
     """Packs experts while a model is loaded; a second quantizer has the rest of it."""
 
     quantization_config: Experts4bitConfig
@@ -125,11 +143,7 @@ class ExpertsQuantizer(HfQuantizer):
         from drlora_torch.models.places import find_places, start_packed
         from drlora_torch.quantized import holders
 
-        if getattr(model, "_tp_size", None) or getattr(model.config, "distributed_config", None):
-            raise ModelError(
-                "experts in 4 bits cannot be loaded in parts (tp_plan, DistributedConfig); load "
-                "the model in each process, and call fully_shard then"
-            )
+        refuse_parts(model)
         config = self.quantization_config
         places = find_places(model)
         names = {id(module): name for name, module in model.named_modules()}
@@ -177,7 +191,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, place in self.places.items():
-            _check_loaded(name, place)
+            check_loaded(name, place)
         if self.rest is not None:
             self.rest._process_model_after_weight_loading(model, **kwargs)
         self.keep_conversions(model, model._weight_conversions or [])
@@ -203,20 +217,6 @@ class ExpertsQuantizer(HfQuantizer):
             model.config.quantization_config = self.rest.quantization_config
             model.quantization_method = self.rest.quantization_config.quant_method
 
-    def is_serializable(self) -> bool:
-        """Packed weights are plain tensors."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """An adapter trains on top of them."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Let ``Trainer`` take the model, which looks for adapters of PEFT alone."""
-        return True
-
 
 class _Pack(ConversionOps):
     def __init__(self, quantizer: ExpertsQuantizer) -> None:
@@ -240,6 +240,15 @@ class _Pack(ConversionOps):
         return {full_layer_name + suffix: tensor for suffix, tensor in packed.items()}
 
 
+def refuse_parts(model: Any) -> None:
+    """Refuse a model of which every process would load a part."""
+    if getattr(model, "_tp_size", None) or getattr(model.config, "distributed_config", None):
+        raise ModelError(
+            "packed experts cannot be loaded in parts (tp_plan, DistributedConfig); load the whole "
+            "model in each process, and call fully_shard then"
+        )
+
+
 def _is_of(quantizer: HfQuantizer | None, conversion: Any) -> bool:
     """True if a conversion unpacks what a quantizer has packed, which is saved as it is."""
     makers = [getattr(op, "hf_quantizer", None) for op in getattr(conversion, "operations", ())]
@@ -254,14 +263,13 @@ def _touches(conversion: Any, names: Any) -> bool:
     return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
-def _check_loaded(name: str, place: Place) -> None:
+def check_loaded(name: str, place: Place) -> None:
     """Refuse experts of which something is missing in the checkpoint, or damaged."""
     from drlora_torch.quantized import holders
 
-    form: Any = holders.formats(place.holder)[place.name]
-    for suffix in form.empty("meta"):
-        tensor = getattr(place.holder, place.name + suffix)
+    path = name.removesuffix(place.name)
+    for own, tensor in place.holder.named_parameters(recurse=False):
         if not getattr(tensor, "_is_hf_initialized", False):
-            raise ModelError(f"the checkpoint lacks {name + suffix}: these experts cannot be used")
-    if not form.is_sound(place.holder, place.name):
+            raise ModelError(f"the checkpoint lacks {path + own}: these experts cannot be used")
+    if not holders.formats(place.holder)[place.name].is_sound(place.holder, place.name):
         raise ModelError(f"the checkpoint is damaged: {name} has scales that are not finite")

@@ -6,11 +6,6 @@ from torch import nn
 
 from drlora_torch.models.convention import dotted_name
 
-DEQUANTIZE = (
-    "its experts are quantized ({kind}) and multiplied by kernels that cannot add a LoRA; load the "
-    "model in a floating-point dtype: from_pretrained(..., quantization_config={config}"
-    "(dequantize=True))"
-)
 REASONS = {
     "transformers.models.doge.modeling_doge.DogeCDMoE": (
         "an expert is one row of an embedding, retrieved by its index: a matrix of rank 1 has no "
@@ -20,11 +15,10 @@ REASONS = {
         "the caller chooses one expert per image (dataset_index): there is no router and no "
         "routing weight to allocate ranks by"
     ),
-    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": DEQUANTIZE.format(
-        kind="mxfp4", config="Mxfp4Config"
-    ),
-    "transformers.integrations.finegrained_fp8.FP8Experts": DEQUANTIZE.format(
-        kind="fp8", config="FineGrainedFP8Config"
+    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": (
+        "the kernels of Transformers have its weights in a layout of their own (MXFP4); keep the "
+        "blocks of the checkpoint as they are: from_pretrained(name, "
+        "config=drlora_torch.packed_config(name))"
     ),
     "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": (
         "its experts are quantized (fp8) and multiplied by kernels that cannot add a LoRA; load "

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-QUANTIZERS = "drlora_torch.models.quantizer"
+QUANTIZERS = "drlora_torch.models.packed_checkpoints"  # which imports the other one
 
 
 class _AtImport(MetaPathFinder):

@@ -30,6 +30,9 @@ class Format(Protocol):
     def empty(self, device: torch.device | str) -> dict[str, Tensor]:
         """Tensors of the right shapes and dtypes, by the suffix of their name."""
 
+    def is_sound(self, holder: Any, name: str) -> bool:
+        """True if the scales of a weight are finite numbers."""
+
     def open(self, tensors: tuple[Tensor, ...], transposed: bool) -> Stored:
         """The weight in such tensors, as the kernels take it."""
 
@@ -50,7 +53,12 @@ class MXFP4:
             "_scales": torch.empty(count, rows, groups, dtype=torch.uint8, device=device),
         }
 
+    def is_sound(self, holder: Any, name: str) -> bool:
+        """True if no scale is 255, which stands for no number."""
+        return bool((getattr(holder, name + "_scales") != 255).all())
+
     def open(self, tensors: tuple[Tensor, ...], transposed: bool) -> ScaledWeight:
+        """Take such tensors as a weight of the kernels."""
         blocks, scales = tensors
         return ScaledWeight((blocks.flatten(-2), scales), "mxfp4", FP4_TILE)
 

@@ -9,6 +9,7 @@ Shape letters: I input and O output features.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ from drlora_torch.models.location import ExpertParameter
 from drlora_torch.models.records import MoELayer
 
 POINTS = 8  # rows and columns of each sampled weight
-COMPARABLE = {"float32", "bfloat16", "float64"}  # a float16 model rounds on its own
+COMPARABLE = {"float32", "bfloat16", "float64"}
+ROUNDED = COMPARABLE | {"float16"}  # which rounds on its own
 
 
 @torch.no_grad()
@@ -52,10 +54,17 @@ def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object) -> N
     if not names:
         return
     own = of_model(model, [records[name] for name in names])
-    dtypes = {own["dtype"], saved.get("dtype")}
-    if len(dtypes) > 1 and not dtypes <= COMPARABLE:
-        return
+    storages = {own["dtype"], str(saved.get("dtype"))}
     differing = [name for name in names if own["experts"][name] != saved["experts"][name]]
+    if differing and len(storages) > 1 and not storages <= COMPARABLE:
+        if not storages <= ROUNDED:
+            warnings.warn(
+                f"the adapter was trained on experts stored as {saved.get('dtype')}, and those of "
+                f"this model are {own['dtype']}: its outputs differ by the rounding of the "
+                "weights, and whether it is the same base is not checked",
+                stacklevel=2,
+            )
+        return
     if differing:
         more = f" and {len(differing) - 1} more layers" if len(differing) > 1 else ""
         raise CheckpointError(
@@ -81,7 +90,7 @@ def _digest(module: nn.Module, record: MoELayer) -> str:
 def _sample(convention: Convention, module: nn.Module, projection: str, expert: int) -> Tensor:
     """POINTS x POINTS values of an expert's weight [O, I], spread over it."""
     where = convention.location(module, projection)
-    if isinstance(where, ExpertParameter):
+    if isinstance(where, ExpertParameter) and not convention.is_packed(module):
         weight = getattr(module.get_submodule(where.module), where.name)
         if parts.is_sharded(weight) and weight.dim() == 3:
             points = [torch.tensor([expert]), *map(_spread_points, weight.shape[1:])]
