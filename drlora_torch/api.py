@@ -24,7 +24,7 @@ from drlora_torch.models.records import MoELayer
 from drlora_torch.models.sharding import check_sharding, is_sharded, reshard
 from drlora_torch.models.wrappers import check_parts, check_wrappers, unwrapped
 from drlora_torch.options import AdapterOptions
-from drlora_torch.step.notices import advise_against_balancing
+from drlora_torch.step.notices import advise_against_balancing, tell_storage
 from drlora_torch.step.processes import is_first_process, several_processes
 from drlora_torch.step.sharded import meeting
 from drlora_torch.storage import checkpoint, hub
@@ -140,6 +140,7 @@ def attach(
         if record is not None and is_first_process(process_group):
             engine.record_to(record)
     advise_against_balancing(attached, active_coefficient(model))
+    tell_storage(attached)
     return _handle(attached)
 
 

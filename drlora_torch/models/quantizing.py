@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.quantizers.base import HfQuantizer
 
 from drlora_torch.errors import AttachError, ModelError
 from drlora_torch.lora import parts
@@ -20,7 +19,8 @@ from drlora_torch.lora.stored import Dense
 from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.places import Place, find_places, start_packed, unpack_all
-from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer, Trainable
+from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
+from drlora_torch.models.quantizers import is_own
 from drlora_torch.quantized import holders
 from drlora_torch.quantized.four_bit import DTYPES, load_bitsandbytes
 
@@ -90,7 +90,7 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> Ex
     before = stored_bytes(model)
     unpack_all(model, dtype)
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, HfQuantizer) and isinstance(quantizer, Trainable):
+    if is_own(model):
         quantizer.remove_quantization_config(model)
     return ExpertBytes(before, stored_bytes(model))
 
