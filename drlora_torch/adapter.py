@@ -21,6 +21,7 @@ from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import refuse_copy
 from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
+from drlora_torch.merge import MergeReport
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step import parameters, sharded
 from drlora_torch.storage import checkpoint, hub, travel
@@ -274,21 +275,34 @@ class Adapter:
         checkpoint.restore(self._attached, Path(path), check_base=check_base)
         travel.forget(self._attached)
 
-    def merge_and_save(self, path: str | os.PathLike[str]) -> None:
+    def merge_and_save(
+        self, path: str | os.PathLike[str], *, quantize: bool = False, compare: bool = True
+    ) -> MergeReport:
         """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is.
 
-        ``from_pretrained`` loads it with nothing of drlora installed. While it is written, the
-        adapted weights are kept twice, as in :meth:`merge`.
+        ``from_pretrained`` loads it with nothing of drlora installed. Where the experts are packed
+        (4 bits, FP8, MXFP4), they are unpacked, merged and written a layer at a time; else the
+        adapted weights are kept twice while they are written, as in :meth:`merge`.
+
+        Args:
+            path: the directory.
+            quantize: pack experts of 4 bits again, which rounds a second time: the report says
+                how much of the update that costs. Loading needs drlora then.
+            compare: run the written model beside this one on a few random tokens, before it takes
+                the place of older files. It is loaded on the CPU, if it fits into memory.
+
+        Returns:
+            How the experts are stored, and what rounding has done to the update.
 
         Raises:
             AttachError: the adapter is merged already, was detached, is disabled, or another one
                 is active.
-            CheckpointError: nothing could be written (no space, no permission); older files are
-                untouched.
-            ModelError: the model is none of Transformers.
+            CheckpointError: nothing could be written (no space, no permission), or the written
+                model does not compute what the adapted one does; older files are untouched.
+            ModelError: the model is none of Transformers, or ``quantize`` does not apply to it.
         """
         sharded.check_whole(self._attached, "merge_and_save")
-        merge.merge_and_save(self._attached, Path(path))
+        return merge.merge_and_save(self._attached, Path(path), quantize=quantize, compare=compare)
 
     def export_peft(
         self, path: str | os.PathLike[str], *, rank: int | None = None, per_expert: bool = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from drlora_torch.errors import ModelError
+from drlora_torch.lora.stored import Stored
 from drlora_torch.models.convention import dotted_name
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.discovery import discover
@@ -49,6 +50,17 @@ class Place:
     @property
     def weight(self) -> nn.Parameter:
         return cast("nn.Parameter", getattr(self.holder, self.name))
+
+    def full_name(self, model: nn.Module) -> str:
+        """Name of the weight in the model."""
+        holder = self.holder
+        path = next(name for name, module in model.named_modules() if module is holder)
+        return f"{path}.{self.name}"
+
+    def tensor_names(self, model: nn.Module) -> list[str]:
+        """Names in the model of the tensors that hold the weight."""
+        full = self.full_name(model)
+        return [full + suffix for suffix in holders.suffixes(self.holder, self.name)]
 
     def form(self, quant_type: str, double_quant: bool) -> FourBit:
         """How the weight would be packed."""
@@ -99,24 +111,40 @@ def unpack_all(model: nn.Module, dtype: torch.dtype | None) -> None:
             "drlora_torch.discover(model) lists how they are stored"
         )
     for place in places:
-        holders.restore(place.holder, place.name, nn.Parameter(_unpack(place, dtype)))
+        kept = open_place(place).dtype or torch.bfloat16
+        weight = unpack(place, dtype or kept)
+        holders.restore(place.holder, place.name, nn.Parameter(weight))
     for group in by_layer(places).values():
         group[0].convention.packed.stop(group[0].experts)
 
 
+def open_place(place: Place) -> Stored:
+    """The weight of a place, in whatever storage."""
+    return place.convention.stored(place.experts, place.projection)
+
+
 @torch.no_grad()
-def _unpack(place: Place, dtype: torch.dtype | None) -> Tensor:
-    """A weight as the model has it, [N, O, I], [N, I, O] or of the shape it was packed in."""
+def unpack(
+    place: Place,
+    dtype: torch.dtype,
+    change: Callable[[int, Tensor], Tensor] = lambda expert, weight: weight,
+) -> Tensor:
+    """A packed weight as the model had it, [N, O, I], [N, I, O] or of the shape before packing.
+
+    Args:
+        place: where it is.
+        dtype: of what is made.
+        change: from an expert and its weight [O, I] to what is taken for it.
+    """
     packed = holders.open_weight(place.holder, place.name, place.transposed)
-    assert packed is not None, "it has a format"
-    dtype = dtype or packed.dtype or torch.bfloat16
-    form = holders.formats(place.holder)[place.name]
+    assert packed is not None, "it is packed"
+    form = holders.formats(place.holder).get(place.name)
     count, *features = packed.shape
     shape = (count, *(features if place.transposed else features[::-1]))
     weight = torch.empty(shape, dtype=dtype, device=packed.device)
     for expert in range(count):
-        matrix = packed.matrix(expert, packed.dtype or dtype)
-        weight[expert] = matrix if place.transposed else matrix.T
+        matrix = change(expert, packed.matrix(expert, packed.dtype or dtype).T)
+        weight[expert] = matrix.T if place.transposed else matrix
     return weight.view(form.shape) if isinstance(form, FourBit) else weight
 
 

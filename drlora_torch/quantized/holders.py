@@ -68,6 +68,14 @@ def formats(module: nn.Module) -> dict[str, Format]:
     return cast("dict[str, Format]", vars(module).get(FORMATS, {}))
 
 
+def suffixes(module: Any, name: str) -> list[str]:
+    """What is put behind the name of a weight for each tensor that holds it."""
+    if (form := formats(module).get(name)) is not None:
+        return list(form.empty("meta"))
+    scales = (SCALE, "_activation_scale")
+    return ["", *(each for each in scales if hasattr(module, name + each))]
+
+
 def declare(module: nn.Module, name: str, form: Format, tensors: Mapping[str, Tensor]) -> None:
     """Replace a weight of a module by packed tensors, named by their suffixes."""
     delattr(module, name)

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 import drlora_torch
-from drlora_torch import merge
 from drlora_torch.lifecycle.residents import Residents
+from drlora_torch.merge import in_place
 from tests.torch import helpers
 from tests.torch.conformance.test_merging import adapted
 
@@ -99,7 +99,7 @@ def test_a_merge_that_fails_after_writing_restores_the_weights(
         raise MemoryError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Residents, fails) if fails == "remove" else (merge, fails)), fail)
+        patch.setattr(*((Residents, fails) if fails == "remove" else (in_place, fails)), fail)
         with pytest.raises(MemoryError, match="no more"):
             adapter.merge(keep_originals=keep)
     assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
@@ -113,7 +113,7 @@ def test_an_unmerge_that_was_interrupted_can_be_repeated(monkeypatch: pytest.Mon
     model, adapter = adapted("olmoe")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     adapter.merge()
-    weight, calls = merge._weight, []
+    weight, calls = in_place._weight, []
 
     def interrupt(*place: Any) -> Tensor:
         calls.append(place)
@@ -122,7 +122,7 @@ def test_an_unmerge_that_was_interrupted_can_be_repeated(monkeypatch: pytest.Mon
         return weight(*place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "_weight", interrupt)
+        patch.setattr(in_place, "_weight", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adapter.unmerge()
     adapter.unmerge()

@@ -11,9 +11,7 @@ Shape letters: I input and O output features.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from drlora_core import atomic
 from drlora_torch.attached import AdaptedLayer, Attached, ExpertWeight, Merged, Original
-from drlora_torch.errors import AttachError, CheckpointError, ModelError
-from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached
+from drlora_torch.errors import AttachError
+from drlora_torch.lifecycle.residents import Residents, check_attached
 from drlora_torch.lifecycle.trained import show_trained
+from drlora_torch.merge.rounding import Rounding
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.step import hooks
 from drlora_torch.step.parameters import lora_parameters
@@ -87,42 +85,18 @@ def unmerge(attached: Attached) -> None:
     attached.merged = None
 
 
-def merge_and_save(attached: Attached, path: Path) -> None:
-    """Write the merged model as a plain Transformers checkpoint; the adapter stays as it is."""
-    active_tracker(attached)
-    settle(attached)
-    if not attached.enabled:
-        raise AttachError("merge_and_save() cannot run inside adapter.disabled()")
-    save_model: Any = getattr(attached.model, "save_pretrained", None)
-    save_model = getattr(save_model, "drlora_inner", save_model)  # without adapters beside it
-    if save_model is None:
-        raise ModelError(
-            f"{type(attached.model).__name__} has no save_pretrained; call adapter.merge() and "
-            "save model.state_dict() yourself"
-        )
-    try:
-        with (
-            atomic.replaced_files(path, "model*.safetensors*") as folder,
-            written(attached.layers),
-        ):
-            save_model(os.fspath(folder))
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write a merged model to {path}: {error}; what was there before is untouched"
-        ) from error
-
-
 @torch.no_grad()
-def write(layers: Layers) -> dict[ExpertWeight, Original]:
+def write(layers: Layers, rounding: Rounding | None = None) -> dict[ExpertWeight, Original]:
     """Write W + s B A into the weights of all experts that have a rank.
 
     The sum is taken in the wider dtype of both and rounded once, to that of the weights.
+    ``rounding`` counts what that changes.
 
     Returns:
         The weights as they were, on the CPU. Where writing fails half-way, they are restored.
     """
     for name, layer in layers.items():
-        if convention_of(layer.experts).is_packed(layer.experts):
+        if is_packed(layer):
             raise AttachError(
                 f"the experts of {name!r} are stored as {layer.record.dtype}, so W + s B A cannot "
                 "be written into them; use merge_and_save(path), or "
@@ -136,14 +110,23 @@ def write(layers: Layers) -> dict[ExpertWeight, Original]:
             weight = _weight(layers, place)
             name, projection, expert = place
             delta = layers[name].lora.delta_weight(projection, expert).to(weight.device)
-            wide = torch.promote_types(weight.dtype, delta.dtype)
-            merged = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+            merged = add(weight, delta, rounding)
             originals[place] = Original(weight.to("cpu", copy=True), _checksum(merged))
             weight.copy_(merged)
     except BaseException:
         restore(layers, originals)
         raise
     return originals
+
+
+def add(weight: Tensor, delta: Tensor, rounding: Rounding | None = None) -> Tensor:
+    """W + s B A of an expert, in the dtype of the weight."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    wanted = weight.to(wide) + delta.to(wide)
+    merged = wanted.to(weight.dtype)
+    if rounding is not None:
+        rounding.add(wanted, merged, delta)
+    return merged
 
 
 @torch.no_grad()
@@ -170,13 +153,18 @@ def check_unmergeable(layers: Layers, originals: Mapping[ExpertWeight, Original]
 
 
 @contextlib.contextmanager
-def written(layers: Layers) -> Iterator[None]:
+def written(layers: Layers, rounding: Rounding) -> Iterator[None]:
     """Inside, the expert weights are the merged ones; afterwards the original ones again."""
-    originals = write(layers)
+    originals = write(layers, rounding)
     try:
         yield
     finally:
         restore(layers, originals)
+
+
+def is_packed(layer: AdaptedLayer) -> bool:
+    """True if the weights of a layer must be unpacked to be read."""
+    return convention_of(layer.experts).is_packed(layer.experts)
 
 
 def _refuse_steps(attached: Attached) -> Any:
