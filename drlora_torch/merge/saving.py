@@ -17,9 +17,11 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError, ModelError
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.merge import packed
+from drlora_torch.merge.comparison import Compared, compare_logits
 from drlora_torch.merge.in_place import is_packed, written
 from drlora_torch.merge.report import MergeReport
 from drlora_torch.merge.rounding import Rounding
+from drlora_torch.models.checkpoints import original_names
 from drlora_torch.storage.travel import settle
 
 
@@ -50,11 +52,11 @@ def merge_and_save(
             if of_packed:
                 packed.write(attached, folder, rounding, quantize=quantize)
             else:
-                with written(attached.layers, rounding):
+                with original_names(attached.model), written(attached.layers, rounding):
                     save_model(os.fspath(folder))
-            logits = (
-                comparison.compare_logits(attached, folder, quantize) if compare else (None, None)
-            )
+            logits: Compared = (None, None)
+            if compare:
+                logits = compare_logits(attached, folder, quantize)
     except OSError as failure:
         raise CheckpointError(
             f"could not write a merged model to {path}: {failure}; what was there before is "

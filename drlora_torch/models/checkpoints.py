@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from drlora_torch.models.quantizer import ExpertsQuantizer
+from drlora_torch.models.quantizer import ExpertsQuantizer, Trainable
 from drlora_torch.quantized.scaled import FP8, ScaledWeight
 
 PROBE = 16
@@ -43,7 +43,7 @@ def write(
     rest = dict(state) if packed else _unpack_linears(model, state)
     rest = remove_tied_weights_from_state_dict(rest, model)
     shards: list[dict[str, int]] = []
-    with _conversions(model, packed):
+    with original_names(model, packed):
         for piece in _chain(rest, pieces):
             tensors = {k: v.contiguous() for k, v in revert_weight_conversion(model, piece).items()}
             save_file(tensors, folder / _name(len(shards), None), metadata={"format": "pt"})
@@ -90,18 +90,27 @@ def _write_configuration(model: Any, folder: Path, packed: bool) -> None:
 
 
 @contextlib.contextmanager
-def _conversions(model: Any, packed: bool) -> Iterator[None]:
-    """Inside, names are reverted to those of a checkpoint with, or without, packed experts."""
+def original_names(model: Any, packed: bool = False) -> Iterator[None]:
+    """Inside, weights are saved under the names of a checkpoint that is not quantized, or is.
+
+    What a quantizer did while loading must not be undone to weights that are unpacked: Transformers
+    5.23 writes a model that it has unpacked from MXFP4 under names which it cannot read.
+    """
     before = getattr(model, "_weight_conversions", None)
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if not packed:
+    if not packed and before is not None:
         loaded = type(quantizer) is ExpertsQuantizer and not quantizer.pre_quantized
+        kept = quantizer.conversions if loaded else before
         # None stands for those of the family: a packed checkpoint had no use for them
-        model._weight_conversions = quantizer.conversions if loaded else None
+        by_quantizer = (isinstance(quantizer, Trainable) and not loaded) or any(
+            hasattr(op, "hf_quantizer") for each in kept for op in getattr(each, "operations", ())
+        )
+        model._weight_conversions = None if by_quantizer else kept
     try:
         yield
     finally:
-        model._weight_conversions = before
+        if before is not None:
+            model._weight_conversions = before
 
 
 def _unpack_linears(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
