@@ -105,13 +105,17 @@ def inspect(
     rank: Annotated[
         int, typer.Option(min=1, help="Mean rank for which the size of the LoRA is shown.")
     ] = 16,
+    quantization: Annotated[
+        Literal["none", "nf4", "fp4", "fp8", "mxfp4"],
+        typer.Option(help="How the experts are stored, as in drlora finetune."),
+    ] = "none",
     as_json: AsJson = False,
 ) -> None:
-    """List the mixture-of-experts layers of a model, their convention and the size of the LoRA."""
+    """List the mixture-of-experts layers of a model, their storage and the size of the LoRA."""
     from drlora_torch import inspection
     from drlora_torch.finetune.model import load_model
 
-    loaded = load_model(model)
+    loaded = load_model(model, quantization=quantization)
     if as_json:
         emit(inspection.inspect(loaded, rank))
     else:
@@ -133,7 +137,7 @@ def export(
 ) -> None:
     """Write the adapter of a run as a PEFT directory."""
     from drlora_torch.api import load
-    from drlora_torch.finetune.model import load_model
+    from drlora_torch.finetune.model import load_base
     from drlora_torch.integrations.trainer import last_checkpoint
 
     options = folder.read(run).options
@@ -144,7 +148,7 @@ def export(
     target = output or run / folder.PEFT
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{str(target)!r} exists; use another --output")
-    adapter = load(load_model(options.model, options.dtype), source)
+    adapter = load(load_base(options), source)
     report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
     typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
     if rank is not None:

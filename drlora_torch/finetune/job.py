@@ -19,7 +19,7 @@ from drlora_torch.errors import DataError
 from drlora_torch.finetune import folder, result
 from drlora_torch.finetune.data import load_rows
 from drlora_torch.finetune.meter import Meter
-from drlora_torch.finetune.model import load_model, load_tokenizer
+from drlora_torch.finetune.model import load_base, load_tokenizer
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.processes import agree_on, join_processes
 from drlora_torch.finetune.progress import RichProgress, quiet_libraries
@@ -71,7 +71,7 @@ def run(
     config = options.allocator_config()  # refuses an impossible window before anything is loaded
     with quiet_libraries():
         with console.status("loading model and data"):
-            model = load_model(options.model, options.dtype, sharding)
+            model = load_base(options, sharding)
             tokenizer = load_tokenizer(options.model)
             rows = load_rows(options)
         if "messages" in rows[0].column_names and not getattr(tokenizer, "chat_template", None):

@@ -7,25 +7,39 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from drlora_torch.errors import ModelError
-from drlora_torch.finetune.options import is_local
+from drlora_torch.finetune.options import FinetuneOptions, is_local
 from drlora_torch.finetune.sharding import Sharding
+from drlora_torch.models.packed_checkpoints import packed_config
+from drlora_torch.models.quantizer import Experts4bitConfig
 from drlora_torch.models.sharding import is_sharded
 
 
-def load_model(name: str, dtype: str = "auto", sharding: Sharding | None = None) -> nn.Module:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    sharding: Sharding | None = None,
+    quantization: str = "none",
+    in_4bit: bool = False,
+) -> nn.Module:
     """Load a causal language model from a folder or by its id on the Hugging Face Hub.
 
     The dtype ``auto`` is float32 on a CPU, where half precision is slow, and that of the
-    checkpoint on a GPU. A model that cannot be loaded, or not in shards, is a ModelError.
+    checkpoint on a GPU. A model that cannot be loaded so is a ModelError.
     """
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
+    storage = _storage(name, dtype, quantization, in_4bit)
     if sharding is None or not sharding.is_sharded:
-        whole: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype)
+        whole: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype, **storage)
         return whole
+    if storage:
+        raise ModelError(
+            f"packed experts cannot be spread with {' '.join(sharding.words)}; leave that, or "
+            "--quantization and --load-in-4bit, out"
+        )
     config = sharding.distributed_config()
     model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype, distributed_config=config)
     if not is_sharded(model):
@@ -36,17 +50,57 @@ def load_model(name: str, dtype: str = "auto", sharding: Sharding | None = None)
     return model
 
 
+def load_base(options: FinetuneOptions, sharding: Sharding | None = None) -> nn.Module:
+    """Load the base model of a run."""
+    return load_model(
+        options.model,
+        options.dtype,
+        sharding,
+        options.quantization,
+        options.load_in_4bit,
+    )
+
+
+def _storage(name: str, dtype: str, quantization: str, in_4bit: bool) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` by which weights are packed, or stay so."""
+    if quantization in ("fp8", "mxfp4"):
+        if in_4bit:
+            raise ModelError(f"--load-in-4bit packs what --quantization {quantization} keeps")
+        config = packed_config(_source(name))
+        found = config.quantization_config["stored"]["quant_method"]
+        if found != quantization:
+            raise ModelError(f"{name!r} is quantized with {found}; use --quantization {found}")
+        return {"config": config}
+    if quantization == "none" and not in_4bit:
+        return {}
+    kind = "nf4" if quantization == "none" else quantization
+    compute = None if dtype == "auto" else dtype
+    rest = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute or "bfloat16",
+    )
+    return {"quantization_config": Experts4bitConfig(kind, rest=rest if in_4bit else None)}
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model."""
     return _load(AutoTokenizer, name)
 
 
+def _source(name: str) -> str:
+    return str(Path(name).expanduser()) if is_local(name) else name
+
+
 def _load(loader: Any, name: str, **arguments: Any) -> Any:
-    source = str(Path(name).expanduser()) if is_local(name) else name
+    source = _source(name)
     if is_local(name) and not Path(source, "config.json").is_file():
         raise ModelError(f"{name!r} is not the folder of a model: it has no config.json")
     try:
         return loader.from_pretrained(source, **arguments)
+    except ModelError:
+        raise
     except Exception as error:  # the hub client, safetensors and configurations have their own
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"model {name!r} could not be loaded: {reason}") from error

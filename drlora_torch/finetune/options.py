@@ -60,6 +60,11 @@ class FinetuneOptions(BaseModel):
     """Seed of the data order, the rows of A and the policy."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the base model; auto is float32 on a CPU and that of the checkpoint on a GPU."""
+    load_in_4bit: bool = False
+    """Load the experts and the Linears of the rest in NF4, with bitsandbytes."""
+    quantization: Literal["none", "nf4", "fp4", "fp8", "mxfp4"] = "none"
+    """How the experts are stored: as they are loaded (none), packed while loading (nf4, fp4), or
+    packed as the checkpoint has them (fp8, mxfp4)."""
     r_init: int = Field(8, ge=1)
     """Rank of every expert at the start."""
     r_target: int = Field(16, ge=1)

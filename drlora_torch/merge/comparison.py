@@ -42,8 +42,8 @@ def compare_logits(attached: Attached, folder: Path, quantized: bool) -> Compare
         return None, None
     try:
         adapted = checkpoints.probe(model)
-    except Exception as error:  # a model that wants more than token ids says so in its own way
-        logger.info("the merged model was not run to compare it: %s", error)
+    except Exception as reason:  # a model that wants more than token ids says so in its own way
+        logger.info("the merged model was not run to compare it: %s", reason)
         return None, None
     with disabled(attached):
         effect = _distance(checkpoints.probe(model), adapted)

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import FineGrainedFP8Config, QuantizationConfigMixin
 
 from drlora_torch.errors import ModelError
-from drlora_torch.models.quantizer import Trainable, check_loaded, refuse_parts
+from drlora_torch.models.quantizer import Trainable, check_loaded, check_version, refuse_parts
 
 MXFP4_METHOD, FP8_METHOD = "drlora_experts_mxfp4", "drlora_experts_fp8"
 METHODS = {"mxfp4": MXFP4_METHOD, "fp8": FP8_METHOD}
@@ -85,6 +85,10 @@ class FP8Config(_StoredConfig):
 class MXFP4Quantizer(Trainable, HfQuantizer):
     """Reads blocks and scales into the model's own experts."""
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """No kernel of Transformers is needed."""
+        check_version()
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from drlora_torch.models.places import find_places, start_packed
         from drlora_torch.quantized import holders
@@ -124,6 +128,7 @@ class FP8Quantizer(Trainable, FineGrainedFP8HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """No kernel of Transformers is needed."""
+        check_version()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear

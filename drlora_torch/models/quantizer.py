@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import __version__
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 METHOD = "drlora_experts_4bit"
 TYPES = ("nf4", "fp4")
+OLDEST = (5, 23)
+BLOCK = 64
 
 
 @register_quantization_config(METHOD)
@@ -36,8 +39,8 @@ class Experts4bitConfig(QuantizationConfigMixin):
     Args:
         quant_type: ``nf4``, for weights that are distributed normally, or ``fp4``.
         double_quant: quantize the scales too: 0.516 bytes a weight instead of 0.563.
-        rest: how to load the Linears of the rest of the model; None leaves them as they are. The
-            routers are always left as they are.
+        rest: how to load the Linears of the rest of the model; None leaves them as they are.
+            Routers are always left so, and Linears whose input is no multiple of 64 features.
 
     Raises:
         ModelError: a value that is not accepted.
@@ -126,6 +129,7 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
         """Refuse before anything is loaded."""
         from drlora_torch.quantized.four_bit import load_bitsandbytes
 
+        check_version()
         load_bitsandbytes()
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -158,16 +162,22 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
                     f"the experts of {type(model).__name__} cannot be loaded beside Linears in "
                     "4 bits; use Experts4bitConfig(rest=None)"
                 )
-            self._leave_routers(model, self.rest.quantization_config)
+            self._choose_linears(model, self.rest.quantization_config)
             self.rest._process_model_before_weight_loading(model, **kwargs)
 
-    def _leave_routers(self, model: Any, config: Any) -> None:
+    def _choose_linears(self, model: Any, config: Any) -> None:
+        """Leave out routers, and Linears that bitsandbytes 0.50 multiplies wrongly on CPUs."""
         from drlora_torch.models.discovery import discover
 
         given = config.llm_int8_skip_modules
         skipped = get_keys_to_not_convert(model) if given is None else list(given)
         routers = [layer.router for layer in discover(model) if layer.router is not None]
-        config.llm_int8_skip_modules = sorted({*skipped, *routers})
+        uneven = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.in_features % BLOCK
+        ]
+        config.llm_int8_skip_modules = sorted({*skipped, *routers, *uneven})
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """True for the experts, and what the other quantizer wants."""
@@ -238,6 +248,16 @@ class _Pack(ConversionOps):
         form: Any = holders.formats(place.holder)[place.name]
         packed = form.pack(weight.to(form.dtype))
         return {full_layer_name + suffix: tensor for suffix, tensor in packed.items()}
+
+
+def check_version() -> None:
+    """Refuse a Transformers whose quantizers are asked in another way."""
+    if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
+        raise ModelError(
+            f"packed experts are loaded with Transformers {'.'.join(map(str, OLDEST))} or newer, "
+            f"and {__version__} is installed; drlora_torch.quantize_experts(model) packs those of "
+            "a model that is in memory"
+        )
 
 
 def refuse_parts(model: Any) -> None:

@@ -147,35 +147,26 @@ class FourBitWeight(Stored):
             return self.tensors[1][first:last].view(torch.float32)
         _, codes, *floats = (tensor[first:last] for tensor in self.tensors)
         nested, offset = (bits.view(torch.float32) for bits in floats)
-        if last - first == 1 or self.format.blocks % NESTED_BLOCK == 0:
-            scales = _decode_scales(codes, nested)
-        else:
-            each = [_decode_scales(c, n) for c, n in zip(codes, nested, strict=True)]
-            scales = torch.stack(each)
-        return scales + offset.unsqueeze(1)
+        nested = nested.repeat_interleave(NESTED_BLOCK, dim=1)[:, : self.format.blocks]
+        return _scale_codes(codes.device)[codes.int()] * nested + offset.unsqueeze(1)
 
 
 def _decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], form: FourBit) -> Tensor:
-    functional = load_bitsandbytes()
+    """Unpack codes with their scales, blocks of which run on from row to row.
+
+    bitsandbytes 0.50 gives rows that are no multiple of a block wrong scales on CPUs, so it is
+    told of a row per block, or of a single one.
+    """
+    functional, count = load_bitsandbytes(), math.prod(shape)
     state = functional.QuantState(
         absmax=scales.reshape(-1),
-        shape=torch.Size(shape),
+        shape=torch.Size((count,) if count % BLOCK else (count // BLOCK, BLOCK)),
         dtype=form.dtype,
         blocksize=BLOCK,
         quant_type=form.quant_type,
     )
     values: Tensor = functional.dequantize_4bit(codes.reshape(-1, 1), state)
     return values.view(shape)
-
-
-def _decode_scales(codes: Tensor, nested: Tensor) -> Tensor:
-    values: Tensor = load_bitsandbytes().dequantize_blockwise(
-        codes.reshape(-1),
-        absmax=nested.reshape(-1),
-        code=_scale_codes(codes.device),
-        blocksize=NESTED_BLOCK,
-    )
-    return values.view(codes.shape)
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def test_the_command_refuses_before_anything_starts_or_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("was started"))
-    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(job, "load_base", lambda *_: pytest.fail("was loaded"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("RANK", raising=False)
     output = ["--output", str(tmp_path / "run")]
