@@ -18,7 +18,8 @@ REASONS = {
     "transformers.integrations.mxfp4.Mxfp4GptOssExperts": (
         "the kernels of Transformers have its weights in a layout of their own (MXFP4); keep the "
         "blocks of the checkpoint as they are: from_pretrained(name, "
-        "config=drlora_torch.packed_config(name))"
+        "config=drlora_torch.packed_config(name)), or unpack the model: "
+        "quantization_config=Mxfp4Config(dequantize=True)"
     ),
     "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": (
         "its experts are quantized (fp8) and multiplied by kernels that cannot add a LoRA; load "

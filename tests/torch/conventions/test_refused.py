@@ -48,18 +48,10 @@ def _mxfp4() -> nn.Module:
     return _with_experts(Mxfp4GptOssExperts(models.build("gpt_oss").config))
 
 
-def _fp8() -> nn.Module:
-    from transformers.integrations.finegrained_fp8 import FP8Experts
-
-    config = models.build("qwen3_moe").config
-    return _with_experts(FP8Experts(config, block_size=(8, 8)))
-
-
 REFUSED = [
     (_doge, "DogeCDMoE", 16, "one row of an embedding"),
     (_vitpose, "VitPoseNaiveMoe", EXPERTS, "no router and no routing weight"),
-    (_mxfp4, "Mxfp4GptOssExperts", EXPERTS, r"quantized \(mxfp4\).*Mxfp4Config"),
-    (_fp8, "FP8Experts", EXPERTS, r"quantized \(fp8\).*FineGrainedFP8Config"),
+    (_mxfp4, "Mxfp4GptOssExperts", EXPERTS, r"MXFP4.*packed_config.*Mxfp4Config\(dequantize"),
 ]
 
 
