@@ -66,7 +66,7 @@ def quantize_experts(
     """
     config = Experts4bitConfig(quant_type=quant_type, double_quant=double_quant)
     places = _quantizable(model)
-    before = sum(place.weight.nbytes for place in places)
+    before = stored_bytes(model)
     for place in places:
         form = place.form(quant_type, double_quant)
         holders.declare(place.holder, place.name, form, form.pack(place.weight.detach()))
