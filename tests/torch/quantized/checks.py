@@ -237,6 +237,7 @@ def check_life(case: Case, path: Path) -> None:
     plain = copy.deepcopy(model)
     drlora_torch.dequantize_experts(plain)
     packed, picture, before = copy.deepcopy(model), Picture(model), case.evaluate(model)
+    frozen = case.evaluate(packed.requires_grad_(False))  # for which torch may add otherwise
     ours, first, optimizer = _trained(case, model)
     theirs, other, _ = _trained(case, plain)
     assert ours == (theirs if case.exact else pytest.approx(theirs, rel=1e-5))
@@ -245,7 +246,7 @@ def check_life(case: Case, path: Path) -> None:
     assert agree(case, case.evaluate(plain), trained, GRADIENTS)
     assert distance(trained, before) > 1e-3
     with first.disabled():
-        assert torch.equal(case.evaluate(model), before)
+        assert torch.equal(case.evaluate(model), frozen)
     first.save_pretrained(path)
     again = drlora_torch.load(packed, path)
     assert torch.equal(case.evaluate(packed), trained)
