@@ -150,6 +150,8 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
         refuse_parts(model)
         config = self.quantization_config
         places = find_places(model)
+        for place in places:
+            check_dtype(place)
         names = {id(module): name for name, module in model.named_modules()}
         for place in places:
             form = place.form(config.quant_type, config.double_quant)
@@ -260,6 +262,18 @@ def check_version() -> None:
         )
 
 
+def check_dtype(place: Place) -> None:
+    """Refuse a weight that bitsandbytes does not take."""
+    from drlora_torch.quantized.four_bit import DTYPES
+
+    if place.weight.dtype not in DTYPES:
+        known = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        raise ModelError(
+            f"{place.projection} of layer {place.layer!r} is {place.weight.dtype}; only {known} "
+            "can be quantized: load it with dtype=torch.bfloat16, or convert it first"
+        )
+
+
 def refuse_parts(model: Any) -> None:
     """Refuse a model of which every process would load a part."""
     if getattr(model, "_tp_size", None) or getattr(model.config, "distributed_config", None):
@@ -290,6 +304,20 @@ def check_loaded(name: str, place: Place) -> None:
     path = name.removesuffix(place.name)
     for own, tensor in place.holder.named_parameters(recurse=False):
         if not getattr(tensor, "_is_hf_initialized", False):
-            raise ModelError(f"the checkpoint lacks {path + own}: these experts cannot be used")
-    if not holders.formats(place.holder)[place.name].is_sound(place.holder, place.name):
-        raise ModelError(f"the checkpoint is damaged: {name} has scales that are not finite")
+            raise ModelError(
+                f"the checkpoint lacks {path + own}: these experts cannot be used; save or "
+                "download it again"
+            )
+    form = holders.formats(place.holder)[place.name]
+    for suffix, wanted in form.empty("meta").items():
+        found = getattr(place.holder, place.name + suffix)
+        if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+            raise ModelError(
+                f"the checkpoint is damaged: {name + suffix} is {found.dtype} {list(found.shape)} "
+                f"and not {wanted.dtype} {list(wanted.shape)}; save or download it again"
+            )
+    if not form.is_sound(place.holder, place.name):
+        raise ModelError(
+            f"the checkpoint is damaged: {name} has scales that are not finite; save or download "
+            "it again"
+        )

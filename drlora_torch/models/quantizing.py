@@ -19,10 +19,18 @@ from drlora_torch.lora.stored import Dense
 from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.places import Place, find_places, start_packed, unpack_all
-from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
+from drlora_torch.models.quantizer import (
+    METHOD,
+    Experts4bitConfig,
+    ExpertsQuantizer,
+    check_dtype,
+)
 from drlora_torch.models.quantizers import is_own
+from drlora_torch.models.wrappers import unwrapped
 from drlora_torch.quantized import holders
-from drlora_torch.quantized.four_bit import DTYPES, load_bitsandbytes
+from drlora_torch.quantized.four_bit import load_bitsandbytes
+
+UNPACKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,8 +73,9 @@ def quantize_experts(
         ExpertBytes(before=98304, after=12768)
     """
     config = Experts4bitConfig(quant_type=quant_type, double_quant=double_quant)
+    model = _inside(model)
     places = _quantizable(model)
-    before = sum(place.weight.nbytes for place in places)
+    before = stored_bytes(model)
     for place in places:
         form = place.form(quant_type, double_quant)
         holders.declare(place.holder, place.name, form, form.pack(place.weight.detach()))
@@ -83,9 +92,13 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> Ex
         dtype: of the weights; default that of before packing, or bfloat16 for MXFP4.
 
     Raises:
-        ModelError: there are no such experts.
+        ModelError: there are no such experts, or the dtype is no such one.
         AttachError: the model has an adapter.
     """
+    model = _inside(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in UNPACKED):
+        known = ", ".join(map(str, UNPACKED))
+        raise ModelError(f"dtype must be {known} or None, got {dtype!r}")
     _refuse_adapted(model)
     before = stored_bytes(model)
     unpack_all(model, dtype)
@@ -98,6 +111,13 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> Ex
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of the expert weights, in whatever storage."""
     return sum(layer.nbytes for layer in discover(model))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers, whose names and quantizer are those of Transformers."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return unwrapped(model)
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -126,12 +146,13 @@ def _check(place: Place) -> None:
     what = f"{place.projection} of layer {place.layer!r}"
     stored = place.convention.stored(place.experts, place.projection)
     if not isinstance(stored, Dense):
-        raise ModelError(f"{what} is quantized already ({stored.kind})")
+        raise ModelError(
+            f"{what} is quantized already ({stored.kind}); "
+            "drlora_torch.dequantize_experts(model) unpacks it"
+        )
     if parts.is_sharded(place.weight):
         raise ModelError(f"{what} is spread over processes; quantize the model before that")
-    if stored.dtype not in DTYPES:
-        known = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
-        raise ModelError(f"{what} is {stored.kind}; only {known} can be quantized")
+    check_dtype(place)
     if "_old_forward" in vars(place.holder) and place.convention.name != "interface":
         raise ModelError(
             f"{what} has been dispatched to a device by Accelerate; quantize it before"
@@ -139,7 +160,10 @@ def _check(place: Place) -> None:
     with torch.no_grad():
         lowest, highest = torch.aminmax(place.weight)
     if not (lowest.isfinite() and highest.isfinite()):
-        raise ModelError(f"{what} has values that are not finite, which cannot be quantized")
+        raise ModelError(
+            f"{what} has values that are not finite, which cannot be quantized; load a checkpoint "
+            "without them"
+        )
 
 
 def _announce(model: Any, config: Experts4bitConfig, places: list[Place]) -> None:

@@ -75,7 +75,7 @@ class FourBit:
         """Quantize a weight of this shape, expert by expert."""
         functional = load_bitsandbytes()
         packed = self.empty(weight.device)
-        for expert, values in enumerate(weight.view(self.num_experts, -1)):
+        for expert, values in enumerate(weight.view(self.num_experts, *self.expert_shape)):
             codes, state = functional.quantize_4bit(
                 values.contiguous(),
                 blocksize=BLOCK,
@@ -137,9 +137,10 @@ class FourBitWeight(Stored):
         codes, scales = self.tensors[0][first:last], self._scales(first, last)
         if last - first == 1 or rows * columns % BLOCK == 0:
             return _decode(codes, scales, (last - first, rows, columns), self.format)
-        one = (1, rows, columns)
-        each = [_decode(c, s, one, self.format) for c, s in zip(codes, scales, strict=True)]
-        return torch.cat(each)
+        weights = torch.empty(last - first, rows, columns, dtype=self.dtype, device=codes.device)
+        for weight, code, scale in zip(weights, codes, scales, strict=True):
+            weight.copy_(_decode(code, scale, (rows, columns), self.format))
+        return weights
 
     def _scales(self, first: int, last: int) -> Tensor:
         """Scales of the blocks of some experts, float32 [n, b]."""
@@ -152,21 +153,23 @@ class FourBitWeight(Stored):
 
 
 def _decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], form: FourBit) -> Tensor:
-    """Unpack codes with their scales, blocks of which run on from row to row.
+    """Unpack experts, or one of any size.
 
-    bitsandbytes 0.50 gives rows that are no multiple of a block wrong scales on CPUs, so it is
-    told of a row per block, or of a single one.
+    To bitsandbytes they are rows of one block, or one row of even length: where columns are a
+    multiple of 16 and not of 64, its kernel for AVX-512 (seen in 0.50.2) takes the scales of other
+    blocks, and for an odd number of columns it compiles a function, which takes seconds.
     """
-    functional, count = load_bitsandbytes(), math.prod(shape)
+    functional = load_bitsandbytes()
+    room = 2 * codes.numel()
     state = functional.QuantState(
         absmax=scales.reshape(-1),
-        shape=torch.Size((count,) if count % BLOCK else (count // BLOCK, BLOCK)),
+        shape=torch.Size((room // BLOCK, BLOCK) if room % BLOCK == 0 else (room,)),
         dtype=form.dtype,
         blocksize=BLOCK,
         quant_type=form.quant_type,
     )
     values: Tensor = functional.dequantize_4bit(codes.reshape(-1, 1), state)
-    return values.view(shape)
+    return values.view(-1)[: math.prod(shape)].view(shape)
 
 
 @functools.cache

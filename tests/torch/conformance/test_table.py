@@ -6,6 +6,7 @@ The rows in ``table.py`` that say what they add run always; the whole table with
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,22 @@ from tests.torch.conformance import page, tiny
 from tests.torch.conformance.table import FAMILIES
 from tests.torch.test_life import Picture
 
-table = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[
-                *([] if family.fast else [pytest.mark.slow]),
-                pytest.mark.skipif(
-                    not family.is_known(name),
-                    reason=f"Transformers {transformers.__version__} has no {name}",
-                ),
-            ],
+
+def over_table(is_fast: Callable[[str], bool]) -> pytest.MarkDecorator:
+    """Run a test for every row that this Transformers knows; those that are not fast are slow."""
+    rows = []
+    for name, family in FAMILIES.items():
+        unknown = pytest.mark.skipif(
+            not family.is_known(name),
+            reason=f"Transformers {transformers.__version__} has no {name}",
         )
-        for name, family in FAMILIES.items()
-    ],
-)
+        rows.append(
+            pytest.param(name, marks=[*([] if is_fast(name) else [pytest.mark.slow]), unknown])
+        )
+    return pytest.mark.parametrize("name", rows)
+
+
+table = over_table(lambda name: bool(FAMILIES[name].fast))
 
 
 ROUNDING = 1e-11

@@ -1,0 +1,1 @@
+"""Experts in 4 bits: formats, kernels, refusals and loading."""
