@@ -13,13 +13,20 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.models.location import Location
 
 ATTACHMENT = "_drlora_attachment"
 """Set on a module that runs with a LoRA: (lora, observer), which refuses to be copied."""
 ON_META = "is on the meta device; load the weights first, without offloading them (to CPU or disk)"
+
+PACK = (
+    "load the experts in a floating-point dtype; drlora_torch.quantize_experts(model) packs them "
+    "into 4 bits"
+)
 
 Undo = Callable[[], None]
 """Reverts a change of the model exactly."""
@@ -108,3 +115,18 @@ def quantized(weight: Tensor) -> str | None:
         return None
     kind = str(weight.dtype).removeprefix("torch.")
     return f"is quantized ({kind}); load the model in a floating-point dtype"
+
+
+def unreadable(holder: nn.Module, name: str) -> str | None:
+    """Say why a weight of all experts is not what drlora can read; None if it is."""
+    weight = getattr(holder, name)
+    if hasattr(weight, "__tensor_flatten__") and not parts.is_sharded(weight):
+        return f"is a {type(weight).__name__} of {type(weight).__module__.split('.')[0]}; {PACK}"
+    if is_parametrized(holder, name):
+        kinds = sorted({type(each).__name__ for each in _parametrizations(holder, name)})
+        return f"is computed anew at every access ({', '.join(kinds)}); {PACK}"
+    return quantized(weight)
+
+
+def _parametrizations(holder: Any, name: str) -> Any:
+    return holder.parametrizations[name]

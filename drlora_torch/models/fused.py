@@ -28,8 +28,8 @@ from drlora_torch.models.convention import (
     Undo,
     dotted_name,
     give_lora,
-    quantized,
     undo_all,
+    unreadable,
 )
 from drlora_torch.models.location import ExpertParameter
 from drlora_torch.quantized import holders
@@ -134,7 +134,7 @@ class Fused:
                 return f"its {name} is not a {self.dims}-D tensor"
             if weight.is_meta:
                 return f"its {name} {ON_META}"
-            if packed is None and (reason := quantized(weight)) is not None:
+            if packed is None and (reason := unreadable(holder, where.name)) is not None:
                 return f"its {name} {reason}"
         counts = [self.stored(module, projection).shape[0] for projection in self.weights(module)]
         if len(set(counts)) > 1:

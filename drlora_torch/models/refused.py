@@ -21,6 +21,11 @@ REASONS = {
         "config=drlora_torch.packed_config(name)), or unpack the model: "
         "quantization_config=Mxfp4Config(dequantize=True)"
     ),
+    "transformers.integrations.gguf.utils.GgufExperts": (
+        "its experts are blocks of GGUF, which only their kernels read; unpack the model: "
+        "quantization_config=GgufConfig(dequantize=True), and pack the experts with "
+        "drlora_torch.quantize_experts(model)"
+    ),
     "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": (
         "its experts are quantized (fp8) and multiplied by kernels that cannot add a LoRA; load "
         "the model in a floating-point dtype, without quantization_config"

@@ -69,7 +69,15 @@ def find_spread(model: nn.Module, layer: str) -> Spread | None:
         AttachError: they are spread in a way that their convention, or drlora, cannot follow.
     """
     experts = model.get_submodule(layer)
-    weight: Any = convention_of(experts).first_weight(experts)
+    convention = convention_of(experts)
+    weight: Any = convention.first_weight(experts)
+    split = _is_by_transformers(model) or getattr(experts, "_is_expert_parallel", False)
+    if split and convention.is_packed(experts):
+        raise AttachError(
+            f"the experts of {layer!r} are packed ({convention.storage(experts)[0]}), and "
+            "Transformers has spread them, which drlora cannot follow; load the whole model in "
+            "each process, and call fully_shard"
+        )
     if not parts.is_sharded(weight):
         return None
     if not _is_by_transformers(model):
