@@ -47,6 +47,8 @@ OTHER: dict[str, Any] = {
     "router": "trainable",
     "layout": "masked",
     "dropout": 0.25,
+    "load_in_4bit": True,
+    "quantization": "nf4",
     "gradient_checkpointing": True,
     "save_every": 11,
 }
