@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import FineGrainedFP8Config, QuantizationConfigMixin
 
 from drlora_torch.errors import ModelError
-from drlora_torch.models.quantizer import Trainable, check_loaded, check_version, refuse_parts
+from drlora_torch.models.loading import Trainable, check_loaded, check_version, refuse_parts
 
 MXFP4_METHOD, FP8_METHOD = "drlora_experts_mxfp4", "drlora_experts_fp8"
 METHODS = {"mxfp4": MXFP4_METHOD, "fp8": FP8_METHOD}

@@ -10,20 +10,25 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import __version__
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from drlora_torch.errors import ModelError
+from drlora_torch.models.loading import (
+    Trainable,
+    check_dtype,
+    check_loaded,
+    check_version,
+    refuse_parts,
+)
 
 if TYPE_CHECKING:
     from drlora_torch.models.places import Place
 
 METHOD = "drlora_experts_4bit"
 TYPES = ("nf4", "fp4")
-OLDEST = (5, 23)
 BLOCK = 64
 
 
@@ -86,24 +91,6 @@ class Experts4bitConfig(QuantizationConfigMixin):
         """Return what a ``config.json`` keeps."""
         values = dict(vars(self))
         return {**values, "rest": None if self.rest is None else self.rest.to_dict()}
-
-
-class Trainable:
-    """What Transformers asks before it trains or saves a model; a part of our quantizers."""
-
-    def is_serializable(self) -> bool:
-        """Packed weights are plain tensors."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """An adapter trains on top of them."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Let ``Trainer`` take the model, which looks for adapters of PEFT alone."""
-        return True
 
 
 @register_quantizer(METHOD)
@@ -252,37 +239,6 @@ class _Pack(ConversionOps):
         return {full_layer_name + suffix: tensor for suffix, tensor in packed.items()}
 
 
-def check_version() -> None:
-    """Refuse a Transformers whose quantizers are asked in another way."""
-    if tuple(map(int, __version__.split(".")[:2])) < OLDEST:
-        raise ModelError(
-            f"packed experts are loaded with Transformers {'.'.join(map(str, OLDEST))} or newer, "
-            f"and {__version__} is installed; drlora_torch.quantize_experts(model) packs those of "
-            "a model that is in memory"
-        )
-
-
-def check_dtype(place: Place) -> None:
-    """Refuse a weight that bitsandbytes does not take."""
-    from drlora_torch.quantized.four_bit import DTYPES
-
-    if place.weight.dtype not in DTYPES:
-        known = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
-        raise ModelError(
-            f"{place.projection} of layer {place.layer!r} is {place.weight.dtype}; only {known} "
-            "can be quantized: load it with dtype=torch.bfloat16, or convert it first"
-        )
-
-
-def refuse_parts(model: Any) -> None:
-    """Refuse a model of which every process would load a part."""
-    if getattr(model, "_tp_size", None) or getattr(model.config, "distributed_config", None):
-        raise ModelError(
-            "packed experts cannot be loaded in parts (tp_plan, DistributedConfig); load the whole "
-            "model in each process, and call fully_shard then"
-        )
-
-
 def _is_of(quantizer: HfQuantizer | None, conversion: Any) -> bool:
     """True if a conversion unpacks what a quantizer has packed, which is saved as it is."""
     makers = [getattr(op, "hf_quantizer", None) for op in getattr(conversion, "operations", ())]
@@ -295,29 +251,3 @@ def _touches(conversion: Any, names: Any) -> bool:
         return False
     patterns = conversion.target_patterns
     return any(re.search(pattern, name) for pattern in patterns for name in names)
-
-
-def check_loaded(name: str, place: Place) -> None:
-    """Refuse experts of which something is missing in the checkpoint, or damaged."""
-    from drlora_torch.quantized import holders
-
-    path = name.removesuffix(place.name)
-    for own, tensor in place.holder.named_parameters(recurse=False):
-        if not getattr(tensor, "_is_hf_initialized", False):
-            raise ModelError(
-                f"the checkpoint lacks {path + own}: these experts cannot be used; save or "
-                "download it again"
-            )
-    form = holders.formats(place.holder)[place.name]
-    for suffix, wanted in form.empty("meta").items():
-        found = getattr(place.holder, place.name + suffix)
-        if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
-            raise ModelError(
-                f"the checkpoint is damaged: {name + suffix} is {found.dtype} {list(found.shape)} "
-                f"and not {wanted.dtype} {list(wanted.shape)}; save or download it again"
-            )
-    if not form.is_sound(place.holder, place.name):
-        raise ModelError(
-            f"the checkpoint is damaged: {name} has scales that are not finite; save or download "
-            "it again"
-        )

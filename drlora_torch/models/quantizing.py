@@ -18,13 +18,9 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.stored import Dense
 from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
+from drlora_torch.models.loading import check_dtype
 from drlora_torch.models.places import Place, find_places, start_packed, unpack_all
-from drlora_torch.models.quantizer import (
-    METHOD,
-    Experts4bitConfig,
-    ExpertsQuantizer,
-    check_dtype,
-)
+from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
 from drlora_torch.models.quantizers import is_own
 from drlora_torch.models.wrappers import unwrapped
 from drlora_torch.quantized import holders

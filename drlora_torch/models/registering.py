@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-QUANTIZERS = "drlora_torch.models.packed_checkpoints"  # which imports the other one
+QUANTIZERS = ("drlora_torch.models.quantizer", "drlora_torch.models.packed_checkpoints")
 
 
 class _AtImport(MetaPathFinder):
@@ -33,7 +33,7 @@ class _AtImport(MetaPathFinder):
 
             def execute(module: ModuleType) -> None:
                 own(module)
-                importlib.import_module(QUANTIZERS)
+                _import_quantizers()
 
             spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec
@@ -42,6 +42,15 @@ class _AtImport(MetaPathFinder):
 def register_quantizers() -> None:
     """Register now, if Transformers has been imported that far, or when it is."""
     if REGISTRY in sys.modules:
-        importlib.import_module(QUANTIZERS)
+        _import_quantizers()
     else:
         sys.meta_path.insert(0, _AtImport())
+
+
+def _import_quantizers() -> None:
+    """Import each of them; one that is being imported, and so is why we are here, registers then.
+
+    Neither may import the other.
+    """
+    for name in QUANTIZERS:
+        importlib.import_module(name)

@@ -283,15 +283,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     },
     "short codes": (_changed(DOWN, lambda t: t[:, :-1]), r"uint8 \[8, 383\] and not .*\[8, 384\]"),
     "fewer experts": (_changed(DOWN, lambda t: t[:-1]), r"\[7, 384\] and not .*again"),
-    "codes as floats": (_changed(DOWN, lambda t: t.float()), r"float32 \[8, 384\] and not"),
-    "a weight": (_changed(DOWN, lambda t: torch.ones(8, 32, 24)), r"float32 \[8, 32, 24\] and not"),
+    "a weight": (_changed(DOWN, lambda t: torch.ones(8, 32, 24)), r"uint8 \[8, 32, 24\] and not"),
     "scales as int32": (
         _changed(DOWN + "_absmax", lambda t: t.to(torch.int32)),
         r"down_proj_absmax is torch\.int32 \[8, 12\] and not torch\.uint8",
-    ),
-    "offsets as floats": (
-        _changed(DOWN + "_offset", lambda t: t.view(torch.float32)),
-        r"_offset is torch\.float32 \[8\] and not torch\.int32",
     ),
     "infinite scale": (_not_finite("_nested_absmax", float("inf")), f"{DOWN} has scales that are"),
     "nan scale": (_not_finite("_nested_absmax", float("nan")), "not finite; save or download"),
