@@ -66,7 +66,9 @@ class PerExpertLinears:
         if self.obstacle(module) is not None:
             return "unknown", 0
         weights = [each.weight for linears in self.linears(module).values() for each in linears]
-        return dtype_name(weights[0]), sum(weight.nbytes for weight in weights)
+        state = getattr(weights[0], "quant_state", None)  # of bitsandbytes, in 4 bits
+        kind = dtype_name(weights[0]) if state is None else str(state.quant_type)
+        return kind, sum(weight.nbytes for weight in weights)
 
     def is_packed(self, module: Any) -> bool:
         return False
