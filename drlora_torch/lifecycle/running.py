@@ -9,7 +9,6 @@ from drlora_torch.attached import Attached
 from drlora_torch.lifecycle.trained import TrainedGuard, show_trained
 from drlora_torch.lora import parts
 from drlora_torch.models.conventions import convention_of
-from drlora_torch.models.quantizers import let_train
 from drlora_torch.step.parameters import (
     base_parameters,
     freeze_all,
@@ -47,7 +46,6 @@ class Running:
                 layer.lora.to(device=weight.device)
             layer.lora.train(layer.experts.training)
             self._undo.callback(convention.install(layer.experts, layer.lora, self.tracker))
-        self._undo.callback(let_train(attached.model))
         show_trained(attached, True)
         if len(list(all_of_model())) > 1 and base_parameters(attached):
             self._undo.callback(TrainedGuard(attached, all_of_model).stop)

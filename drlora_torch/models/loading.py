@@ -29,11 +29,6 @@ class Trainable:
         """An adapter trains on top of them."""
         return True
 
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Let ``Trainer`` take the model, which looks for adapters of PEFT alone."""
-        return True
-
 
 def check_version() -> None:
     """Refuse a Transformers whose quantizers are asked in another way."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,23 +20,6 @@ def foreign_method(model: nn.Module) -> str | None:
     """Name of the method by which something else has quantized parts of a model."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     return None if quantizer is None or is_own(model) else _method(quantizer)
-
-
-def let_train(model: Any) -> Callable[[], None]:
-    """Let ``Trainer`` take a model on which an adapter trains; return what undoes it.
-
-    It refuses quantized models that have no adapter of PEFT.
-    """
-    if foreign_method(model) is None or not getattr(model, "is_quantized", False):
-        return lambda: None
-    if not model.hf_quantizer.is_trainable:
-        return lambda: None
-    model.is_quantized = False
-
-    def undo() -> None:
-        model.is_quantized = True
-
-    return undo
 
 
 def _method(quantizer: Any) -> str:
