@@ -140,7 +140,6 @@ def attach(
         if record is not None and is_first_process(process_group):
             engine.record_to(record)
     advise_against_balancing(attached, active_coefficient(model))
-    tell_storage(attached)
     return _handle(attached)
 
 
@@ -266,7 +265,9 @@ def _build(
     check_free(residents, engine)
     check_layers(model, records, options)
     check_engine(engine, records)
-    return build(name, model, engine, options, records, process_group)
+    attached = build(name, model, engine, options, records, process_group)
+    tell_storage(attached)
+    return attached
 
 
 def _add_layers(attached: Attached) -> None:

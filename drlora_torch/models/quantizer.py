@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -23,6 +23,7 @@ from drlora_torch.models.loading import (
     check_version,
     refuse_parts,
 )
+from drlora_torch.models.packing import Pack, PackByExpert, as_it_was, merges
 
 if TYPE_CHECKING:
     from drlora_torch.models.places import Place
@@ -175,15 +176,25 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that packs a weight as it is read."""
-        return _Pack(self)
+        return Pack(self)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Read packed experts under their own names: they are neither merged nor transposed."""
         if self.pre_quantized:
             weight_conversions = self._without_experts(weight_conversions)
+        else:
+            weight_conversions = [self._by_expert(each) for each in weight_conversions]
         if self.rest is not None:
             return self.rest.update_weight_conversions(weight_conversions, model)
         return super().update_weight_conversions(weight_conversions, model)
+
+    def _by_expert(self, conversion: Any) -> Any:
+        """Merge experts of a checkpoint one at a time, if a conversion merges them."""
+        if not _touches(conversion, self.places) or not merges(conversion):
+            return conversion
+        by_expert = PackByExpert(self, conversion.operations)
+        patterns = conversion._original_source_patterns, conversion._original_target_patterns
+        return conversion.copy(*patterns, operations=[by_expert])
 
     def _without_experts(self, conversions: Any) -> list[Any]:
         return [each for each in conversions if not _touches(each, self.places)]
@@ -198,7 +209,8 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
 
     def keep_conversions(self, model: Any, conversions: list[Any]) -> None:
         """Keep ``save_pretrained`` from splitting packed weights by expert."""
-        self.conversions = [each for each in conversions if not _is_of(self.rest, each)]
+        own = [as_it_was(each) for each in conversions]
+        self.conversions = [each for each in own if not _is_of(self.rest, each)]
         model._weight_conversions = self._without_experts(self.conversions)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -215,28 +227,6 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
             model.hf_quantizer, model.is_quantized = self.rest, True
             model.config.quantization_config = self.rest.quantization_config
             model.quantization_method = self.rest.quantization_config.quant_method
-
-
-class _Pack(ConversionOps):
-    def __init__(self, quantizer: ExpertsQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Tensor]:
-        from drlora_torch.quantized import holders
-
-        quantizer = self.quantizer
-        if full_layer_name not in quantizer.places:
-            assert quantizer.rest is not None, "only experts need this quantizer"
-            own = quantizer.rest.get_quantize_ops()
-            return own.convert(input_dict, full_layer_name=full_layer_name, **kwargs)  # type: ignore[no-any-return]
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        place = quantizer.places[full_layer_name]
-        form: Any = holders.formats(place.holder)[place.name]
-        packed = form.pack(weight.to(form.dtype))
-        return {full_layer_name + suffix: tensor for suffix, tensor in packed.items()}
 
 
 def _is_of(quantizer: HfQuantizer | None, conversion: Any) -> bool:

@@ -70,26 +70,29 @@ class FourBit:
             "_offset": new(count, dtype=BITS),
         }
 
-    @torch.no_grad()
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Quantize a weight of this shape, expert by expert."""
-        functional = load_bitsandbytes()
         packed = self.empty(weight.device)
         for expert, values in enumerate(weight.view(self.num_experts, *self.expert_shape)):
-            codes, state = functional.quantize_4bit(
-                values.contiguous(),
-                blocksize=BLOCK,
-                compress_statistics=self.double_quant,
-                quant_type=self.quant_type,
-            )
-            packed[""][expert] = codes.view(-1)
-            if self.double_quant:
-                packed["_absmax"][expert] = state.absmax
-                packed["_nested_absmax"][expert] = state.state2.absmax.view(BITS)
-                packed["_offset"][expert] = state.offset.view(BITS)
-            else:
-                packed["_absmax"][expert] = state.absmax.view(BITS)
+            self.pack_expert(packed, expert, values)
         return packed
+
+    @torch.no_grad()
+    def pack_expert(self, packed: dict[str, Tensor], expert: int, values: Tensor) -> None:
+        """Quantize the weight of one expert into its place."""
+        codes, state = load_bitsandbytes().quantize_4bit(
+            values.contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+        )
+        packed[""][expert] = codes.view(-1)
+        if self.double_quant:
+            packed["_absmax"][expert] = state.absmax
+            packed["_nested_absmax"][expert] = state.state2.absmax.view(BITS)
+            packed["_offset"][expert] = state.offset.view(BITS)
+        else:
+            packed["_absmax"][expert] = state.absmax.view(BITS)
 
     def is_sound(self, holder: Any, name: str) -> bool:
         """True if the scales of a weight are finite numbers."""
