@@ -72,18 +72,29 @@ def plain(model: nn.Module, hidden: Tensor) -> Action:
     return run
 
 
-def frozen(implementation: str) -> Builder:
+def as_it_is(model: nn.Module) -> None:
+    """Change nothing."""
+
+
+def frozen(implementation: str, prepare: Callable[[nn.Module], object] = as_it_is) -> Builder:
     """The frozen model, with an experts implementation of Transformers."""
 
     def build(case: Case) -> Training:
-        hidden = case.hidden()
-        return Training(hidden, plain(case.blocks(implementation), hidden))
+        hidden, model = case.hidden(), case.blocks(implementation)
+        prepare(model)
+        return Training(hidden, plain(model, hidden))
 
     return build
 
 
 def drlora(
-    *, r_max: int, growing: bool, rank: int = RANK, runner: Runner = plain, **options: Any
+    *,
+    r_max: int,
+    growing: bool,
+    rank: int = RANK,
+    runner: Runner = plain,
+    prepare: Callable[[nn.Module], object] = as_it_is,
+    **options: Any,
 ) -> Builder:
     """Forward, backward, statistics and AdamW.
 
@@ -106,6 +117,7 @@ def drlora(
             quota=max(1, math.ceil(missing / EVENTS_TO_BUDGET)),
         )
         model, hidden = case.blocks(), case.hidden()
+        prepare(model)
         adapter = drlora_torch.attach(model, AllocatorEngine(config), **options)
         optimizer = AdamW(adapter.parameters(), lr=1e-4, fused=True)
         if growing:

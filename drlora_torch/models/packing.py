@@ -6,19 +6,19 @@ Shape letters: N experts, I input and O output features.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
-if TYPE_CHECKING:
-    from drlora_torch.models.quantizer import ExpertsQuantizer
+Quantizer = Any
+""":class:`drlora_torch.models.quantizer.ExpertsQuantizer`, which imports this module."""
 
 
 class Pack(ConversionOps):
     """Packs a weight that has been read, unless that has been done expert by expert."""
 
-    def __init__(self, quantizer: ExpertsQuantizer) -> None:
+    def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
 
     def convert(
@@ -45,7 +45,7 @@ class PackByExpert(ConversionOps):
     Merging all of them first, as Transformers does, holds the weight twice.
     """
 
-    def __init__(self, quantizer: ExpertsQuantizer, operations: list[Any]) -> None:
+    def __init__(self, quantizer: Quantizer, operations: list[Any]) -> None:
         self.quantizer = quantizer
         self.operations = operations
 

@@ -141,7 +141,8 @@ def test_the_processes_read_what_the_user_gave(launched: Calls, trained: Calls) 
     """Every option survives the way through the command line of the processes."""
     arguments = [f"--{n.replace('_', '-')}={v}" for n, v in OTHER.items() if v is not True]
     arguments = [word for word in arguments if not word.startswith(("--model=", "--data="))]
-    arguments += ["--gradient-checkpointing", "--compare", "uniform", "--output", "-my run"]
+    arguments += [f"--{n.replace('_', '-')}" for n, v in OTHER.items() if v is True]
+    arguments += ["--compare", "uniform", "--output", "-my run"]
     ended("--processes", "3", *arguments, "--", "-m", "-d.jsonl")
     ended("--processes", "2")
     (three, words, output, _), (two, own_words, own_output, _) = launched
