@@ -16,6 +16,7 @@ from drlora_core.memory_forecast import RunOptions, activation_bytes, forecast, 
 from drlora_torch.lora.kernels import grouped
 from drlora_torch.models.shapes import read_shape
 from drlora_torch.quantized import four_bit, holders
+from tests.torch import helpers
 
 ODD = [(3, 5), (1, 1), (65, 1), (64, 64), (127, 129), (1536, 2048), (257, 64), (128, 129)]
 
@@ -82,7 +83,6 @@ def test_bytes_of_a_model_are_exact(tmp_path: Path, quantization: Any) -> None:
     assert made.lora == sum(parameter.nbytes for parameter in adapter.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("vocabulary", [300, 20000])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kernel", ["grouped", "ragged"])
@@ -94,7 +94,7 @@ def test_activations_are_near_those_of_a_step(
     config.save_pretrained(tmp_path)
     model = Qwen3MoeForCausalLM(config).to(getattr(torch, dtype)).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        helpers.checkpoint_activations(model, reentrant=False)
     ranks = AllocatorConfig(r_init=1, r_target=1, policy="uniform")
     adapter = drlora_torch.attach(model, AllocatorEngine(ranks), kernel=kernel)
     words = torch.randint(0, vocabulary, (1, tokens))
