@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from drlora_core.errors import LayoutError
 
@@ -19,6 +19,15 @@ from drlora_core.errors import LayoutError
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 HIDDEN = ("moe_latent_size", "hidden_size")
 INTERMEDIATE = ("moe_intermediate_size", "intermediate_size")
+VOCABULARY = ("vocab_size",)
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
 # Fields by which some families choose their MoE layers, which this reader does not interpret; and
 # the value that changes nothing.
 OTHER_RULES = {
@@ -61,6 +70,31 @@ class ModelShape:
     num_layers: int  # all decoder layers, dense ones too
     layers: tuple[LayerShape, ...]
     total_parameters: int | None = None  # of the whole model; None: only config.json was read
+    hidden_size: int | None = None  # width between layers; None: not known, as are the following
+    vocab_size: int | None = None
+    experts_per_token: int | None = None
+
+
+class TokenSizes(TypedDict):
+    """Fields of :class:`ModelShape` that say how much a token takes."""
+
+    hidden_size: int | None
+    vocab_size: int | None
+    experts_per_token: int | None
+
+
+def token_sizes(config: Mapping[str, Any]) -> TokenSizes:
+    """Read what a token takes from the fields of a config.json; None for what it does not say."""
+
+    def find(names: tuple[str, ...]) -> int | None:
+        values = (config.get(name) for name in names)
+        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+    return TokenSizes(
+        hidden_size=find(("hidden_size", "d_model")),
+        vocab_size=find(VOCABULARY),
+        experts_per_token=find(EXPERTS_PER_TOKEN),
+    )
 
 
 def read_model_config(
@@ -99,7 +133,8 @@ def read_model_config(
         raise LayoutError(f"{moe_layers} MoE layers are given, but {path} has {total} layers")
     if not indices or experts == 1:
         raise LayoutError(f"{path} has no MoE layer: every layer is dense; use --moe-layers")
-    return ModelShape(kind, total, tuple(LayerShape(i, experts, projections) for i in indices))
+    layers = tuple(LayerShape(i, experts, projections) for i in indices)
+    return ModelShape(kind, total, layers, **token_sizes(config))
 
 
 def read_json(path: Path) -> dict[str, Any]:

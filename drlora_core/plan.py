@@ -1,19 +1,24 @@
 """What a run will need: parameters, memory and growth timetable, computed from a model's shape.
 
-A rank slot of a projection has a row of A [in] and a column of B [out]; a slot of an expert has one
-of each of its projections.
+The memory of the whole run is in :mod:`drlora_core.memory_forecast`; here is that of ways to store
+the LoRA. A rank slot of a projection has a row of A [in] and a column of B [out]; a slot of an
+expert has one of each of its projections.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from drlora_core.config import AllocatorConfig
+from drlora_core.memory_forecast import (
+    BYTES,
+    DType,
+    MemoryForecast,
+    RunOptions,
+    forecast,
+    lora_parameters,
+)
 from drlora_core.model_shape import ModelShape
-
-DType = Literal["float32", "bfloat16", "float16"]
-BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,13 +54,18 @@ class Plan:
     dtype: DType
     expert_parameters: int  # of the frozen expert weights of all MoE layers
     storages: list[Storage]
+    memory: MemoryForecast  # of the whole run
     peft_transient: int  # bytes that PEFT also builds per layer and forward: B A of every expert
     timetable: dict[int, list[PlannedEvent]]  # events of a layer, by its number of experts
     budget_met: dict[int, int | None]  # step after which a layer's budget is met; None: never
 
 
-def make_plan(shape: ModelShape, config: AllocatorConfig, dtype: DType = "float32") -> Plan:
+def make_plan(
+    shape: ModelShape, config: AllocatorConfig, options: RunOptions | None = None
+) -> Plan:
     """Compute the plan of a model under a configuration."""
+    options = options or RunOptions()
+    dtype = options.lora_dtype
     sizes = sorted({layer.num_experts for layer in shape.layers})
     frozen = [layer.expert_parameters for layer in shape.layers]
     return Plan(
@@ -64,6 +74,7 @@ def make_plan(shape: ModelShape, config: AllocatorConfig, dtype: DType = "float3
         dtype=dtype,
         expert_parameters=sum(frozen),
         storages=storages(shape, config, dtype),
+        memory=forecast(shape, config, options),
         peft_transient=BYTES[dtype] * max(frozen),
         timetable={size: planned_events(config, size) for size in sizes},
         budget_met={size: step_of_budget(config, size) for size in sizes},
@@ -86,7 +97,7 @@ def storages(shape: ModelShape, config: AllocatorConfig, dtype: DType) -> list[S
         "active when the budget is met": config.r_target,
         "if every expert had r_max": config.r_max,
     }
-    per_rank = sum(layer.num_experts * layer.slot_parameters for layer in shape.layers)
+    per_rank = lora_parameters(shape, 1)
     sizes = {name: per_rank * BYTES[dtype] * rank for name, rank in ranks.items()}
     return [
         Storage(name, ranks[name], per_rank * ranks[name], size, size, 2 * size, 4 * size)

@@ -1,4 +1,7 @@
-"""Output of ``drlora inspect``: the MoE layers of a model and the size of their LoRA."""
+"""Output of ``drlora inspect``: the MoE layers of a model, their bytes, and the size of their LoRA.
+
+Shape letters: N experts, I input and O output features.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
+from torch import Tensor, nn
 
+from drlora_core.cli.common import format_bytes
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.records import MoELayer
 
@@ -64,13 +68,15 @@ def _row(alike: Sequence[MoELayer], rank: int) -> tuple[str, ...]:
     layer = alike[0]
     experts = [f"{layer.num_experts} {layer.experts_class}"]
     experts += [f"{n} {s.in_features} -> {s.out_features}" for n, s in layer.projections.items()]
+    stored = format_bytes(sum(one.nbytes for one in alike))
+    experts += [f"{layer.dtype}, {stored} in all"]
     convention = layer.convention + (", if named in layers" if layer.only_on_request else "")
     size = f"{sum(lora_parameters(one, rank) for one in alike):,}"
     return (
         f"{len(alike)} x {_pattern(layer.name) or '(the model)'}",
         "\n".join(experts),
         (layer.router or "-").rpartition(".")[2],
-        f"{'not adaptable' if layer.obstacle else convention}\n{layer.dtype}",
+        "not adaptable" if layer.obstacle else convention,
         "-" if layer.obstacle else size,
     )
 
@@ -78,8 +84,29 @@ def _row(alike: Sequence[MoELayer], rank: int) -> tuple[str, ...]:
 def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:
     can = [layer for layer in layers if layer.obstacle is None and not layer.only_on_request]
     total = sum(lora_parameters(layer, rank) for layer in can)
-    of_model = sum(parameter.numel() for parameter in model.parameters())
-    return (
+    of_model = count_parameters(model, layers)
+    experts = sum(layer.nbytes for layer in layers)
+    rest = max(sum(parameter.nbytes for parameter in model.parameters()) - experts, 0)
+    lines = (
         f"{len(can)} of {len(layers)} layers are adapted; LoRA at a mean rank of {rank}: "
-        f"{total:,} parameters, {100 * total / max(of_model, 1):.2f} % of the model's {of_model:,}"
+        f"{total:,} parameters, {100 * total / max(of_model, 1):.2f} % of the model's {of_model:,}",
+        f"the experts take {format_bytes(experts)}, the rest of the model {format_bytes(rest)}",
     )
+    return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module, layers: Sequence[MoELayer]) -> int:
+    """Parameters of a model; a packed layer counts as the N I O that its codes stand for."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        packed = [p.numel() for p in module.parameters() if _is_packed(p)]
+        if packed and layer.projections:
+            weights = sum(s.in_features * s.out_features for s in layer.projections.values())
+            count += layer.num_experts * weights - sum(packed)
+    return count
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    """True for codes and their scales, but for scales that are floats of two bytes or more."""
+    return not parameter.is_floating_point() or parameter.element_size() == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +56,16 @@ def _parse_value(text: str) -> Any:
         return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
     except ValueError:
         return text
+
+
+def choose(option: str, value: str, accepted: Iterable[str]) -> Any:
+    """Return the value of an option if it is one of those accepted; else name them."""
+    known = list(accepted)
+    if value in known:
+        return value
+    hint = near_misses(value, known)
+    ending = f"; {hint}" if hint.endswith("?") else ""
+    raise DRLoRAError(f"--{option} {value}: accepted: {', '.join(known)}{ending}")
 
 
 def open_recording(path: Path, importance: Any = "ones") -> Recording:

@@ -12,12 +12,37 @@ import typer
 
 from drlora_core.cli import common
 from drlora_core.errors import DRLoRAError, LayoutError
+from drlora_core.memory_forecast import (
+    BYTES,
+    KERNELS,
+    QUANTIZATIONS,
+    MemoryForecast,
+    RunOptions,
+)
 from drlora_core.model_shape import ModelShape, read_json, read_model_config
-from drlora_core.plan import BYTES, DType, Plan, make_plan
+from drlora_core.plan import Plan, make_plan
 
 SHOWN_EVENTS = 12
 SIZES = ("weights", "gradients", "adam", "total")
 SHAPE_READERS = "drlora.shapes"
+
+
+DTYPES = ", ".join(BYTES)
+LoRADType = Annotated[str, typer.Option(help=f"Type of the LoRA: {DTYPES}.")]
+Storage = Annotated[
+    str, typer.Option(help=f"How the experts are stored: {', '.join(QUANTIZATIONS)}.")
+]
+BaseDType = Annotated[
+    str,
+    typer.Option(help=f"Type of the rest of the base, and of experts with none: {DTYPES}."),
+]
+KernelName = Annotated[
+    str, typer.Option(help="Which code multiplies the experts: grouped (GPUs) or ragged (CPUs).")
+]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of one forward and backward.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing.")
+]
 
 
 def plan(
@@ -30,7 +55,12 @@ def plan(
     ],
     settings: common.Settings = None,
     allocator: common.ConfigFile = None,
-    dtype: Annotated[str, typer.Option(help="Type of the LoRA: " + ", ".join(BYTES))] = "float32",
+    dtype: LoRADType = "float32",
+    quantization: Storage = "none",
+    base_dtype: BaseDType = "bfloat16",
+    kernel: KernelName = "grouped",
+    tokens: Tokens = 2048,
+    checkpointing: Checkpointing = True,
     num_experts: Annotated[int | None, typer.Option(help="Experts per MoE layer.")] = None,
     moe_layers: Annotated[int | None, typer.Option(help="Number of MoE layers.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Input size of an expert.")] = None,
@@ -44,13 +74,18 @@ def plan(
     planned; elsewhere those with the usual field names. The options about experts replace what the
     file says; with one of them, Transformers is not used.
     """
-    if dtype not in BYTES:
-        raise DRLoRAError(f"--dtype {dtype}: accepted: {', '.join(BYTES)}")
-    kind: DType = dtype  # type: ignore[assignment]
+    run = RunOptions(
+        lora_dtype=common.choose("dtype", dtype, BYTES),
+        quantization=common.choose("quantization", quantization, QUANTIZATIONS),
+        base_dtype=common.choose("base-dtype", base_dtype, BYTES),
+        kernel=common.choose("kernel", kernel, KERNELS),
+        tokens=tokens,
+        checkpointing=checkpointing,
+    )
     options = {"num_experts": num_experts, "moe_layers": moe_layers, "hidden_size": hidden_size}
     options |= {"intermediate_size": intermediate_size, "gated": gated}
     given = {name: value for name, value in options.items() if value is not None}
-    made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), kind)
+    made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), run)
     if as_json:
         common.emit(made)
     else:
@@ -110,11 +145,54 @@ def _show(made: Plan) -> None:
         f"Memory of the LoRA ({made.dtype})",
         rows,
         f"PEFT also builds the update of every expert at each forward: "
-        f"{common.format_bytes(made.peft_transient)} per layer. Base model and activations are "
-        f"not counted.",
+        f"{common.format_bytes(made.peft_transient)} per layer.",
     )
+    _show_memory(made.memory)
     for size in made.timetable:
         _show_timetable(made, size)
+
+
+def _show_memory(memory: MemoryForecast) -> None:
+    run = memory.options
+    at_once = "up to 1 GiB of weights" if run.kernel == "grouped" else "one expert"
+    recomputed = "with" if run.checkpointing else "without"
+    parts: dict[str, tuple[str, int | None]] = {
+        "expert weights": (_storage(run), memory.experts),
+        "rest of the base": (run.base_dtype, memory.rest),
+        "LoRA": (f"{run.lora_dtype}, layout pooled", memory.lora),
+        "gradients": (run.lora_dtype, memory.gradients),
+        "optimizer": (f"Adam, two moments in {run.lora_dtype}", memory.optimizer),
+        "unpacked experts": (f"kernel {run.kernel}: {at_once} at a time", memory.unpacked),
+        "activations": (
+            f"estimate, {run.tokens:,} tokens, {recomputed} gradient checkpointing",
+            memory.activations,
+        ),
+        "total": ("", memory.total),
+    }
+    if run.quantization == "none":
+        del parts["unpacked experts"]
+    rows = [
+        {"part": part, "how": how, "size": None if size is None else common.format_bytes(size)}
+        for part, (how, size) in parts.items()
+    ]
+    common.table("Memory of the run", rows, _left_out(memory))
+
+
+def _storage(run: RunOptions) -> str:
+    if run.quantization in ("nf4", "fp4"):
+        return f"{run.quantization}, double quantization"
+    return run.base_dtype if run.quantization == "none" else run.quantization
+
+
+def _left_out(memory: MemoryForecast) -> str:
+    notes = []
+    if memory.rest is None:
+        notes.append(
+            "The rest of the base is not counted: only the fields of config.json were read."
+        )
+    if memory.activations is None:
+        notes.append("Activations are not counted: the file does not say what a token takes.")
+    return " ".join([*notes, "What libraries and the allocator of the device take is not counted."])
 
 
 def _show_timetable(made: Plan, size: int) -> None:

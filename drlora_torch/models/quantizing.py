@@ -76,7 +76,7 @@ def quantize_experts(
         form = place.form(quant_type, double_quant)
         holders.declare(place.holder, place.name, form, form.pack(place.weight.detach()))
     start_packed(places)
-    _announce(model, config, places)
+    announce(model, config, places)
     return ExpertBytes(before, stored_bytes(model))
 
 
@@ -162,7 +162,7 @@ def _check(place: Place) -> None:
         )
 
 
-def _announce(model: Any, config: Experts4bitConfig, places: list[Place]) -> None:
+def announce(model: Any, config: Experts4bitConfig, places: list[Place]) -> None:
     """Let Transformers know that the experts of a model have been packed in memory."""
     if not hasattr(model, "save_pretrained"):
         return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drlora_core.model_shape import LayerShape, ModelShape
+from drlora_core.model_shape import LayerShape, ModelShape, token_sizes
 from drlora_torch.errors import ModelError
 from drlora_torch.models.conventions import find_convention
 from drlora_torch.models.discovery import discover
@@ -51,11 +51,13 @@ def read_shape(source: str) -> ModelShape:
     layers = _layers(model)
     if not layers:
         raise ModelError(f"{source} has no MoE layer that drlora knows: {type(model).__name__}")
+    text = config.get_text_config()
     return ModelShape(
         model_type=str(config.model_type),
-        num_layers=int(config.get_text_config().num_hidden_layers),
+        num_layers=int(text.num_hidden_layers),
         layers=layers,
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        **token_sizes(text.to_dict()),
     )
 
 

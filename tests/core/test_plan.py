@@ -10,6 +10,7 @@ import pydantic_core
 import pytest
 
 from drlora_core import AllocatorConfig, LayoutError
+from drlora_core.memory_forecast import RunOptions
 from drlora_core.model_shape import LayerShape, ModelShape, read_model_config
 from drlora_core.plan import make_plan, planned_events, step_of_budget
 
@@ -39,6 +40,7 @@ QWEN = {
     "decoder_sparse_step": 2,
     "mlp_only_layers": [3],
 }
+IN_BFLOAT16 = RunOptions(lora_dtype="bfloat16")
 
 
 def write(tmp_path: Path, values: Any) -> Path:
@@ -78,7 +80,7 @@ def test_layers_may_differ() -> None:
 
 
 def test_parameters_and_bytes_of_olmoe(tmp_path: Path) -> None:
-    plan = make_plan(read_model_config(write(tmp_path, OLMOE)), AllocatorConfig(), "bfloat16")
+    plan = make_plan(read_model_config(write(tmp_path, OLMOE)), AllocatorConfig(), IN_BFLOAT16)
     slot = (2048 + 2 * 1024) + (1024 + 2048)
     assert {layer.slot_parameters for layer in plan.shape.layers} == {slot}
     assert plan.expert_parameters == 16 * 64 * 3 * 2048 * 1024

@@ -12,7 +12,10 @@ from rich.console import Console
 from torch import nn
 
 from drlora_core.cli import main
+from drlora_core.cli.common import format_bytes
 from drlora_torch import inspection
+from drlora_torch.models.discovery import discover
+from drlora_torch.models.quantizing import quantize_experts
 from tests.torch import helpers, models
 from tests.torch.conformance import page, tiny
 from tests.torch.conventions import families as conventions
@@ -62,6 +65,26 @@ def test_routed_attention_is_counted_only_if_asked_for() -> None:
     text = shown("jetmoe", conventions.build("jetmoe"))
     assert "single projections, if named in layers" in text
     assert "2 of 4 layers are adapted" in text
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
+def test_bytes_and_parameters_of_packed_experts(name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny.build(name).to(torch.bfloat16)
+    layers = discover(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert inspection.count_parameters(model, layers) == parameters
+    rest = 2 * parameters - sum(layer.nbytes for layer in layers)
+    assert f"bfloat16, {format_bytes(sum(layer.nbytes for layer in layers))}" in shown(name, model)
+    packed = quantize_experts(model)
+    text = shown(name, model)
+    assert f"nf4, {format_bytes(packed.after)}" in text
+    assert f"the experts take {format_bytes(packed.after)}, the rest of the model" in text
+    assert text.splitlines()[-1].endswith(f"the rest of the model {format_bytes(rest)}")
+    assert inspection.count_parameters(model, discover(model)) == parameters
+    records = inspection.inspect(model, rank=1)
+    assert {record["dtype"] for record in records} == {"nf4"}
+    assert sum(record["nbytes"] for record in records) == packed.after
 
 
 def test_json_has_every_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
