@@ -123,13 +123,11 @@ def _fill(place: Place, quantization: str, seed: int, pool: ThreadPoolExecutor) 
         setattr(place.holder, place.name, nn.Parameter(weight, requires_grad=False))
         return
     form = place.form(quantization, True)
-    alone = dataclasses.replace(form, shape=(1, *shape), num_experts=1)
     packed = form.empty("cpu")
 
     def pack(expert: int) -> None:
-        values = _draw(torch.empty(1, *shape, dtype=DTYPE), seed + expert)
-        for suffix, tensor in alone.pack(values).items():
-            packed[suffix][expert] = tensor[0]
+        values = _draw(torch.empty(*shape, dtype=DTYPE), seed + expert)
+        form.pack_expert(packed, expert, values)
 
     list(pool.map(pack, range(count)))
     holders.declare(place.holder, place.name, form, packed)
