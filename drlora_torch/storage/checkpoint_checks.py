@@ -140,7 +140,7 @@ def checked_events(saved: Saved, engine: AllocatorEngine) -> list[GrowthEvent]:
     """Rebuild the growth events; they must lead to the ranks of the engine."""
     arrays: dict[str, dict[str, NDArray[Any]]] = {field: {} for field in EVENT_FIELDS}
     for key, (name, field) in _event_keys(saved, engine).items():
-        arrays[field][name] = saved.tensors[key].numpy()
+        arrays[field][name] = saved.tensors[key].numpy().copy()  # else the file stays mapped
     for name, ranks in arrays["ranks"].items():
         # The engine may have had a history before this adapter: the first ranks are any.
         follows = (np.diff(ranks, axis=0) == arrays["deltas"][name][1:]).all()
