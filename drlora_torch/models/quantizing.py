@@ -19,7 +19,7 @@ from drlora_torch.lora.stored import Dense
 from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.loading import check_dtype
-from drlora_torch.models.places import Place, find_places, start_packed, unpack_all
+from drlora_torch.models.places import Place, by_layer, find_places, start_packed, unpack_all
 from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
 from drlora_torch.models.quantizers import is_own
 from drlora_torch.models.wrappers import unwrapped
@@ -48,7 +48,8 @@ def quantize_experts(
 
     Args:
         model: a Transformers model, on any device, without an adapter. Its experts are float32,
-            bfloat16 or float16.
+            bfloat16 or float16. If this is interrupted, layers that are packed stay so and run;
+            ``dequantize_experts`` unpacks them.
         quant_type: ``nf4``, for weights that are distributed normally, or ``fp4``.
         double_quant: quantize the scales too: 0.516 bytes a weight instead of 0.563.
 
@@ -72,12 +73,24 @@ def quantize_experts(
     model = _inside(model)
     places = _quantizable(model)
     before = stored_bytes(model)
-    for place in places:
-        form = place.form(quant_type, double_quant)
-        holders.declare(place.holder, place.name, form, form.pack(place.weight.detach()))
-    start_packed(places)
-    announce(model, config, places)
+    done: list[Place] = []
+    try:
+        for group in by_layer(places).values():
+            _pack_layer(group, quant_type, double_quant)
+            done += group
+    finally:  # if it was interrupted, what is packed runs, and can be unpacked
+        if done:
+            announce(model, config, done)
     return ExpertBytes(before, stored_bytes(model))
+
+
+def _pack_layer(group: list[Place], quant_type: str, double_quant: bool) -> None:
+    """Pack the weights of a layer: all of them, or none."""
+    forms = [place.form(quant_type, double_quant) for place in group]
+    packed = [form.pack(place.weight.detach()) for place, form in zip(group, forms, strict=True)]
+    for place, form, tensors in zip(group, forms, packed, strict=True):
+        holders.declare(place.holder, place.name, form, tensors)
+    start_packed(group)
 
 
 def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> ExpertBytes:

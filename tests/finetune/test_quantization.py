@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import drlora_torch
 from drlora_core.cli import main
 from drlora_torch.errors import ModelError
+from drlora_torch.finetune import job
 from drlora_torch.finetune.model import load_base, load_model
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.sharding import Sharding
 from tests.finetune.test_cli import QUICK, refused
+from tests.finetune.test_finetune import kill, options_for
 from tests.torch.quantized import checkpoints
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,6 +44,20 @@ def test_a_run_on_4_bits_is_saved_resumed_and_exported_as_any(
         main(["export", str(run)])
     assert stopped.value.code in (0, None), capsys.readouterr().err
     assert (run / "peft" / "adapter_config.json").is_file()
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = options_for(moe_folder, sums, quantization="nf4")
+    (whole,) = job.run(options, tmp_path / "whole", Console(quiet=True))
+    kill(monkeypatch, 6, options, tmp_path / "stopped")
+    (resumed,) = job.run(options, tmp_path / "stopped", Console(quiet=True), resume=True)
+    assert resumed.ranks == whole.ranks
+    assert resumed.loss_after == whole.loss_after
 
 
 def test_inspect_tells_the_storage(moe_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from drlora_torch.lora.kernels import grouped
 from tests.torch.conformance.test_table import over_table, table
-from tests.torch.quantized import checks
+from tests.torch.quantized import checks, merging
 from tests.torch.quantized.cases import in_table
 
 few = over_table(lambda name: name in ("olmoe", "gpt_oss"))
@@ -46,3 +46,8 @@ def test_files_of_quantized_models(name: str, tmp_path: Path) -> None:
 @few
 def test_copies_of_quantized_models(name: str) -> None:
     checks.check_copies(in_table(name))
+
+
+@few
+def test_merging_quantized_models(name: str, tmp_path: Path) -> None:
+    merging.check_merging(in_table(name), tmp_path)

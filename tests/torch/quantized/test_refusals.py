@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import drlora_torch
 from drlora_torch import AttachError, Experts4bitConfig, ModelError
+from drlora_torch.quantized.four_bit import FourBit
 from tests.torch import helpers, models
 from tests.torch.conventions import families
 from tests.torch.test_life import Picture
@@ -337,3 +338,33 @@ def test_damaged_settings(case: str, checkpoint: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")
+
+
+def test_an_interrupted_quantization_leaves_a_model_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first layer is packed, the second as it was; both can be unpacked and packed again."""
+    model = models.build("qwen3_moe")
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    pack, calls = FourBit.pack, []
+
+    def interrupted(self: FourBit, weight: Any) -> Any:
+        calls.append(weight)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return pack(self, weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FourBit, "pack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drlora_torch.quantize_experts(model)
+    kinds = [layer.dtype for layer in drlora_torch.discover(model)]
+    assert kinds == ["nf4", "float32"]
+    ids = torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        drlora_torch.dequantize_experts(model)
+        assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == wanted
+    drlora_torch.quantize_experts(model)
+    assert {layer.dtype for layer in drlora_torch.discover(model)} == {"nf4"}
