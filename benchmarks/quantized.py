@@ -1,7 +1,7 @@
 """Cost of a packed base: time of a step, memory of the experts, and what 4 bits do to a fine-tune.
 
-    python -m benchmarks.quantized                    # olmoe and small, float32 and bfloat16
-    python -m benchmarks.quantized --shape small --no-finetune
+    python -m benchmarks.quantized                  # olmoe and small, float32 and bfloat16
+    python -m benchmarks.quantized --what finetune
 
 Times are ratios within interleaved rounds (benchmarks/rounds.py).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -78,7 +78,7 @@ def memory(case: Case) -> list[list[str]]:
 def finetune() -> list[list[str]]:
     """Held-out losses of ``drlora finetune`` on the shipped model, by storage."""
     rows = []
-    for storage in ("none", *STORAGES):
+    for storage in ("none", "nf4"):
         losses = []
         for seed in SEEDS:
             options = FinetuneOptions.model_validate(
@@ -102,11 +102,18 @@ def main(
     shape: Shapes = None,
     dtype: Dtypes = None,
     rounds: Rounds = None,
-    train: Annotated[
-        bool, typer.Option("--finetune/--no-finetune", help="Fine-tune the shipped model too.")
-    ] = True,
+    what: Annotated[
+        Literal["steps", "finetune"], typer.Option(help="Steps of blocks, or whole fine-tunes.")
+    ] = "steps",
 ) -> None:
     """Measure, print and write the tables."""
+    if what == "finetune":
+        columns = ["experts", "loss before", "losses after, by seed", "mean", "deviation"]
+        about = f"Held-out loss in nats, seeds {SEEDS}; deviation: of the seeds, as a standard one."
+        heading = "Fine-tuning the shipped model on packed experts"
+        table = report.Table("", about, columns, finetune())
+        report.write("quantized_finetune", heading, "`drlora finetune` as it is.", [table])
+        return
     tables = []
     for name in shape or ("olmoe", "small"):
         for kind in dtype or DTYPES:
@@ -117,11 +124,7 @@ def main(
     case = Case(SHAPES[(shape or ["olmoe"])[0]], torch.bfloat16)
     columns = ["storage", "bytes a weight", "/ bfloat16"]
     tables.append(report.Table("Memory of the experts", "", columns, memory(case)))
-    if train:
-        columns = ["experts", "loss before", "losses after, by seed", "mean", "standard deviation"]
-        about = f"`drlora finetune` of the shipped model; held-out loss in nats; seeds {SEEDS}."
-        tables.append(report.Table("Fine-tuning", about, columns, finetune()))
-    report.write("quantized", "Cost of packed experts", ABOUT, tables)
+    report.write("quantized_steps", "Cost of packed experts", ABOUT, tables)
 
 
 if __name__ == "__main__":

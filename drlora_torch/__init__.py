@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from drlora_torch.api import adapters, attach, discover, load, set_adapter
     from drlora_torch.errors import AttachError, CheckpointError, ModelError
     from drlora_torch.models.declaration import register_moe
-    from drlora_torch.models.packed_checkpoints import packed_config
-    from drlora_torch.models.quantizer import Experts4bitConfig
-    from drlora_torch.models.quantizing import dequantize_experts, quantize_experts
+    from drlora_torch.models.quantization.in_memory import dequantize_experts, quantize_experts
+    from drlora_torch.models.quantization.quantizer import Experts4bitConfig
+    from drlora_torch.models.quantization.stored_quantizers import packed_config
     from drlora_torch.models.records import MoELayer
     from drlora_torch.step.optimizers.meanings import register_optimizer_state
 
-from drlora_torch.models.registering import register_quantizers
+from drlora_torch.models.quantization.registering import register_quantizers
 
 _HOMES = {
     "Adapter": "drlora_torch.adapter",
     "AttachError": "drlora_torch.errors",
     "CheckpointError": "drlora_torch.errors",
-    "Experts4bitConfig": "drlora_torch.models.quantizer",
+    "Experts4bitConfig": "drlora_torch.models.quantization.quantizer",
     "ModelError": "drlora_torch.errors",
     "MoELayer": "drlora_torch.models.records",
     "adapters": "drlora_torch.api",
     "attach": "drlora_torch.api",
-    "dequantize_experts": "drlora_torch.models.quantizing",
+    "dequantize_experts": "drlora_torch.models.quantization.in_memory",
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
-    "packed_config": "drlora_torch.models.packed_checkpoints",
-    "quantize_experts": "drlora_torch.models.quantizing",
+    "packed_config": "drlora_torch.models.quantization.stored_quantizers",
+    "quantize_experts": "drlora_torch.models.quantization.in_memory",
     "register_moe": "drlora_torch.models.declaration",
     "register_optimizer_state": "drlora_torch.step.optimizers.meanings",
     "set_adapter": "drlora_torch.api",

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drlora_torch import Experts4bitConfig
-from drlora_torch.models.places import Place, find_places, start_packed
-from drlora_torch.models.quantizing import announce
+from drlora_torch.models.quantization.in_memory import announce
+from drlora_torch.models.quantization.places import Place, find_places, start_packed
 from drlora_torch.quantized import holders
 
 STD = 0.02

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from drlora_torch.errors import ModelError
 from drlora_torch.finetune.options import FinetuneOptions, is_local
 from drlora_torch.finetune.sharding import Sharding
-from drlora_torch.models.packed_checkpoints import packed_config
-from drlora_torch.models.quantizer import Experts4bitConfig
+from drlora_torch.models.quantization.quantizer import Experts4bitConfig
+from drlora_torch.models.quantization.stored_quantizers import packed_config
 from drlora_torch.models.sharding import is_sharded
 
 

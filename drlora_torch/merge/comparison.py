@@ -12,7 +12,7 @@ from torch import Tensor
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.switches import disabled
-from drlora_torch.models import checkpoints
+from drlora_torch.models.quantization import checkpoints
 from drlora_torch.models.wrappers import is_adapted_by_peft
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from drlora_torch.errors import ModelError
 from drlora_torch.lifecycle.residents import Residents, child_name
 from drlora_torch.merge.in_place import add
 from drlora_torch.merge.rounding import Rounding
-from drlora_torch.models import checkpoints, places
-from drlora_torch.models.places import Place
+from drlora_torch.models.quantization import checkpoints, places
+from drlora_torch.models.quantization.places import Place
 from drlora_torch.models.wrappers import is_adapted_by_peft
 from drlora_torch.quantized import holders
 from drlora_torch.quantized.four_bit import FourBit

@@ -21,7 +21,7 @@ from drlora_torch.merge.comparison import Compared, compare_logits
 from drlora_torch.merge.in_place import is_packed, written
 from drlora_torch.merge.report import MergeReport
 from drlora_torch.merge.rounding import Rounding
-from drlora_torch.models.checkpoints import original_names
+from drlora_torch.models.quantization.checkpoints import original_names
 from drlora_torch.storage.travel import settle
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.models.conventions import convention_of
-from drlora_torch.models.quantizers import foreign_method
+from drlora_torch.models.quantization.owners import foreign_method
 from drlora_torch.models.wrappers import is_adapted_by_peft
 from drlora_torch.options import Newborn, RouterMode
 from drlora_torch.step.newborn import find_obstacle

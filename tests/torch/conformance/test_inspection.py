@@ -15,7 +15,7 @@ from drlora_core.cli import main
 from drlora_core.cli.common import format_bytes
 from drlora_torch import inspection
 from drlora_torch.models.discovery import discover
-from drlora_torch.models.quantizing import quantize_experts
+from drlora_torch.models.quantization.in_memory import quantize_experts
 from tests.torch import helpers, models
 from tests.torch.conformance import page, tiny
 from tests.torch.conventions import families as conventions

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import drlora_torch
-from drlora_torch.models.places import find_places
+from drlora_torch.models.quantization.places import find_places
 from drlora_torch.quantized import holders
 from tests.torch import helpers, reference
 from tests.torch.quantized import decoder

@@ -16,7 +16,7 @@ from torch.nn.functional import grouped_mm
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import Kernel, grouped
 from drlora_torch.lora.stored import Stored
-from drlora_torch.models import places, quantizer
+from drlora_torch.models.quantization import places, quantizer
 from drlora_torch.quantized import four_bit
 from drlora_torch.quantized.four_bit import FourBit, FourBitWeight
 from tests.torch.quantized import checks, test_four_bit, test_packed_kernels, test_refusals

@@ -18,10 +18,16 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.stored import Dense
 from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
-from drlora_torch.models.loading import check_dtype
-from drlora_torch.models.places import Place, by_layer, find_places, start_packed, unpack_all
-from drlora_torch.models.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
-from drlora_torch.models.quantizers import is_own
+from drlora_torch.models.quantization.loading import check_dtype
+from drlora_torch.models.quantization.owners import is_own
+from drlora_torch.models.quantization.places import (
+    Place,
+    by_layer,
+    find_places,
+    start_packed,
+    unpack_all,
+)
+from drlora_torch.models.quantization.quantizer import METHOD, Experts4bitConfig, ExpertsQuantizer
 from drlora_torch.models.wrappers import unwrapped
 from drlora_torch.quantized import holders
 from drlora_torch.quantized.four_bit import load_bitsandbytes

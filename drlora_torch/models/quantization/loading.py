@@ -12,7 +12,7 @@ from transformers import __version__
 from drlora_torch.errors import ModelError
 
 if TYPE_CHECKING:
-    from drlora_torch.models.places import Place
+    from drlora_torch.models.quantization.places import Place
 
 OLDEST = (5, 23)
 

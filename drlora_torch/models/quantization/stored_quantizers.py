@@ -18,7 +18,12 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import FineGrainedFP8Config, QuantizationConfigMixin
 
 from drlora_torch.errors import ModelError
-from drlora_torch.models.loading import Trainable, check_loaded, check_version, refuse_parts
+from drlora_torch.models.quantization.loading import (
+    Trainable,
+    check_loaded,
+    check_version,
+    refuse_parts,
+)
 
 MXFP4_METHOD, FP8_METHOD = "drlora_experts_mxfp4", "drlora_experts_fp8"
 METHODS = {"mxfp4": MXFP4_METHOD, "fp8": FP8_METHOD}
@@ -90,7 +95,7 @@ class MXFP4Quantizer(Trainable, HfQuantizer):
         check_version()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from drlora_torch.models.places import find_places, start_packed
+        from drlora_torch.models.quantization.places import find_places, start_packed
         from drlora_torch.quantized import holders
 
         refuse_parts(model)
@@ -133,7 +138,7 @@ class FP8Quantizer(Trainable, FineGrainedFP8HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
-        from drlora_torch.models.places import find_places, start_packed
+        from drlora_torch.models.quantization.places import find_places, start_packed
 
         refuse_parts(model)
         self._normalize_modules_to_not_convert(model)

@@ -15,7 +15,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-QUANTIZERS = ("drlora_torch.models.quantizer", "drlora_torch.models.packed_checkpoints")
+QUANTIZERS = (
+    "drlora_torch.models.quantization.quantizer",
+    "drlora_torch.models.quantization.stored_quantizers",
+)
 
 
 class _AtImport(MetaPathFinder):

@@ -16,17 +16,17 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from drlora_torch.errors import ModelError
-from drlora_torch.models.loading import (
+from drlora_torch.models.quantization.loading import (
     Trainable,
     check_dtype,
     check_loaded,
     check_version,
     refuse_parts,
 )
-from drlora_torch.models.packing import Pack, PackByExpert, as_it_was, merges
+from drlora_torch.models.quantization.packing import Pack, PackByExpert, as_it_was, merges
 
 if TYPE_CHECKING:
-    from drlora_torch.models.places import Place
+    from drlora_torch.models.quantization.places import Place
 
 METHOD = "drlora_experts_4bit"
 TYPES = ("nf4", "fp4")
@@ -132,7 +132,7 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
         return device_map if self.rest is None else self.rest.update_device_map(device_map)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from drlora_torch.models.places import find_places, start_packed
+        from drlora_torch.models.quantization.places import find_places, start_packed
         from drlora_torch.quantized import holders
 
         refuse_parts(model)
@@ -214,7 +214,7 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
         model._weight_conversions = self._without_experts(self.conversions)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        from drlora_torch.models.places import unpack_all
+        from drlora_torch.models.quantization.places import unpack_all
 
         unpack_all(model, dtype)
         return model

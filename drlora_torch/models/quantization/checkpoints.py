@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from drlora_torch.models.loading import Trainable
-from drlora_torch.models.quantizer import ExpertsQuantizer
+from drlora_torch.models.quantization.loading import Trainable
+from drlora_torch.models.quantization.quantizer import ExpertsQuantizer
 from drlora_torch.quantized.scaled import FP8, ScaledWeight
 
 PROBE = 16

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 Quantizer = Any
-""":class:`drlora_torch.models.quantizer.ExpertsQuantizer`, which imports this module."""
+"""An ``ExpertsQuantizer``, whose module imports this one."""
 
 
 class Pack(ConversionOps):
