@@ -55,7 +55,8 @@ def main(
     returned = blocks > 0 and return_large_blocks(blocks)
     warm_up(job)
     result = run(job)
-    heading = f"{model}, {options.quantization}, LoRA {dtype}"
+    experts = options.base_dtype if options.quantization == "none" else options.quantization
+    heading = f"{model}, {experts}, LoRA {dtype}"
     if layers is not None:
         heading += f", {layers} of {preset.fields['num_hidden_layers']} layers"
     text = section(heading, result, blocks if returned else 0)

@@ -35,10 +35,11 @@ def section(heading: str, result: Result, returned: int) -> str:
 
 def _summary(result: Result) -> str:
     run, (lowest, highest, total) = result.forecast.options, result.ranks
+    experts = run.base_dtype if run.quantization == "none" else run.quantization
     losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
     compared = "the same, bit for bit" if result.same_logits else "NOT the same"
     return (
-        f"{result.parameters:,} parameters; experts {run.quantization}, everything else "
+        f"{result.parameters:,} parameters; experts {experts}, everything else "
         f"{run.base_dtype}; LoRA {run.lora_dtype}; {run.tokens} tokens a step. Losses: {losses}. "
         f"{result.events} growth event, after which experts have rank {lowest} to {highest}, "
         f"{total:,} in all. Logits before saving and after loading are {compared}; the adapter "
