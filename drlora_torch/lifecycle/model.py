@@ -10,6 +10,8 @@ from torch import nn
 
 from drlora_torch.models.wrappers import is_adapted_by_peft
 
+LOADED_IN = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+
 
 def freeze(model: nn.Module) -> Callable[[], None]:
     """Let no parameter of the base model require gradients."""
@@ -59,12 +61,23 @@ def _own_keys(module: nn.Module) -> list[str]:
 
 
 def say_that_adapters_are_there(model: nn.Module) -> Callable[[], None]:
-    """Let the Trainer of Transformers train a quantized model, as its integration of PEFT does."""
+    """Let trainers train a quantized model, as Transformers' integration of PEFT does.
+
+    TRL rounds whatever learns to bfloat16 where a model says that it was loaded in 4 or 8 bits.
+    """
+    bits = {name: True for name in LOADED_IN if vars(model).get(name)}
     attribute = "_hf_peft_config_loaded"
-    if not getattr(model, "is_quantized", False) or getattr(model, attribute, False):
-        return lambda: None
-    setattr(model, attribute, True)
-    return lambda: vars(model).pop(attribute, None)
+    flagged = getattr(model, "is_quantized", False) and not getattr(model, attribute, False)
+    vars(model).update(dict.fromkeys(bits, False))
+    if flagged:
+        setattr(model, attribute, True)
+
+    def undo() -> None:
+        vars(model).update(bits)
+        if flagged:
+            vars(model).pop(attribute, None)
+
+    return undo
 
 
 def let_checkpointing_reach_lora(model: nn.Module) -> Callable[[], None]:

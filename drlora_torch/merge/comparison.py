@@ -1,4 +1,9 @@
-"""Compare the written model with the adapted one before it takes the place of older files."""
+"""Compare the written model with the adapted one before it takes the place of older files.
+
+A merged model is off by rounding alone, in directions that have nothing to do with the update. So
+the written logits are projected on what the adapter changes: 1 if the update is in them, 0 if it
+was lost.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,11 @@ from drlora_torch.models.quantization import checkpoints
 from drlora_torch.models.wrappers import is_adapted_by_peft
 
 logger = logging.getLogger(__name__)
-SHARE = 0.5
-"""Of the adapter's effect; a merged model that is further off has lost the update."""
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative error of logits that rounding alone makes, with a margin."""
+LEAST_SHARE = 0.5
+LARGEST_ERROR = 0.1
+"""Of the logits, where the adapter itself changes less: more than rounding makes."""
+VISIBLE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
+"""Relative change of logits from which on a projection tells something."""
 Compared = tuple[float | None, float | None]
 
 
@@ -30,40 +36,77 @@ def compare_logits(attached: Attached, folder: Path, quantized: bool) -> Compare
         CheckpointError: the written model is not the merged one.
     """
     model = attached.model
-    if not checkpoints.can_reload(model) or is_adapted_by_peft(model):
-        return None, None
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if size > _free_memory():
-        logger.warning(
-            "the merged model (%.1f GB) was not run to compare it, since it does not fit into "
-            "memory beside this one",
-            size / 1e9,
-        )
-        return None, None
+    if (obstacle := _obstacle(model, folder)) is not None:
+        return _skip(obstacle)
     try:
         adapted = checkpoints.probe(model)
     except Exception as reason:  # a model that wants more than token ids says so in its own way
-        logger.info("the merged model was not run to compare it: %s", reason)
-        return None, None
+        return _skip(f"it does not run on token ids alone ({reason})")
     with disabled(attached):
-        effect = _distance(checkpoints.probe(model), adapted)
-    error = _distance(checkpoints.probe(checkpoints.reload(model, folder)), adapted)
-    known = ROUNDING.get(checkpoints.float_dtype(model), 1e-3)
-    if not quantized and not error <= max(SHARE * effect, known):
+        base = checkpoints.probe(model)
+    try:
+        written = checkpoints.probe(checkpoints.reload(model, folder))
+    except (MemoryError, torch.OutOfMemoryError):
+        return _skip("it does not fit into memory beside this one")
+    size = float(adapted.norm().clamp(min=1e-30))
+    error, effect = (float((each - adapted).norm()) / size for each in (written, base))
+    share = _share(base, adapted, written)
+    visible = effect > VISIBLE.get(checkpoints.float_dtype(model), 1e-5)
+    lost = visible and not share > LEAST_SHARE
+    if not quantized and (lost or not error <= max(effect, LARGEST_ERROR)):
         raise CheckpointError(
-            f"the written model does not compute what the adapted one does: its logits differ by "
-            f"{error:.2%}, and those of the base by {effect:.2%}; nothing was replaced "
-            "(compare=False writes it all the same)"
+            f"the written model does not compute what the adapted one does: its logits have "
+            f"{share:.0%} of what the adapter changes, and differ by {error:.2%} (the base by "
+            f"{effect:.2%}); nothing was replaced (compare=False writes it all the same)"
+        )
+    if quantized and visible and not share > LEAST_SHARE:
+        logger.warning(
+            "packing the merged experts again has left %.0f %% of what the adapter changes in the "
+            "logits; without quantize=True nothing of it is lost",
+            100 * share,
         )
     return error, effect
 
 
-def _distance(have: Tensor, want: Tensor) -> float:
-    return float((have - want).norm() / want.norm().clamp(min=1e-30))
+def _share(base: Tensor, adapted: Tensor, written: Tensor) -> float:
+    """How much of the way from the base to the adapted logits the written ones have gone."""
+    way = (adapted - base).flatten()
+    return float((written - base).flatten() @ way / (way @ way).clamp(min=1e-30))
+
+
+def _obstacle(model: torch.nn.Module, folder: Path) -> str | None:
+    if is_adapted_by_peft(model):
+        return "PEFT has an adapter in this one"
+    if not checkpoints.can_reload(model):
+        return "it is no model of Transformers that reads token ids"
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if size > _free_memory():
+        return f"{size / 1e9:.1f} GB do not fit into memory beside this one"
+    return None
+
+
+def _skip(reason: str) -> Compared:
+    logger.warning("the merged model was not run to compare it: %s", reason)
+    return None, None
 
 
 def _free_memory() -> float:
-    """Bytes of memory that are free, or held by caches; infinite where that is not known."""
+    """Bytes that this process may still take; infinite where that is not known."""
+    limits = [_of_machine()]
+    group = Path("/sys/fs/cgroup")
+    for most, used in (
+        (group / "memory.max", group / "memory.current"),
+        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limits.append(float(most.read_text()) - float(used.read_text()))
+        except (OSError, ValueError):  # there is no such limit
+            continue
+    return min(limits)
+
+
+def _of_machine() -> float:
+    """Bytes that are free, or held by caches."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             known = dict(line.split(":") for line in lines)

@@ -22,6 +22,7 @@ from drlora_torch.merge.in_place import is_packed, written
 from drlora_torch.merge.report import MergeReport
 from drlora_torch.merge.rounding import Rounding
 from drlora_torch.models.quantization.checkpoints import original_names
+from drlora_torch.storage.saving import without_flag
 from drlora_torch.storage.travel import settle
 
 
@@ -52,7 +53,11 @@ def merge_and_save(
             if of_packed:
                 packed.write(attached, folder, rounding, quantize=quantize)
             else:
-                with original_names(attached.model), written(attached.layers, rounding):
+                with (
+                    original_names(attached.model),
+                    without_flag(attached.model),
+                    written(attached.layers, rounding),
+                ):
                     save_model(os.fspath(folder))
             logits: Compared = (None, None)
             if compare:

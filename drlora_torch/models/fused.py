@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drlora_torch.errors import ModelError
 from drlora_torch.lora import parts
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import expert_linear
@@ -104,14 +105,14 @@ class Fused:
     def first_weight(self, module: Any) -> Tensor | None:
         try:
             return self.stored(module, next(iter(self.weights(module)))).tensors[0]
-        except (AttributeError, TypeError):  # there is none, or it is no tensor
+        except (AttributeError, TypeError, ModelError):  # there is none, or it is no tensor
             return None
 
     def storage(self, module: Any) -> tuple[str, int]:
         try:
             each = [self.stored(module, projection) for projection in self.weights(module)]
             return each[0].kind, sum(weight.nbytes for weight in each)
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, ModelError):
             return "unknown", 0
 
     def is_packed(self, module: Any) -> bool:
@@ -127,19 +128,24 @@ class Fused:
         if (reason := self.unfit(module)) is not None:
             return f"its weight {reason}"
         for name, where in self.weights(module).items():
-            holder: Any = module.get_submodule(where.module)
-            packed = holders.open_weight(holder, where.name, where.transposed)
-            weight = getattr(holder, where.name, None) if packed is None else packed.tensors[0]
-            if not isinstance(weight, Tensor) or (packed is None and weight.dim() != self.dims):
-                return f"its {name} is not a {self.dims}-D tensor"
-            if weight.is_meta:
-                return f"its {name} {ON_META}"
-            if packed is None and (reason := unreadable(holder, where.name)) is not None:
+            if (reason := self._unreadable(module.get_submodule(where.module), where)) is not None:
                 return f"its {name} {reason}"
         counts = [self.stored(module, projection).shape[0] for projection in self.weights(module)]
         if len(set(counts)) > 1:
             return f"its projections have {' and '.join(map(str, counts))} experts"
         return None
+
+    def _unreadable(self, holder: Any, where: ExpertParameter) -> str | None:
+        """Say why a weight cannot be read, packed or not."""
+        if (reason := holders.converted(holder, where.name)) is not None:
+            return reason
+        packed = holders.open_weight(holder, where.name, where.transposed)
+        weight = getattr(holder, where.name, None) if packed is None else packed.tensors[0]
+        if not isinstance(weight, Tensor) or (packed is None and weight.dim() != self.dims):
+            return f"is not a {self.dims}-D tensor"
+        if weight.is_meta:
+            return ON_META
+        return unreadable(holder, where.name) if packed is None else None
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         return self.install_into(self, module, lora, observer)

@@ -21,6 +21,7 @@ from drlora_torch.models.convention import (
     undo_all,
 )
 from drlora_torch.models.location import ExpertLinears
+from drlora_torch.quantized.four_bit import load_bitsandbytes
 
 Routing = Callable[..., tuple[Tensor, Tensor]]
 """The routing (index, weights), both [T, K], as :func:`register_moe` describes it."""
@@ -71,7 +72,7 @@ class PerExpertLinears:
         return kind, sum(weight.nbytes for weight in weights)
 
     def is_packed(self, module: Any) -> bool:
-        return False
+        return any(_is_4bit(each) for linears in self.linears(module).values() for each in linears)
 
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
         return {name: _shape(each[0]) for name, each in self.linears(module).items()}
@@ -94,6 +95,10 @@ class PerExpertLinears:
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
         linear: Any = self.container(module)[expert].get_submodule(projection)
         weight: Tensor = linear.weight
+        if _is_4bit(linear):
+            state = linear.weight.quant_state
+            unpacked: Tensor = load_bitsandbytes().dequantize_4bit(weight.data, state)
+            return unpacked
         if (reason := quantized(weight)) is not None:
             raise ModelError(f"{projection} of expert {expert} {reason} to merge the adapter")
         return weight
@@ -112,6 +117,11 @@ class PerExpertLinears:
         hooks = BlockHooks(self.router, self.routing, lora, observer)
         handles = hooks.register(module, self.linears(module))
         return undo_all(give_lora(module, lora, observer), *(each.remove for each in handles))
+
+
+def _is_4bit(linear: Any) -> bool:
+    """True for a Linear of bitsandbytes."""
+    return getattr(linear.weight, "quant_state", None) is not None
 
 
 def _shape(linear: Any) -> ProjectionShape:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from drlora_torch.errors import ModelError
 from drlora_torch.lora.stored import Stored
 from drlora_torch.quantized.scaled import FP8, ScaledWeight
 
@@ -95,14 +96,34 @@ def restore(module: nn.Module, name: str, weight: nn.Parameter) -> None:
         delattr(module, FORMATS)
 
 
+def converted(module: Any, name: str) -> str | None:
+    """Say that the codes of a weight with scales were taken for numbers; None if they were not."""
+    weight = getattr(module, name, None)
+    if not hasattr(module, name + SCALE) or not isinstance(weight, Tensor):
+        return None
+    if weight.dtype in (FP8, torch.int8):
+        return None
+    return (
+        f"has the codes of FP8 as {weight.dtype} numbers, without their scales: something has "
+        "converted the model (model.to(dtype), or mixed precision of fully_shard); load it again "
+        "and leave its dtype"
+    )
+
+
 def open_weight(module: Any, name: str, transposed: bool) -> Stored | None:
-    """A packed weight of a module; None for one that is not packed, or in an unknown way."""
+    """A packed weight of a module; None for one that is not packed, or in an unknown way.
+
+    Raises:
+        ModelError: its codes have been converted.
+    """
     if (form := formats(module).get(name)) is not None:
         tensors = tuple(getattr(module, name + suffix) for suffix in form.empty("meta"))
         return form.open(tensors, transposed)
     weight, scales = getattr(module, name, None), getattr(module, name + SCALE, None)
     if not (isinstance(weight, Tensor) and isinstance(scales, Tensor)) or transposed:
         return None
+    if (reason := converted(module, name)) is not None:
+        raise ModelError(f"its {name} {reason}")
     if weight.dtype is torch.int8:
         return ScaledWeight((weight, scales), "fp4", FP4_TILE)
     if weight.dtype is FP8:

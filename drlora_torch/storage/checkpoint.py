@@ -60,7 +60,7 @@ def _save(attached: Attached, path: Path) -> None:
         if here:
             tensors[key] = values.cpu().contiguous()
     records = [layer.record for layer in attached.layers.values()]
-    description["base"] = fingerprint.of_model(attached.model, records)
+    description["base"] = fingerprint.of_readable(attached.model, records)
     if here:
         pending = {
             k: values.detach().cpu().contiguous() for k, values in _pending(attached).items()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora_torch.errors import CheckpointError
+from drlora_torch.errors import CheckpointError, ModelError
 from drlora_torch.lora import parts
 from drlora_torch.lora.spread import find_features
 from drlora_torch.models.convention import Convention
@@ -36,6 +36,14 @@ def of_model(model: nn.Module, layers: Sequence[MoELayer]) -> dict[str, Any]:
         "dtype": layers[0].dtype,
         "experts": {each.name: _digest(model.get_submodule(each.name), each) for each in layers},
     }
+
+
+def of_readable(model: nn.Module, layers: Sequence[MoELayer]) -> dict[str, Any] | None:
+    """The fingerprint; None if weights cannot be read, as those of other quantizers."""
+    try:
+        return of_model(model, layers)
+    except ModelError:
+        return None
 
 
 def _class_of(model: nn.Module) -> type:

@@ -83,7 +83,7 @@ def _saving(model: nn.Module, holder: nn.Module, inner: Any) -> Any:
         if not by_trainer or _has_adapters_of_peft(model):
             with (
                 _base_values(model, kwargs) as arguments,
-                _without_flag(model),
+                without_flag(model),
                 _without_lora(model, given),
             ):
                 result = inner(save_directory, *args, **arguments)
@@ -279,7 +279,7 @@ def _base_values(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[dict[str,
 
 
 @contextlib.contextmanager
-def _without_flag(model: nn.Module) -> Iterator[None]:
+def without_flag(model: nn.Module) -> Iterator[None]:
     """Inside, a quantized model without adapters of PEFT does not say that there are any."""
     flag = None if _has_adapters_of_peft(model) else vars(model).pop(PEFT_FLAG, None)
     try:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from drlora_torch.attached import Attached
-from drlora_torch.errors import CheckpointError, ModelError
+from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import child_name
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora import parts
@@ -76,10 +76,7 @@ class AdapterState(nn.Module):
         one of them may ask alone.
         """
         records = [layer.record for layer in attached.layers.values()]
-        try:
-            self._base = fingerprint.of_model(attached.model, records)
-        except ModelError:
-            self._base = None
+        self._base = fingerprint.of_readable(attached.model, records)
 
     def settle(self, *_: object) -> None:
         """Take a state that was written into the one given, and so into the rows, in place.

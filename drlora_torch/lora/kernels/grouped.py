@@ -88,7 +88,8 @@ def _by_groups(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: 
     One group, where all experts fit into it, does not wait for the device.
     """
     count, *features = weight.shape
-    size = max(1, GROUP_BYTES // (math.prod(features) * rows.element_size()))
+    itemsize = max(rows.dtype.itemsize, (weight.dtype or rows.dtype).itemsize)
+    size = max(1, GROUP_BYTES // (math.prod(features) * itemsize))
     if size >= count:
         return grouped_mm(rows, _chosen(weight, 0, count, rows, transposed), offs=dispatch.offsets)
     output = rows.new_zeros(rows.shape[0], features[0 if transposed else 1])

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from drlora_torch.errors import ModelError
 from drlora_torch.models.quantization.loading import Trainable
 from drlora_torch.models.quantization.quantizer import ExpertsQuantizer
 from drlora_torch.quantized.scaled import FP8, ScaledWeight
@@ -42,6 +44,8 @@ def write(
         packed: leave the configuration and Linears quantized, as they are.
     """
     rest = dict(state) if packed else _unpack_linears(model, state)
+    for key in model._keys_to_ignore_on_save or ():
+        rest.pop(key, None)
     rest = remove_tied_weights_from_state_dict(rest, model)
     shards: list[dict[str, int]] = []
     with original_names(model, packed):
@@ -85,6 +89,8 @@ def _write_configuration(model: Any, folder: Path, packed: bool) -> None:
     config.dtype = str(float_dtype(model)).removeprefix("torch.")
     if not packed and hasattr(config, "quantization_config"):
         del config.quantization_config
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -139,11 +145,23 @@ def _unpacked(linear: Any, dtype: torch.dtype) -> Tensor | None:
         return weight
     scales = getattr(linear, "weight_scale_inv", None)
     if linear.weight.dtype is not FP8 or scales is None:
+        _check_plain(linear)
         return None
     rows, columns = linear.weight.shape
     tile = tuple(linear.block_size or (rows, columns))
     packed = ScaledWeight((linear.weight[None], scales.reshape(1, *_grid(scales))), "fp8", tile)
     return packed.matrix(0, dtype).T
+
+
+def _check_plain(linear: Any) -> None:
+    weight = linear.weight
+    plain = weight.is_floating_point() and weight.itemsize > 1
+    if not plain or hasattr(weight, "__tensor_flatten__"):
+        kind = f"{type(linear).__name__} ({type(weight).__name__}, {weight.dtype})"
+        raise ModelError(
+            f"the rest of the model has Linears that cannot be unpacked, {kind}; merge into a "
+            "model that was loaded without them"
+        )
 
 
 def _grid(scales: Tensor) -> tuple[int, int]:
@@ -157,8 +175,10 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def reload(model: Any, folder: Path) -> Any:
-    """Load what :func:`write` wrote, on the CPU."""
-    return type(model).from_pretrained(folder, dtype=float_dtype(model)).eval()
+    """Load what was written, on the CPU; of a quantized model, bitsandbytes would choose a GPU."""
+    quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
+    options = {"device_map": "cpu"} if quantized else {}
+    return type(model).from_pretrained(folder, dtype=float_dtype(model), **options).eval()
 
 
 def can_reload(model: Any) -> bool:
@@ -182,9 +202,10 @@ def probe(model: Any) -> Tensor:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     try:
         found: Tensor = model.eval()(**inputs)[0]
     finally:
-        model.train(training)
+        for module, value in training.items():
+            module.training = value
     return found.float().cpu()

@@ -13,17 +13,17 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
-from drlora_torch.errors import AttachError, ModelError
+from drlora_torch.errors import ModelError
 from drlora_torch.lora import parts
 from drlora_torch.lora.stored import Dense
-from drlora_torch.models.convention import ATTACHMENT
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.quantization.loading import check_dtype
-from drlora_torch.models.quantization.owners import is_own
+from drlora_torch.models.quantization.owners import foreign_method, is_own
 from drlora_torch.models.quantization.places import (
     Place,
     by_layer,
     find_places,
+    refuse_adapted,
     start_packed,
     unpack_all,
 )
@@ -114,7 +114,7 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> Ex
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in UNPACKED):
         known = ", ".join(map(str, UNPACKED))
         raise ModelError(f"dtype must be {known} or None, got {dtype!r}")
-    _refuse_adapted(model)
+    refuse_adapted(model)
     before = stored_bytes(model)
     unpack_all(model, dtype)
     quantizer: Any = getattr(model, "hf_quantizer", None)
@@ -135,25 +135,21 @@ def _inside(model: nn.Module) -> nn.Module:
     return unwrapped(model)
 
 
-def _refuse_adapted(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if ATTACHMENT in vars(module):
-            raise AttachError(
-                f"layer {name!r} has an adapter; quantize or unpack the model first and attach "
-                "then, or call adapter.detach()"
-            )
-
-
 def _quantizable(model: nn.Module) -> list[Place]:
     """The weights of all experts, after every check."""
     load_bitsandbytes()
-    _refuse_adapted(model)
+    refuse_adapted(model)
     for layer in discover(model):
         if layer.obstacle is not None and layer.convention != "none":
             raise ModelError(f"layer {layer.name!r} cannot be quantized: {layer.obstacle}")
     places = find_places(model)
     for place in places:
         _check(place)
+    if foreign_method(model) is not None and any(place.name == "weight" for place in places):
+        raise ModelError(
+            f"the experts of {type(model).__name__} cannot be packed beside Linears that are "
+            "quantized; load the model without quantization_config"
+        )
     return places
 
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from drlora_torch.errors import ModelError
-from drlora_torch.lora.stored import Stored
-from drlora_torch.models.convention import dotted_name
+from drlora_torch.errors import AttachError, ModelError
+from drlora_torch.lora.stored import Dense, Stored
+from drlora_torch.models.convention import ATTACHMENT, dotted_name
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.fused import Fused
@@ -104,6 +104,7 @@ def unpack_all(model: nn.Module, dtype: torch.dtype | None) -> None:
     Raises:
         ModelError: there are none.
     """
+    refuse_adapted(model)
     places = [p for p in find_places(model) if p.name in holders.formats(p.holder)]
     if not places:
         raise ModelError(
@@ -116,6 +117,16 @@ def unpack_all(model: nn.Module, dtype: torch.dtype | None) -> None:
         holders.restore(place.holder, place.name, nn.Parameter(weight))
     for group in by_layer(places).values():
         group[0].convention.packed.stop(group[0].experts)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse to exchange weights under an adapter."""
+    for name, module in model.named_modules():
+        if ATTACHMENT in vars(module):
+            raise AttachError(
+                f"layer {name!r} has an adapter; quantize or unpack the model first and attach "
+                "then, or call adapter.detach()"
+            )
 
 
 def open_place(place: Place) -> Stored:
@@ -137,14 +148,18 @@ def unpack(
         change: from an expert and its weight [O, I] to what is taken for it.
     """
     packed = holders.open_weight(place.holder, place.name, place.transposed)
-    assert packed is not None, "it is packed"
     form = holders.formats(place.holder).get(place.name)
+    if packed is None:  # one of those that a checkpoint has left as they were
+        by_expert = place.convention.by_expert(place.experts, place.weight.detach())
+        packed = Dense((by_expert,), place.transposed)
     count, *features = packed.shape
     shape = (count, *(features if place.transposed else features[::-1]))
     weight = torch.empty(shape, dtype=dtype, device=packed.device)
     for expert in range(count):
         matrix = change(expert, packed.matrix(expert, packed.dtype or dtype).T)
         weight[expert] = matrix.T if place.transposed else matrix
+    if isinstance(packed, Dense):
+        return weight.view(place.weight.shape)
     return weight.view(form.shape) if isinstance(form, FourBit) else weight
 
 

@@ -152,7 +152,8 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
                     f"the experts of {type(model).__name__} cannot be loaded beside Linears in "
                     "4 bits; use Experts4bitConfig(rest=None)"
                 )
-            self._choose_linears(model, self.rest.quantization_config)
+            if not self.pre_quantized:
+                self._choose_linears(model, self.rest.quantization_config)
             self.rest._process_model_before_weight_loading(model, **kwargs)
 
     def _choose_linears(self, model: Any, config: Any) -> None:
@@ -168,6 +169,22 @@ class ExpertsQuantizer(Trainable, HfQuantizer):
             if isinstance(module, nn.Linear) and module.in_features % BLOCK
         ]
         config.llm_int8_skip_modules = sorted({*skipped, *routers, *uneven})
+
+    def is_serializable(self) -> bool:
+        """Packed experts are plain tensors; of Linears, those of bitsandbytes can be read again."""
+        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+        return self.rest is None or isinstance(self.rest, Bnb4BitHfQuantizer)
+
+    def adjust_max_memory(self, max_memory: Any) -> Any:
+        """Leave room as the other quantizer wants it."""
+        return max_memory if self.rest is None else self.rest.adjust_max_memory(max_memory)
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """Bytes of a value: packed experts are declared as they will be."""
+        if self.rest is not None and self.rest.param_needs_quantization(model, param_name):
+            return float(self.rest.param_element_size(model, param_name, param))
+        return float(param.element_size())
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """True for the experts, and what the other quantizer wants."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+logger = logging.getLogger(__name__)
 REGISTRY = "transformers.quantizers.auto"
 QUANTIZERS = (
     "drlora_torch.models.quantization.quantizer",
@@ -36,7 +38,10 @@ class _AtImport(MetaPathFinder):
 
             def execute(module: ModuleType) -> None:
                 own(module)
-                _import_quantizers()
+                try:
+                    _import_quantizers()
+                except ImportError as error:  # of a Transformers that we do not know
+                    logger.warning("packed experts cannot be loaded: %s", error)
 
             spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec

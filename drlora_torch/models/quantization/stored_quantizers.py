@@ -153,6 +153,8 @@ class FP8Quantizer(Trainable, FineGrainedFP8HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Keep what the base class removes from a model that it has unpacked as a whole."""
         model.config.quantization_config = self.stored_config
+        for place in self.places:  # fully_shard wants what learns in one dtype
+            place.holder.requires_grad_(False)
         return self._process_model_after_weight_loading(model, **kwargs)
 
     def is_serializable(self) -> bool:

@@ -106,18 +106,25 @@ def _bytes(low: int, high: int, shape: tuple[int, ...], generator: torch.Generat
     return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
 
 
-def write_fp8(model: Any, folder: Path, scale_format: str = "float") -> None:
-    """Write a model with its Linears and experts in FP8, each expert under a name of its own."""
+def write_fp8(
+    model: Any, folder: Path, scale_format: str = "float", left: str | None = None
+) -> None:
+    """Write a model with its Linears and experts in FP8, each expert under a name of its own.
+
+    What has ``left`` in its name stays as it is.
+    """
     model.save_pretrained(folder)
     settings = SimpleNamespace(weight_block_size=TILE, scale_fmt=scale_format)
     quantize = Fp8Quantize(SimpleNamespace(quantization_config=settings))
     tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
-        if weight.dim() == 2 and not any(each in name for each in UNQUANTIZED):
+        kept = (*UNQUANTIZED, *((left,) if left else ()))
+        if weight.dim() == 2 and not any(each in name for each in kept):
             tensors |= quantize.convert({name: weight})
         else:
             tensors[name] = weight
-    _replace(folder, tensors, {**FP8, "scale_fmt": scale_format})
+    skipped = {"modules_to_not_convert": [f"model.{left}"]} if left else {}
+    _replace(folder, tensors, {**FP8, "scale_fmt": scale_format, **skipped})
 
 
 def _replace(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
