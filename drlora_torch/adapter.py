@@ -22,6 +22,7 @@ from drlora_torch.errors import refuse_copy
 from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.merge import MergeReport
+from drlora_torch.models.records import describe_storage
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step import parameters, sharded
 from drlora_torch.storage import checkpoint, hub, travel
@@ -37,7 +38,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         state = self._attached
-        return f"Adapter({state.name!r}, {len(state.layers)} layers, {len(state.events)} events)"
+        counts = f"{len(state.layers)} layers, {len(state.events)} events"
+        return f"Adapter({state.name!r}, {counts}, {self.storage})"
 
     __reduce__ = refuse_copy
 
@@ -52,6 +54,11 @@ class Adapter:
     def model(self) -> nn.Module:
         """The adapted model."""
         return self._attached.model
+
+    @property
+    def storage(self) -> str:
+        """How the adapted experts are stored, in words, and the bytes they take."""
+        return describe_storage(layer.record for layer in self._attached.layers.values())
 
     @property
     def engine(self) -> AllocatorEngine:

@@ -87,7 +87,7 @@ def run(
             console.print(
                 f"{options.model}: {len(rows[0])} training rows, {len(rows[1])} held out; "
                 f"{options.steps} steps, mean rank {config.starting_rank} to {config.r_target} "
-                f"(largest {config.r_max}) in {config.num_events} events"
+                f"(largest {config.r_max}) in {config.num_events} events; {adapter.storage}"
             )
             results = [_train(options, adapter, tokenizer, rows, output, console)]
         if compare is not None:

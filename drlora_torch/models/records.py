@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from drlora_torch.lora.layers import ProjectionShape
 
@@ -32,3 +32,10 @@ class MoELayer:
     """True for what ``attach`` adapts only if ``layers`` names it, such as routed attention."""
     nbytes: int = dataclasses.field(default=0, compare=False)
     """Bytes that the expert weights take, with the scales of packed ones."""
+
+
+def describe_storage(layers: Iterable[MoELayer]) -> str:
+    """How experts are stored, in words, and the bytes they take."""
+    layers = list(layers)
+    kinds = " and ".join(sorted({layer.dtype for layer in layers})) or "none"
+    return f"experts in {kinds} ({sum(layer.nbytes for layer in layers) / 1e9:.2f} GB)"

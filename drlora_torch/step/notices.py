@@ -11,6 +11,7 @@ from torch import nn
 from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.quantization.owners import foreign_method
+from drlora_torch.models.records import describe_storage
 from drlora_torch.models.wrappers import is_adapted_by_peft
 from drlora_torch.options import Newborn, RouterMode
 from drlora_torch.step.newborn import find_obstacle
@@ -42,21 +43,18 @@ def tell_storage(attached: Attached) -> None:
     """Say how the experts are stored; loudly if a quantized model has experts that are not."""
     if not is_first_process():
         return
-    records = [layer.record for layer in attached.layers.values()]
-    kinds = ", ".join(sorted({record.dtype for record in records}))
-    gigabytes = sum(record.nbytes for record in records) / 1e9
     method = foreign_method(attached.model)
-    if method is not None and not any(_is_packed(layer) for layer in attached.layers.values()):
-        logger.warning(
-            "the model is quantized (%s), but its experts are not: they are %s and take %.2f GB; "
-            "drlora_torch.quantize_experts(model) before attach packs them into 4 bits, and "
-            "quantization_config=drlora_torch.Experts4bitConfig(...) does it while loading",
-            method,
-            kinds,
-            gigabytes,
-        )
-    else:
-        logger.info("%d layers of experts, stored as %s in %.2f GB", len(records), kinds, gigabytes)
+    storage = describe_storage(layer.record for layer in attached.layers.values())
+    if method is None or any(_is_packed(layer) for layer in attached.layers.values()):
+        logger.info("%d layers, %s", len(attached.layers), storage)
+        return
+    logger.warning(
+        "the model is quantized (%s), but its experts are not: %s; "
+        "drlora_torch.quantize_experts(model) before attach packs them into 4 bits, and "
+        "quantization_config=drlora_torch.Experts4bitConfig(...) does it while loading",
+        method,
+        storage,
+    )
 
 
 def _is_packed(layer: AdaptedLayer) -> bool:

@@ -33,15 +33,16 @@ def test_experts_that_stay_as_they_are_in_a_quantized_model_are_named(
     with caplog.at_level(logging.WARNING, NOTICES):
         adapter = helpers.attach(model)
     (said,) = [each.getMessage() for each in caplog.records if each.name == NOTICES]
-    assert "quantized (bitsandbytes), but its experts are not: they are bfloat16" in said
+    assert "quantized (bitsandbytes), but its experts are not: experts in bfloat16" in said
     assert "quantize_experts(model)" in said
     adapter.detach()
     caplog.clear()
     drlora_torch.quantize_experts(model)
     with caplog.at_level(logging.INFO, NOTICES):
-        helpers.attach(model)
+        adapter = helpers.attach(model)
     (said,) = [each.getMessage() for each in caplog.records if each.name == NOTICES]
-    assert said == "2 layers of experts, stored as nf4 in 0.00 GB"
+    assert said == "2 layers, experts in nf4 (0.00 GB)"
+    assert repr(adapter) == "Adapter('default', 2 layers, 0 events, experts in nf4 (0.00 GB))"
 
 
 def test_trainer_takes_packed_experts(tmp_path: Path) -> None:
