@@ -46,6 +46,7 @@ def test_a_run_on_4_bits_is_saved_resumed_and_exported_as_any(
     assert (run / "peft" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     moe_folder: Path,
     sums: Path,

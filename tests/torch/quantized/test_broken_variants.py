@@ -23,6 +23,7 @@ from tests.torch.quantized import checks, test_four_bit, test_packed_kernels, te
 from tests.torch.quantized.cases import in_table
 from tests.torch.test_broken_guards import replace
 
+pytestmark = pytest.mark.slow
 Break = Callable[[pytest.MonkeyPatch], None]
 Check = Callable[[pytest.MonkeyPatch, Path], None]
 SHAPE = (2, 16, 48)

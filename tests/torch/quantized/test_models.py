@@ -42,6 +42,7 @@ def passes(model: Any, *, autocast: bool = False, **options: Any) -> list[Tensor
     return [out.logits.detach(), *(parameter.grad for parameter in adapter.lora_parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["ragged", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
@@ -103,6 +104,7 @@ def test_only_the_experts_change() -> None:
     assert sorted(now.names) == sorted(picture.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dequantized_to_another_dtype(dtype: torch.dtype) -> None:
     model = quantized()
@@ -120,6 +122,7 @@ def test_quantizing_again_changes_little() -> None:
     assert same_bits(again, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_generation(family: str) -> None:
     model = quantized(family).eval()
@@ -143,6 +146,7 @@ def _in_peft(model: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("wrap", [_compiled, _in_peft])
 def test_models_inside_wrappers(wrap: Any, tmp_path: Path) -> None:
@@ -181,6 +185,7 @@ def test_compiled_training_is_the_same(family: str) -> None:
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_before_and_after() -> None:
     """Quantized once the adapter is detached; the next one trains on packed experts."""
     model = models.build()
@@ -205,6 +210,7 @@ def test_a_configuration_that_is_given_again(tmp_path: Path) -> None:
     assert again.config.quantization_config.quant_type == "fp4"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_several_files(tmp_path: Path) -> None:
     base = models.build("gpt_oss")
     base.save_pretrained(tmp_path / "base", max_shard_size="30KB")
@@ -217,6 +223,7 @@ def test_checkpoints_of_several_files(tmp_path: Path) -> None:
     assert same_bits(type(base).from_pretrained(tmp_path / "packed"), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_while_loading_is_that_of_unpacked_weights(
     dtype: torch.dtype, tmp_path: Path

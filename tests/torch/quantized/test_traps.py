@@ -38,6 +38,7 @@ def trained(model: Any, steps: int = 4) -> drlora_torch.Adapter:
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_trl_does_not_round_what_learns(tmp_path: Path) -> None:
     """It does where a model says that it was loaded in 4 bits."""
@@ -153,6 +154,7 @@ def test_experts_that_the_checkpoint_left_as_they_were_are_merged_too(tmp_path: 
     assert report.logits_error < report.logits_effect
 
 
+@pytest.mark.slow
 def test_a_training_on_experts_that_are_linears_in_4_bits_can_be_saved(tmp_path: Path) -> None:
     base: Any = families.build("switch_transformers")
     base.float().save_pretrained(tmp_path / "base")
