@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from drlora_torch.lora.kernels import grouped
+from tests.torch.conformance.table import FAMILIES
 from tests.torch.conformance.test_table import over_table, table
 from tests.torch.quantized import checks, merging
 from tests.torch.quantized.cases import in_table
 
-few = over_table(lambda name: name in ("olmoe", "gpt_oss"))
+FEW = ("olmoe", "gpt_oss")
+few = over_table(FEW.__contains__)
+some = over_table(FEW.__contains__, among=lambda name: bool(FAMILIES[name].fast))
+"""Rows that add something."""
 
 
 @table
@@ -27,7 +31,7 @@ def test_micro_batches_of_quantized_models(name: str) -> None:
     checks.check_micro_batches(in_table(name))
 
 
-@few
+@some
 def test_groups_of_quantized_experts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "GROUP_BYTES", 3 * checks.LARGEST)
     checks.check_grouped(in_table(name))
@@ -43,11 +47,11 @@ def test_files_of_quantized_models(name: str, tmp_path: Path) -> None:
     checks.check_files(in_table(name), tmp_path)
 
 
-@few
+@some
 def test_copies_of_quantized_models(name: str) -> None:
     checks.check_copies(in_table(name))
 
 
-@few
+@some
 def test_merging_quantized_models(name: str, tmp_path: Path) -> None:
     merging.check_merging(in_table(name), tmp_path)

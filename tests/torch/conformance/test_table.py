@@ -24,10 +24,14 @@ from tests.torch.conformance.table import FAMILIES
 from tests.torch.test_life import Picture
 
 
-def over_table(is_fast: Callable[[str], bool]) -> pytest.MarkDecorator:
+def over_table(
+    is_fast: Callable[[str], bool], among: Callable[[str], bool] = lambda name: True
+) -> pytest.MarkDecorator:
     """Run a test for every row that this Transformers knows; those that are not fast are slow."""
     rows = []
     for name, family in FAMILIES.items():
+        if not among(name):
+            continue
         unknown = pytest.mark.skipif(
             not family.is_known(name),
             reason=f"Transformers {transformers.__version__} has no {name}",
