@@ -44,13 +44,13 @@ suite in `tests/torch/conformance`:
   `from_pretrained` reads a checkpoint of `merge_and_save` bit for bit.
 - `discover` finds every layer and its router.
 - With its experts in 4 bits (NF4 or FP4, with or without double quantization), a model computes
-  bit for bit what the same model computes after `dequantize_experts`, whose weights are those of
-  a slow decoder: outputs and all gradients, with dropout, accumulation and checkpointing, for two
-  adapters, growth, `disabled`, `detach` and saved adapters; on the rows that every run of the tests
-  takes, also with both kernels, for copies and after `merge_and_save`. Outputs of W + s B A, written
-  into those weights and run by Transformers, differ by less than 2e-6 (float32), gradients by less
-  than 2e-5. Quantizing while loading, quantizing in memory and reading a packed checkpoint give the
-  same bits.
+  bit for bit what the same model computes after `dequantize_experts`, whose weights are those
+  of a slow decoder: outputs and all gradients, with dropout, accumulation and checkpointing,
+  for two adapters, growth, `disabled`, `detach` and saved adapters; on the rows that every run
+  of the tests takes, also with both kernels, for copies and after `merge_and_save`. Outputs of
+  W + s B A, written into those weights and run by Transformers, differ by less than 2e-6
+  (float32), gradients by less than 2e-5. Quantizing while loading, quantizing in memory and
+  reading a packed checkpoint give the same bits.
 
 Vision towers take no mask, so padding is not checked there. Reentrant checkpointing in PyTorch
 needs inputs that require grad. drlora ensures this at the token embeddings; if you pass
