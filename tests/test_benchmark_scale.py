@@ -48,6 +48,7 @@ def job(name: str, **changes: Any) -> Job:
     return Job(preset, None, RunOptions(**(options | changes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_are_what_is_forecast(name: str) -> None:
     found = run(job(name))
@@ -66,6 +67,7 @@ def test_parts_are_what_is_forecast(name: str) -> None:
     assert names[-3:] == ["save the adapter", "detach", "load the adapter"]
 
 
+@pytest.mark.slow
 def test_a_section_is_written_and_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_importing_the_package_imports_no_framework() -> None:
     run(LIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [
