@@ -156,6 +156,7 @@ def test_a_model_needs_data(moe_folder: Path, capsys: pytest.CaptureFixture[str]
     assert "needs DATA" in refused(["finetune", str(moe_folder)], capsys)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_adapter(
     moe_folder: Path, sums: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ def describe(found: list[Difference]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_decide_as_one() -> None:
     chosen = [mode for mode in MODES if mode.fast]
     found = compare(2, chosen, STEPS)
