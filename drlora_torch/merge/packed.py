@@ -49,13 +49,6 @@ def write(attached: Attached, folder: Path, rounding: Rounding, *, quantize: boo
     checkpoints.write(model, folder, state, pieces, packed=quantize)
 
 
-def plain_dtype(attached: Attached) -> torch.dtype:
-    """Data type of the merged weights that are written unpacked."""
-    layer = next(iter(attached.layers.values()))
-    place = next(p for p in places.find_places(attached.model) if p.layer == layer.record.name)
-    return places.open_place(place).dtype or checkpoints.float_dtype(attached.model)
-
-
 @torch.no_grad()
 def _layers(
     attached: Attached, found: list[Place], rounding: Rounding, quantize: bool

@@ -21,7 +21,7 @@ from drlora_torch.merge.comparison import Compared, compare_logits
 from drlora_torch.merge.in_place import is_packed, written
 from drlora_torch.merge.report import MergeReport
 from drlora_torch.merge.rounding import Rounding
-from drlora_torch.models.quantization.checkpoints import original_names
+from drlora_torch.models.quantization.checkpoints import float_dtype, original_names
 from drlora_torch.storage.saving import without_flag
 from drlora_torch.storage.travel import settle
 
@@ -74,4 +74,4 @@ def _storage(attached: Attached, quantized: bool) -> str:
     first = next(iter(attached.layers.values()))
     if quantized or not is_packed(first):
         return first.record.dtype
-    return str(packed.plain_dtype(attached)).removeprefix("torch.")
+    return str(float_dtype(attached.model)).removeprefix("torch.")
