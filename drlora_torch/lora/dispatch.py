@@ -28,16 +28,20 @@ class Dispatch:
     experts: Tensor  # int64 [S], expert at each sorted row; N - 1 for sentinels
     offsets: Tensor  # int32 [N], where expert e's rows stop and those of e + 1 begin
     top_k: int
+    sentinels: bool = True
+    """False where every index is known to be that of an expert."""
 
     @classmethod
-    def sort(cls, top_k_index: Tensor, num_experts: int) -> Dispatch:
+    def sort(cls, top_k_index: Tensor, num_experts: int, *, sentinels: bool = True) -> Dispatch:
         """Sort the pairs of ``top_k_index`` (int64 [T, K]); stable, so results are repeatable."""
         pairs = top_k_index.reshape(-1)
         experts, order = torch.sort(pairs, stable=True)
         wanted = torch.arange(num_experts, device=pairs.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, wanted, right=True, out_int32=True)
         top_k = top_k_index.shape[-1]
-        return cls(order, order // top_k, experts.clamp(max=num_experts - 1), offsets, top_k)
+        if sentinels:
+            experts = experts.clamp(max=num_experts - 1)
+        return cls(order, order // top_k, experts, offsets, top_k, sentinels)
 
     @functools.cached_property
     def live(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from drlora_torch.lora import parts
 from drlora_torch.lora.kernels import Kernel, LoRAFactors
+from drlora_torch.lora.kernels.factors import Owned
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import FREE, Born, IntArray, SlotTable
 from drlora_torch.lora.spread import Spread
@@ -41,25 +42,24 @@ class SlotLoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(num_slots, shape.out_features))
 
     @torch.no_grad()
-    def birth(self, born: Born) -> None:
-        """Draw fresh rows of A and zero those of B, so that the layer's function stays."""
-        here, rows = parts.find_rows(self.lora_A, born.slots)
-        if here.size:
-            owners = zip(born.experts[here], born.positions[here], strict=True)
-            drawn = np.stack([self.rows.draw(*each) for each in owners])
-            lora_A = parts.local(self.lora_A)
-            lora_A[rows] = torch.from_numpy(drawn).to(lora_A)
-        _zero(self.lora_B, born.slots)
+    def birth(self, rows: Tensor, experts: Tensor, positions: Tensor) -> None:
+        """Draw fresh rows of A and zero those of B, so that the layer's function stays.
+
+        int64 tensors on the device: rows that are here, and whose they are.
+        """
+        lora_A = parts.local(self.lora_A)
+        lora_A[rows] = self.rows.draw_all(experts, positions).to(lora_A)
+        self.clear_B(rows)
 
     @torch.no_grad()
-    def clear(self, slots: IntArray) -> None:
-        """Zero the rows of freed slots."""
-        _zero(self.lora_A, slots)
-        _zero(self.lora_B, slots)
+    def clear(self, rows: Tensor) -> None:
+        """Zero rows that are here, int64 on the device."""
+        parts.local(self.lora_A).index_fill_(0, rows, 0.0)
+        self.clear_B(rows)
 
-
-def _zero(parameter: Tensor, rows: IntArray) -> None:
-    parts.local(parameter)[parts.find_rows(parameter, rows)[1]] = 0.0
+    @torch.no_grad()
+    def clear_B(self, rows: Tensor) -> None:
+        parts.local(self.lora_B).index_fill_(0, rows, 0.0)
 
 
 class ExpertLoRA(nn.Module):
@@ -100,16 +100,21 @@ class ExpertLoRA(nn.Module):
             self.projections[projection] = SlotLoRA(shape, table.num_slots, rows)
         self.spread: Spread | None = None
         """Where the rows of A and B are, if the experts were spread over processes before."""
-        self._owned: _Owned | None = None  # of the table as it is now, on one device
+        self._owned: Owned | None = None  # of the table as it is now, on one device
+
+    @property
+    def some(self) -> nn.Parameter:
+        """A parameter that speaks for all: they have the same rows, device and placements."""
+        return next(self.parameters())
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.some.device
 
     @property
     def compute_device(self) -> torch.device:
         """Where forwards run; parameters may rest elsewhere (CPU offload)."""
-        mesh = getattr(next(self.parameters()), "device_mesh", None)
+        mesh = getattr(self.some, "device_mesh", None)
         return self.device if mesh is None else torch.device(mesh.device_type)
 
     def items(self) -> list[tuple[str, SlotLoRA]]:
@@ -134,15 +139,24 @@ class ExpertLoRA(nn.Module):
 
     def birth(self, born: Born) -> None:
         """Initialise slots that the table has just given to experts."""
-        for _, projection in self.items():
-            projection.birth(born)
         self._owned = None
+        here, rows = parts.find_rows(self.some, born.slots)
+        if here.size:
+            whose = torch.from_numpy(np.stack([born.experts[here], born.positions[here]]))
+            experts, positions = whose.to(rows.device)
+            for _, projection in self.items():
+                projection.birth(rows, experts, positions)
 
     def clear(self, slots: IntArray) -> None:
         """Zero slots that the table has just freed."""
-        for _, projection in self.items():
-            projection.clear(slots)
         self._owned = None
+        self.zero(slots)
+
+    def zero(self, slots: IntArray) -> None:
+        """Zero slots without an owner."""
+        rows = parts.find_rows(self.some, slots)[1]
+        for _, projection in self.items():
+            projection.clear(rows)
 
     @torch.no_grad()
     def load(self, owner: IntArray, position: IntArray, tensors: Mapping[str, Tensor]) -> None:
@@ -163,13 +177,13 @@ class ExpertLoRA(nn.Module):
             return None
         lora_A: Tensor = slots.lora_A
         lora_B: Tensor = slots.lora_B
-        owners, padded = self._owned_on(lora_A.device)
+        owned = self._owned_on(lora_A.device)
         if self.spread is not None:
             lora_A = self.spread.gather(lora_A, projection, "lora_A")
             lora_B = self.spread.gather(lora_B, projection, "lora_B")
-            owners, padded = owners[self.spread.experts], padded[self.spread.experts]
+            owned = owned.of_experts(self.spread.experts)
         dropout = self.dropout if self.training else 0.0
-        return LoRAFactors(lora_A, lora_B, owners, padded, self.scaling, dropout, self.kernel)
+        return LoRAFactors(lora_A, lora_B, owned, self.scaling, dropout, self.kernel)
 
     @property
     def num_local_experts(self) -> int:
@@ -184,33 +198,8 @@ class ExpertLoRA(nn.Module):
         owned = torch.from_numpy(np.flatnonzero(self.table.owner == expert)).to(self.device)
         return self.scaling * (slots.lora_B[owned].T @ slots.lora_A[owned])
 
-    def _owned_on(self, device: torch.device) -> _Owned:
+    def _owned_on(self, device: torch.device) -> Owned:
         """The slots of each expert, uploaded once for each change of the table or device."""
-        if self._owned is None or self._owned.padded.device != device:
-            self._owned = _Owned.of(self.table, device)
+        if self._owned is None or self._owned.table.device != device:
+            self._owned = Owned.of(self.table, device)
         return self._owned
-
-
-class _Owned(NamedTuple):
-    """The slots of each expert in the order of its rank dimensions, as kernels take them."""
-
-    slots: list[slice | Tensor | None]
-    padded: Tensor  # int64 [N, R], -1 behind an expert's slots; R is a multiple of 8
-
-    @classmethod
-    def of(cls, table: SlotTable, device: torch.device) -> _Owned:
-        active, ranks = table.active(), table.ranks()
-        width = max(8, -(-int(ranks.max()) // 8) * 8)
-        padded = np.full((ranks.size, width), -1, dtype=np.int64)
-        padded[np.arange(width) < ranks[:, None]] = active
-        slots = [_as_slice(owned, device) for owned in np.split(active, np.cumsum(ranks)[:-1])]
-        return cls(slots, torch.from_numpy(padded).to(device))
-
-
-def _as_slice(slots: IntArray, device: torch.device) -> slice | Tensor | None:
-    """The slots of an expert as a slice where they lie side by side: a view costs no copy."""
-    if not slots.size:
-        return None
-    if (np.diff(slots) == 1).all():
-        return slice(int(slots[0]), int(slots[-1]) + 1)
-    return torch.from_numpy(slots).to(device)

@@ -10,7 +10,11 @@ import hashlib
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from drlora_torch.lora.triton_use import runs_triton
 
 
 class RowGenerator:
@@ -27,11 +31,26 @@ class RowGenerator:
         digest = hashlib.blake2b(identity, digest_size=16).digest()
         self._key = np.frombuffer(digest, dtype=np.uint64)
         self._width = width
+        self._bound = 1.0 / math.sqrt(width)
 
     def draw(self, expert: int, dimension: int) -> NDArray[np.float32]:
         """One row, float32 [width], uniform in +-1/sqrt(width) (Kaiming with a = sqrt(5))."""
         counter = np.array([0, 0, dimension, expert], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
-        bound = 1.0 / math.sqrt(self._width)
         unit = generator.random(self._width, dtype=np.float32)
-        return (2.0 * bound) * unit - np.float32(bound)
+        return (2.0 * self._bound) * unit - np.float32(self._bound)
+
+    def draw_all(self, experts: Tensor, dimensions: Tensor) -> Tensor:
+        """Many rows on the device of ``experts`` and ``dimensions``, both int64 [rows].
+
+        Returns:
+            float32 [rows, width]. On a GPU with Triton they are drawn there, the same bit for bit.
+        """
+        if runs_triton(experts):
+            from drlora_torch.lora.rows_on_gpu import draw_unit
+
+            unit = draw_unit(self._key.tolist(), experts, dimensions, self._width)
+            return unit.mul_(2.0 * self._bound).sub_(self._bound)
+        owners = zip(experts.tolist(), dimensions.tolist(), strict=True)
+        drawn = torch.from_numpy(np.stack([self.draw(*each) for each in owners]))
+        return drawn.to(experts.device)

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from drlora_torch.lora import parts
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.lora.triton_use import runs_triton
 from drlora_torch.models.convention import ATTACHMENT, Observer, Undo, give_lora
 from drlora_torch.models.fused import Fused, Packed
 from drlora_torch.models.location import ExpertParameter
@@ -123,16 +125,30 @@ def _run(
         getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, second)
     )
     count = INTERFACE.num_experts(module) if lora is None else lora.num_local_experts
-    dispatch = Dispatch.sort(index, count)
+    dispatch = Dispatch.sort(index, count, sentinels=is_expert_parallel(module))
     project = INTERFACE.projector(module, lora, dispatch)
     rows = project(first, tokens, bias_1, gather=True)
-    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    if module.has_post_expert_norm:
+    rows = _activate(module, rows)
+    if getattr(module, "has_post_expert_norm", False):  # newer than some Transformers
         rows = module.post_expert_norm(project(second, rows, bias_2))
         output = dispatch.combine(rows, weights)
     else:
         output = project(second, rows, bias_2, routing_weights=weights)
     return output.to(tokens.dtype)
+
+
+def _activate(module: Any, rows: Tensor) -> Tensor:
+    """The activation between the projections, [S, 2I] (or [S, I] without a gate) -> [S, I]."""
+    if not module.has_gate:
+        activated: Tensor = module.act_fn(rows)
+        return activated
+    plain = type(module)._apply_gate.__name__ == "_default_apply_gate"
+    if plain and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)) and runs_triton(rows):
+        from drlora_torch.lora.kernels.gate import silu_and_multiply
+
+        return silu_and_multiply(rows)
+    gated: Tensor = module._apply_gate(rows)
+    return gated
 
 
 def _start_packed(module: Any) -> None:

@@ -66,8 +66,7 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
         free = layer.lora.free_slots()
         if (tested and not drifting) or not free.size:
             continue
-        for _, projection in layer.lora.items():
-            projection.clear(free)
+        layer.lora.zero(free)
         for parameter in drifting:
             clear_state(optimizer, parameter, free)
 

@@ -150,12 +150,12 @@ def test_slots_are_where_the_lora_is() -> None:
     lora.birth(lora.table.grow(torch.tensor([2, 0, 1, 1, 0]).numpy()))  # no longer side by side
     on_cpu = lora.factors("up")
     assert on_cpu is not None
-    assert sum(isinstance(slots, Tensor) for slots in on_cpu.slots) == 2
-    assert lora.factors("up").padded is on_cpu.padded  # type: ignore[union-attr]  # made once
+    assert sum(isinstance(slots, Tensor) for slots in on_cpu.owned.slots) == 2
+    assert lora.factors("up").owned is on_cpu.owned  # type: ignore[union-attr]  # made once
     with FakeTensorMode(allow_non_fake_inputs=True):
         storage = torch.empty(lora.table.num_slots, I, device="cuda")
         owned = lora._owned_on(storage.device)
-        assert owned.padded.device == storage.device
+        assert owned.table.device == storage.device
         for slots in owned.slots:
             if isinstance(slots, Tensor):
                 assert storage.index_select(0, slots).device == storage.device

@@ -6,12 +6,16 @@ I input and O output features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import grouped, ragged
 from drlora_torch.lora.kernels.factors import Kernel, LoRAFactors
+from drlora_torch.lora.kernels.product import Inputs, Kept, Product
 from drlora_torch.lora.stored import Stored
 
 __all__ = ["Kernel", "LoRAFactors", "expert_linear"]
@@ -42,9 +46,39 @@ def expert_linear(
         Sorted rows [S, O] in the dtype of ``inputs``, sentinel rows 0 before the bias; with
         ``routing_weights`` [T, O] in the dtype that inputs and weights promote to.
     """
-    wanted = choose(Kernel.AUTO if lora is None else lora.kernel, weight, inputs.dtype)
-    kernel = grouped.expert_linear if wanted is Kernel.GROUPED else ragged.expert_linear
-    return kernel(inputs, weight, bias, lora, dispatch, gather, routing_weights)
+    kernel = choose(Kernel.AUTO if lora is None else lora.kernel, weight, inputs.dtype)
+    if lora is None:
+        product = Product(weight, bias, None, 0.0, 0.0, dispatch, gather)
+        given = Inputs(inputs, None, None, routing_weights)
+    else:
+        product = Product(weight, bias, lora.owned, lora.scaling, lora.dropout, dispatch, gather)
+        given = Inputs(inputs, lora.lora_A, lora.lora_B, routing_weights)
+    code = grouped if kernel is Kernel.GROUPED else ragged
+    output: Tensor = _ExpertLinear.apply(code, product, *given)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _ExpertLinear(torch.autograd.Function):
+    """A product by one of the kernels; differentiable once in what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, code: Any, product: Product, *given: Any) -> Tensor:
+        with torch.autocast(given[0].device.type, enabled=False):
+            output, kept = code.forward(product, Inputs(*given))
+        ctx.save_for_backward(*given, *kept, *product.tensors)
+        ctx.code, ctx.product = code, product.given(())
+        found: Tensor = output
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        given, kept, rest = Inputs(*tensors[:4]), Kept(*tensors[4:6]), tensors[6:]
+        with torch.autocast(grad.device.type, enabled=False):
+            product = ctx.product.given(rest)
+            found = ctx.code.backward(product, grad, given, kept, ctx.needs_input_grad[2:])
+        return None, None, *found
 
 
 def choose(wanted: Kernel, weight: Stored, dtype: torch.dtype) -> Kernel:

@@ -1,27 +1,31 @@
-"""The kernel for GPUs: grouped matrix products, no loop and no waiting for the device.
+"""The kernel for GPUs: grouped matrix products, no loop over experts, no waiting for the device.
 
-``torch.nn.functional.grouped_mm`` multiplies all experts' rows at once. Ranks are padded with
-zeros to the largest, and that to a multiple of 8, since its operands need strides of 16 bytes.
+``torch.nn.functional.grouped_mm`` multiplies all experts' rows at once; what else is done with the
+rows is in :mod:`drlora_torch.lora.kernels.triton_rows`, or, where there is no Triton, in
+:mod:`drlora_torch.lora.kernels.torch_rows`. Kept for backward: the inputs, x A^T, dropout's
+factors, and no weight.
 
 Shape letters: T tokens, K experts per token, S = T * K (token, expert) pairs, N experts,
-I input and O output features, R padded rank.
+I input and O output features.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import dropout, grouped_mm
+from torch.nn.functional import grouped_mm
 
 from drlora_torch.lora.dispatch import Dispatch
-from drlora_torch.lora.kernels.factors import LoRAFactors
+from drlora_torch.lora.kernels import torch_rows
+from drlora_torch.lora.kernels.factors import Owned
+from drlora_torch.lora.kernels.product import Gradients, Inputs, Kept, Product, draw_kept
 from drlora_torch.lora.stored import Stored
+from drlora_torch.lora.triton_use import runs_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes
@@ -35,61 +39,131 @@ def supports(shape: tuple[int, int, int], dtype: torch.dtype) -> bool:
     return dtype in DTYPES and aligned
 
 
-def expert_linear(
-    inputs: Tensor,
-    weight: Stored,
-    bias: Tensor | None,
-    lora: LoRAFactors | None,
+def low_dtype(inputs: torch.dtype, factor: torch.dtype) -> torch.dtype:
+    """Data type of the low-rank part."""
+    return inputs
+
+
+def forward(product: Product, given: Inputs) -> tuple[Tensor, Kept]:
+    """The product, and what its backward needs."""
+    inputs, lora_A, lora_B, routing_weights = given
+    dispatch, tokens, owned = product.dispatch, product.tokens, product.owned
+    on_rows, kept = _operations(inputs), Kept(None, None)
+    rows = inputs if tokens is None else inputs.index_select(0, tokens)
+    output = _multiply(rows, product.weight, dispatch, transposed=False)
+    if product.bias is not None:
+        output += product.bias.index_select(0, dispatch.experts)
+    if owned is not None:
+        keep = draw_kept(rows, product.dropout)
+        x = (inputs, tokens) if keep is None else (rows * keep, None)
+        low = on_rows.low_rows(*x, lora_A, owned, dispatch, product.scaling)
+        on_rows.add_rows_(output, low, lora_B, owned, dispatch)
+        kept = Kept(low, keep)
+    if routing_weights is not None:
+        output = on_rows.sum_pairs(output, routing_weights, dispatch)
+    elif dispatch.sentinels:
+        on_rows.clear_sentinels_(output, dispatch)
+    return output, kept
+
+
+def backward(
+    product: Product, grad: Tensor, given: Inputs, kept: Kept, wanted: Sequence[bool]
+) -> Gradients:
+    """The gradients of what a product is differentiated in; ``wanted`` tells for each of them."""
+    inputs, lora_A, lora_B, weights = given
+    dispatch, tokens, owned = product.dispatch, product.tokens, product.owned
+    on_rows = _operations(inputs)
+    low: Any = kept.low
+    d_rows: Any = None
+    d_low: Any = None
+    d_A = d_B = d_inputs = d_weights = None
+    # g and what follows from it lack the routing weight until it is multiplied in
+    g = grad.to(inputs.dtype)
+    g = g.contiguous() if weights is None else g.index_select(0, dispatch.tokens)
+    if wanted[0] or wanted[3]:
+        d_rows = _multiply(g, product.weight, dispatch, transposed=True)
+    if owned is not None:
+        d_low = on_rows.low_rows(g, None, lora_B, owned, dispatch, product.scaling)
+        if d_rows is not None:
+            _add_kept_(on_rows, d_rows, kept.keep, d_low, lora_A, owned, dispatch)
+    if weights is not None:
+        w = weights.reshape(-1)[dispatch.order]
+        if d_rows is not None:
+            d_w = on_rows.weigh_(d_rows, inputs, tokens, w, dispatch)
+            d_weights = _with_bias(d_w, g, product.bias, dispatch)[dispatch.rows]
+        if owned is not None:
+            low, d_low = (each * w.unsqueeze(-1).to(each.dtype) for each in (low, d_low))
+    if owned is not None:
+        x = _read(inputs, tokens, kept.keep)
+        d_A = on_rows.factor_gradient(d_low, *x, lora_A, owned, dispatch)
+        d_B = on_rows.factor_gradient(low, g, None, lora_B, owned, dispatch)
+    if wanted[0]:
+        d_inputs = _to_inputs(on_rows, d_rows, tokens, dispatch)
+    return d_inputs, d_A, d_B, d_weights if wanted[3] else None
+
+
+def _operations(inputs: Tensor) -> Any:
+    """The module of operations on rows for a device."""
+    if not runs_triton(inputs):
+        return torch_rows
+    from drlora_torch.lora.kernels import triton_rows
+
+    return triton_rows
+
+
+def _read(
+    inputs: Tensor, tokens: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What A is multiplied with, and the token of each row where these are tokens."""
+    if keep is None:
+        return inputs, tokens
+    return (inputs if tokens is None else inputs.index_select(0, tokens)) * keep, None
+
+
+def _add_kept_(
+    on_rows: Any,
+    d_rows: Tensor,
+    keep: Tensor | None,
+    d_low: Tensor,
+    lora_A: Tensor,
+    owned: Owned,
     dispatch: Dispatch,
-    gather: bool,
-    routing_weights: Tensor | None,
-) -> Tensor:
-    """Compute :func:`drlora_torch.lora.kernels.expert_linear`."""
-    dead = ~dispatch.live.unsqueeze(-1)
-    # grouped_mm leaves the rows behind the last expert unwritten, forward and backward
-    rows = (inputs[dispatch.tokens] if gather else inputs).masked_fill(dead, 0.0)
-    output = _base(rows, weight, dispatch)
-    if lora is not None:
-        output = output + lora.scaling * _low_rank(rows, lora, dispatch, dead)
-    output = output.masked_fill(dead, 0.0)
-    if bias is not None:
-        output = output + bias[dispatch.experts].to(output.dtype)
-    return output if routing_weights is None else dispatch.combine(output, routing_weights)
+) -> None:
+    """Add the gradient that reaches the rows through A."""
+    if keep is None:
+        on_rows.add_rows_(d_rows, d_low, lora_A, owned, dispatch)
+        return
+    through = torch.zeros_like(d_rows)
+    on_rows.add_rows_(through, d_low, lora_A, owned, dispatch)
+    d_rows += through * keep
 
 
-def _base(rows: Tensor, weight: Stored, dispatch: Dispatch) -> Tensor:
-    """x W^T of every row, [S, I] -> [S, O]."""
-    if not weight.packed:
-        matrices = weight.matrices(0, weight.shape[0], rows.dtype)
-        return grouped_mm(rows, matrices, offs=dispatch.offsets)
-    output: Tensor = _PackedProduct.apply(rows, weight, dispatch)  # type: ignore[no-untyped-call]
-    return output
+def _with_bias(d_w: Tensor, g: Tensor, bias: Tensor | None, dispatch: Dispatch) -> Tensor:
+    """The gradient y g = x d_x + bias g of the routing weights, [S]: y itself is not needed."""
+    if bias is None:
+        return d_w
+    of_bias = (g * bias.index_select(0, dispatch.experts)).sum(dim=1).to(d_w.dtype)
+    return d_w + (of_bias.masked_fill(~dispatch.live, 0.0) if dispatch.sentinels else of_bias)
 
 
-class _PackedProduct(torch.autograd.Function):
-    """Rows times packed weights, unpacked a group of experts at a time; differentiable in rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Stored, dispatch: Dispatch) -> Tensor:
-        ctx.save_for_backward(*weight.tensors)
-        ctx.weight, ctx.dispatch = dataclasses.replace(weight, tensors=()), dispatch
-        return _by_groups(rows, weight, dispatch, transposed=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight = dataclasses.replace(ctx.weight, tensors=tuple(ctx.saved_tensors))
-        return _by_groups(grad.contiguous(), weight, ctx.dispatch, transposed=True), None, None
+def _to_inputs(on_rows: Any, d_rows: Tensor, tokens: Tensor | None, dispatch: Dispatch) -> Tensor:
+    if tokens is not None:
+        summed: Tensor = on_rows.sum_pairs(d_rows, None, dispatch)
+        return summed
+    if dispatch.sentinels:
+        on_rows.clear_sentinels_(d_rows, dispatch)
+    return d_rows
 
 
-def _by_groups(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: bool) -> Tensor:
+def _multiply(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: bool) -> Tensor:
     """Rows times the weights, [S, I] -> [S, O], or times the transposed ones, [S, O] -> [S, I].
 
-    One group, where all experts fit into it, does not wait for the device.
+    Packed weights are unpacked a group of experts at a time; one group, where all experts fit into
+    it, does not wait for the device.
     """
     count, *features = weight.shape
     itemsize = max(rows.dtype.itemsize, (weight.dtype or rows.dtype).itemsize)
-    size = max(1, GROUP_BYTES // (math.prod(features) * itemsize))
+    size = max(1, GROUP_BYTES // (math.prod(features) * itemsize)) if weight.packed else count
     if size >= count:
         return grouped_mm(rows, _chosen(weight, 0, count, rows, transposed), offs=dispatch.offsets)
     output = rows.new_zeros(rows.shape[0], features[0 if transposed else 1])
@@ -108,17 +182,3 @@ def _by_groups(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: 
 def _chosen(weight: Stored, first: int, last: int, rows: Tensor, transposed: bool) -> Tensor:
     matrices = weight.matrices(first, last, rows.dtype)
     return matrices.transpose(1, 2) if transposed else matrices
-
-
-def _low_rank(rows: Tensor, lora: LoRAFactors, dispatch: Dispatch, dead: Tensor) -> Tensor:
-    """(x A^T) B of every row, [S, I] -> [S, O]."""
-    lora_A = _padded(lora.lora_A, lora.padded).to(rows.dtype)  # [N, R, I]
-    lora_B = _padded(lora.lora_B, lora.padded).to(rows.dtype)  # [N, R, O]
-    read = dropout(rows, lora.dropout) if lora.dropout else rows
-    low = grouped_mm(read, lora_A.transpose(1, 2), offs=dispatch.offsets).masked_fill(dead, 0.0)
-    return grouped_mm(low, lora_B, offs=dispatch.offsets)
-
-
-def _padded(storage: Tensor, slots: Tensor) -> Tensor:
-    """Rows of the slots [N, R] of each expert, [N, R, .]; zeros for slot -1."""
-    return storage[slots.clamp(min=0)] * (slots >= 0).unsqueeze(-1)
