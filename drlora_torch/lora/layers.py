@@ -5,19 +5,22 @@ Shape letters: P rank slots, I input and O output features, N experts, R active 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from drlora_torch.lora import parts
-from drlora_torch.lora.kernels import Kernel, LoRAFactors
-from drlora_torch.lora.kernels.factors import Owned
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.kernels import Kernel, LoRAFactors, choose, code_of, compiled
+from drlora_torch.lora.kernels.factors import ROUNDED, Owned
+from drlora_torch.lora.kernels.product import Inputs, Product
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import FREE, Born, IntArray, SlotTable
 from drlora_torch.lora.spread import Spread
+from drlora_torch.lora.stored import Stored
 
 
 class ProjectionShape(NamedTuple):
@@ -100,7 +103,10 @@ class ExpertLoRA(nn.Module):
             self.projections[projection] = SlotLoRA(shape, table.num_slots, rows)
         self.spread: Spread | None = None
         """Where the rows of A and B are, if the experts were spread over processes before."""
+        self.base: Callable[[str], Stored] | None = None
+        """From a projection to the weights beside it, once the layer runs with this LoRA."""
         self._owned: Owned | None = None  # of the table as it is now, on one device
+        self._number = compiled.register(self)
 
     @property
     def some(self) -> nn.Parameter:
@@ -184,6 +190,37 @@ class ExpertLoRA(nn.Module):
             owned = owned.of_experts(self.spread.experts)
         dropout = self.dropout if self.training else 0.0
         return LoRAFactors(lora_A, lora_B, owned, self.scaling, dropout, self.kernel)
+
+    def code(self, projection: str, dtype: torch.dtype) -> Any:
+        """The kernel that multiplies inputs of a data type."""
+        assert self.base is not None
+        return code_of(choose(self.kernel, self.base(projection), dtype))
+
+    def product(
+        self, projection: str, bias: Tensor | None, dropout: float, dispatch: Dispatch, gather: bool
+    ) -> Product:
+        """What the kernel multiplies, with the slots as they are now."""
+        assert self.base is not None
+        owned = self._owned_on(self.compute_device)
+        weight = self.base(projection)
+        return Product(weight, bias, owned, self.scaling, dropout, dispatch, gather)
+
+    def compiled(
+        self,
+        projection: str,
+        inputs: Tensor,
+        bias: Tensor | None,
+        dispatch: Dispatch,
+        gather: bool = False,
+        routing_weights: Tensor | None = None,
+    ) -> Tensor:
+        """:func:`drlora_torch.lora.kernels.expert_linear` in a graph of ``torch.compile``."""
+        slots: Any = self.projections[projection]
+        given = Inputs(inputs, slots.lora_A, slots.lora_B, routing_weights)
+        dropout, most = self.dropout if self.training else 0.0, self.table.r_max
+        width = -(-most // ROUNDED) * ROUNDED
+        call = compiled.Call(self._number, projection, gather, dropout, width)
+        return compiled.expert_linear(given, bias, dispatch, call)
 
     @property
     def num_local_experts(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,6 +149,8 @@ class Fused:
         return unreadable(holder, where.name) if packed is None else None
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
+        layer = weakref.ref(module)
+        lora.base = lambda projection: self.stored(layer(), projection)
         return self.install_into(self, module, lora, observer)
 
     def expert_weight(self, module: Any, projection: str, expert: int) -> Tensor:
@@ -166,12 +169,26 @@ class Fused:
         def project(
             projection: str, inputs: Tensor, bias: Tensor | None = None, **options: Any
         ) -> Tensor:
+            if torch.compiler.is_compiling():
+                assert lora is not None, "only experts with LoRA are part of a graph"
+                rows = inputs.to(self._compiled_dtype(module, projection, inputs))
+                return lora.compiled(projection, rows, bias, dispatch, **options)
             weight = self.stored(module, projection)
             factors = None if lora is None else lora.factors(projection)
             rows = inputs.to(compute_dtype(weight, inputs))
             return expert_linear(rows, weight, bias, factors, dispatch, **options)
 
         return project
+
+    def _compiled_dtype(self, module: Any, projection: str, inputs: Tensor) -> torch.dtype:
+        """What :func:`compute_dtype` returns, as ``torch.compile`` can follow it."""
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        where = self.weights(module)[projection]
+        weight = getattr(module.get_submodule(where.module), where.name)
+        found: torch.dtype = weight.dtype
+        return found if found.is_floating_point and found.itemsize > 1 else inputs.dtype
 
 
 def is_a(class_name: str) -> Callable[[nn.Module], bool]:

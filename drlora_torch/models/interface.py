@@ -88,8 +88,6 @@ def _count_before_dispatch(module: Any, lora: ExpertLoRA, observer: Observer) ->
     return cast("Undo", handle.remove)
 
 
-# It loops over experts and observes: a compiled model leaves its graph here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -97,7 +95,7 @@ def experts_forward(
 
     Transformers calls it instead of its eager or grouped experts.
     """
-    lora, observer = vars(module)[ATTACHMENT]
+    lora, observer = getattr(module, ATTACHMENT)
     if not observer.enabled:
         own = type(module).forward.__wrapped__
         chosen = vars(module)[BASE_CONFIG]._experts_implementation

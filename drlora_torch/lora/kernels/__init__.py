@@ -53,9 +53,14 @@ def expert_linear(
     else:
         product = Product(weight, bias, lora.owned, lora.scaling, lora.dropout, dispatch, gather)
         given = Inputs(inputs, lora.lora_A, lora.lora_B, routing_weights)
-    code = grouped if kernel is Kernel.GROUPED else ragged
+    code = code_of(kernel)
     output: Tensor = _ExpertLinear.apply(code, product, *given)  # type: ignore[no-untyped-call]
     return output
+
+
+def code_of(kernel: Kernel) -> Any:
+    """The module of a kernel: ``forward`` and ``backward`` of a product."""
+    return grouped if kernel is Kernel.GROUPED else ragged
 
 
 class _ExpertLinear(torch.autograd.Function):

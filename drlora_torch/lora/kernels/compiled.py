@@ -1,0 +1,207 @@
+"""The product of experts as an operator of torch: one node in a graph of ``torch.compile``.
+
+The graph holds no slots and no ranks: the operator asks for the layer's, by its number, when it
+runs. So growth changes data and nothing is compiled anew.
+
+Shape letters: T tokens, K experts per token, S = T * K (token, expert) pairs, N experts,
+I input and O output features, P rank slots, W = r_max, rounded up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drlora_torch.lora.dispatch import Dispatch
+from drlora_torch.lora.kernels.product import Inputs, Kept, Product
+
+_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Each :class:`drlora_torch.lora.layers.ExpertLoRA` by its number."""
+_numbers = itertools.count()
+
+
+def register(layer: Any) -> int:
+    """Let the operators find a layer by its number, as long as it lives."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+class Sorted(NamedTuple):
+    """A dispatch as the operators take it."""
+
+    order: Tensor
+    tokens: Tensor
+    experts: Tensor
+    offsets: Tensor
+    top_k: int
+    sentinels: bool
+
+
+class Call(NamedTuple):
+    """What else the operators take."""
+
+    layer: int
+    projection: str
+    gather: bool
+    dropout: float
+    width: int
+    """W."""
+
+
+def expert_linear(given: Inputs, bias: Tensor | None, dispatch: Dispatch, call: Call) -> Tensor:
+    """Compute :func:`drlora_torch.lora.kernels.expert_linear` of a layer that is registered."""
+    rows = Sorted(dispatch.order, dispatch.tokens, dispatch.experts, dispatch.offsets,
+                  dispatch.top_k, dispatch.sentinels)  # fmt: skip
+    output: Tensor = _forward(*given, bias, *rows, *call)[0]
+    return output
+
+
+def _find(inputs: Tensor, bias: Tensor | None, rows: Sorted, call: Call) -> tuple[Any, Product]:
+    layer, dispatch = _layers[call.layer], Dispatch(*rows)
+    product = layer.product(call.projection, bias, call.dropout, dispatch, call.gather)
+    return layer.code(call.projection, inputs.dtype), product
+
+
+@torch.library.custom_op("drlora::expert_linear", mutates_args=())
+def _forward(
+    inputs: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing_weights: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    tokens: Tensor,
+    experts: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    sentinels: bool,
+    layer: int,
+    projection: str,
+    gather: bool,
+    dropout: float,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Sorted(order, tokens, experts, offsets, top_k, sentinels)
+    call = Call(layer, projection, gather, dropout, width)
+    code, product = _find(inputs, bias, rows, call)
+    with torch.autocast(inputs.device.type, enabled=False):
+        output, kept = code.forward(product, Inputs(inputs, lora_A, lora_B, routing_weights))
+    low = pad(kept.low, (0, width - kept.low.shape[1]))
+    keep = inputs.new_empty(0) if kept.keep is None else kept.keep
+    return output, low, keep
+
+
+@_forward.register_fake
+def _(
+    inputs: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing_weights: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    tokens: Tensor,
+    experts: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    sentinels: bool,
+    layer: int,
+    projection: str,
+    gather: bool,
+    dropout: float,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, features = order.shape[0], lora_B.shape[1]
+    code = _layers[layer].code(projection, inputs.dtype)
+    low = inputs.new_empty(pairs, width, dtype=code.low_dtype(inputs.dtype, lora_A.dtype))
+    keep = inputs.new_empty((pairs, inputs.shape[1]) if dropout else (0,))
+    if routing_weights is None:
+        return inputs.new_empty(pairs, features), low, keep
+    dtype = torch.result_type(inputs, routing_weights)
+    return inputs.new_empty(routing_weights.shape[0], features, dtype=dtype), low, keep
+
+
+@torch.library.custom_op("drlora::expert_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    inputs: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing_weights: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor,
+    keep: Tensor,
+    wanted: Sequence[bool],
+    order: Tensor,
+    tokens: Tensor,
+    experts: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    sentinels: bool,
+    layer: int,
+    projection: str,
+    gather: bool,
+    dropout: float,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = Sorted(order, tokens, experts, offsets, top_k, sentinels)
+    code, product = _find(inputs, bias, rows, Call(layer, projection, gather, dropout, width))
+    used = 0 if product.owned is None else product.owned.width
+    kept = Kept(low[:, :used].contiguous(), keep if dropout else None)
+    given = Inputs(inputs, lora_A, lora_B, routing_weights)
+    with torch.autocast(grad.device.type, enabled=False):
+        d_inputs, d_A, d_B, d_w = code.backward(product, grad, given, kept, wanted)
+    nothing = grad.new_empty(0)
+    return (
+        nothing if d_inputs is None else d_inputs,
+        d_A,
+        d_B,
+        nothing.clone() if d_w is None else d_w,
+    )
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    inputs: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing_weights: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor,
+    keep: Tensor,
+    wanted: Sequence[bool],
+    *rest: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    d_inputs = torch.empty_like(inputs) if wanted[0] else nothing
+    d_w = nothing.clone()
+    if wanted[3] and routing_weights is not None:
+        d_w = torch.empty_like(routing_weights)
+    return d_inputs, torch.empty_like(lora_A), torch.empty_like(lora_B), d_w
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, (top_k, sentinels, *call) = inputs[:9], inputs[9:]
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.numbers = (top_k, sentinels, *call)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *of_kept: Any) -> tuple[Any, ...]:
+    *given, bias, order, tokens, experts, offsets, low, keep = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:4])
+    found = _backward(
+        grad, *given, bias, low, keep, wanted, order, tokens, experts, offsets, *ctx.numbers
+    )
+    gradients = [each if needs else None for each, needs in zip(found, wanted, strict=True)]
+    return (*gradients, *([None] * 12))
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
