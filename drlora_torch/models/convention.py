@@ -41,8 +41,12 @@ class Observer(Protocol):
 
     def routed(
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> None:
-        """Count the routing [T, K] once backward reaches ``output``; an index >= N is no expert."""
+    ) -> Tensor:
+        """Count the routing [T, K] once backward reaches ``output``, which is returned.
+
+        An index >= N is no expert. In a graph of ``torch.compile`` another tensor is returned, and
+        that one must be used.
+        """
 
 
 class Convention(Protocol):

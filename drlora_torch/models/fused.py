@@ -204,8 +204,7 @@ def routed(run: Run) -> Install:
             output = _routed(
                 convention, run, module, lora, hidden_states, top_k_index, top_k_weights
             )
-            observer.routed(lora, output, top_k_index, top_k_weights)
-            return output
+            return observer.routed(lora, output, top_k_index, top_k_weights)
 
         return undo_all(give_lora(module, lora, observer), run_instead(module, forward, observer))
 

@@ -102,9 +102,10 @@ def experts_forward(
         base: Callable[..., Tensor] = _registry(module).get_interface(chosen, own)
         return base(module, hidden_states, top_k_index, top_k_weights)
     output = _run(module, lora, hidden_states, top_k_index, top_k_weights)
-    if not is_expert_parallel(module):  # else it is counted before the tokens travel
-        observer.routed(lora, output, top_k_index, top_k_weights)
-    return output
+    if is_expert_parallel(module):  # it is counted before the tokens travel
+        return output
+    counted: Tensor = observer.routed(lora, output, top_k_index, top_k_weights)
+    return counted
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

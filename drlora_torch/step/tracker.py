@@ -24,11 +24,11 @@ from drlora_torch.errors import AttachError, refuse_copy
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models import frameworks
 from drlora_torch.options import Newborn
-from drlora_torch.step import growth, hooks, newborn, parameters, samples, sharded
+from drlora_torch.step import compiled, growth, hooks, newborn, parameters, samples, sharded
 from drlora_torch.step.backward import BackwardPasses
 from drlora_torch.step.exchange import exchange
 from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
-from drlora_torch.step.forwards import ForwardWatch
+from drlora_torch.step.forwards import ForwardWatch, ModelCall
 from drlora_torch.step.importance import ImportanceReader, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
@@ -46,6 +46,7 @@ class StepTracker:
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
+        self._number = compiled.register(self)
         self._notices = Notices()
         self._foreign = ForeignOptimizers(attached)
         self._forwards = 0  # of all layers so far
@@ -82,7 +83,29 @@ class StepTracker:
 
     def routed(
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            call = self._watch.running
+            return compiled.count(self._number, lora, output, top_k_index, top_k_weights, call)
+        self._forward(lora, output, top_k_index, top_k_weights)
+        return output
+
+    def began(self, layer: str) -> None:
+        """Note a compiled forward of a layer."""
+        self._forwards += 1
+        if self._watch.begins_training():
+            frameworks.check_training(self.attached.layers[layer].lora)
+
+    def reached_compiled(
+        self, layer: str, top_k_index: Tensor, top_k_weights: Tensor, call: ModelCall
     ) -> None:
+        """Count a compiled forward whose output the backward pass has reached."""
+        self.reached(Routing(layer, self._forwards, top_k_index, top_k_weights, call))
+
+    def _forward(
+        self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> None:
+        """Note a forward of a layer, which counts once backward reaches its output."""
         if self.attached.paused:
             return
         self._forwards += 1
