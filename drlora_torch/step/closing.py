@@ -2,9 +2,9 @@
 
 On the CPU that happens at once. A device is not waited for: the step is closed when its statistics
 have arrived, at the end of the next step at the latest, or as soon as anyone asks the engine for
-something. Three kinds of steps wait for their own: one that may end with a growth event, the
-engine's first, and the first of an adapter in this process, so that whatever cannot work says so
-there.
+something. A few steps wait for their own: one that may end with a growth event, the last of the
+warmup, the engine's first, and the first of an adapter in this process, so that whatever cannot
+work says so there.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class StepCloser:
         sent = exchange.send(attached, sums, slots, idle, notes)
         if horizon and self._young is not None:
             self._young.advance(idle)
-        waits = not self.begun or not engine.step_count or growth.may_follow(attached)
-        if not (waits or sent.readback.is_on_host):
-            engine.defer(partial(self._arrive, sent, horizon))
+        if not (sent.readback.is_on_host or self._waits(attached)):
+            attached.known_steps = engine.step_count
+            engine.defer(partial(self._arrive_late, sent, horizon))
             return None
         event = self._arrive(sent, horizon)
         self.begun = True
@@ -92,6 +92,15 @@ class StepCloser:
         attached.engine.settle()
         readback = Readback(idle.reshape(1))
         attached.engine.defer(partial(self._arrive_paused, readback, horizon))
+
+    def _waits(self, attached: Attached) -> bool:
+        """True for a step that waits for its own statistics."""
+        config, steps = attached.engine.config, attached.engine.step_count
+        ends_warmup = steps + 1 == config.warmup_steps  # routers are asked for it in backward
+        return not self.begun or not steps or ends_warmup or growth.may_follow(attached)
+
+    def _arrive_late(self, sent: Sent, horizon: float) -> None:
+        self._arrive(sent, horizon)
 
     def _arrive(self, sent: Sent, horizon: float) -> GrowthEvent | None:
         statistics, attached = sent.arrive(), self._attached()

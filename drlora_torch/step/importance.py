@@ -33,7 +33,7 @@ def mean_sensitivity(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) 
         # abs and mean use vector instructions, which linalg.vector_norm(ord=1) does not
         torch._foreach_abs_(products)
         means = torch.cat([product.mean(dim=1) for product in products]).double()
-        found += means.split([len(product) for product in products])
+        found += torch.split(means, [len(product) for product in products])
     return found
 
 

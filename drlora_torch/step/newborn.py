@@ -128,7 +128,7 @@ class Young:
             if idle is None:
                 torch._foreach_add_(counts, 1.0)
             else:
-                torch._foreach_add_(counts, (~idle).to(device, torch.float64))
+                torch._foreach_add_(counts, [(~idle).to(device, torch.float64)] * len(counts))
 
     def retire(self, ages: Ages) -> None:
         """Let go of rows that need no correction any more."""

@@ -96,7 +96,7 @@ def _by_ratio(ratio: Ratio) -> Factors:
             ns = [snapshots[i].counts for i in places]
             n, t = _join(ns, [counts[i] for i in places])
             column = ratio(_own_count(n, t), t, betas).to(dtype).unsqueeze(-1)
-            found |= dict(zip(places, column.split([len(each) for each in ns]), strict=True))
+            found |= dict(zip(places, torch.split(column, [len(each) for each in ns]), strict=True))
         return [found[place] for place in range(len(snapshots))]
 
     return factors
