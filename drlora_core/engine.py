@@ -1,6 +1,6 @@
 """The allocation engine: the only stateful object of drlora_core, a thin shell over pure functions.
 
-Shapes: N experts of a layer, R = r_max rank dimensions.
+Shapes: L layers, N experts of a layer, R = r_max rank dimensions.
 """
 
 from __future__ import annotations
@@ -8,19 +8,32 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core import events, layer, snapshot
+from drlora_core import events, samples, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy, policy_name
 from drlora_core.recording.writer import Recorder, RecordingWriter
+from drlora_core.samples import Given, Tokens
+from drlora_core.state import (
+    EVERYWHERE,
+    Place,
+    Sample,
+    State,
+    check_sample,
+    expert_saliency,
+    make_state,
+    observe,
+    rank_importance,
+    routing_frequency,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +64,12 @@ class AllocatorEngine:
             raise LayoutError("policy 'prune' cuts rank and cannot be combined with a callable")
         self.config = config
         self._policy = policy or GROWTH_POLICIES.get(config.policy)
-        self._layers: dict[str, layer.LayerState] = {}
+        self._starts: dict[str, IntArray] = {}  # starting ranks by layer, [N]
+        self._last_state: State | None = None  # None: made of the starting ranks when it is needed
         self._carry: tuple[int, ...] = ()
         self._step = 0
         self._recorder: Recorder | None = None
+        self._close_step: Callable[[], None] | None = None
 
     def add_layer(self, name: str, num_experts: int, *, ranks: ArrayLike | None = None) -> None:
         """Add a layer; all layers are added before the first sample.
@@ -70,20 +85,21 @@ class AllocatorEngine:
                 above 0, the ranks are out of range or above the budget, or a sample was already
                 taken.
         """
+        self.settle()
         if not isinstance(name, str):
             raise LayoutError(f"a layer name must be a str, got {name!r}")
-        if name in self._layers:
+        if name in self._starts:
             raise LayoutError(f"layer {name!r} was already added; names must be unique")
         whole = isinstance(num_experts, (int, np.integer)) and not isinstance(num_experts, bool)
         if not whole or num_experts < 1:
             raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
-        if self._step or any(state.observed for state in self._layers.values()):
+        if self._step or (self._last_state is not None and self._last_state.observed.any()):
             raise LayoutError(f"layer {name!r} comes too late: add it before the first sample")
-        state = layer.make_state(self.config, int(num_experts))
+        start = np.full(int(num_experts), self.config.starting_rank, dtype=np.int64)
         if ranks is not None:
-            state = dataclasses.replace(state, ranks=_check_start(self.config, state.ranks, ranks))
-        self._layers[name] = state
-        self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._layers)
+            start = _check_start(self.config, start, ranks)
+        self._starts[name], self._last_state = start, None
+        self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._starts)
         self._report_shortfall(name, int(num_experts))
 
     def observe(
@@ -106,29 +122,66 @@ class AllocatorEngine:
         Raises:
             UnknownLayerError, StatisticError, StepOrderError: the engine is unchanged.
         """
-        state = self._layer(name)
-        if state.observed:
-            raise StepOrderError(
-                f"layer {name!r} was already observed in step {self._step + 1}; average the "
-                f"micro-batches, call engine.observe({name!r}, ...) once, then engine.step()"
-            )
-        try:
-            self._layers[name] = layer.observe(state, self.config, routing, importance)
-        except StatisticError as error:
-            raise StatisticError(f"layer {name!r}, step {self._step + 1}: {error}") from None
+        place = self._place(name)
+        self._check_unobserved(name)
+        observe(self._state, self.config, place, self._check(name, routing, importance))
         if self._recorder is not None:
             self._recorder.sample(name, routing, importance, tokens)
 
+    def observe_all(self, *, routing: Given, importance: Given, tokens: Tokens = None) -> None:
+        """Take the samples of all layers of the current optimizer step in one call.
+
+        The averages are those of :meth:`observe` for each layer, bit for bit. A layer that a
+        mapping leaves out is skipped, as by :meth:`skip`.
+
+        Args:
+            routing: phi, float [L, N] if all layers have N experts, with the layers in the order of
+                ``layer_names``; or a mapping from layer name to [N]. None only with
+                ``use_routing=False``.
+            importance: float [L, N] or [L, N, R], or a mapping from layer name to [N] or [N, R];
+                None only with ``use_importance=False``.
+            tokens: counted tokens: one number for all layers, one for each, or a mapping from layer
+                name; only written to a recording.
+
+        Raises:
+            UnknownLayerError, StatisticError, StepOrderError: the engine is unchanged.
+
+        Example:
+            >>> engine = AllocatorEngine(AllocatorConfig())
+            >>> engine.add_layer("layers.0", num_experts=2)
+            >>> engine.add_layer("layers.1", num_experts=2)
+            >>> engine.observe_all(routing=[[0.75, 0.25], [0.5, 0.5]], importance=np.ones((2, 2)))
+            >>> engine.routing_frequency("layers.0").round(3).tolist()
+            [0.75, 0.25]
+        """
+        state, layers = self._state, self.layer_names
+        phi = samples.split_layers("routing", routing, layers)
+        scores = samples.split_layers("importance", importance, layers)
+        counts = samples.split_tokens(tokens, layers)
+        given = samples.pair(phi, scores, layers)
+        if state.observed.any():
+            self._check_unobserved(layers[int(state.observed.argmax())])
+        together = samples.check_together(state, self.config, phi, scores)
+        if together is not None:
+            observe(state, self.config, EVERYWHERE, together)
+        else:
+            checked = {name: self._check(name, *pair) for name, pair in given.items()}
+            for name, sample in checked.items():
+                observe(state, self.config, state.places[name], sample)
+        state.observed[:] = True
+        if self._recorder is not None:
+            for name, pair in given.items():
+                self._recorder.sample(name, *pair, counts.get(name))
+
     def skip(self, name: str) -> None:
         """Close the current step for this layer without a sample (say, after a NaN)."""
-        state = self._layer(name)
-        if state.observed:
-            raise StepOrderError(f"layer {name!r} was already observed in step {self._step + 1}")
-        self._layers[name] = dataclasses.replace(state, observed=True)
+        place = self._place(name)
+        self._check_unobserved(name)
+        self._state.observed[place.layer] = True
 
     def is_observed(self, name: str) -> bool:
         """True if the current step's sample of a layer was taken or skipped."""
-        return self._layer(name).observed
+        return bool(self._state.observed[self._place(name).layer].all())
 
     def step(self) -> GrowthEvent | None:
         """Close an optimizer step; return the growth event that follows it, or None.
@@ -137,70 +190,107 @@ class AllocatorEngine:
             StepOrderError: there is no layer, or one was not observed.
             PolicyError: the policy broke its contract; the engine is unchanged.
         """
-        step = self._step + 1
-        if not self._layers:
+        state, step = self._state, self._step + 1
+        if not state.places:
             raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
-        missing = [name for name, state in self._layers.items() if not state.observed]
-        if missing:
+        if not state.observed.all():
+            missing = np.flatnonzero(~state.observed)
             raise StepOrderError(
-                f"step {step} has no sample of {len(missing)} of {len(self._layers)} layers, first "
-                f"{missing[0]!r}; call engine.observe(...) or engine.skip(name) for every layer "
-                f"before engine.step()"
+                f"step {step} has no sample of {missing.size} of {len(state.places)} layers, first "
+                f"{self.layer_names[missing[0]]!r}; call engine.observe(...) or engine.skip(name) "
+                f"for every layer before engine.step()"
             )
-        event, layers, carry = events.decide(
-            self.config, self._policy, self._layers, self._carry, step
-        )
+        event, after, carry = events.decide(self.config, self._policy, state, self._carry, step)
         if self._recorder is not None:
-            ranks_before = {name: state.ranks for name, state in self._layers.items()}
-            self._recorder.step(step, ranks_before, event)
-        self._layers = {
-            name: dataclasses.replace(state, observed=False) for name, state in layers.items()
-        }
+            ranks = {name: state.ranks[experts] for name, (_, experts) in state.places.items()}
+            self._recorder.step(step, ranks, event)
+        self._last_state = dataclasses.replace(after, observed=np.zeros_like(after.observed))
         self._carry, self._step = carry, step
         return event
+
+    def defer(self, close: Callable[[], None]) -> None:
+        """Let ``close`` finish the current step as soon as the engine is asked for anything.
+
+        On a GPU the statistics of a step arrive some time after the step. A training loop that
+        waited for them would stop the GPU. With ``defer`` it goes on, and still nobody who holds
+        the engine sees stale numbers: every method and property that depends on the step first
+        calls ``close``. Only ``config``, ``layer_names``, ``num_experts``, ``budget`` and
+        ``pending`` do not.
+
+        Args:
+            close: calls :meth:`observe_all` (or :meth:`observe` and :meth:`skip`) and :meth:`step`.
+                It is called once, by the next ``defer`` at the latest. What it raises reaches the
+                caller whose question it answers; it is not called again.
+
+        Example:
+            >>> engine = AllocatorEngine(AllocatorConfig())
+            >>> engine.add_layer("experts", num_experts=2)
+            >>> def close() -> None:
+            ...     engine.observe("experts", routing=[0.75, 0.25], importance=[1.0, 1.0])
+            ...     engine.step()
+            >>> engine.defer(close)
+            >>> engine.pending, engine.step_count, engine.pending
+            (True, 1, False)
+        """
+        self.settle()
+        self._close_step = close
+
+    def settle(self) -> None:
+        """Finish the step that :meth:`defer` left open, if there is one."""
+        if self._close_step is not None:
+            close, self._close_step = self._close_step, None  # its own calls settle too
+            close()
+
+    @property
+    def pending(self) -> bool:
+        """True if :meth:`defer` left a step open; to ask does not finish it."""
+        return self._close_step is not None
 
     @property
     def step_count(self) -> int:
         """Number of optimizer steps so far, t."""
+        self.settle()
         return self._step
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Names of the layers in the order they were added."""
-        return tuple(self._layers)
+        return tuple(self._starts)
 
     def num_experts(self, name: str) -> int:
         """N of a layer."""
-        return self._layer(name).num_experts
+        check_layer(name, self._starts)
+        return self._starts[name].size
 
     def ranks(self, name: str) -> IntArray:
         """Active ranks r_i, int64 [N] (a copy)."""
-        return self._layer(name).ranks.copy()
+        return self._state.ranks[self._place(name).experts].copy()
 
     def saliency(self, name: str) -> FloatArray:
         """S_i = f_i * g_i / (r_i + 1)^gamma, float64 [N]."""
-        return layer.layer_saliency(self._layer(name), self.config)
+        return expert_saliency(self._state, self.config, self._place(name))
 
     def routing_frequency(self, name: str) -> FloatArray:
         """f_i, bias-corrected, float64 [N]; 0 before the first sample."""
-        return layer.routing_frequency(self._layer(name), self.config)
+        return routing_frequency(self._state, self.config, self._place(name))
 
     def rank_importance(self, name: str) -> FloatArray:
         """g_i, bias-corrected, float64 [N]; 0 before the first sample since the last growth."""
-        return layer.rank_importance(self._layer(name), self.config)
+        return rank_importance(self._state, self.config, self._place(name))
 
     def budget(self, name: str) -> int:
         """Total rank of a layer at the end, N * r_target (scope ``global``: on average)."""
-        return self._layer(name).num_experts * self.config.r_target
+        return self.num_experts(name) * self.config.r_target
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain arrays and JSON values, all of them copies.
 
         This flushes a recording, so that a run resumed from this state can continue it.
         """
+        state = self._state
         if self._recorder is not None:
             self._recorder.flush()
-        return snapshot.save_state(self.config, self._layers, self._carry, self._step)
+        return snapshot.save_state(self.config, state, self._carry, self._step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state. An engine without layers takes the layers of the state.
@@ -208,10 +298,13 @@ class AllocatorEngine:
         Raises:
             LayoutError: the state does not fit or is damaged; the engine is unchanged.
         """
-        layers, carry, step = snapshot.load_state(state, self.config)
-        if self._layers:
-            snapshot.check_layout(layers, self._layers)
-        self._layers, self._carry, self._step = layers, carry, step
+        self.settle()
+        loaded, carry, step = snapshot.load_state(state, self.config)
+        if self._starts:
+            own = {name: start.size for name, start in self._starts.items()}
+            snapshot.check_layout(loaded.sizes, own)
+        self._starts = {name: loaded.ranks[part] for name, (_, part) in loaded.places.items()}
+        self._last_state, self._carry, self._step = loaded, carry, step
 
     def record_to(self, recorder: Recorder | str | os.PathLike[str] | None) -> None:
         """Tell every accepted sample and step to a recorder from now on; None stops.
@@ -219,6 +312,7 @@ class AllocatorEngine:
         A path means a recording on disk (:mod:`drlora_core.recording`). It is created at the first
         step, and complete after ``record_to(None)`` or at the end of the process.
         """
+        self.settle()
         if isinstance(recorder, (str, os.PathLike)):
             name = self.config.policy if self._policy is None else policy_name(self._policy)
             recorder = RecordingWriter(recorder, self, policy=name)
@@ -226,9 +320,36 @@ class AllocatorEngine:
             self._recorder.close()
         self._recorder = recorder
 
-    def _layer(self, name: str) -> layer.LayerState:
-        check_layer(name, self._layers)
-        return self._layers[name]
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold a finished step: a pending one would change this engine only."""
+        self.settle()
+        return self.__dict__
+
+    @property
+    def _state(self) -> State:
+        """The state, after a deferred step; every reader and writer of the state comes by here."""
+        self.settle()
+        if self._last_state is None:
+            self._last_state = make_state(self.config, self._starts)
+        return self._last_state
+
+    def _place(self, name: str) -> Place:
+        check_layer(name, self._starts)
+        return self._state.places[name]
+
+    def _check_unobserved(self, name: str) -> None:
+        if self.is_observed(name):
+            raise StepOrderError(
+                f"layer {name!r} was already observed in step {self._step + 1}; average the "
+                f"micro-batches, call engine.observe({name!r}, ...) once, then engine.step()"
+            )
+
+    def _check(self, name: str, routing: ArrayLike | None, importance: ArrayLike | None) -> Sample:
+        ranks = self._state.ranks[self._place(name).experts]
+        try:
+            return check_sample(ranks, self.config, routing, importance)
+        except StatisticError as error:
+            raise StatisticError(f"layer {name!r}, step {self._step + 1}: {error}") from None
 
     def _report_shortfall(self, name: str, num_experts: int) -> None:
         config = self.config

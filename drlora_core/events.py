@@ -1,22 +1,26 @@
-"""One growth (or pruning) event: from the layers' states to a decision, as pure functions."""
+"""One growth (or pruning) event: from the state to a decision, as pure functions.
+
+Shapes: L layers, E experts of all layers, one layer after the other.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drlora_core import layer, pruning, timetable
+from drlora_core import pruning, timetable
+from drlora_core import state as states
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.layer import LayerState
-from drlora_core.policies import AllocationRequest, Policy, run_policy
-from drlora_core.pools import Pool, allocate, layer_means, make_pools
+from drlora_core.policies import AllocationRequest, Policy
+from drlora_core.pools import Pool, allocate, layer_means, make_pools, run_on_pools
+from drlora_core.state import Place, State
 
-Layers = Mapping[str, LayerState]
 logger = logging.getLogger(__name__)
 
 
@@ -43,78 +47,106 @@ class GrowthEvent:
 def decide(
     config: AllocatorConfig,
     policy: Policy | None,
-    layers: Layers,
+    state: State,
     carry: tuple[int, ...],
     step: int,
-) -> tuple[GrowthEvent | None, Layers, tuple[int, ...]]:
+) -> tuple[GrowthEvent | None, State, tuple[int, ...]]:
     """Decide the event after optimizer step ``step`` (from 1), if there is one.
 
     The policy is None for ``prune``; ``carry`` holds the units that each pool carried over. Returns
-    the event or None, the new states of the layers, and the units that each pool carries over. A
-    pool of which no sample has been seen waits: its units are carried over, nothing is cut.
+    the event or None, the new state, and the units that each pool carries over. A pool of which no
+    sample has been seen waits: its units are carried over, nothing is cut.
     """
     index = timetable.event_index(
         step, config.warmup_steps, config.growth_interval, config.growth_end
     )
     if index is None:
-        return None, layers, carry
-    pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
-    scores = {name: layer.layer_saliency(state, config) for name, state in layers.items()}
-    after: dict[str, LayerState] = {}
-    cut: dict[str, NDArray[np.bool_]] = {}
-    left_over = []
-    for number, (pool, carried) in enumerate(zip(pools, carry, strict=True)):
-        members = {name: layers[name] for name in pool.names}
-        seen = _has_sample(members, pool, step)
-        if policy is None:
-            pruned, cut_here = _prune(config, members, index if seen else 0)
-            after |= pruned
-            cut |= cut_here
-            left_over.append(0)
-            continue
-        units = event_quota(config, pool, index) + carried
-        request = _make_request(config, pool, members, scores, units, step, number)
-        growth = np.zeros_like(request.ranks)
-        if seen:
-            growth = _spread(config, policy, pool, request, index)
-        for name, part in zip(pool.names, pool.slices(), strict=True):
-            after[name] = layer.grow(layers[name], growth[part])
-        left_over.append(request.quota - int(growth.sum()))
+        return None, state, carry
+    pools = make_pools(config, state.sizes)
+    seen = _have_samples(state, pools, step)
+    scores = states.expert_saliency(state, config)
+    cut: NDArray[np.bool_] | None = None
+    if policy is None:
+        cut = _choose_cuts(config, state, pools, seen, index)
+        after, left_over = _prune(state, cut), [0] * len(pools)
+    else:
+        quotas = _quotas(config, state, pools, carry, index)
+        request = _make_request(config, state, scores, step)
+        growth = _spread(config, policy, pools, request, quotas, seen, index)
+        after = states.grow(state, growth)
+        left_over = [
+            quota - int(growth[pool.experts].sum())
+            for pool, quota in zip(pools, quotas, strict=True)
+        ]
     event = GrowthEvent(
         step=step,
         index=index,
-        deltas={name: after[name].ranks - state.ranks for name, state in layers.items()},
-        ranks={name: after[name].ranks.copy() for name in layers},
-        saliency=scores,
+        deltas=_by_layer(after.ranks - state.ranks, state.places),
+        ranks=_by_layer(after.ranks.copy(), state.places),
+        saliency=_by_layer(scores, state.places),
         unplaced=sum(left_over),
-        cut=cut,
+        cut={} if cut is None else _by_layer(cut, state.places),
     )
-    return event, {name: after[name] for name in layers}, tuple(left_over)
+    return event, after, tuple(left_over)
 
 
-def _has_sample(members: Layers, pool: Pool, step: int) -> bool:
-    """True if a sample of a pool has been seen; its event waits otherwise, and says so."""
-    seen = any(layer.has_sample(state) for state in members.values())
-    if not seen:
-        logger.warning(
-            "the event after step %d leaves the ranks of %s as they are: no sample of routing or "
-            "importance has been seen",
-            step,
-            pool.describe(),
-        )
+def _by_layer(values: NDArray[Any], places: Mapping[str, Place]) -> dict[str, NDArray[Any]]:
+    """Split an array over all experts, [E], into those of the layers."""
+    return {name: values[experts] for name, (_, experts) in places.items()}
+
+
+def _have_samples(state: State, pools: Sequence[Pool], step: int) -> list[bool]:
+    """True for each pool of which a sample was seen; the event of others waits, and says so."""
+    seen = []
+    for pool in pools:
+        seen.append(any(states.has_sample(state, state.places[name]) for name in pool.names))
+        if not seen[-1]:
+            logger.warning(
+                "the event after step %d leaves the ranks of %s as they are: no sample of routing "
+                "or importance has been seen",
+                step,
+                pool.describe(),
+            )
     return seen
 
 
+def _quotas(
+    config: AllocatorConfig,
+    state: State,
+    pools: Sequence[Pool],
+    carry: tuple[int, ...],
+    index: int,
+) -> list[int]:
+    """Units that each pool may place: quota and carried units, or what the budget has left."""
+    return [
+        min(
+            event_quota(config, pool, index) + carried,
+            pool.num_experts * config.r_target - int(state.ranks[pool.experts].sum()),
+        )
+        for pool, carried in zip(pools, carry, strict=True)
+    ]
+
+
 def _spread(
-    config: AllocatorConfig, policy: Policy, pool: Pool, request: AllocationRequest, index: int
+    config: AllocatorConfig,
+    policy: Policy,
+    pools: Sequence[Pool],
+    request: AllocationRequest,
+    quotas: Sequence[int],
+    seen: Sequence[bool],
+    index: int,
 ) -> IntArray:
-    """Spread a pool's quota, [N]; with scope ``global`` within each layer's floor and ceiling."""
+    """Spread the quotas, [E]; with scope ``global`` within each layer's floor and ceiling."""
     if config.scope == "layer":
-        return run_policy(policy, request, pool.describe())
+        return run_on_pools(policy, request, pools, quotas, seen)
+    if not seen[0]:
+        return np.zeros_like(request.ranks)
+    (pool,) = pools
     totals = np.array([request.ranks[part].sum() for part in pool.slices()])
     capacities = np.array(pool.sizes) * config.mean_rank_ceiling - totals
     shares = [event_quota(config, single, index) for single in pool.split()]
     floors = np.floor(config.layer_floor * np.array(shares)).astype(np.int64)
+    request = dataclasses.replace(request, quota=quotas[0], seed=(*request.seed, 0))
     return allocate(policy, request, pool, np.minimum(floors, capacities), capacities)
 
 
@@ -129,51 +161,45 @@ def event_quota(config: AllocatorConfig, pool: Pool, index: int) -> int:
 
 
 def _make_request(
-    config: AllocatorConfig,
-    pool: Pool,
-    members: Layers,
-    scores: Mapping[str, FloatArray],
-    units: int,
-    step: int,
-    number: int,
+    config: AllocatorConfig, state: State, scores: FloatArray, step: int
 ) -> AllocationRequest:
-    """Ask for ``units`` units, or for those that the budget has left."""
-    ranks = np.concatenate([state.ranks for state in members.values()])
-    signals = [layer.signals(state, config) for state in members.values()]
-    scale = np.ones(pool.num_experts)
-    if config.scope == "global":
-        scale = layer_means(np.concatenate([scores[name] for name in members]), pool)
+    """Describe the experts of all layers; quota and seed are still those of no pool."""
+    routing, importance = states.signals(state, config)
+    limits = np.minimum(config.r_max - state.ranks, config.max_growth or config.r_max)
+    shared = config.scope == "global"
     return AllocationRequest(
         step=step,
-        quota=min(units, pool.num_experts * config.r_target - int(ranks.sum())),
-        ranks=ranks,
-        limits=np.minimum(config.r_max - ranks, config.max_growth or config.r_max),
-        routing=np.concatenate([routing for routing, _ in signals]),
-        importance=np.concatenate([importance for _, importance in signals]),
+        quota=0,
+        ranks=state.ranks.copy(),
+        limits=limits,
+        routing=routing,
+        importance=importance,
         gamma=config.gamma,
-        scale=scale,
-        seed=(config.seed, step, number),
+        scale=layer_means(scores, state.sizes) if shared else np.ones(scores.size),
+        seed=(config.seed, step),
     )
 
 
-def _prune(
-    config: AllocatorConfig, members: Layers, index: int
-) -> tuple[dict[str, LayerState], dict[str, NDArray[np.bool_]]]:
-    """Cut the pool's least important dimensions, down to the cubic schedule's total."""
-    states = list(members.values())
-    ranks = np.concatenate([state.ranks for state in states])
-    averages = np.concatenate([layer.dimension_importance(state, config) for state in states])
-    excess = int(ranks.sum()) - config.scheduled_total(ranks.size, index)
-    cut = pruning.least_important(averages, ranks, excess)
-    ends = np.cumsum([state.num_experts for state in states])[:-1]
-    parts = dict(zip(members, np.split(cut, ends), strict=True))
-    after = {
-        name: dataclasses.replace(
-            state,
-            ranks=state.ranks - parts[name].sum(axis=1),
-            dimensions=pruning.compact(state.dimensions, parts[name]),
-        )
-        for name, state in members.items()
-        if state.dimensions is not None
-    }
-    return after, parts
+def _choose_cuts(
+    config: AllocatorConfig,
+    state: State,
+    pools: Sequence[Pool],
+    seen: Sequence[bool],
+    index: int,
+) -> NDArray[np.bool_]:
+    """Choose each pool's least important dimensions, down to the cubic schedule's total, [E, R]."""
+    averages = states.dimension_importance(state, config)
+    cut = np.zeros(averages.shape, dtype=np.bool_)
+    for pool, due in zip(pools, seen, strict=True):
+        ranks = state.ranks[pool.experts]
+        excess = int(ranks.sum()) - config.scheduled_total(ranks.size, index if due else 0)
+        cut[pool.experts] = pruning.least_important(averages[pool.experts], ranks, excess)
+    return cut
+
+
+def _prune(state: State, cut: NDArray[np.bool_]) -> State:
+    """Cut dimensions, bool [E, R]."""
+    if state.dimensions is None:
+        raise AssertionError("only policy 'prune' averages single dimensions")
+    dimensions = pruning.compact(state.dimensions, cut)
+    return dataclasses.replace(state, ranks=state.ranks - cut.sum(axis=1), dimensions=dimensions)

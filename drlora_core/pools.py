@@ -1,19 +1,20 @@
 """Pools: the experts that share one quota, a layer (scope ``layer``) or all (scope ``global``).
 
-Shapes: N experts of the pool, in the order of its layers.
+Shapes: N experts of the pool, in the order of its layers; E experts of all pools, one after the
+other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.policies import AllocationRequest, Policy, run_policy
+from drlora_core.policies import REQUEST_ARRAYS, AllocationRequest, Policy, run_policy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,10 +23,16 @@ class Pool:
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+    start: int = 0  # the first of its experts among all, [E]
 
     @property
     def num_experts(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def experts(self) -> slice:
+        """Its experts among all, [E]."""
+        return slice(self.start, self.start + self.num_experts)
 
     def slices(self) -> list[slice]:
         """The range of each layer's experts, in the order of ``names``."""
@@ -34,7 +41,8 @@ class Pool:
 
     def split(self) -> list[Pool]:
         """A pool of each layer."""
-        return [Pool((name,), (n,)) for name, n in zip(self.names, self.sizes, strict=True)]
+        parts = zip(self.names, self.sizes, self.slices(), strict=True)
+        return [Pool((name,), (n,), self.start + part.start) for name, n, part in parts]
 
     def describe(self) -> str:
         return f"layer {self.names[0]!r}" if len(self.names) == 1 else f"{len(self.names)} layers"
@@ -46,12 +54,32 @@ def make_pools(config: AllocatorConfig, sizes: Mapping[str, int]) -> list[Pool]:
     return [everything] if config.scope == "global" and sizes else everything.split()
 
 
-def layer_means(values: FloatArray, pool: Pool) -> FloatArray:
-    """Each expert's layer mean, [N]; 1 for a layer whose values are all zero."""
-    means = np.empty_like(values)
-    for part in pool.slices():
-        means[part] = values[part].mean() or 1.0
+def layer_means(values: FloatArray, sizes: Mapping[str, int]) -> FloatArray:
+    """Each expert's layer mean, [E]; 1 for a layer whose values are all zero."""
+    means, end = np.empty_like(values), 0
+    for size in sizes.values():
+        means[end : end + size] = values[end : end + size].mean() or 1.0
+        end += size
     return means
+
+
+def run_on_pools(
+    policy: Policy,
+    request: AllocationRequest,
+    pools: Sequence[Pool],
+    quotas: Sequence[int],
+    seen: Sequence[bool],
+) -> IntArray:
+    """Run the policy on each pool that ``seen`` holds True for; the request is that of all, [E]."""
+    growth = np.zeros_like(request.ranks)
+    for number, pool in enumerate(pools):
+        if seen[number]:
+            arrays = {name: getattr(request, name)[pool.experts] for name in REQUEST_ARRAYS}
+            own = dataclasses.replace(
+                request, quota=quotas[number], seed=(*request.seed, number), **arrays
+            )
+            growth[pool.experts] = run_policy(policy, own, pool.describe())
+    return growth
 
 
 def allocate(

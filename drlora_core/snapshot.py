@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -15,11 +14,10 @@ from drlora_core import timetable
 from drlora_core.config import AllocatorConfig, Count
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, describe_validation_error, near_misses
-from drlora_core.layer import LayerState
 from drlora_core.pools import make_pools
+from drlora_core.state import State, make_state
 
 VERSION = 1
-Layers = Mapping[str, LayerState]
 
 
 def _check_array(dtype: type, value: Any) -> NDArray[Any]:
@@ -37,7 +35,7 @@ Integers = Annotated[IntArray, PlainValidator(functools.partial(_check_array, np
 
 
 class LayerValues(BaseModel):
-    """The state of a layer, see :class:`drlora_core.layer.LayerState`."""
+    """The state of a layer, see :class:`drlora_core.state.State`."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -60,26 +58,35 @@ class EngineValues(BaseModel):
 
 
 def save_state(
-    config: AllocatorConfig, layers: Layers, carry: tuple[int, ...], step: int
+    config: AllocatorConfig, state: State, carry: tuple[int, ...], step: int
 ) -> dict[str, Any]:
     """Return the state as a nested dict; arrays are copies."""
-    saved: dict[str, dict[str, Any]] = {}
-    for name, state in layers.items():
-        values = {field: copy.copy(getattr(state, field)) for field in LayerValues.model_fields}
-        saved[name] = {field: value for field, value in values.items() if value is not None}
     return {
         "version": VERSION,
         "config": config.model_dump(mode="json"),
         "step": step,
         "carry": list(carry),
-        "layers": saved,
+        "layers": {name: _save_layer(state, name) for name in state.places},
     }
 
 
-def load_state(
-    state: Any, config: AllocatorConfig
-) -> tuple[dict[str, LayerState], tuple[int, ...], int]:
-    """Check a state against a configuration; return the layers, the carried units and the step."""
+def _save_layer(state: State, name: str) -> dict[str, Any]:
+    layer, experts = state.places[name]
+    saved = {
+        "ranks": state.ranks[experts].copy(),
+        "routing": state.routing[experts].copy(),
+        "routing_count": int(state.routing_count[layer][0]),
+        "importance": state.importance[experts].copy(),
+        "importance_count": state.importance_count[experts].copy(),
+        "observed": bool(state.observed[layer][0]),
+    }
+    if state.dimensions is not None:
+        saved["dimensions"] = state.dimensions[experts].copy()
+    return saved
+
+
+def load_state(state: Any, config: AllocatorConfig) -> tuple[State, tuple[int, ...], int]:
+    """Check a state against a configuration; return it, the carried units and the step."""
     if not isinstance(state, Mapping):
         raise LayoutError(f"an engine state is a dict, got {type(state).__name__}")
     if (version := state.get("version")) != VERSION:
@@ -89,26 +96,43 @@ def load_state(
     except ValidationError as error:
         raise LayoutError(f"not an engine state: {describe_validation_error(error)}") from None
     _check_config(values.config, config)
-    layers = {name: _load_layer(name, layer, config) for name, layer in values.layers.items()}
-    pools = make_pools(config, {name: state.num_experts for name, state in layers.items()})
+    layers = values.layers
+    for name, layer in layers.items():
+        _check_layer(name, layer, config)
+    pools = make_pools(config, {name: layer.ranks.size for name, layer in layers.items()})
     if len(values.carry) != len(pools):
         raise LayoutError(f"the state carries {len(values.carry)} quotas for {len(pools)} pools")
     for pool in pools:
         total = sum(int(layers[name].ranks.sum()) for name in pool.names)
         _check_budget(pool.describe(), total, pool.num_experts, config, values.step)
-    return layers, values.carry, values.step
+    return _join_layers(layers, config), values.carry, values.step
 
 
-def check_layout(loaded: Layers, own: Layers) -> None:
-    """Check that a state has the engine's layers, in the same order, of the same sizes."""
+def _join_layers(layers: Mapping[str, LayerValues], config: AllocatorConfig) -> State:
+    """Join the values of the layers, one layer after the other."""
+    state = make_state(config, {name: values.ranks for name, values in layers.items()})
+    for name, values in layers.items():
+        layer, experts = state.places[name]
+        state.routing[experts] = values.routing
+        state.routing_count[layer] = values.routing_count
+        state.importance[experts] = values.importance
+        state.importance_count[experts] = values.importance_count
+        state.observed[layer] = values.observed
+        if state.dimensions is not None and values.dimensions is not None:
+            state.dimensions[experts] = values.dimensions
+    return state
+
+
+def check_layout(loaded: Mapping[str, int], own: Mapping[str, int]) -> None:
+    """Check that a state has the engine's layers, by their sizes, in the same order."""
     for name in loaded:
         if name not in own:
             raise LayoutError(f"the state has a layer {name!r}; {near_misses(name, own)}")
-    for name, state in own.items():
+    for name, size in own.items():
         if name not in loaded:
             raise LayoutError(f"the state lacks layer {name!r}; it has {len(loaded)} layers")
-        if (size := loaded[name].num_experts) != state.num_experts:
-            raise LayoutError(f"{name!r} has {state.num_experts} experts, the state has {size}")
+        if loaded[name] != size:
+            raise LayoutError(f"{name!r} has {size} experts, the state has {loaded[name]}")
     if list(loaded) != list(own):
         raise LayoutError(f"the state's layers are in another order: {list(loaded)[:3]} ...")
 
@@ -127,7 +151,7 @@ def _check_config(saved: dict[str, Any], config: AllocatorConfig) -> None:
         )
 
 
-def _load_layer(name: str, values: LayerValues, config: AllocatorConfig) -> LayerState:
+def _check_layer(name: str, values: LayerValues, config: AllocatorConfig) -> None:
     ranks = values.ranks
     if ranks.ndim != 1 or not ranks.size:
         raise LayoutError(f"layer {name!r}: ranks have shape {ranks.shape}, not (num_experts,)")
@@ -147,7 +171,6 @@ def _load_layer(name: str, values: LayerValues, config: AllocatorConfig) -> Laye
     total, ceiling = int(ranks.sum()), ranks.size * config.mean_rank_ceiling
     if config.scope == "global" and total > ceiling:
         raise LayoutError(f"layer {name!r}: ranks sum to {total}, above its ceiling of {ceiling}")
-    return LayerState(**dict(values))
 
 
 def _check_budget(where: str, total: int, size: int, config: AllocatorConfig, step: int) -> None:

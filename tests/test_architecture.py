@@ -25,8 +25,8 @@ FILE_LINES, FUNCTION_LINES = 400, 50
 # not named (replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
     {"errors", "atomic", "timetable", "ema", "saliency"},
-    {"config", "policies", "pruning", "pools", "layer"},
-    {"events", "snapshot"},
+    {"config", "policies", "pruning", "pools", "state"},
+    {"events", "samples", "snapshot"},
     {"recording"},
     {"engine"},
     set(),  # the unnamed ones

@@ -49,6 +49,8 @@ class RecordedEngine(Protocol):
 
     def ranks(self, name: str) -> IntArray: ...
 
+    def settle(self) -> None: ...
+
 
 class RecordingWriter:
     """Records an engine to a folder; a :class:`Recorder`.
@@ -129,9 +131,12 @@ class RecordingWriter:
         """Flush, and mark the recording as complete; a later step opens it again."""
         atexit.unregister(self.close)
         if self._header is not None and os.getpid() == self._process:  # not in a forked child
-            self.flush()
-            files.write_header(self.path, self._header, self._steps)
-            self._header = None
+            try:
+                self._engine.settle()  # at the end of the process the last step may be deferred
+            finally:
+                self.flush()
+                files.write_header(self.path, self._header, self._steps)
+                self._header = None
 
     def _open(self, ranks: Ranks, steps: int) -> files.Header:
         """Create the recording, or keep its first ``steps`` steps."""

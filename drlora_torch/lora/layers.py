@@ -106,6 +106,7 @@ class ExpertLoRA(nn.Module):
         self.base: Callable[[str], Stored] | None = None
         """From a projection to the weights beside it, once the layer runs with this LoRA."""
         self._owned: Owned | None = None  # of the table as it is now, on one device
+        self._free: parts.HeldRows | None = None  # likewise
         self._number = compiled.register(self)
 
     @property
@@ -145,7 +146,7 @@ class ExpertLoRA(nn.Module):
 
     def birth(self, born: Born) -> None:
         """Initialise slots that the table has just given to experts."""
-        self._owned = None
+        self._owned = self._free = None
         here, rows = parts.find_rows(self.some, born.slots)
         if here.size:
             whose = torch.from_numpy(np.stack([born.experts[here], born.positions[here]]))
@@ -155,11 +156,7 @@ class ExpertLoRA(nn.Module):
 
     def clear(self, slots: IntArray) -> None:
         """Zero slots that the table has just freed."""
-        self._owned = None
-        self.zero(slots)
-
-    def zero(self, slots: IntArray) -> None:
-        """Zero slots without an owner."""
+        self._owned = self._free = None
         rows = parts.find_rows(self.some, slots)[1]
         for _, projection in self.items():
             projection.clear(rows)
@@ -170,11 +167,23 @@ class ExpertLoRA(nn.Module):
         self.table.load(owner, position)
         for key, parameter in self.tensors().items():
             parts.write(parameter, tensors[key])
-        self._owned = None
+        self._owned = self._free = None
 
     def free_slots(self) -> IntArray:
         """Slots without an owner, int64."""
         return np.flatnonzero(self.table.owner == FREE)
+
+    @torch.no_grad()
+    def hold_free_slots(self) -> None:
+        """Zero the slots without an owner once more, where an optimizer may have moved them."""
+        if self._free is None:
+            self._free = parts.HeldRows(self.free_slots())
+        for parameter in self.parameters():
+            parts.local(parameter).index_fill_(0, self._free.of(parameter)[1], 0.0)
+
+    def active_slots(self, device: torch.device) -> Tensor:
+        """Slots with an owner, as :meth:`SlotTable.active` orders them, int64 on a device."""
+        return self._owned_on(device).active
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""

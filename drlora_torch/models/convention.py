@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -47,6 +49,9 @@ class Observer(Protocol):
         An index >= N is no expert. In a graph of ``torch.compile`` another tensor is returned, and
         that one must be used.
         """
+
+    def look_at(self, values: Tensor, consume: Callable[[NDArray[np.float64]], None]) -> None:
+        """Have the host look at values of a forward [n], at once or when it does not wait."""
 
 
 class Convention(Protocol):

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drlora_core import ema, events, layer, policies, pools, pruning, timetable
+from drlora_core import ema, events, policies, pools, pruning, timetable
 from drlora_core import saliency as equations
-from drlora_core.layer import LayerState
+from drlora_core import state as states
 from drlora_core.policies import AllocationRequest
+from drlora_core.state import State
 from drlora_core.testing import check_policy, make_request
 from tests.core.comparison import assert_same_decisions, build
 from tests.core.test_against_reference import random_run
@@ -38,17 +39,17 @@ def swapped_decay(average: Any, sample: Any, decay: float) -> Any:
     return (1 - decay) * average + decay * sample
 
 
-def no_reset(state: LayerState, growth: Any) -> LayerState:
+def no_reset(state: State, growth: Any) -> State:
     return dataclasses.replace(state, ranks=state.ranks + growth)
 
 
-def count_not_reset(state: LayerState, growth: Any) -> LayerState:
+def count_not_reset(state: State, growth: Any) -> State:
     unchanged = growth == 0
     importance = np.where(unchanged, state.importance, 0.0)
     return dataclasses.replace(state, ranks=state.ranks + growth, importance=importance)
 
 
-def resets_routing_too(state: LayerState, growth: Any) -> LayerState:
+def resets_routing_too(state: State, growth: Any) -> State:
     unchanged = growth == 0
     return dataclasses.replace(
         state,
@@ -59,7 +60,7 @@ def resets_routing_too(state: LayerState, growth: Any) -> LayerState:
     )
 
 
-def resets_everybody(state: LayerState, growth: Any) -> LayerState:
+def resets_everybody(state: State, growth: Any) -> State:
     return dataclasses.replace(
         state,
         ranks=state.ranks + growth,
@@ -96,8 +97,8 @@ def rounded_quota(event: int, num_events: int, budget: int) -> int:
 
 
 def no_carry(*arguments: Any) -> Any:
-    event, layers, carry = events_decide(*arguments)
-    return event, layers, (0,) * len(carry)
+    event, state, carry = events_decide(*arguments)
+    return event, state, (0,) * len(carry)
 
 
 def ties_by_index_only(scores: Any, request: AllocationRequest) -> Any:
@@ -138,12 +139,12 @@ policies_walk = policies.walk
 BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("greedy", ema, "correct_bias", no_bias_correction),
     ("greedy", ema, "update", swapped_decay),
-    ("greedy", layer, "grow", no_reset),
-    ("greedy", layer, "grow", count_not_reset),
-    ("greedy", layer, "grow", resets_routing_too),
-    ("greedy", layer, "grow", resets_everybody),
-    ("greedy", layer, "saliency", penalty_without_one),
-    ("greedy", layer, "mean_over_active", mean_over_r_max),
+    ("greedy", states, "grow", no_reset),
+    ("greedy", states, "grow", count_not_reset),
+    ("greedy", states, "grow", resets_routing_too),
+    ("greedy", states, "grow", resets_everybody),
+    ("greedy", states, "saliency", penalty_without_one),
+    ("greedy", states, "mean_over_active", mean_over_r_max),
     ("greedy", timetable, "event_index", event_one_step_late),
     ("greedy", timetable, "event_index", event_at_the_end_of_warmup),
     ("greedy", timetable, "event_index", event_not_at_growth_end),
@@ -182,7 +183,7 @@ def test_a_wrong_policy_is_rejected(
     name = "greedy" if bug is overspends else "rescored"
     growing = dict(policies.GROWTH_POLICIES) | {name: bug}
     monkeypatch.setattr("drlora_core.engine.GROWTH_POLICIES", growing)
-    monkeypatch.setattr(events, "run_policy", lambda policy, request, experts: policy(request))
+    monkeypatch.setattr(pools, "run_policy", lambda policy, request, experts: policy(request))
     with pytest.raises(AssertionError):
         find_a_difference(name)
 

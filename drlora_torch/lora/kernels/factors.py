@@ -43,6 +43,8 @@ class Owned(NamedTuple):
     """The same as int64 [N, R], -1 behind an expert's slots."""
     ranks: Tensor
     """How many these are, int32 [N]."""
+    active: Tensor
+    """All of them, as :meth:`SlotTable.active` orders them, int64."""
 
     @property
     def width(self) -> int:
@@ -57,12 +59,13 @@ class Owned(NamedTuple):
         padded = np.full((ranks.size, width), -1, dtype=np.int64)
         padded[np.arange(width) < ranks[:, None]] = active
         slots = [_as_slice(owned, device) for owned in np.split(active, np.cumsum(ranks)[:-1])]
-        uploaded = (torch.from_numpy(each).to(device) for each in (padded, ranks.astype(np.int32)))
+        arrays = (padded, ranks.astype(np.int32), active)
+        uploaded = (torch.from_numpy(each).to(device) for each in arrays)
         return cls(slots, *uploaded)
 
     def of_experts(self, experts: slice) -> Owned:
-        """Those of some experts."""
-        return Owned(self.slots[experts], self.table[experts], self.ranks[experts])
+        """Those of some experts, for the kernels."""
+        return Owned(self.slots[experts], self.table[experts], self.ranks[experts], self.active)
 
 
 def _as_slice(slots: IntArray, device: torch.device) -> slice | Tensor | None:

@@ -1,0 +1,224 @@
+"""State of all MoE layers: their ranks and statistics, and the updates of them.
+
+The experts of all layers lie in one array, one layer after the other, so that one call of NumPy
+serves every layer.
+
+Shapes: L layers, E experts of all layers, N experts of one layer, R = r_max rank dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from drlora_core import ema
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import FloatArray, IntArray
+from drlora_core.errors import StatisticError
+from drlora_core.saliency import active_dimensions, mean_over_active, saliency
+
+
+class Place(NamedTuple):
+    """Where a layer is in the state."""
+
+    layer: slice  # in arrays [L]
+    experts: slice  # in arrays [E]
+
+
+EVERYWHERE = Place(slice(None), slice(None))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """The state of all layers.
+
+    ``observe`` writes the averages and counts in place; ranks are replaced, never modified.
+    """
+
+    places: Mapping[str, Place]
+    ranks: IntArray  # [E]
+    routing: FloatArray  # [E], moving average of phi, not bias-corrected
+    routing_count: IntArray  # [L], updates of `routing`
+    importance: FloatArray  # [E], moving average of mean s_j, not bias-corrected
+    importance_count: IntArray  # [E], updates of `importance` since start or reset
+    dimensions: FloatArray | None  # [E, R], moving average of s_j; policy `prune` only
+    observed: NDArray[np.bool_]  # [L], the current step's sample was taken or skipped
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of experts of each layer."""
+        return {name: part.stop - part.start for name, (_, part) in self.places.items()}
+
+
+class Sample(NamedTuple):
+    """A checked sample of N experts."""
+
+    phi: FloatArray | None  # [N]
+    importance: FloatArray | None  # [N], mean over the active dimensions
+    dimensions: FloatArray | None  # [N, R], if it was given for every dimension
+
+
+def place_layers(sizes: Mapping[str, int]) -> dict[str, Place]:
+    """Place layers one after the other."""
+    ends = itertools.accumulate(sizes.values())
+    return {
+        name: Place(slice(index, index + 1), slice(end - size, end))
+        for index, ((name, size), end) in enumerate(zip(sizes.items(), ends, strict=True))
+    }
+
+
+def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
+    """Make the first state from the starting ranks of each layer, [N]: every average is 0."""
+    places = place_layers({name: start.size for name, start in ranks.items()})
+    joined = np.concatenate([*ranks.values(), np.zeros(0, dtype=np.int64)])
+    size, prunes = joined.size, config.policy == "prune"
+    return State(
+        places=places,
+        ranks=joined,
+        routing=np.zeros(size),
+        routing_count=np.zeros(len(places), dtype=np.int64),
+        importance=np.zeros(size),
+        importance_count=np.zeros(size, dtype=np.int64),
+        dimensions=np.zeros((size, config.r_max)) if prunes else None,
+        observed=np.zeros(len(places), dtype=np.bool_),
+    )
+
+
+def has_sample(state: State, place: Place = EVERYWHERE) -> bool:
+    """True if routing was observed in one of the layers, or importance since it was reset."""
+    routed = state.routing_count[place.layer].any()
+    return bool(routed or state.importance_count[place.experts].any())
+
+
+def check_sample(
+    ranks: IntArray,
+    config: AllocatorConfig,
+    routing: ArrayLike | None,
+    importance: ArrayLike | None,
+) -> Sample:
+    """Check samples of phi [N] and of importance [N] or [N, R] of experts with ``ranks`` [N]."""
+    phi = mean = dimensions = None
+    if routing is not None:
+        phi = _check("routing", _to_floats("routing", routing), [ranks.shape])
+    elif config.use_routing:
+        raise StatisticError("routing is missing; it may be None only with use_routing=False")
+    if importance is not None:
+        mean, dimensions = _check_importance(ranks, config, importance)
+    elif config.use_importance or config.policy == "prune":
+        raise StatisticError("importance is missing; it may be None only with use_importance=False")
+    return Sample(phi, mean, dimensions)
+
+
+def observe(state: State, config: AllocatorConfig, place: Place, sample: Sample) -> None:
+    """Update the averages of a layer, or of all, with a checked sample; in place."""
+    layer, experts = place
+    if sample.phi is not None:
+        state.routing[experts] = ema.update(
+            state.routing[experts], sample.phi, config.routing_decay
+        )
+        state.routing_count[layer] += 1
+    if sample.importance is not None:
+        decay = config.importance_decay
+        state.importance[experts] = ema.update(state.importance[experts], sample.importance, decay)
+        state.importance_count[experts] += 1
+        if state.dimensions is not None and sample.dimensions is not None:
+            average = state.dimensions[experts]
+            state.dimensions[experts] = ema.update(average, sample.dimensions, decay)
+    state.observed[layer] = True
+
+
+def _check_importance(
+    ranks: IntArray, config: AllocatorConfig, importance: ArrayLike
+) -> tuple[FloatArray, FloatArray | None]:
+    """Return the mean over each expert's dimensions, [N], and the sample of every dimension."""
+    per_dimension = (ranks.size, config.r_max)
+    sample = _to_floats("importance", importance)
+    if sample.shape == per_dimension:
+        active = active_dimensions(ranks, config.r_max)
+        sample = _check("importance", np.where(active, sample, 0.0), [per_dimension])
+        with np.errstate(over="ignore"):
+            mean = mean_over_active(sample, ranks)
+        return _check("mean importance", mean, [mean.shape]), sample
+    if config.policy == "prune":
+        raise StatisticError(
+            f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
+            f"dimension, shape {per_dimension} = (num_experts, r_max)"
+        )
+    return _check("importance", sample, [ranks.shape, per_dimension]), None
+
+
+def _to_floats(kind: str, sample: ArrayLike) -> FloatArray:
+    try:
+        values = np.asarray(sample)
+        if values.dtype.kind in "SUc":
+            raise TypeError(f"it holds {values.dtype}")
+        return values.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise StatisticError(f"{kind} is not an array of numbers: {error}") from error
+
+
+def _check(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> FloatArray:
+    if values.shape not in shapes:
+        accepted = " or ".join(str(shape) for shape in shapes)
+        raise StatisticError(f"{kind} has shape {values.shape}; accepted: {accepted}")
+    # One comparison catches negative, infinite and NaN values: with NaN both sides are False.
+    if not (values.min() >= 0.0 and values.max() < np.inf):
+        index = np.argwhere(~((values >= 0.0) & (values < np.inf)))[0].tolist()
+        raise StatisticError(
+            f"{kind}{index} is {values[tuple(index)]}; accepted: finite numbers >= 0"
+        )
+    return values
+
+
+def routing_frequency(
+    state: State, config: AllocatorConfig, place: Place = EVERYWHERE
+) -> FloatArray:
+    """f_i = average / (1 - beta_f^n), float64 [N]; 0 before the first sample."""
+    layer, experts = place
+    sizes = [part.stop - part.start for _, part in list(state.places.values())[layer]]
+    counts = np.repeat(state.routing_count[layer], sizes)
+    return ema.correct_bias(state.routing[experts], counts, config.routing_decay)
+
+
+def rank_importance(state: State, config: AllocatorConfig, place: Place = EVERYWHERE) -> FloatArray:
+    """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample."""
+    counts = state.importance_count[place.experts]
+    return ema.correct_bias(state.importance[place.experts], counts, config.importance_decay)
+
+
+def dimension_importance(state: State, config: AllocatorConfig) -> FloatArray:
+    """s_j averaged like g and bias-corrected, float64 [E, R]; policy ``prune`` only."""
+    if state.dimensions is None:
+        raise AssertionError("only policy 'prune' averages single dimensions")
+    counts = state.importance_count[:, None]  # layers may have skipped different steps
+    return ema.correct_bias(state.dimensions, counts, config.importance_decay)
+
+
+def signals(
+    state: State, config: AllocatorConfig, place: Place = EVERYWHERE
+) -> tuple[FloatArray, FloatArray]:
+    """Return f and g as the saliency uses them: 1 where the configuration switches one off."""
+    one = np.ones(state.ranks[place.experts].size)
+    routing = routing_frequency(state, config, place) if config.use_routing else one
+    return routing, rank_importance(state, config, place) if config.use_importance else one
+
+
+def expert_saliency(state: State, config: AllocatorConfig, place: Place = EVERYWHERE) -> FloatArray:
+    """S of a layer's experts, or of all, float64 [N]."""
+    return saliency(*signals(state, config, place), state.ranks[place.experts], config.gamma)
+
+
+def grow(state: State, growth: IntArray) -> State:
+    """Add growth [E] to the ranks; g and its count restart for the experts that grew, f stays."""
+    unchanged = growth == 0
+    return dataclasses.replace(
+        state,
+        ranks=state.ranks + growth,
+        importance=np.where(unchanged, state.importance, 0.0),
+        importance_count=np.where(unchanged, state.importance_count, 0),
+    )
