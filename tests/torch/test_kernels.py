@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-import drlora_torch
 from drlora_torch.errors import AttachError
 from drlora_torch.lora import kernels
 from drlora_torch.lora.dispatch import Dispatch
@@ -116,32 +115,6 @@ def test_grouped_is_refused_where_torch_cannot(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(AttachError, match=r"kernel='grouped'.*float64.*kernel='ragged'"):
         helpers.attach(model, kernel="grouped")
     assert not any("drlora" in name for name, _ in model.named_parameters())
-
-
-def test_compiled_training_is_the_same(recwarn: pytest.WarningsRecorder) -> None:
-    """``torch.compile`` of the whole model; each experts module is one graph break."""
-    losses, ranks = {}, {}
-    for compiled in (False, True):
-        torch.compiler.reset()
-        model = models.build("olmoe")
-        adapter = helpers.attach(model)
-        optimizer = helpers.adamw(adapter)
-        forward = torch.compile(model, backend="aot_eager") if compiled else model
-        losses[compiled] = [helpers.step(forward, optimizer, seed) for seed in range(6)]
-        ranks[compiled] = helpers.rank_history(adapter)
-    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
-    assert ranks[True] == ranks[False]
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own
-def test_only_the_experts_break_the_graph() -> None:
-    torch.compiler.reset()
-    model = models.build("olmoe")
-    drlora_torch.attach(model, helpers.engine())
-    explained = torch._dynamo.explain(model)(**helpers.batch())
-    assert explained.break_reasons
-    for broken in explained.break_reasons:
-        assert "experts_forward" in broken.reason
 
 
 def test_slots_are_where_the_lora_is() -> None:
