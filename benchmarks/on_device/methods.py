@@ -44,6 +44,15 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def state_bytes(self) -> int:
+        """Bytes of trained weights, gradients and optimizer state, after a step."""
+        if self.optimizer is None:
+            return 0
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [v for p in trained for v in self.optimizer.state[p].values()]
+        held = [*trained, *(v for v in states if isinstance(v, Tensor))]
+        return sum(each.nbytes for each in held) + sum(p.nbytes for p in trained)
+
 
 Prepare = Callable[[Blocks], Any]
 """Changes a model in place, or returns another to call."""
@@ -52,7 +61,7 @@ Prepare = Callable[[Blocks], Any]
 def frozen(case: Case, prepare: Prepare | None = None) -> Training:
     """Forward, and backward to the inputs, with the grouped experts of Transformers."""
     model = case.blocks()
-    return Training((prepare and prepare(model)) or model, case.hidden())
+    return Training(_prepared(model, prepare), case.hidden())
 
 
 def drlora(
@@ -87,8 +96,7 @@ def drlora(
     few = Training(model, case.hidden(min(64, case.tokens)), optimizer, adapter)
     for _ in range(EVENTS + 1 if growing else 2):
         few()
-    called = (after and after(model)) or model
-    return Training(called, case.hidden(), optimizer, adapter)
+    return Training(_prepared(model, after), case.hidden(), optimizer, adapter)
 
 
 def peft(case: Case) -> Training:
@@ -100,6 +108,19 @@ def peft(case: Case) -> Training:
     model = get_peft_model(case.blocks(), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Training(model, case.hidden(), AdamW(trained, lr=1e-4, fused=True))
+
+
+def _prepared(model: Blocks, prepare: Prepare | None) -> nn.Module:
+    """What a training calls."""
+    returned = None if prepare is None else prepare(model)
+    return model if returned is None else returned
+
+
+def compiled(model: Blocks) -> nn.Module:
+    """With inductor on a GPU; on a CPU, where it would need a compiler, only as one graph."""
+    backend = "inductor" if next(model.parameters()).device.type == "cuda" else "aot_eager"
+    found: nn.Module = torch.compile(model, backend=backend, fullgraph=True)
+    return found
 
 
 def checkpointing(model: Blocks) -> None:
@@ -127,8 +148,8 @@ def other_methods() -> dict[str, Callable[[Case], Training]]:
     return {
         FROZEN: frozen,
         GROWING: lambda case: drlora(case, growing=True),
-        FROZEN_COMPILED: lambda case: frozen(case, torch.compile),
-        COMPILED: lambda case: drlora(case, growing=True, after=torch.compile),
+        FROZEN_COMPILED: lambda case: frozen(case, compiled),
+        COMPILED: lambda case: drlora(case, growing=True, after=compiled),
         FROZEN_CHECKPOINTED: lambda case: frozen(case, checkpointing),
         CHECKPOINTED: lambda case: drlora(case, growing=True, after=checkpointing),
     }

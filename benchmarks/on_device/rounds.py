@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-Step = Callable[[], None]
+from benchmarks.on_device.methods import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,14 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Seconds per step by method and round, and bytes above the weights by method."""
+    """Seconds per step by method and round; by method, bytes above what is held before a step."""
 
     seconds: dict[str, list[float]]
     peaks: dict[str, int]
+    states: dict[str, int]
+    """Of LoRA, gradients and optimizer."""
+    hosts: dict[str, float]
+    """Seconds until a step has been handed to the device."""
 
     def ratio(self, over: str, under: str) -> Ratio:
         """One method's time over another's."""
@@ -50,7 +54,7 @@ class Measured:
 
 
 def interleave(
-    trainings: Mapping[str, Step], device: torch.device, rounds: int, steps: int
+    trainings: Mapping[str, Training], device: torch.device, rounds: int, steps: int
 ) -> Measured:
     """Time each method in every round."""
     order, seconds = random.Random(0), {name: [] for name in trainings}
@@ -58,14 +62,16 @@ def interleave(
         for _ in range(2):
             step()
     peaks = {name: peak(step, device) for name, step in trainings.items()}
+    states = {name: training.state_bytes() for name, training in trainings.items()}
+    hosts = {name: min(_issue(step, device) for _ in range(3)) for name, step in trainings.items()}
     for _ in range(rounds):
         for name in order.sample(list(trainings), len(trainings)):
             trainings[name]()
             seconds[name].append(_time(trainings[name], device, steps))
-    return Measured(seconds, peaks)
+    return Measured(seconds, peaks, states, hosts)
 
 
-def _time(step: Step, device: torch.device, steps: int) -> float:
+def _time(step: Callable[[], None], device: torch.device, steps: int) -> float:
     """Seconds of a step, the mean of a turn."""
     if device.type != "cuda":
         started = time.perf_counter()
@@ -82,7 +88,15 @@ def _time(step: Step, device: torch.device, steps: int) -> float:
     return begin.elapsed_time(end) / steps / 1e3
 
 
-def peak(step: Step, device: torch.device) -> int:
+def _issue(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def peak(step: Callable[[], None], device: torch.device) -> int:
     """Bytes that a step takes above what was held before it."""
     if device.type != "cuda":
         return 0
