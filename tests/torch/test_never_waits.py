@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from drlora_torch.adapter import state_of
+from drlora_torch.lora.kernels import Kernel
 from drlora_torch.step import closing, exchange, tracker
 from tests.torch import helpers, models
 from tests.torch.waiting import DEVICE, NoData, Watch, no_data
@@ -29,15 +30,17 @@ class Training:
     """A model in training behind its first event, on a device; batches are padded."""
 
     def __init__(self, layers: int = LAYERS, **options: Any) -> None:
-        self.model = models.build(dtype=torch.bfloat16, num_hidden_layers=layers)
+        self.model = models.build(num_hidden_layers=layers)
         self.model.set_attn_implementation("eager")  # the others look whether a mask masks
-        self.adapter = helpers.attach(self.model, config=CONFIG, kernel="grouped", **options)
+        self.adapter = helpers.attach(self.model, config=CONFIG, **options)
         self.optimizer = helpers.adamw(self.adapter, fused=True)
         self.place, self.scaled = "cpu", False
         for _ in range(4):
             self.step()
         assert len(self.adapter.events) == 1
-        self.model.to(DEVICE)
+        self.model.to(DEVICE, torch.bfloat16)
+        for layer in self.adapter.layers.values():
+            layer.lora.kernel = Kernel.GROUPED  # the one for devices
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-2, fused=True)
         self.place, self.scaled = DEVICE, True
         self.step()  # uploads what changes only at events
