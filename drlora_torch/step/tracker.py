@@ -237,7 +237,8 @@ class StepTracker:
         scale = getattr(optimizer, "grad_scale", None)
         slots = {} if self.attached.paused else slot_importance(self._loras())
         if isinstance(scale, Tensor):
-            slots = {name: values / scale.to(values) for name, values in slots.items()}
+            wide = scale.double()
+            slots = {name: values / wide.to(values.device) for name, values in slots.items()}
         self._slots = slots
         if self._reader is None:
             self._skips.clear()  # of a step that failed

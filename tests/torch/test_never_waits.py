@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from drlora_torch.adapter import state_of
 from drlora_torch.lora.kernels import Kernel
 from drlora_torch.step import closing, exchange, tracker
+from drlora_torch.step.forwards import ModelCall
 from tests.torch import helpers, models
 from tests.torch.waiting import DEVICE, NoData, Watch, no_data
 
@@ -107,6 +108,64 @@ def test_gradients_that_were_written_to_are_looked_at_by_the_device(no_data: lis
         torch.nn.utils.clip_grad_norm_(training.adapter.parameters(), 1.0)
         training.micro_batch(1)
     assert ours(watch) == []
+
+
+def test_a_mask_of_some_of_the_tokens_is_chosen_by_the_device() -> None:
+    """A layer of a vision model that receives the tokens of one kind."""
+    mask, kinds = (torch.ones(2, 4, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    call = ModelCall(mask=mask, length=4, kinds=kinds)
+    with Watch() as watch:
+        found = call.token_mask(6)
+    assert found is not None
+    assert [tuple(each.shape) for each in found if each is not None] == [(6,), ()]
+    assert watch.found == []
+
+
+GPU_CONFIG = {"warmup_steps": 1, "growth_interval": 4, "growth_end": 9}
+"""Events after steps 5 and 9."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["fused", "foreach", "capturable"])
+@pytest.mark.parametrize("auto_step", [True, False])
+def test_a_step_on_a_gpu_never_waits(optimizer: str, auto_step: bool) -> None:
+    """What torch itself knows to wait is an error between the events."""
+    model = models.build(dtype=torch.bfloat16, num_hidden_layers=LAYERS).cuda()
+    model.set_attn_implementation("eager")
+    adapter = helpers.attach(model, config=GPU_CONFIG, auto_step=auto_step, router="after_warmup")
+    adam = helpers.adamw(adapter, **{optimizer: True})
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=optimizer == "fused")
+    batches = [
+        {name: each.cuda() for name, each in helpers.batch(seed).items()}
+        for seed in range(MICRO_BATCHES)
+    ]
+    mask = torch.ones_like(batches[0]["input_ids"])
+    mask[0, :2] = 0
+
+    def step() -> None:
+        for batch in batches:
+            scaler.scale(model(**batch, attention_mask=mask).loss).backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        scaler.step(adam)
+        scaler.update()
+        if not auto_step:
+            adapter.step(grad_scale=1024.0)
+        adam.zero_grad()
+
+    for number in range(1, 9):
+        watched = number in (3, 4, 7, 8)  # neither an event nor the first step after one
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert adapter.engine.pending == (number not in (1, 5))
+    assert len(adapter.events) == 1
+    assert adapter.engine.step_count == 8
+    assert adapter.skipped_steps == 0
+    step()
+    assert len(adapter.events) == 2
+    assert not adapter.engine.pending
 
 
 FAULTS: dict[str, Callable[[Tensor], object]] = {
