@@ -36,7 +36,7 @@ def no_bias_correction(average: Any, count: Any, decay: float) -> Any:
 
 
 def swapped_decay(average: Any, sample: Any, decay: float) -> Any:
-    return (1 - decay) * average + decay * sample
+    average[:] = (1 - decay) * average + decay * sample
 
 
 def no_reset(state: State, growth: Any) -> State:
