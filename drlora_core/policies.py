@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from drlora_core import saliency as equations
 from drlora_core.ema import FloatArray, IntArray
@@ -87,17 +88,25 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    eligible = np.flatnonzero(request.limits)
-    scores, ranks = scores[eligible], request.ranks[eligible]
-    order = np.argsort(-scores)  # the fast sort leaves ties in any order
-    if (np.diff(scores[order]) == 0).any():
-        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
-    order = eligible[order]
-    limits = request.limits[order]
-    served_before = np.cumsum(limits) - limits
+    open_ = np.flatnonzero(request.limits.reshape(-1, request.limits.shape[-1]).any(axis=0))
+    ranks, limits = request.ranks[..., open_], request.limits[..., open_]
+    order = order_experts(scores[..., open_], ranks)
+    limits = np.take_along_axis(limits, order, axis=-1)
+    served_before = np.cumsum(limits, axis=-1) - limits
+    left = np.asarray(request.quota)[..., None] - served_before
     growth = np.zeros_like(request.ranks)
-    growth[order] = np.clip(request.quota - served_before, 0, limits)
+    np.put_along_axis(growth, open_[order], np.clip(left, 0, limits), axis=-1)
     return growth
+
+
+def order_experts(scores: FloatArray, ranks: IntArray) -> IntArray:
+    """Order experts, [..., N], by score descending, then rank, then index."""
+    order = np.argsort(-scores, axis=-1)  # the fast sort leaves ties in any order
+    ordered = np.take_along_axis(scores, order, axis=-1)
+    tied = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    if tied.any():  # lexsort is stable, so the index breaks ties
+        order[tied] = np.lexsort((ranks[tied], -scores[tied]), axis=-1)
+    return order
 
 
 def greedy(request: AllocationRequest) -> IntArray:
@@ -117,18 +126,58 @@ def rescored(request: AllocationRequest) -> IntArray:
     with no preference.
     """
     # An expert's score never rises with its rank. So placing the best unit again and again equals
-    # taking the first `quota` of all possible units by score, then rank, then index.
-    units = int(min(request.quota, request.limits.sum()))
-    if units == 0:
-        return np.zeros_like(request.ranks)
-    offered = np.arange(min(units, request.limits.max()))[:, None]
-    ranks = request.ranks + offered
-    scores = np.where(offered < request.limits, request.saliency_at(ranks), -np.inf)
-    last = np.partition(scores, scores.size - units, axis=None)[scores.size - units]
-    growth: IntArray = (scores > last).sum(axis=0, dtype=np.int64)
-    rows, experts = np.nonzero(scores == last)  # the units that tie for the last places
-    order = np.lexsort((experts, ranks[rows, experts]))[: units - int(growth.sum())]
-    return growth + np.bincount(experts[order], minlength=growth.size)
+    # taking the first `units` of all possible units by score, then rank, then index. An expert
+    # whose first unit is not among the first `units` first units gets nothing.
+    stack = request if request.ranks.ndim == 2 else stack_requests(request, [request.quota])
+    units = np.minimum(stack.quota, stack.limits.sum(axis=1))
+    growth = np.zeros_like(stack.ranks)
+    if not units.any():
+        return growth.reshape(request.ranks.shape)
+    first = np.where(stack.limits > 0, stack.saliency, -np.inf)
+    best = order_experts(first, stack.ranks)[:, : units.max()]
+    arrays: dict[str, Any] = {
+        name: np.take_along_axis(getattr(stack, name), best, axis=1) for name in REQUEST_ARRAYS
+    }
+    chosen = dataclasses.replace(stack, **arrays)
+    offered, most = FIRST_OFFER, int(chosen.limits.max(initial=0))
+    taken = _take_best(chosen, units, best, offered)
+    while ((taken >= offered) & (chosen.limits > offered)).any():  # they may want more
+        offered = min(2 * offered, most)
+        taken = _take_best(chosen, units, best, offered)
+    np.put_along_axis(growth, best, taken, axis=1)
+    return growth.reshape(request.ranks.shape)
+
+
+FIRST_OFFER = 4
+"""Units that ``rescored`` first offers to each expert; most take fewer."""
+
+
+def _take_best(
+    request: AllocationRequest, units: IntArray, experts: IntArray, offered: int
+) -> IntArray:
+    """Take the best ``units`` [L] of ``offered`` units of each expert, [L, N].
+
+    ``experts`` are the numbers of the experts, [L, N], which break ties. If the offers do not reach
+    for all units, an expert with a larger limit takes all that it was offered, at least.
+    """
+    extra = np.arange(offered)[:, None, None]
+    scores = np.where(
+        extra < request.limits, request.saliency_at(request.ranks + extra), -np.inf
+    ).transpose(1, 2, 0)  # [L, N, offered]
+    flat = scores.reshape(len(units), -1)
+    places = np.clip(flat.shape[1] - units, 0, flat.shape[1] - 1)[:, None]
+    ordered = np.partition(flat, np.unique(places), axis=1)
+    last = np.take_along_axis(ordered, places, axis=1)[:, :, None]  # the lowest score that is taken
+    growth: IntArray = (scores > last).sum(axis=2, dtype=np.int64)
+    left = units - growth.sum(axis=1)
+    layers, columns, extras = np.nonzero(scores == last)  # the units that tie for the last places
+    ranks = request.ranks[layers, columns] + extras
+    order = np.lexsort((experts[layers, columns], ranks, layers))
+    layers, columns = layers[order], columns[order]
+    number = np.arange(layers.size) - np.searchsorted(layers, layers)  # within its layer
+    wins = number < left[layers]
+    np.add.at(growth, (layers[wins], columns[wins]), 1)
+    return growth
 
 
 def proportional(request: AllocationRequest) -> IntArray:
@@ -168,6 +217,21 @@ GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
 )
 
 
+STACKED = frozenset({greedy, rescored, uniform})
+"""Policies that also take a stack of requests: arrays [L, N] and a quota int64 [L]."""
+
+
+def stack_requests(
+    request: AllocationRequest, quotas: ArrayLike, experts: slice = slice(None)
+) -> AllocationRequest:
+    """Cut a part of a request into L requests of N experts each, for policies in ``STACKED``."""
+    per_layer = np.asarray(quotas, dtype=np.int64)
+    arrays = {
+        name: getattr(request, name)[experts].reshape(per_layer.size, -1) for name in REQUEST_ARRAYS
+    }
+    return dataclasses.replace(request, quota=cast(Any, per_layer), **arrays)
+
+
 def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntArray:
     """Call a policy with read-only arrays and check its answer.
 
@@ -189,9 +253,10 @@ def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntA
         if wrong.any():
             expert = int(np.argmax(wrong))
             raise PolicyError(
-                f"{where} gave expert {expert} growth {growth[expert]}, {limit} "
-                f"(accepted: 0 to {request.limits[expert]})"
+                f"{where} gave expert {expert} growth {growth.flat[expert]}, {limit} "
+                f"(accepted: 0 to {request.limits.flat[expert]})"
             )
-    if growth.sum() > request.quota:
-        raise PolicyError(f"{where} spent {growth.sum()} units of a quota of {request.quota}")
-    return growth.astype(np.int64)
+    if (growth.sum(axis=-1) > request.quota).any():
+        spent = growth.sum(axis=-1)
+        raise PolicyError(f"{where} spent {spent} units of a quota of {request.quota}")
+    return growth.astype(np.int64, copy=False)

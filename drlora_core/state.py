@@ -89,10 +89,14 @@ def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
     )
 
 
-def has_sample(state: State, place: Place = EVERYWHERE) -> bool:
-    """True if routing was observed in one of the layers, or importance since it was reset."""
-    routed = np.any(state.routing_count[place.layer])
-    return bool(routed or state.importance_count[place.experts].any())
+def count_updates(state: State) -> IntArray:
+    """Updates of routing, and of importance since its reset, of each expert, int64 [E]."""
+    return state.importance_count + _spread(state.routing_count, state)
+
+
+def _spread(values: IntArray, state: State) -> IntArray:
+    """Repeat each layer's number for its experts, [L] -> [E]."""
+    return np.repeat(values, list(state.sizes.values()))
 
 
 def check_sample(
@@ -177,7 +181,7 @@ def routing_frequency(
     """f_i = average / (1 - beta_f^n), float64 [N]; 0 before the first sample."""
     counts = state.routing_count[place.layer]
     if place is EVERYWHERE:
-        counts = np.repeat(counts, list(state.sizes.values()))
+        counts = _spread(counts, state)
     return ema.correct_bias(state.routing[place.experts], counts, config.routing_decay)
 
 
