@@ -31,7 +31,12 @@ def correct_bias(average: FloatArray, count: int | IntArray, decay: float) -> Fl
         >>> correct_bias(np.array([0.1, 0.0]), np.array([1, 0]), decay=0.9).tolist()
         [1.0000000000000002, 0.0]
     """
-    weight = 1.0 - decay ** np.asarray(count, dtype=np.float64)
-    if weight.ndim == 0:
-        return average / weight if weight > 0.0 else np.zeros_like(average)
-    return np.where(weight > 0.0, average / np.where(weight > 0.0, weight, 1.0), 0.0)
+    return average / _bias(np.asarray(count), decay)
+
+
+def _bias(count: IntArray, decay: float) -> FloatArray:
+    """Return 1 - decay^count, infinite for count 0."""
+    if count.size > (most := count.max()) + 1:  # counts repeat: one power for each is enough
+        return _bias(np.arange(most + 1), decay)[count]
+    weight = 1.0 - decay ** count.astype(np.float64)
+    return np.where(weight > 0.0, weight, np.inf)

@@ -88,25 +88,36 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    open_ = np.flatnonzero(request.limits.reshape(-1, request.limits.shape[-1]).any(axis=0))
-    ranks, limits = request.ranks[..., open_], request.limits[..., open_]
-    order = order_experts(scores[..., open_], ranks)
-    limits = np.take_along_axis(limits, order, axis=-1)
+    units = np.minimum(request.quota, request.limits.sum(axis=-1))
+    order = first_experts(scores, request, int(units.max()))
+    limits = request.limits.take(order)
     served_before = np.cumsum(limits, axis=-1) - limits
-    left = np.asarray(request.quota)[..., None] - served_before
     growth = np.zeros_like(request.ranks)
-    np.put_along_axis(growth, open_[order], np.clip(left, 0, limits), axis=-1)
+    growth.put(order, np.clip(units[..., None] - served_before, 0, limits))
     return growth
 
 
-def order_experts(scores: FloatArray, ranks: IntArray) -> IntArray:
-    """Order experts, [..., N], by score descending, then rank, then index."""
-    order = np.argsort(-scores, axis=-1)  # the fast sort leaves ties in any order
-    ordered = np.take_along_axis(scores, order, axis=-1)
-    tied = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+def first_experts(scores: FloatArray, request: AllocationRequest, units: int) -> IntArray:
+    """Return the experts that may get one of ``units`` units, best first, [..., at most units].
+
+    Their order is that of :func:`walk`. An expert of a stack is its place in the flat arrays.
+    """
+    open_ = request.limits > 0
+    count = min(units, int(open_.sum(axis=-1).max()))
+    size = scores.shape[-1]
+    negated = np.where(open_, -scores, np.inf).reshape(-1, size)
+    kept = np.arange(size)
+    if len(negated) == 1 and 0 < count < size:  # it is faster to leave out most before the sort
+        kept = np.flatnonzero(~(negated[0] > np.partition(negated[0], count - 1)[count - 1]))
+        negated = negated[:, kept]
+    order = np.argsort(negated, axis=1)  # the fast sort leaves ties in any order
+    ordered = np.take_along_axis(negated, order[:, : count + 1], axis=1)
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
     if tied.any():  # lexsort is stable, so the index breaks ties
-        order[tied] = np.lexsort((ranks[tied], -scores[tied]), axis=-1)
-    return order
+        ranks = request.ranks.reshape(-1, size)[tied][:, kept]
+        order[tied] = np.lexsort((ranks, negated[tied]), axis=1)
+    places = kept[order[:, :count]] + size * np.arange(len(order))[:, None]
+    return places.reshape(*scores.shape[:-1], count)
 
 
 def greedy(request: AllocationRequest) -> IntArray:
@@ -128,38 +139,35 @@ def rescored(request: AllocationRequest) -> IntArray:
     # An expert's score never rises with its rank. So placing the best unit again and again equals
     # taking the first `units` of all possible units by score, then rank, then index. An expert
     # whose first unit is not among the first `units` first units gets nothing.
-    stack = request if request.ranks.ndim == 2 else stack_requests(request, [request.quota])
-    units = np.minimum(stack.quota, stack.limits.sum(axis=1))
-    growth = np.zeros_like(stack.ranks)
-    if not units.any():
-        return growth.reshape(request.ranks.shape)
-    first = np.where(stack.limits > 0, stack.saliency, -np.inf)
-    best = order_experts(first, stack.ranks)[:, : units.max()]
+    units = np.minimum(request.quota, request.limits.sum(axis=-1))
+    growth = np.zeros_like(request.ranks)
+    experts = first_experts(request.saliency, request, int(units.max()))
+    if not experts.size:
+        return growth
     arrays: dict[str, Any] = {
-        name: np.take_along_axis(getattr(stack, name), best, axis=1) for name in REQUEST_ARRAYS
+        name: np.atleast_2d(getattr(request, name).take(experts)) for name in REQUEST_ARRAYS
     }
-    chosen = dataclasses.replace(stack, **arrays)
-    offered, most = FIRST_OFFER, int(chosen.limits.max(initial=0))
-    taken = _take_best(chosen, units, best, offered)
-    while ((taken >= offered) & (chosen.limits > offered)).any():  # they may want more
+    first = dataclasses.replace(request, quota=cast(Any, np.atleast_1d(units)), **arrays)
+    offered, most = FIRST_OFFER, int(first.limits.max())
+    taken = _take_best(first, np.atleast_2d(experts), offered)
+    while ((taken >= offered) & (first.limits > offered)).any():  # they may want more
         offered = min(2 * offered, most)
-        taken = _take_best(chosen, units, best, offered)
-    np.put_along_axis(growth, best, taken, axis=1)
-    return growth.reshape(request.ranks.shape)
+        taken = _take_best(first, np.atleast_2d(experts), offered)
+    growth.put(experts, taken)
+    return growth
 
 
 FIRST_OFFER = 4
 """Units that ``rescored`` first offers to each expert; most take fewer."""
 
 
-def _take_best(
-    request: AllocationRequest, units: IntArray, experts: IntArray, offered: int
-) -> IntArray:
-    """Take the best ``units`` [L] of ``offered`` units of each expert, [L, N].
+def _take_best(request: AllocationRequest, experts: IntArray, offered: int) -> IntArray:
+    """Spread the quotas of a stack over the best of ``offered`` units of each expert, [L, N].
 
     ``experts`` are the numbers of the experts, [L, N], which break ties. If the offers do not reach
-    for all units, an expert with a larger limit takes all that it was offered, at least.
+    for a quota, an expert with a larger limit takes all that it was offered, at least.
     """
+    units = np.asarray(request.quota)
     extra = np.arange(offered)[:, None, None]
     scores = np.where(
         extra < request.limits, request.saliency_at(request.ranks + extra), -np.inf
