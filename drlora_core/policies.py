@@ -62,6 +62,8 @@ class AllocationRequest:
         return np.random.default_rng(self.seed)
 
 
+FIRST_OFFER = 4
+"""Units that ``rescored`` first offers to each expert; most take fewer."""
 REQUEST_ARRAYS = ("ranks", "limits", "routing", "importance", "scale")
 
 
@@ -110,13 +112,13 @@ def first_experts(scores: FloatArray, request: AllocationRequest, units: int) ->
     if len(negated) == 1 and 0 < count < size:  # it is faster to leave out most before the sort
         kept = np.flatnonzero(~(negated[0] > np.partition(negated[0], count - 1)[count - 1]))
         negated = negated[:, kept]
-    order = np.argsort(negated, axis=1)  # the fast sort leaves ties in any order
+    order: IntArray = np.argsort(negated, axis=1)  # the fast sort leaves ties in any order
     ordered = np.take_along_axis(negated, order[:, : count + 1], axis=1)
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
     if tied.any():  # lexsort is stable, so the index breaks ties
         ranks = request.ranks.reshape(-1, size)[tied][:, kept]
         order[tied] = np.lexsort((ranks, negated[tied]), axis=1)
-    places = kept[order[:, :count]] + size * np.arange(len(order))[:, None]
+    places: IntArray = kept[order[:, :count]] + size * np.arange(len(order))[:, None]
     return places.reshape(*scores.shape[:-1], count)
 
 
@@ -155,10 +157,6 @@ def rescored(request: AllocationRequest) -> IntArray:
         taken = _take_best(first, np.atleast_2d(experts), offered)
     growth.put(experts, taken)
     return growth
-
-
-FIRST_OFFER = 4
-"""Units that ``rescored`` first offers to each expert; most take fewer."""
 
 
 def _take_best(request: AllocationRequest, experts: IntArray, offered: int) -> IntArray:
@@ -225,14 +223,15 @@ GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
 )
 
 
-STACKED = frozenset({greedy, rescored, uniform})
-"""Policies that also take a stack of requests: arrays [L, N] and a quota int64 [L]."""
+def takes_stacks(policy: Policy) -> bool:
+    """True for built-in policies that also take a stack: arrays [L, N] and a quota int64 [L]."""
+    return any(policy is known for known in (greedy, rescored, uniform))
 
 
 def stack_requests(
     request: AllocationRequest, quotas: ArrayLike, experts: slice = slice(None)
 ) -> AllocationRequest:
-    """Cut a part of a request into L requests of N experts each, for policies in ``STACKED``."""
+    """Cut a part of a request into L requests of N experts each, for a policy that takes stacks."""
     per_layer = np.asarray(quotas, dtype=np.int64)
     arrays = {
         name: getattr(request, name)[experts].reshape(per_layer.size, -1) for name in REQUEST_ARRAYS
@@ -267,4 +266,4 @@ def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntA
     if (growth.sum(axis=-1) > request.quota).any():
         spent = growth.sum(axis=-1)
         raise PolicyError(f"{where} spent {spent} units of a quota of {request.quota}")
-    return growth.astype(np.int64, copy=False)
+    return growth.astype(np.int64)

@@ -17,15 +17,12 @@ from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.policies import (
     REQUEST_ARRAYS,
-    STACKED,
     AllocationRequest,
     Policy,
     run_policy,
     stack_requests,
+    takes_stacks,
 )
-
-STACK_EXPERTS = 4096
-"""Most experts in a stack; see :data:`drlora_core.ema.BLOCK`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,17 +63,10 @@ def make_pools(config: AllocatorConfig, sizes: Mapping[str, int]) -> list[Pool]:
 
 
 def stacks(pools: Sequence[Pool]) -> Iterator[tuple[slice, slice]]:
-    """Join pools that follow each other and have as many experts: ranges of pools and of experts.
-
-    At most ``STACK_EXPERTS`` experts are joined.
-    """
+    """Join neighbors with as many experts each: a range of the pools, and one of their experts."""
     first = 0
-    while first < len(pools):
-        size, end = pools[first].num_experts, first + 1
-        most = first + max(1, STACK_EXPERTS // size)
-        while end < min(len(pools), most) and pools[end].num_experts == size:
-            end += 1
-        start = pools[first].start
+    for size, members in itertools.groupby(pools, key=lambda pool: pool.num_experts):
+        end, start = first + len(list(members)), pools[first].start
         yield slice(first, end), slice(start, start + (end - first) * size)
         first = end
 
@@ -104,7 +94,7 @@ def run_on_pools(
     seen: NDArray[np.bool_],
 ) -> IntArray:
     """Run the policy on each pool that ``seen`` holds True for; the request is that of all, [E]."""
-    if policy in STACKED:
+    if takes_stacks(policy):
         return _run_on_stacks(policy, request, pools, np.where(seen, quotas, 0))
     growth = np.zeros_like(request.ranks)
     for number in np.flatnonzero(seen).tolist():
@@ -119,7 +109,7 @@ def run_on_pools(
 def _run_on_stacks(
     policy: Policy, request: AllocationRequest, pools: Sequence[Pool], quotas: IntArray
 ) -> IntArray:
-    """Run a policy in ``STACKED`` on each pool, many pools at once."""
+    """Run a policy that takes stacks on each pool, many pools at once."""
     growth = np.empty_like(request.ranks)
     for members, experts in stacks(pools):
         stack = stack_requests(request, quotas[members], experts)
@@ -151,7 +141,7 @@ def _run_on_layers(
     policy: Policy, request: AllocationRequest, layers: Sequence[Pool], quotas: IntArray
 ) -> IntArray:
     """Run the policy on the experts of each layer, as far as the quota of the request lasts."""
-    if policy in STACKED and quotas.sum() <= request.quota:
+    if takes_stacks(policy) and quotas.sum() <= request.quota:
         return _run_on_stacks(policy, request, layers, quotas)
     growth = np.zeros_like(request.ranks)
     for layer, units in zip(layers, quotas.tolist(), strict=True):
