@@ -121,6 +121,19 @@ def test_a_mask_of_some_of_the_tokens_is_chosen_by_the_device() -> None:
     assert watch.found == []
 
 
+def test_the_host_is_told_whether_a_mask_fits_with_the_statistics(
+    no_data: list[NoData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(layers=2)
+    aligned = torch.ones((), dtype=torch.bool, device=DEVICE)
+    mask = torch.ones(21, dtype=torch.bool, device=DEVICE)
+    monkeypatch.setattr(ModelCall, "token_mask", lambda self, num_tokens: (mask, aligned))
+    with Watch() as watch:
+        training.step()
+    assert ours(watch) == []
+    assert no_data[-1].size == no_data[-2].size + 2 * MICRO_BATCHES
+
+
 GPU_CONFIG = {"warmup_steps": 1, "growth_interval": 4, "growth_end": 9}
 """Events after steps 5 and 9."""
 
