@@ -122,9 +122,10 @@ class AllocatorEngine:
         Raises:
             UnknownLayerError, StatisticError, StepOrderError: the engine is unchanged.
         """
-        place = self._place(name)
+        state = self._state
         self._check_unobserved(name)
-        observe(self._state, self.config, place, self._check(name, routing, importance))
+        sample = self._check(name, routing, importance)
+        observe(state, self.config, state.places[name], sample)
         if self._recorder is not None:
             self._recorder.sample(name, routing, importance, tokens)
 
@@ -161,7 +162,7 @@ class AllocatorEngine:
         given = samples.pair(phi, scores, layers)
         if state.observed.any():
             self._check_unobserved(layers[int(state.observed.argmax())])
-        together = samples.check_together(state, self.config, phi, scores)
+        together = samples.check_together(state, self.config, routing, importance)
         if together is not None:
             observe(state, self.config, EVERYWHERE, together)
         else:
@@ -175,13 +176,12 @@ class AllocatorEngine:
 
     def skip(self, name: str) -> None:
         """Close the current step for this layer without a sample (say, after a NaN)."""
-        place = self._place(name)
         self._check_unobserved(name)
-        self._state.observed[place.layer] = True
+        self._state.observed[self._place(name).layer] = True
 
     def is_observed(self, name: str) -> bool:
         """True if the current step's sample of a layer was taken or skipped."""
-        return bool(self._state.observed[self._place(name).layer].all())
+        return bool(self._state.observed[self._place(name).layer])
 
     def step(self) -> GrowthEvent | None:
         """Close an optimizer step; return the growth event that follows it, or None.
@@ -345,7 +345,8 @@ class AllocatorEngine:
             )
 
     def _check(self, name: str, routing: ArrayLike | None, importance: ArrayLike | None) -> Sample:
-        ranks = self._state.ranks[self._place(name).experts]
+        state = self._state
+        ranks = state.ranks[state.places[name].experts]
         try:
             return check_sample(ranks, self.config, routing, importance)
         except StatisticError as error:

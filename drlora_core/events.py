@@ -18,7 +18,8 @@ from drlora_core import state as states
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.policies import AllocationRequest, Policy
-from drlora_core.pools import Pool, allocate, layer_means, make_pools, run_on_pools
+from drlora_core.pools import Pool, allocate, layer_means, make_pools, pool_sums, run_on_pools
+from drlora_core.saliency import saliency
 from drlora_core.state import Place, State
 
 logger = logging.getLogger(__name__)
@@ -64,20 +65,18 @@ def decide(
         return None, state, carry
     pools = make_pools(config, state.sizes)
     seen = _have_samples(state, pools, step)
-    scores = states.expert_saliency(state, config)
+    signals = states.signals(state, config)
+    scores = saliency(*signals, state.ranks, config.gamma)
     cut: NDArray[np.bool_] | None = None
     if policy is None:
         cut = _choose_cuts(config, state, pools, seen, index)
-        after, left_over = _prune(state, cut), [0] * len(pools)
+        after, left_over = _prune(state, cut), (0,) * len(pools)
     else:
         quotas = _quotas(config, state, pools, carry, index)
-        request = _make_request(config, state, scores, step)
+        request = _make_request(config, state, signals, scores, step)
         growth = _spread(config, policy, pools, request, quotas, seen, index)
         after = states.grow(state, growth)
-        left_over = [
-            quota - int(growth[pool.experts].sum())
-            for pool, quota in zip(pools, quotas, strict=True)
-        ]
+        left_over = tuple((quotas - pool_sums(growth, pools)).tolist())
     event = GrowthEvent(
         step=step,
         index=index,
@@ -87,7 +86,7 @@ def decide(
         unplaced=sum(left_over),
         cut={} if cut is None else _by_layer(cut, state.places),
     )
-    return event, after, tuple(left_over)
+    return event, after, left_over
 
 
 def _by_layer(values: NDArray[Any], places: Mapping[str, Place]) -> dict[str, NDArray[Any]]:
@@ -95,18 +94,16 @@ def _by_layer(values: NDArray[Any], places: Mapping[str, Place]) -> dict[str, ND
     return {name: values[experts] for name, (_, experts) in places.items()}
 
 
-def _have_samples(state: State, pools: Sequence[Pool], step: int) -> list[bool]:
+def _have_samples(state: State, pools: Sequence[Pool], step: int) -> NDArray[np.bool_]:
     """True for each pool of which a sample was seen; the event of others waits, and says so."""
-    seen = []
-    for pool in pools:
-        seen.append(any(states.has_sample(state, state.places[name]) for name in pool.names))
-        if not seen[-1]:
-            logger.warning(
-                "the event after step %d leaves the ranks of %s as they are: no sample of routing "
-                "or importance has been seen",
-                step,
-                pool.describe(),
-            )
+    seen = pool_sums(states.count_updates(state), pools) > 0
+    for number in np.flatnonzero(~seen).tolist():
+        logger.warning(
+            "the event after step %d leaves the ranks of %s as they are: no sample of routing or "
+            "importance has been seen",
+            step,
+            pools[number].describe(),
+        )
     return seen
 
 
@@ -116,15 +113,11 @@ def _quotas(
     pools: Sequence[Pool],
     carry: tuple[int, ...],
     index: int,
-) -> list[int]:
+) -> IntArray:
     """Units that each pool may place: quota and carried units, or what the budget has left."""
-    return [
-        min(
-            event_quota(config, pool, index) + carried,
-            pool.num_experts * config.r_target - int(state.ranks[pool.experts].sum()),
-        )
-        for pool, carried in zip(pools, carry, strict=True)
-    ]
+    due = [event_quota(config, pool, index) for pool in pools]
+    budgets = np.array([pool.num_experts * config.r_target for pool in pools])
+    return np.minimum(np.add(due, carry), budgets - pool_sums(state.ranks, pools))
 
 
 def _spread(
@@ -132,8 +125,8 @@ def _spread(
     policy: Policy,
     pools: Sequence[Pool],
     request: AllocationRequest,
-    quotas: Sequence[int],
-    seen: Sequence[bool],
+    quotas: IntArray,
+    seen: NDArray[np.bool_],
     index: int,
 ) -> IntArray:
     """Spread the quotas, [E]; with scope ``global`` within each layer's floor and ceiling."""
@@ -142,11 +135,11 @@ def _spread(
     if not seen[0]:
         return np.zeros_like(request.ranks)
     (pool,) = pools
-    totals = np.array([request.ranks[part].sum() for part in pool.slices()])
-    capacities = np.array(pool.sizes) * config.mean_rank_ceiling - totals
-    shares = [event_quota(config, single, index) for single in pool.split()]
+    layers = pool.split()
+    capacities = np.array(pool.sizes) * config.mean_rank_ceiling - pool_sums(request.ranks, layers)
+    shares = [event_quota(config, layer, index) for layer in layers]
     floors = np.floor(config.layer_floor * np.array(shares)).astype(np.int64)
-    request = dataclasses.replace(request, quota=quotas[0], seed=(*request.seed, 0))
+    request = dataclasses.replace(request, quota=int(quotas[0]), seed=(*request.seed, 0))
     return allocate(policy, request, pool, np.minimum(floors, capacities), capacities)
 
 
@@ -161,21 +154,26 @@ def event_quota(config: AllocatorConfig, pool: Pool, index: int) -> int:
 
 
 def _make_request(
-    config: AllocatorConfig, state: State, scores: FloatArray, step: int
+    config: AllocatorConfig,
+    state: State,
+    signals: tuple[FloatArray, FloatArray],
+    scores: FloatArray,
+    step: int,
 ) -> AllocationRequest:
-    """Describe the experts of all layers; quota and seed are still those of no pool."""
-    routing, importance = states.signals(state, config)
-    limits = np.minimum(config.r_max - state.ranks, config.max_growth or config.r_max)
-    shared = config.scope == "global"
+    """Describe the experts of all layers; a pool adds its quota and its number, to the seed."""
+    scale = np.ones(scores.size)
+    if config.scope == "global":
+        (pool,) = make_pools(config, state.sizes)
+        scale = layer_means(scores, pool.split())
     return AllocationRequest(
         step=step,
         quota=0,
         ranks=state.ranks.copy(),
-        limits=limits,
-        routing=routing,
-        importance=importance,
+        limits=np.minimum(config.r_max - state.ranks, config.max_growth or config.r_max),
+        routing=signals[0],
+        importance=signals[1],
         gamma=config.gamma,
-        scale=layer_means(scores, state.sizes) if shared else np.ones(scores.size),
+        scale=scale,
         seed=(config.seed, step),
     )
 
@@ -184,7 +182,7 @@ def _choose_cuts(
     config: AllocatorConfig,
     state: State,
     pools: Sequence[Pool],
-    seen: Sequence[bool],
+    seen: NDArray[np.bool_],
     index: int,
 ) -> NDArray[np.bool_]:
     """Choose each pool's least important dimensions, down to the cubic schedule's total, [E, R]."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from drlora_core import saliency as equations
 from drlora_core.ema import FloatArray, IntArray
@@ -61,6 +62,8 @@ class AllocationRequest:
         return np.random.default_rng(self.seed)
 
 
+FIRST_OFFER = 4
+"""Units that ``rescored`` first offers to each expert; most take fewer."""
 REQUEST_ARRAYS = ("ranks", "limits", "routing", "importance", "scale")
 
 
@@ -87,17 +90,36 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
         >>> walk(np.array([0.1, 0.9, 0.5]), request).tolist()
         [1, 2, 2]
     """
-    eligible = np.flatnonzero(request.limits)
-    scores, ranks = scores[eligible], request.ranks[eligible]
-    order = np.argsort(-scores)  # the fast sort leaves ties in any order
-    if (np.diff(scores[order]) == 0).any():
-        order = np.lexsort((ranks, -scores))  # lexsort is stable, so the index breaks ties
-    order = eligible[order]
-    limits = request.limits[order]
-    served_before = np.cumsum(limits) - limits
+    units = np.minimum(request.quota, request.limits.sum(axis=-1))
+    order = first_experts(scores, request, int(units.max()))
+    limits = request.limits.take(order)
+    served_before = np.cumsum(limits, axis=-1) - limits
     growth = np.zeros_like(request.ranks)
-    growth[order] = np.clip(request.quota - served_before, 0, limits)
+    growth.put(order, np.clip(units[..., None] - served_before, 0, limits))
     return growth
+
+
+def first_experts(scores: FloatArray, request: AllocationRequest, units: int) -> IntArray:
+    """Return the experts that may get one of ``units`` units, best first, [..., at most units].
+
+    Their order is that of :func:`walk`. An expert of a stack is its place in the flat arrays.
+    """
+    open_ = request.limits > 0
+    count = min(units, int(open_.sum(axis=-1).max()))
+    size = scores.shape[-1]
+    negated = np.where(open_, -scores, np.inf).reshape(-1, size)
+    kept = np.arange(size)
+    if len(negated) == 1 and 0 < count < size:  # it is faster to leave out most before the sort
+        kept = np.flatnonzero(~(negated[0] > np.partition(negated[0], count - 1)[count - 1]))
+        negated = negated[:, kept]
+    order: IntArray = np.argsort(negated, axis=1)  # the fast sort leaves ties in any order
+    ordered = np.take_along_axis(negated, order[:, : count + 1], axis=1)
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if tied.any():  # lexsort is stable, so the index breaks ties
+        ranks = request.ranks.reshape(-1, size)[tied][:, kept]
+        order[tied] = np.lexsort((ranks, negated[tied]), axis=1)
+    places: IntArray = kept[order[:, :count]] + size * np.arange(len(order))[:, None]
+    return places.reshape(*scores.shape[:-1], count)
 
 
 def greedy(request: AllocationRequest) -> IntArray:
@@ -117,18 +139,51 @@ def rescored(request: AllocationRequest) -> IntArray:
     with no preference.
     """
     # An expert's score never rises with its rank. So placing the best unit again and again equals
-    # taking the first `quota` of all possible units by score, then rank, then index.
-    units = int(min(request.quota, request.limits.sum()))
-    if units == 0:
-        return np.zeros_like(request.ranks)
-    offered = np.arange(min(units, request.limits.max()))[:, None]
-    ranks = request.ranks + offered
-    scores = np.where(offered < request.limits, request.saliency_at(ranks), -np.inf)
-    last = np.partition(scores, scores.size - units, axis=None)[scores.size - units]
-    growth: IntArray = (scores > last).sum(axis=0, dtype=np.int64)
-    rows, experts = np.nonzero(scores == last)  # the units that tie for the last places
-    order = np.lexsort((experts, ranks[rows, experts]))[: units - int(growth.sum())]
-    return growth + np.bincount(experts[order], minlength=growth.size)
+    # taking the first `units` of all possible units by score, then rank, then index. An expert
+    # whose first unit is not among the first `units` first units gets nothing.
+    units = np.minimum(request.quota, request.limits.sum(axis=-1))
+    growth = np.zeros_like(request.ranks)
+    experts = first_experts(request.saliency, request, int(units.max()))
+    if not experts.size:
+        return growth
+    arrays: dict[str, Any] = {
+        name: np.atleast_2d(getattr(request, name).take(experts)) for name in REQUEST_ARRAYS
+    }
+    first = dataclasses.replace(request, quota=cast(Any, np.atleast_1d(units)), **arrays)
+    offered, most = FIRST_OFFER, int(first.limits.max())
+    taken = _take_best(first, np.atleast_2d(experts), offered)
+    while ((taken >= offered) & (first.limits > offered)).any():  # they may want more
+        offered = min(2 * offered, most)
+        taken = _take_best(first, np.atleast_2d(experts), offered)
+    growth.put(experts, taken)
+    return growth
+
+
+def _take_best(request: AllocationRequest, experts: IntArray, offered: int) -> IntArray:
+    """Spread the quotas of a stack over the best of ``offered`` units of each expert, [L, N].
+
+    ``experts`` are the numbers of the experts, [L, N], which break ties. If the offers do not reach
+    for a quota, an expert with a larger limit takes all that it was offered, at least.
+    """
+    units = np.asarray(request.quota)
+    extra = np.arange(offered)[:, None, None]
+    scores = np.where(
+        extra < request.limits, request.saliency_at(request.ranks + extra), -np.inf
+    ).transpose(1, 2, 0)  # [L, N, offered]
+    flat = scores.reshape(len(units), -1)
+    places = np.clip(flat.shape[1] - units, 0, flat.shape[1] - 1)[:, None]
+    ordered = np.partition(flat, np.unique(places), axis=1)
+    last = np.take_along_axis(ordered, places, axis=1)[:, :, None]  # the lowest score that is taken
+    growth: IntArray = (scores > last).sum(axis=2, dtype=np.int64)
+    left = units - growth.sum(axis=1)
+    layers, columns, extras = np.nonzero(scores == last)  # the units that tie for the last places
+    ranks = request.ranks[layers, columns] + extras
+    order = np.lexsort((experts[layers, columns], ranks, layers))
+    layers, columns = layers[order], columns[order]
+    number = np.arange(layers.size) - np.searchsorted(layers, layers)  # within its layer
+    wins = number < left[layers]
+    np.add.at(growth, (layers[wins], columns[wins]), 1)
+    return growth
 
 
 def proportional(request: AllocationRequest) -> IntArray:
@@ -168,6 +223,22 @@ GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
 )
 
 
+def takes_stacks(policy: Policy) -> bool:
+    """True for built-in policies that also take a stack: arrays [L, N] and a quota int64 [L]."""
+    return any(policy is known for known in (greedy, rescored, uniform))
+
+
+def stack_requests(
+    request: AllocationRequest, quotas: ArrayLike, experts: slice = slice(None)
+) -> AllocationRequest:
+    """Cut a part of a request into L requests of N experts each, for a policy that takes stacks."""
+    per_layer = np.asarray(quotas, dtype=np.int64)
+    arrays = {
+        name: getattr(request, name)[experts].reshape(per_layer.size, -1) for name in REQUEST_ARRAYS
+    }
+    return dataclasses.replace(request, quota=cast(Any, per_layer), **arrays)
+
+
 def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntArray:
     """Call a policy with read-only arrays and check its answer.
 
@@ -189,9 +260,10 @@ def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntA
         if wrong.any():
             expert = int(np.argmax(wrong))
             raise PolicyError(
-                f"{where} gave expert {expert} growth {growth[expert]}, {limit} "
-                f"(accepted: 0 to {request.limits[expert]})"
+                f"{where} gave expert {expert} growth {growth.flat[expert]}, {limit} "
+                f"(accepted: 0 to {request.limits.flat[expert]})"
             )
-    if growth.sum() > request.quota:
-        raise PolicyError(f"{where} spent {growth.sum()} units of a quota of {request.quota}")
+    if (growth.sum(axis=-1) > request.quota).any():
+        spent = growth.sum(axis=-1)
+        raise PolicyError(f"{where} spent {spent} units of a quota of {request.quota}")
     return growth.astype(np.int64)

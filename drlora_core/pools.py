@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.policies import REQUEST_ARRAYS, AllocationRequest, Policy, run_policy
+from drlora_core.policies import (
+    REQUEST_ARRAYS,
+    AllocationRequest,
+    Policy,
+    run_policy,
+    stack_requests,
+    takes_stacks,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,12 +62,27 @@ def make_pools(config: AllocatorConfig, sizes: Mapping[str, int]) -> list[Pool]:
     return [everything] if config.scope == "global" and sizes else everything.split()
 
 
-def layer_means(values: FloatArray, sizes: Mapping[str, int]) -> FloatArray:
+def stacks(pools: Sequence[Pool]) -> Iterator[tuple[slice, slice]]:
+    """Join neighbors with as many experts each: a range of the pools, and one of their experts."""
+    first = 0
+    for size, members in itertools.groupby(pools, key=lambda pool: pool.num_experts):
+        end, start = first + len(list(members)), pools[first].start
+        yield slice(first, end), slice(start, start + (end - first) * size)
+        first = end
+
+
+def pool_sums(values: IntArray, pools: Sequence[Pool]) -> IntArray:
+    """Sum of each pool's values, [pools]; the pools hold all experts, [E]."""
+    return np.add.reduceat(values, [pool.start for pool in pools])
+
+
+def layer_means(values: FloatArray, layers: Sequence[Pool]) -> FloatArray:
     """Each expert's layer mean, [E]; 1 for a layer whose values are all zero."""
-    means, end = np.empty_like(values), 0
-    for size in sizes.values():
-        means[end : end + size] = values[end : end + size].mean() or 1.0
-        end += size
+    means = np.empty_like(values)
+    for members, experts in stacks(layers):
+        stack = means[experts].reshape(members.stop - members.start, -1)
+        stack[:] = values[experts].reshape(stack.shape).mean(axis=1, keepdims=True)
+        stack[stack == 0.0] = 1.0
     return means
 
 
@@ -67,18 +90,30 @@ def run_on_pools(
     policy: Policy,
     request: AllocationRequest,
     pools: Sequence[Pool],
-    quotas: Sequence[int],
-    seen: Sequence[bool],
+    quotas: IntArray,
+    seen: NDArray[np.bool_],
 ) -> IntArray:
     """Run the policy on each pool that ``seen`` holds True for; the request is that of all, [E]."""
+    if takes_stacks(policy):
+        return _run_on_stacks(policy, request, pools, np.where(seen, quotas, 0))
     growth = np.zeros_like(request.ranks)
-    for number, pool in enumerate(pools):
-        if seen[number]:
-            arrays = {name: getattr(request, name)[pool.experts] for name in REQUEST_ARRAYS}
-            own = dataclasses.replace(
-                request, quota=quotas[number], seed=(*request.seed, number), **arrays
-            )
-            growth[pool.experts] = run_policy(policy, own, pool.describe())
+    for number in np.flatnonzero(seen).tolist():
+        pool = pools[number]
+        arrays = {name: getattr(request, name)[pool.experts] for name in REQUEST_ARRAYS}
+        seed = (*request.seed, number)
+        own = dataclasses.replace(request, quota=int(quotas[number]), seed=seed, **arrays)
+        growth[pool.experts] = run_policy(policy, own, pool.describe())
+    return growth
+
+
+def _run_on_stacks(
+    policy: Policy, request: AllocationRequest, pools: Sequence[Pool], quotas: IntArray
+) -> IntArray:
+    """Run a policy that takes stacks on each pool, many pools at once."""
+    growth = np.empty_like(request.ranks)
+    for members, experts in stacks(pools):
+        stack = stack_requests(request, quotas[members], experts)
+        growth[experts] = run_policy(policy, stack, f"{len(pools)} pools").reshape(-1)
     return growth
 
 
@@ -90,18 +125,29 @@ def allocate(
     The policy runs on each layer for the floors, then on all experts. ``floors`` and ``capacities``
     are int64 [layers]; the floors sum to at most the quota. Returns the growth, int64 [N].
     """
-    growth = np.zeros_like(request.ranks)
-    for name, part, units in zip(pool.names, pool.slices(), floors, strict=True):
-        layer = _restrict(request, part, min(int(units), request.quota - int(growth.sum())))
-        growth += run_policy(policy, layer, f"layer {name!r}")
+    layers = pool.split()
+    growth = _run_on_layers(policy, request, layers, floors)
     rest = dataclasses.replace(
         request,
         quota=request.quota - int(growth.sum()),
         ranks=request.ranks + growth,
         limits=request.limits - growth,
     )
-    used = np.array([growth[part].sum() for part in pool.slices()])
-    return growth + _allocate_under_capacities(policy, rest, pool, capacities - used)
+    left = capacities - pool_sums(growth, layers)
+    return growth + _allocate_under_capacities(policy, rest, pool, left)
+
+
+def _run_on_layers(
+    policy: Policy, request: AllocationRequest, layers: Sequence[Pool], quotas: IntArray
+) -> IntArray:
+    """Run the policy on the experts of each layer, as far as the quota of the request lasts."""
+    if takes_stacks(policy) and quotas.sum() <= request.quota:
+        return _run_on_stacks(policy, request, layers, quotas)
+    growth = np.zeros_like(request.ranks)
+    for layer, units in zip(layers, quotas.tolist(), strict=True):
+        own = _restrict(request, layer.experts, min(units, request.quota - int(growth.sum())))
+        growth += run_policy(policy, own, layer.describe())
+    return growth
 
 
 def _allocate_under_capacities(
@@ -109,16 +155,17 @@ def _allocate_under_capacities(
 ) -> IntArray:
     """Run the policy on all experts; cap layers that exceed their capacity, share out the rest."""
     filled = np.zeros_like(request.ranks)
+    layers = pool.split()
     while True:
         growth = run_policy(policy, request, pool.describe())
-        used = np.array([growth[part].sum() for part in pool.slices()])
-        if (used <= capacities).all():
+        exceeded = pool_sums(growth, layers) > capacities
+        if not exceeded.any():
             return filled + growth
         limits, quota = request.limits.copy(), request.quota
-        for index in np.flatnonzero(used > capacities):
-            part = pool.slices()[index]
+        for index in np.flatnonzero(exceeded):
+            part = layers[index].experts
             full = _restrict(request, part, int(capacities[index]))
-            growth = run_policy(policy, full, f"layer {pool.names[index]!r}")
+            growth = run_policy(policy, full, layers[index].describe())
             filled += growth
             quota -= int(growth.sum())
             limits[part] = 0

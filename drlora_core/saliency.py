@@ -30,8 +30,14 @@ def active_dimensions(ranks: IntArray, r_max: int) -> NDArray[np.bool_]:
     return active
 
 
-def mean_over_active(dimension_importance: FloatArray, ranks: IntArray) -> FloatArray:
-    """Mean of s_j over each expert's active dimensions, [N, R] -> [N]."""
-    active = active_dimensions(ranks, dimension_importance.shape[1])
-    mean: FloatArray = np.where(active, dimension_importance, 0.0).sum(axis=1) / ranks
+def mask_inactive(dimension_importance: FloatArray, ranks: IntArray) -> FloatArray:
+    """Set s_j of inactive dimensions to 0, whatever it was, [N, R]."""
+    return np.where(
+        active_dimensions(ranks, dimension_importance.shape[1]), dimension_importance, 0.0
+    )
+
+
+def mean_over_active(masked_importance: FloatArray, ranks: IntArray) -> FloatArray:
+    """Mean of s_j over each expert's active dimensions, [N, R] -> [N]; the others hold 0."""
+    mean: FloatArray = masked_importance.sum(axis=1) / ranks
     return mean

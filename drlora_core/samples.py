@@ -77,12 +77,12 @@ def pair(
 
 
 def check_together(
-    state: State, config: AllocatorConfig, routing: ByLayer | None, importance: ByLayer | None
+    state: State, config: AllocatorConfig, routing: Given, importance: Given
 ) -> Sample | None:
-    """Check the samples of all layers as one; None if they do not pass as one.
+    """Check the samples of all layers as one; None if they have to be checked layer by layer.
 
-    A check of each layer then names the wrong one, or accepts samples that only cannot be joined:
-    some layers are missing, or one has importance [N] and another [N, R].
+    That is so if a sample is wrong, which then is named, or missing, and for importance [N, R]:
+    that of a layer fits into a processor's cache, that of all layers does not.
     """
     try:
         joined = (None if given is None else _join(given, state) for given in (routing, importance))
@@ -91,9 +91,13 @@ def check_together(
         return None
 
 
-def _join(given: ByLayer, state: State) -> NDArray[np.generic]:
-    """Join samples [N] or [N, R] of all layers to [E] or [E, R]."""
-    samples = [np.asarray(given[name]) for name in state.places]
-    if [len(sample) for sample in samples if sample.ndim] != list(state.sizes.values()):
-        raise ValueError("a sample has another number of experts than its layer")
-    return np.concatenate(samples)
+def _join(given: ArrayLike | ByLayer, state: State) -> NDArray[np.generic]:
+    """Join samples [N] of all layers to [E]; an array [L, N] is not copied."""
+    if isinstance(given, Mapping):
+        samples = [np.asarray(given[name]) for name in state.places]
+    else:
+        rows = np.asarray(given)
+        samples = list(rows)
+    if [sample.shape for sample in samples] != [(size,) for size in state.sizes.values()]:
+        raise ValueError("a sample has another shape than [N]")
+    return np.concatenate(samples) if isinstance(given, Mapping) else rows.reshape(-1)

@@ -75,10 +75,10 @@ def _save_layer(state: State, name: str) -> dict[str, Any]:
     saved = {
         "ranks": state.ranks[experts].copy(),
         "routing": state.routing[experts].copy(),
-        "routing_count": int(state.routing_count[layer][0]),
+        "routing_count": int(state.routing_count[layer]),
         "importance": state.importance[experts].copy(),
         "importance_count": state.importance_count[experts].copy(),
-        "observed": bool(state.observed[layer][0]),
+        "observed": bool(state.observed[layer]),
     }
     if state.dimensions is not None:
         saved["dimensions"] = state.dimensions[experts].copy()

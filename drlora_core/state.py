@@ -20,13 +20,13 @@ from drlora_core import ema
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import StatisticError
-from drlora_core.saliency import active_dimensions, mean_over_active, saliency
+from drlora_core.saliency import mask_inactive, mean_over_active, saliency
 
 
 class Place(NamedTuple):
     """Where a layer is in the state."""
 
-    layer: slice  # in arrays [L]
+    layer: int | slice  # in arrays [L]
     experts: slice  # in arrays [E]
 
 
@@ -60,14 +60,14 @@ class Sample(NamedTuple):
 
     phi: FloatArray | None  # [N]
     importance: FloatArray | None  # [N], mean over the active dimensions
-    dimensions: FloatArray | None  # [N, R], if it was given for every dimension
+    dimensions: FloatArray | None  # [N, R]; policy `prune` only
 
 
 def place_layers(sizes: Mapping[str, int]) -> dict[str, Place]:
     """Place layers one after the other."""
     ends = itertools.accumulate(sizes.values())
     return {
-        name: Place(slice(index, index + 1), slice(end - size, end))
+        name: Place(index, slice(end - size, end))
         for index, ((name, size), end) in enumerate(zip(sizes.items(), ends, strict=True))
     }
 
@@ -89,10 +89,14 @@ def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
     )
 
 
-def has_sample(state: State, place: Place = EVERYWHERE) -> bool:
-    """True if routing was observed in one of the layers, or importance since it was reset."""
-    routed = state.routing_count[place.layer].any()
-    return bool(routed or state.importance_count[place.experts].any())
+def count_updates(state: State) -> IntArray:
+    """Updates of routing, and of importance since its reset, of each expert, int64 [E]."""
+    return state.importance_count + _spread(state.routing_count, state)
+
+
+def _spread(values: IntArray, state: State) -> IntArray:
+    """Repeat each layer's number for its experts, [L] -> [E]."""
+    return np.repeat(values, list(state.sizes.values()))
 
 
 def check_sample(
@@ -118,32 +122,28 @@ def observe(state: State, config: AllocatorConfig, place: Place, sample: Sample)
     """Update the averages of a layer, or of all, with a checked sample; in place."""
     layer, experts = place
     if sample.phi is not None:
-        state.routing[experts] = ema.update(
-            state.routing[experts], sample.phi, config.routing_decay
-        )
+        ema.update(state.routing[experts], sample.phi, config.routing_decay)
         state.routing_count[layer] += 1
     if sample.importance is not None:
-        decay = config.importance_decay
-        state.importance[experts] = ema.update(state.importance[experts], sample.importance, decay)
+        ema.update(state.importance[experts], sample.importance, config.importance_decay)
         state.importance_count[experts] += 1
-        if state.dimensions is not None and sample.dimensions is not None:
-            average = state.dimensions[experts]
-            state.dimensions[experts] = ema.update(average, sample.dimensions, decay)
+    if state.dimensions is not None and sample.dimensions is not None:
+        ema.update(state.dimensions[experts], sample.dimensions, config.importance_decay)
     state.observed[layer] = True
 
 
 def _check_importance(
     ranks: IntArray, config: AllocatorConfig, importance: ArrayLike
 ) -> tuple[FloatArray, FloatArray | None]:
-    """Return the mean over each expert's dimensions, [N], and the sample of every dimension."""
+    """Return the mean over each expert's dimensions, [N]; for ``prune`` the dimensions as well."""
     per_dimension = (ranks.size, config.r_max)
     sample = _to_floats("importance", importance)
     if sample.shape == per_dimension:
-        active = active_dimensions(ranks, config.r_max)
-        sample = _check("importance", np.where(active, sample, 0.0), [per_dimension])
+        sample = _check("importance", mask_inactive(sample, ranks), [per_dimension])
         with np.errstate(over="ignore"):
             mean = mean_over_active(sample, ranks)
-        return _check("mean importance", mean, [mean.shape]), sample
+        _check("mean importance", mean, [mean.shape])
+        return mean, sample if config.policy == "prune" else None
     if config.policy == "prune":
         raise StatisticError(
             f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
@@ -157,7 +157,7 @@ def _to_floats(kind: str, sample: ArrayLike) -> FloatArray:
         values = np.asarray(sample)
         if values.dtype.kind in "SUc":
             raise TypeError(f"it holds {values.dtype}")
-        return values.astype(np.float64)
+        return values.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
         raise StatisticError(f"{kind} is not an array of numbers: {error}") from error
 
@@ -179,10 +179,10 @@ def routing_frequency(
     state: State, config: AllocatorConfig, place: Place = EVERYWHERE
 ) -> FloatArray:
     """f_i = average / (1 - beta_f^n), float64 [N]; 0 before the first sample."""
-    layer, experts = place
-    sizes = [part.stop - part.start for _, part in list(state.places.values())[layer]]
-    counts = np.repeat(state.routing_count[layer], sizes)
-    return ema.correct_bias(state.routing[experts], counts, config.routing_decay)
+    counts = state.routing_count[place.layer]
+    if place is EVERYWHERE:
+        counts = _spread(counts, state)
+    return ema.correct_bias(state.routing[place.experts], counts, config.routing_decay)
 
 
 def rank_importance(state: State, config: AllocatorConfig, place: Place = EVERYWHERE) -> FloatArray:

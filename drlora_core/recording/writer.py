@@ -18,7 +18,7 @@ from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
 from drlora_core.pruning import follow, initial_order, to_recorded
 from drlora_core.recording import format as files
-from drlora_core.saliency import mean_over_active
+from drlora_core.saliency import mask_inactive, mean_over_active
 
 FLUSH_SECONDS = 30.0
 """A step that comes later than this after the last write first writes the steps before it."""
@@ -97,7 +97,8 @@ class RecordingWriter:
             if values.ndim == 2:
                 if self._engine.config.policy == "prune":
                     arrays["dimensions"] = values
-                values = mean_over_active(values, self._engine.ranks(name))
+                ranks = self._engine.ranks(name)
+                values = mean_over_active(mask_inactive(values, ranks), ranks)
             arrays["importance"] = values
         self._samples[name] = arrays, files.UNKNOWN["i"] if tokens is None else tokens
 

@@ -71,7 +71,7 @@ class StepCloser:
         engine.settle()
         sent = exchange.send(attached, sums, slots, idle, notes)
         if horizon and self._young is not None:
-            self._young.advance(idle)
+            self._young.advance(idle, horizon)
         if not (sent.readback.is_on_host or self._waits(attached)):
             attached.known_steps = engine.step_count
             engine.defer(partial(self._arrive_late, sent, horizon))
@@ -85,7 +85,7 @@ class StepCloser:
         if not horizon:
             return
         if self._young is not None:
-            self._young.advance(idle)
+            self._young.advance(idle, horizon)
         if idle is None:
             self._grow_older(attached, horizon)
             return

@@ -26,6 +26,7 @@ from drlora_torch.lora.slots import IntArray
 from drlora_torch.step.optimizers.adafactor import ADAFACTOR
 from drlora_torch.step.optimizers.adam import ADAM, ADAMAX, RADAM
 from drlora_torch.step.optimizers.correction import (
+    GROWN,
     Correction,
     Snapshot,
     count_steps,
@@ -82,7 +83,8 @@ class _YoungRows:
     lora: ExpertLoRA
     held: parts.HeldRows
     counts: Tensor
-    """Own step count of each in the coming step, float64 [newborn] on the device of the LoRA."""
+    """Own step count of each in the coming step, float64 [newborn] on the device of the LoRA; GROWN
+    where it no longer matters."""
 
 
 class Young:
@@ -94,11 +96,13 @@ class Young:
 
     def __init__(self, loras: Iterable[ExpertLoRA], ages: Ages) -> None:
         self._layers: list[_YoungRows] = []
+        self._most = 0  # no count is larger
         for lora in loras:
             slots = np.flatnonzero(ages[lora.name] != OLD)
             if slots.size:
                 counts = torch.from_numpy(ages[lora.name][slots] + 1.0).to(lora.device)
                 self._layers.append(_YoungRows(lora, parts.HeldRows(slots), counts))
+                self._most = max(self._most, int(ages[lora.name].max()) + 1)
 
     @torch.no_grad()
     def snapshot(self, optimizer: Optimizer) -> list[Snapshot]:
@@ -119,16 +123,23 @@ class Young:
         return kept
 
     @torch.no_grad()
-    def advance(self, idle: Tensor | None) -> None:
-        """Close an optimizer step, unless a device says that it was none, bool []."""
+    def advance(self, idle: Tensor | None, horizon: float) -> None:
+        """Close an optimizer step, unless a device says that it was none, bool [].
+
+        Rows that have lived more than ``horizon`` steps are moved as the optimizer moves them, also
+        before the host knows that they have.
+        """
         by_device: dict[torch.device, list[Tensor]] = {}
         for layer in self._layers:
             by_device.setdefault(layer.counts.device, []).append(layer.counts)
+        self._most += 1
         for device, counts in by_device.items():
             if idle is None:
                 torch._foreach_add_(counts, 1.0)
             else:
                 torch._foreach_add_(counts, [(~idle).to(device, torch.float64)] * len(counts))
+            for each in counts if self._most - 1 > horizon else ():
+                each.masked_fill_(each - 1.0 > horizon, GROWN)
 
     def retire(self, ages: Ages) -> None:
         """Let go of rows that need no correction any more."""

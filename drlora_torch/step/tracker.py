@@ -159,17 +159,21 @@ class StepTracker:
             self.forget()
 
     def look_at(self, values: Tensor, consume: Consume) -> None:
-        """Have the host look at values of a forward [n].
-
-        At once, if that does not wait, before the first step is closed, and where none follows;
-        else with the statistics of the step.
-        """
+        """Have the host look at values of a forward [n]: at once where no step may follow it."""
         call = self._watch.running
         trains = torch.is_grad_enabled() or (call is not None and call.with_gradients)
-        if not is_on_host(values) and trains and self._closer.begun and len(self._notes) < NOTES:
-            self._notes.append((values, consume))
-        else:
+        self._note(values, consume, now=not trains)
+
+    def _note(self, values: Tensor, consume: Consume, *, now: bool = False) -> None:
+        """Send values to the host with the statistics of the step.
+
+        At once, where that does not wait, and until the first step is closed.
+        """
+        wait = now or not self._closer.begun or len(self._notes) >= NOTES
+        if wait or is_on_host(values):
             consume(values.cpu().double().numpy())
+        else:
+            self._notes.append((values, consume))
 
     def _begins(self, routing: Routing) -> bool:
         """True for the first layer that the backward pass of a forward reaches."""
@@ -189,7 +193,7 @@ class StepTracker:
             return None
         mask, aligned = found
         if aligned is not None:
-            self.look_at(aligned.reshape(1), lambda values: None if values[0] else tell())
+            self._note(aligned.reshape(1), lambda values: None if values[0] else tell())
         return mask.to(routing.top_k_index.device)
 
     def _loras(self) -> list[ExpertLoRA]:
@@ -260,7 +264,8 @@ class StepTracker:
         scale = getattr(optimizer, "grad_scale", None)
         slots = {} if self.attached.paused else slot_importance(self._loras())
         if isinstance(scale, Tensor):
-            slots = {name: values / scale.to(values) for name, values in slots.items()}
+            wide = scale.double()
+            slots = {name: values / wide.to(values.device) for name, values in slots.items()}
         self._slots = slots
         if self._reader is None:
             self._skips.clear()  # of a step that failed
@@ -274,8 +279,8 @@ class StepTracker:
         slots, self._slots = self._slots, None
         skipped = _skipped(optimizer)
         by_device = skipped if isinstance(skipped, Tensor) else None
-        known = by_device is None and skipped  # that nothing has moved
-        if slots is not None or (optimizer in self.attached.optimizers and not known):
+        moves = by_device is not None or not skipped
+        if slots is not None or (optimizer in self.attached.optimizers and moves):
             self._check(optimizer)
             horizon = newborn.correct(self._snapshots, optimizer, by_device)
             self._horizon = max(self._horizon, horizon)

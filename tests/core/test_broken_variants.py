@@ -36,7 +36,7 @@ def no_bias_correction(average: Any, count: Any, decay: float) -> Any:
 
 
 def swapped_decay(average: Any, sample: Any, decay: float) -> Any:
-    return (1 - decay) * average + decay * sample
+    average[:] = (1 - decay) * average + decay * sample
 
 
 def no_reset(state: State, growth: Any) -> State:
@@ -108,9 +108,9 @@ def ties_by_index_only(scores: Any, request: AllocationRequest) -> Any:
 
 def ties_to_the_later_expert(scores: Any, request: AllocationRequest) -> Any:
     backwards = dataclasses.replace(
-        request, ranks=request.ranks[::-1].copy(), limits=request.limits[::-1].copy()
+        request, ranks=request.ranks[..., ::-1].copy(), limits=request.limits[..., ::-1].copy()
     )
-    return policies_walk(scores[::-1], backwards)[::-1].copy()
+    return policies_walk(scores[..., ::-1], backwards)[..., ::-1].copy()
 
 
 def cut_by_threshold(scores: Any, ranks: Any, count: int) -> Any:

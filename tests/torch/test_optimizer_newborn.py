@@ -142,8 +142,7 @@ def test_schedule_free_averages_are_those_of_a_row_that_began_at_its_birth() -> 
             shadow.step(parameter.grad[1].clone())
         snapshots = young.snapshot(optimizer)
         optimizer.step()
-        newborn.correct(snapshots, optimizer)
-        young.advance(None)
+        young.advance(None, newborn.correct(snapshots, optimizer))
     assert shadow is not None
     for each in (optimizer, shadow.optimizer):
         each.eval()  # type: ignore[attr-defined]

@@ -84,7 +84,6 @@ def test_steps_smaller_than_the_resolution_of_bfloat16_are_corrected() -> None:
     for _ in range(20):
         snapshots = young.snapshot(optimizer)
         optimizer.step()
-        newborn.correct(snapshots, optimizer)
-        young.advance(None)
+        young.advance(None, newborn.correct(snapshots, optimizer))
     moved = 1.0 - float(parameter[1].detach().float().mean())
     assert moved == pytest.approx(20 * 1e-4, rel=0.25)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from drlora_torch.step.optimizers.correction import (
+    GROWN,
     SETTLED,
     Correction,
     Count,
@@ -43,7 +44,8 @@ def _before(optimizer: Optimizer, kept: Snapshot, count: Count) -> None:
     weight = t**rate
     undone = (wanted - weight.to(square) * square) / (1.0 - weight).to(square)
     # in its first step, the optimizer leaves nothing of what is there
-    undone = torch.where(t > 1.0, undone, average).reshape(-1, *state[key].shape[1:])
+    young = ((t > 1.0) & (kept.counts != GROWN)).reshape(-1, *[1] * (square.dim() - 1))
+    undone = torch.where(young, undone, average).reshape(-1, *state[key].shape[1:])
     state[key].index_copy_(0, kept.rows, undone)
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from drlora_torch.step.optimizers.codes import is_quantized
 from drlora_torch.step.optimizers.correction import (
+    GROWN,
     After,
     Correction,
     Count,
@@ -197,7 +198,8 @@ def _limit(kept: Snapshot, t: Count, start: Tensor, end: Tensor) -> Tensor:
     """Move the rows no further than an Adam of their age can."""
     most = largest_step(_own_count(kept.counts, t), kept.group["betas"]) * kept.group["lr"]
     limit = as_column(most, end)
-    return start + (end - start).clamp(-limit, limit)
+    limited = start + (end - start).clamp(-limit, limit)
+    return torch.where((kept.counts == GROWN).unsqueeze(-1), end, limited)
 
 
 def _round_at_random(values: Tensor) -> Tensor:

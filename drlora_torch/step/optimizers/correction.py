@@ -19,6 +19,9 @@ from drlora_torch.lora import parts
 Count = float | Tensor
 """A step count t: a number where the host knows it, else a tensor [] or [newborn] on a device."""
 SETTLED = 1e-3  # a correction this close to 1 has ended
+GROWN = math.inf
+"""Own step count of a row that needs no correction any more. It counts as t, of which all factors
+are exactly 1."""
 
 
 class Snapshot(NamedTuple):
