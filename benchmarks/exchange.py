@@ -22,7 +22,7 @@ import drlora_torch
 from benchmarks.parity.launch import launch
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_torch.adapter import state_of
-from drlora_torch.step.exchange import exchange
+from drlora_torch.step.exchange import send
 
 ROUNDS = 15
 
@@ -82,12 +82,12 @@ def _measure(size: Size, sharded: bool) -> Cost:
     tables = {name: layer.lora.table for name, layer in attached.layers.items()}
     sums = {n: torch.rand(t.num_experts + 1, dtype=torch.float64) for n, t in tables.items()}
     slots = {n: torch.ones(t.num_slots, dtype=torch.float64) for n, t in tables.items()}
-    numbers = sum(len(each) for each in sums.values()) + 3
+    numbers = sum(len(each) for each in sums.values()) + 4
     numbers += sum(len(each) for each in slots.values()) if sharded else 0
     plain = torch.zeros(numbers, dtype=torch.float64)
     ours, bare = [], []
     for _ in range(ROUNDS):
-        ours.append(_time(lambda: exchange(attached, sums, slots)))
+        ours.append(_time(lambda: send(attached, sums, slots).arrive()))
         bare.append(_time(lambda: distributed.all_reduce(plain)))
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     return Cost(size, sharded, numbers, 1e3 * statistics.median(ours), ratio)

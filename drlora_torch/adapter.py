@@ -77,7 +77,11 @@ class Adapter:
 
     @property
     def events(self) -> list[GrowthEvent]:
-        """Growth events so far, oldest first; those of a loaded run included."""
+        """Growth events so far, oldest first; those of a loaded run included.
+
+        They never wait for a device, and neither do :meth:`ranks`: a step with an event is closed
+        at once.
+        """
         return self._attached.events
 
     @property
@@ -86,6 +90,7 @@ class Adapter:
 
         Their statistics were not finite, or no backward pass reached the experts.
         """
+        self._attached.engine.settle()
         return self._attached.skipped_steps
 
     @property

@@ -65,13 +65,16 @@ class Attached:
     """By name, in the order of the engine; empty once the adapter is gone."""
     ages: dict[str, IntArray]
     """Optimizer steps that each slot has lived [P], by layer; -1 for slots that are free, were
-    there from the start, or need no correction any more."""
+    there from the start, or need no correction any more. Call ``engine.settle()`` before."""
     modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     """Modules of the base that learn whole (``modules_to_save``), by name."""
     process_group: Any = None
     """The processes that train the adapter together; None for all."""
     events: list[GrowthEvent] = dataclasses.field(default_factory=list)
     skipped_steps: int = 0
+    """Of the steps that the engine has closed; call ``engine.settle()`` before."""
+    known_steps: int = 0
+    """Steps of the engine without the one that it waits for, while it does (``engine.pending``)."""
     enabled: bool = True
     """False inside ``disabled()``."""
     paused: bool = False

@@ -196,14 +196,14 @@ def _step(
 
 def _follow(engine: AllocatorEngine, trace: Trace) -> Callable[[], None]:
     """Keep what an engine is given; return what ends that."""
-    inner = engine.observe
+    inner = engine.observe_all
 
-    def observe(name: str, *, routing: Any, importance: Any, tokens: Any) -> None:
-        trace.samples.append((routing, importance, tokens))
-        inner(name, routing=routing, importance=importance, tokens=tokens)
+    def observe_all(*, routing: Any, importance: Any, tokens: Any) -> None:
+        trace.samples.extend((routing[name], importance[name], tokens[name]) for name in routing)
+        inner(routing=routing, importance=importance, tokens=tokens)
 
-    vars(engine)["observe"] = observe
-    return lambda: vars(engine).pop("observe")
+    vars(engine)["observe_all"] = observe_all
+    return lambda: vars(engine).pop("observe_all")
 
 
 def mean_over_processes(value: float) -> float:

@@ -58,6 +58,7 @@ class Running:
 
     def stop(self) -> None:
         """Undo :meth:`start`; the partial state of the current step is put aside."""
+        self.attached.engine.settle()  # a step on its way still needs the layers
         free_gathered(self.attached)
         if not self.attached.unfinished:  # else it never got as far as to take it
             self.attached.unfinished = self.tracker.state_dict()

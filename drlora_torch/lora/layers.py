@@ -101,6 +101,7 @@ class ExpertLoRA(nn.Module):
         self.spread: Spread | None = None
         """Where the rows of A and B are, if the experts were spread over processes before."""
         self._owned: _Owned | None = None  # of the table as it is now, on one device
+        self._free: parts.HeldRows | None = None  # likewise
 
     @property
     def device(self) -> torch.device:
@@ -136,13 +137,13 @@ class ExpertLoRA(nn.Module):
         """Initialise slots that the table has just given to experts."""
         for _, projection in self.items():
             projection.birth(born)
-        self._owned = None
+        self._owned = self._free = None
 
     def clear(self, slots: IntArray) -> None:
         """Zero slots that the table has just freed."""
         for _, projection in self.items():
             projection.clear(slots)
-        self._owned = None
+        self._owned = self._free = None
 
     @torch.no_grad()
     def load(self, owner: IntArray, position: IntArray, tensors: Mapping[str, Tensor]) -> None:
@@ -150,11 +151,23 @@ class ExpertLoRA(nn.Module):
         self.table.load(owner, position)
         for key, parameter in self.tensors().items():
             parts.write(parameter, tensors[key])
-        self._owned = None
+        self._owned = self._free = None
 
     def free_slots(self) -> IntArray:
         """Slots without an owner, int64."""
         return np.flatnonzero(self.table.owner == FREE)
+
+    @torch.no_grad()
+    def hold_free_slots(self) -> None:
+        """Zero the slots without an owner once more, where an optimizer may have moved them."""
+        if self._free is None:
+            self._free = parts.HeldRows(self.free_slots())
+        for parameter in self.parameters():
+            parts.local(parameter).index_fill_(0, self._free.of(parameter)[1], 0.0)
+
+    def active_slots(self, device: torch.device) -> Tensor:
+        """Slots with an owner, as :meth:`SlotTable.active` orders them, int64 on a device."""
+        return self._owned_on(device).active
 
     def factors(self, projection: str) -> LoRAFactors | None:
         """What a forward needs of a projection; None where it is not a target."""
@@ -163,7 +176,7 @@ class ExpertLoRA(nn.Module):
             return None
         lora_A: Tensor = slots.lora_A
         lora_B: Tensor = slots.lora_B
-        owners, padded = self._owned_on(lora_A.device)
+        owners, padded, _ = self._owned_on(lora_A.device)
         if self.spread is not None:
             lora_A = self.spread.gather(lora_A, projection, "lora_A")
             lora_B = self.spread.gather(lora_B, projection, "lora_B")
@@ -196,6 +209,7 @@ class _Owned(NamedTuple):
 
     slots: list[slice | Tensor | None]
     padded: Tensor  # int64 [N, R], -1 behind an expert's slots; R is a multiple of 8
+    active: Tensor  # int64 [sum of ranks], all of them
 
     @classmethod
     def of(cls, table: SlotTable, device: torch.device) -> _Owned:
@@ -204,7 +218,7 @@ class _Owned(NamedTuple):
         padded = np.full((ranks.size, width), -1, dtype=np.int64)
         padded[np.arange(width) < ranks[:, None]] = active
         slots = [_as_slice(owned, device) for owned in np.split(active, np.cumsum(ranks)[:-1])]
-        return cls(slots, torch.from_numpy(padded).to(device))
+        return cls(slots, torch.from_numpy(padded).to(device), torch.from_numpy(active).to(device))
 
 
 def _as_slice(slots: IntArray, device: torch.device) -> slice | Tensor | None:

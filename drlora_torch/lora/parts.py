@@ -70,6 +70,49 @@ def find_rows(tensor: Tensor, wanted: IntArray) -> tuple[IntArray, Tensor]:
     return places, torch.from_numpy(np.searchsorted(held, wanted[places])).to(tensor.device)
 
 
+def spread_out(tensor: Tensor, values: Tensor) -> Tensor:
+    """Values of the rows that are here [p, ...] in the places of these rows, [P, ...], 0 elsewhere.
+
+    Those of a plain tensor are all rows, and returned as they are.
+    """
+    if not is_sharded(tensor):
+        return values
+    spread: Any = tensor
+    key = spread.device_mesh, tuple(spread.placements), len(tensor)
+    places = _held_places(*key, values.device)
+    return values.new_zeros(len(tensor), *values.shape[1:]).index_copy_(0, places, values)
+
+
+@functools.lru_cache(maxsize=64)
+def _held_places(
+    mesh: Any, placements: tuple[Any, ...], count: int, device: torch.device
+) -> Tensor:
+    return torch.from_numpy(_held_rows(mesh, placements, count)).to(device)
+
+
+class HeldRows:
+    """Where the same rows of several tensors are, on their devices.
+
+    Each place is found and uploaded once, so that a step that needs it does not wait.
+    """
+
+    def __init__(self, wanted: IntArray) -> None:
+        self.wanted = wanted
+        self._found: dict[tuple[Any, ...], tuple[Tensor | None, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+        """As :func:`find_rows`, both int64 on the device of the tensor; None: all are here."""
+        spread: Any = tensor
+        sharded = is_sharded(tensor)
+        cut = (spread.device_mesh, tuple(spread.placements), len(tensor)) if sharded else ()
+        key = (tensor.device, *cut)
+        if key not in self._found:
+            here, rows = find_rows(tensor, self.wanted)
+            own = torch.from_numpy(here).to(rows.device) if sharded else None
+            self._found[key] = own, rows
+        return self._found[key]
+
+
 def num_parts(tensor: Tensor) -> int:
     """Into how many parts a tensor is cut; 1 for one that is not."""
     if not is_sharded(tensor):

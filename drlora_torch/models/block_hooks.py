@@ -18,7 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -103,7 +105,7 @@ class BlockHooks:
                 f"layer {self.lora.name!r}: its router {self.router!r} was not called "
                 "in the forward of its block; see register_moe"
             )
-        self._check_rows(block, call, call.routing[0])
+        self._send_rows(type(block).__name__, call, call.routing[0])
         self.observer.routed(self.lora, _first_tensor(output), *call.routing)
 
     def _leave(self, block: Any, args: object, output: object) -> None:
@@ -124,19 +126,18 @@ class BlockHooks:
             "(index, weights) of shape [tokens, experts per token], integers and numbers"
         )
 
-    def _check_rows(self, block: Any, call: _Call, index: Tensor) -> None:
-        """An expert's Linears must see the tokens that the declared routing sends there, or all."""
+    def _send_rows(self, block: str, call: _Call, index: Tensor) -> None:
+        """Have the rows of each expert by the declared routing compared with those of its Linears.
+
+        How many rows a Linear has seen is known here, so only the routing comes from the device.
+        """
         num_experts = self.lora.table.num_experts
         clamped = index.clamp(max=num_experts).reshape(-1)
-        wanted = torch.bincount(clamped, minlength=num_experts + 1).tolist()[:num_experts]
-        for projection, rows in call.rows.items():
-            for expert, (seen, due) in enumerate(zip(rows, wanted, strict=True)):
-                if due and seen not in (due, index.shape[0]):
-                    raise ModelError(
-                        f"layer {self.lora.name!r}: by the declared routing expert {expert} gets "
-                        f"{due} of {index.shape[0]} tokens, but its {projection} was called with "
-                        f"{seen}; correct register_moe for {type(block).__name__}"
-                    )
+        # scatter_add_ does not wait for the device, as bincount does to know the largest index
+        wanted = torch.zeros(num_experts + 1, dtype=torch.float64, device=index.device)
+        wanted.scatter_add_(0, clamped.long(), wanted.new_ones(()).expand(clamped.shape))
+        check = partial(_check_rows, f"layer {self.lora.name!r}", block, call.rows, index.shape[0])
+        self.observer.look_at(wanted, check)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(
@@ -163,10 +164,28 @@ def _split(lora: ExpertLoRA, projection: str) -> list[Factors]:
     """A and B by expert: one gather and one split, whose backward is one scatter."""
     factors = lora.factors(projection)
     assert factors is not None
-    active = torch.from_numpy(lora.table.active()).to(factors.lora_A.device)
+    active = lora.active_slots(factors.lora_A.device)
     ranks = lora.table.ranks().tolist()
     A, B = (torch.split(each[active], ranks) for each in (factors.lora_A, factors.lora_B))
     return list(zip(A, B, strict=True))
+
+
+def _check_rows(
+    layer: str,
+    block: str,
+    rows: Mapping[str, Sequence[int]],
+    num_tokens: int,
+    wanted: NDArray[np.float64],
+) -> None:
+    """An expert's Linears must see the tokens that the declared routing sends there, or all."""
+    for projection, each in rows.items():
+        for expert, (seen, due) in enumerate(zip(each, wanted[:-1].tolist(), strict=True)):
+            if due and seen not in (due, num_tokens):
+                raise ModelError(
+                    f"{layer}: by the declared routing expert {expert} gets {due:.0f} of "
+                    f"{num_tokens} tokens, but its {projection} was called with {seen}; correct "
+                    f"register_moe for {block}"
+                )
 
 
 def _first_tensor(output: object) -> Tensor:

@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -43,6 +45,9 @@ class Observer(Protocol):
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> None:
         """Count the routing [T, K] once backward reaches ``output``; an index >= N is no expert."""
+
+    def look_at(self, values: Tensor, consume: Callable[[NDArray[np.float64]], None]) -> None:
+        """Have the host look at values of a forward [n], at once or when it does not wait."""
 
 
 class Convention(Protocol):

@@ -34,19 +34,20 @@ APART = (
 )
 
 
-def probe(attached: Attached, slots: Sequence[Tensor]) -> Tensor:
+def probe(attached: Attached, slots: Sequence[Tensor], device: torch.device) -> Tensor:
     """What a process adds to the sum over all: 1, its total importance, and that squared.
+
+    float64 [SIZE] on ``device``, where the importance is too.
 
     At the first step all importance is 0, since B is; then the total size of the gradients. Rows
     that processes hold together have one gradient.
     """
     lora = lora_parameters(attached)
     if not several_processes(attached.process_group) or any(map(parts.is_sharded, lora)):
-        return torch.zeros(SIZE, dtype=torch.float64)
+        return torch.zeros(SIZE, dtype=torch.float64, device=device)
     totals = [values.sum() for values in slots]
     if not attached.engine.step_count:
         gradients = [parameter.grad for parameter in lora if parameter.grad is not None]
-        device = slots[0].device
         totals = [gradient.double().abs().sum().to(device) for gradient in gradients] or totals
     total = torch.stack(totals).sum()
     return torch.stack([torch.ones_like(total), total, total.square()])

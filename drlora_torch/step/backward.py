@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError
@@ -60,9 +61,15 @@ class BackwardPasses:
         """Note a pass with others inside of it, of which none is the end."""
         self._at_the_end(lambda: self._look(self._attached.layers))
 
-    def dropped(self) -> bool:
-        """True if gradients had arrived, and nothing is left of them."""
-        return self._witness.cleared(self._anywhere)
+    def alive(self) -> Tensor | bool:
+        """False if gradients had arrived, and nothing is left of them; see the witness."""
+        return self._witness.alive(self._anywhere)
+
+    def keep(self, wanted: Tensor) -> None:
+        """Go on; keep the importance that was read only if a device says so, bool []."""
+        self._witness.accept()
+        if self._reader is not None:
+            self._reader.keep(wanted)
 
     def take_as_arrived(self) -> None:
         """Take gradients that were set by hand for some that have arrived."""
@@ -105,10 +112,10 @@ class BackwardPasses:
         if several:
             warmup.drop_gradients(self._attached)
 
-    def _anywhere(self, here: bool) -> bool:
-        """True if something holds in any of the processes that hold the LoRA together."""
+    def _anywhere(self, here: Tensor) -> Tensor:
+        """True if something holds in any of the processes that hold the LoRA together, bool []."""
         if not any(map(parts.is_sharded, lora_parameters(self._attached))):
             return here
         device = next(iter(self._attached.layers.values())).lora.compute_device
-        held = torch.tensor([float(here)], device=device)
-        return bool(sum_over_processes(held, self._attached.process_group))
+        held = here.to(device, torch.float32)
+        return sum_over_processes(held, self._attached.process_group) > 0

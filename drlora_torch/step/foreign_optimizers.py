@@ -114,7 +114,7 @@ def check_fresh(optimizer: Optimizer, attached: Attached) -> None:
     Raises:
         AttachError: the optimizer was loaded, and the adapter was not.
     """
-    if attached.engine.step_count or optimizer in attached.optimizers or attached.paused:
+    if optimizer in attached.optimizers or attached.paused or attached.engine.step_count:
         return
     if any(_was_moved(optimizer.state.get(p, {})) for p in lora_parameters(attached)):
         raise AttachError(

@@ -50,22 +50,38 @@ class ModelCall:
     """Layers that ran without gradients inside, as reentrant checkpointing does: the numbers of
     those forwards by layer."""
 
-    def token_mask(self, num_tokens: int) -> Tensor | None:
+    def token_mask(self, num_tokens: int) -> tuple[Tensor, Tensor | None] | None:
         """Which of the tokens that a layer received count, bool [T].
 
         A layer that received another number of tokens than the model was given (one of several
         sets of experts, another tower) gets the mask of the tokens of its kind, where it is known.
-        None where there is no mask, or it cannot be aligned with the tokens.
+
+        Returns:
+            The mask, and whether it can be aligned with the tokens, bool [] on its device, where
+            only that can tell; all tokens count if not. None where the mask cannot be aligned, or
+            there is none.
         """
         if self.mask is None:
             return None
         if self.length is None or num_tokens == self.mask.shape[0] * self.length:
-            return flatten_mask(self.mask, num_tokens)
+            mask = flatten_mask(self.mask, num_tokens)
+            return None if mask is None else (mask, None)
         if self.kinds is None or self.kinds.shape != self.mask.shape:
             return None
-        text = self.kinds == 0
-        chosen = [kind for kind in (text, ~text) if int(kind.sum()) == num_tokens]
-        return self.mask[chosen[0]] != 0 if len(chosen) == 1 else None
+        if num_tokens > self.mask.numel():
+            return None
+        return _mask_of_kind(self.mask, self.kinds == 0, num_tokens)
+
+
+def _mask_of_kind(mask: Tensor, text: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The mask of the text tokens, or of the others: of those that are so many, in their order."""
+    num_text = text.sum()
+    is_text, is_other = num_text == num_tokens, text.numel() - num_text == num_tokens
+    chosen = torch.where(is_text, text, ~text).reshape(-1)
+    # a sort, where picking by a mask would wait to know how many tokens it picks
+    places = torch.sort(chosen, descending=True, stable=True).indices[:num_tokens]
+    aligned = is_text ^ is_other
+    return (mask.reshape(-1)[places] != 0) | ~aligned, aligned
 
 
 class ForwardWatch:

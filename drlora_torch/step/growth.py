@@ -63,11 +63,10 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
     for layer in attached.layers.values():
         on_cpu = [p for p in layer.lora.parameters() if p.device.type == "cpu"]
         drifting = [p for p in on_cpu if is_quantized(optimizer, p)]
-        free = layer.lora.free_slots()
-        if (tested and not drifting) or not free.size:
+        if tested and not drifting:
             continue
-        for _, projection in layer.lora.items():
-            projection.clear(free)
+        layer.lora.hold_free_slots()
+        free = layer.lora.free_slots()
         for parameter in drifting:
             clear_state(optimizer, parameter, free)
 
@@ -83,9 +82,14 @@ def check_event(attached: Attached) -> None:
 
     The engine has not decided yet, so it stays in step with the slots.
     """
-    if _ranks_change(attached) and attached.engine.step_count + 1 in _growth_steps(attached):
+    if may_follow(attached):
         for optimizer in attached.optimizers:
             check_state(optimizer, lora_parameters(attached))
+
+
+def may_follow(attached: Attached) -> bool:
+    """True if the step that is not closed yet may end with an event."""
+    return _ranks_change(attached) and attached.engine.step_count + 1 in _growth_steps(attached)
 
 
 def _ranks_change(attached: Attached) -> bool:

@@ -5,50 +5,91 @@ Shape letters: P rank slots, I input and O output features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
 
+CHUNK_BYTES = 2**26
+"""Most bytes of products at one time: they keep any device busy, and are little beside the LoRA of
+a large model and its gradients."""
+
 
 @torch.no_grad()
-def mean_sensitivity(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """mean |w * dL/dw| of every row, [P, I] or [P, O] -> float64 [P].
+def mean_sensitivity(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """mean |w * dL/dw| of every row of each parameter, [P, I] or [P, O] -> float64 [P].
 
     Computed in float32 at least: in float16 small products would underflow.
     """
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    # abs and mean use vector instructions, which linalg.vector_norm(ord=1) does not
-    return (parameter.to(wide) * gradient.to(wide)).abs_().mean(dim=1).double()
+    found: list[Tensor] = []
+    for chunk in _chunks(parameters):
+        weights = [_widen(parameters[i]) for i in chunk]
+        products = torch._foreach_mul(weights, [_widen(gradients[i]) for i in chunk])
+        # abs and mean use vector instructions, which linalg.vector_norm(ord=1) does not
+        torch._foreach_abs_(products)
+        means = torch.cat([product.mean(dim=1) for product in products]).double()
+        found += torch.split(means, [len(product) for product in products])
+    return found
 
 
-def slot_importance(lora: ExpertLoRA) -> Tensor:
+def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of neighbors on one device, with products of ``CHUNK_BYTES`` or of one parameter."""
+    chunk: list[int] = []
+    size = 0
+    for place, parameter in enumerate(parameters):
+        own = parameter.numel() * _wide(parameter).itemsize
+        device = parameter.device
+        if chunk and (size + own > CHUNK_BYTES or device != parameters[chunk[0]].device):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(place)
+        size += own
+    if chunk:
+        yield chunk
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor))
+
+
+def slot_importance(loras: Iterable[ExpertLoRA]) -> dict[str, Tensor]:
     """s_j of every slot: mean |A_j * dA_j| + mean |B_j * dB_j|, summed over the projections.
 
     Returns:
-        float64 [P] on the device of the parameters. A parameter without a gradient (nothing was
-        routed there) adds 0, and so do rows that other processes hold.
+        By layer, float64 [P] on the device of its parameters. A parameter without a gradient
+        (nothing was routed there) adds 0, and so do rows that other processes hold.
     """
-    total = _zeros(lora)
-    for parameter in lora.tensors().values():
-        if parameter.grad is not None:
-            total += _row_importance(parameter, parameter.grad)
-    return total
+    terms: dict[str, list[Tensor]] = {}
+    held: list[tuple[str, nn.Parameter]] = []
+    for lora in loras:
+        own = [p for p in lora.tensors().values() if p.grad is not None]
+        held += [(lora.name, parameter) for parameter in own]
+        terms[lora.name] = [] if own else [_zeros(lora)]
+    for (name, _), values in zip(held, _row_importance([p for _, p in held]), strict=True):
+        terms[name].append(values)
+    for place in range(1, max(map(len, terms.values()), default=0)):
+        sums = [each[0] for each in terms.values() if len(each) > place]
+        torch._foreach_add_(sums, [each[place] for each in terms.values() if len(each) > place])
+    return {name: each[0] for name, each in terms.items()}
 
 
-def _row_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The importance of the rows that are here, in their places, [P]."""
-    here = mean_sensitivity(parts.local(parameter), parts.local(gradient))
-    if not parts.is_sharded(parameter):
-        return here
-    places = torch.from_numpy(parts.held_rows(parameter)).to(here.device)
-    everywhere = here.new_zeros(len(parameter))
-    return everywhere.index_copy_(0, places, here)
+def _row_importance(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The importance of the rows that are here, in their places, float64 [P] each."""
+    weights = [parts.local(parameter) for parameter in parameters]
+    gradients = [parts.local(p.grad) for p in parameters if p.grad is not None]
+    return [
+        parts.spread_out(parameter, here)
+        for parameter, here in zip(parameters, mean_sensitivity(weights, gradients), strict=True)
+    ]
 
 
 class ImportanceReader:
@@ -72,8 +113,8 @@ class ImportanceReader:
         """Importance of the slots [P] of every layer, for the unscaled gradients; starts anew."""
         taken = {}
         for lora in loras:
-            parts = [self.parts[key] for key in lora.tensors() if key in self.parts]
-            taken[lora.name] = torch.stack(parts).sum(0) / grad_scale if parts else _zeros(lora)
+            read = [self.parts[key] for key in lora.tensors() if key in self.parts]
+            taken[lora.name] = torch.stack(read).sum(0) / grad_scale if read else _zeros(lora)
         self.parts.clear()
         return taken
 
@@ -82,13 +123,22 @@ class ImportanceReader:
         for key, parameter in lora.tensors().items():
             self._arrived(key, parameter)
 
+    def keep(self, wanted: Tensor) -> None:
+        """Set what was read to zero unless a device says that it is wanted, bool []."""
+        self.parts = {key: keep_if(wanted, values) for key, values in self.parts.items()}
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def _arrived(self, key: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self.parts[key] = _row_importance(parameter, parameter.grad)
+            self.parts[key] = _row_importance([parameter])[0]
+
+
+def keep_if(wanted: Tensor, values: Tensor) -> Tensor:
+    """The values, or zeros; the device decides. They may be NaN, so this is no product."""
+    return torch.where(wanted.to(values.device), values, 0.0)
 
 
 def _zeros(lora: ExpertLoRA) -> Tensor:

@@ -38,15 +38,13 @@ def observe(
     elif not all(np.isfinite(part).all() for sample in samples.values() for part in sample):
         _skip(attached, "routing or importance is not finite")
         samples = {}
-    for name in attached.layers:
-        if attached.engine.is_observed(name):
-            continue  # closing this step was interrupted before
-        if name in samples:
-            phi, s = samples[name]
-            tokens = int(totals[name][-1])
-            attached.engine.observe(name, routing=phi, importance=s, tokens=tokens)
-        else:
-            attached.engine.skip(name)
+    if any(map(attached.engine.is_observed, attached.layers)):
+        return  # closing this step was interrupted before
+    attached.engine.observe_all(
+        routing={name: phi for name, (phi, _) in samples.items()},
+        importance={name: s for name, (_, s) in samples.items()},
+        tokens={name: int(totals[name][-1]) for name in samples},
+    )
 
 
 def _skip(attached: Attached, reason: str) -> None:

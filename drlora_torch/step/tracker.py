@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,21 +22,26 @@ from torch.optim import Optimizer
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, refuse_copy
+from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models import frameworks
 from drlora_torch.options import Newborn
-from drlora_torch.step import growth, hooks, newborn, parameters, samples, sharded
+from drlora_torch.step import growth, hooks, newborn, parameters, sharded
 from drlora_torch.step.backward import BackwardPasses
-from drlora_torch.step.exchange import exchange
+from drlora_torch.step.closing import StepCloser
+from drlora_torch.step.exchange import Consume, Note
 from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
 from drlora_torch.step.forwards import ForwardWatch
-from drlora_torch.step.importance import ImportanceReader, slot_importance
+from drlora_torch.step.importance import ImportanceReader, keep_if, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
+from drlora_torch.step.readback import is_on_host
 from drlora_torch.step.routing import Routing, sum_weights
 
 ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
 COUNTED = -1  # number of a checkpointed forward that was counted already
+NOTES = 4096
+"""Most notes of forwards that wait for the end of a step; with more, no step may be coming."""
 
 
 class StepTracker:
@@ -54,6 +60,9 @@ class StepTracker:
         self._slots: dict[str, Tensor] | None = None  # importance [P], read before the step
         self._snapshots: list[Snapshot] = []
         self._horizon = 0.0  # of the newborn corrections in this step
+        self._skips: list[Tensor | None] = []  # of the optimizer's steps in it: bool [], on devices
+        self._notes: list[Note] = []
+        self._closer = StepCloser(attached, self._notices)
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         with contextlib.ExitStack() as undo:
             self._reader: ImportanceReader | None = None
@@ -104,8 +113,8 @@ class StepTracker:
         if self.attached.paused:
             return
         new = self._passes.is_new()
-        if self._begins(routing) and new and self._sums and self._passes.dropped():
-            self.forget()
+        if self._begins(routing) and new and self._sums:
+            self._keep(self._passes.alive())
         self._newest_counted = self._forwards
         self._passes.reach(routing.layer)
         self._foreign.reached()
@@ -117,6 +126,31 @@ class StepTracker:
         if routing.layer in self._sums:
             sums = self._sums[routing.layer] + sums
         self._sums[routing.layer] = sums
+
+    def _keep(self, alive: Tensor | bool) -> None:
+        """Keep what the step has gathered if its gradients are still there."""
+        if isinstance(alive, Tensor):
+            self._sums = {name: keep_if(alive, sums) for name, sums in self._sums.items()}
+            self._passes.keep(alive)
+        elif not alive:
+            self.forget()
+
+    def look_at(self, values: Tensor, consume: Consume) -> None:
+        """Have the host look at values of a forward [n]: at once where no step may follow it."""
+        call = self._watch.running
+        trains = torch.is_grad_enabled() or (call is not None and call.with_gradients)
+        self._note(values, consume, now=not trains)
+
+    def _note(self, values: Tensor, consume: Consume, *, now: bool = False) -> None:
+        """Send values to the host with the statistics of the step.
+
+        At once, where that does not wait, and until the first step is closed.
+        """
+        wait = now or not self._closer.begun or len(self._notes) >= NOTES
+        if wait or is_on_host(values):
+            consume(values.cpu().double().numpy())
+        else:
+            self._notes.append((values, consume))
 
     def _begins(self, routing: Routing) -> bool:
         """True for the first layer that the backward pass of a forward reaches."""
@@ -130,9 +164,13 @@ class StepTracker:
         call, num_tokens = routing.call, routing.top_k_index.shape[0]
         if call is None or call.mask is None:
             return None
-        if (mask := call.token_mask(num_tokens)) is None:
-            self._notices.unaligned_mask(routing.layer, num_tokens, call.mask.shape)
+        tell = partial(self._notices.unaligned_mask, routing.layer, num_tokens, call.mask.shape)
+        if (found := call.token_mask(num_tokens)) is None:
+            tell()
             return None
+        mask, aligned = found
+        if aligned is not None:
+            self._note(aligned.reshape(1), lambda values: None if values[0] else tell())
         return mask.to(routing.top_k_index.device)
 
     def _loras(self) -> list[ExpertLoRA]:
@@ -193,28 +231,36 @@ class StepTracker:
 
     def _read(self, optimizer: Optimizer) -> None:
         """Read importance from the gradients that the optimizer is about to use."""
-        if _skipped(optimizer):
+        skipped = _skipped(optimizer)
+        if not isinstance(skipped, Tensor) and skipped:
             return
         if all(parameter.grad is None for parameter in self._lora_parameters()):
             return  # this step does not train the adapter
         if not self._sums and hooks.is_at_rest(optimizer):
             return  # a trial, see hooks.is_trial
         scale = getattr(optimizer, "grad_scale", None)
-        loras = self._loras()
-        slots = {} if self.attached.paused else {lora.name: slot_importance(lora) for lora in loras}
+        slots = {} if self.attached.paused else slot_importance(self._loras())
         if isinstance(scale, Tensor):
-            slots = {name: values / scale.to(values) for name, values in slots.items()}
+            wide = scale.double()
+            slots = {name: values / wide.to(values.device) for name, values in slots.items()}
         self._slots = slots
+        if self._reader is None:
+            self._skips.clear()  # of a step that failed
+        self._skips.append(skipped if isinstance(skipped, Tensor) else None)
         if self.attached.options.newborn is Newborn.CORRECTED:
-            self._snapshots = newborn.snapshot(loras, self.attached.ages, optimizer)
+            self._snapshots = self._closer.young(self.attached).snapshot(optimizer)
 
     # -- close ---------------------------------------------------------------------------------
 
     def _after_step(self, optimizer: Optimizer) -> None:
         slots, self._slots = self._slots, None
-        if slots is not None or (optimizer in self.attached.optimizers and not _skipped(optimizer)):
+        skipped = _skipped(optimizer)
+        by_device = skipped if isinstance(skipped, Tensor) else None
+        moves = by_device is not None or not skipped
+        if slots is not None or (optimizer in self.attached.optimizers and moves):
             self._check(optimizer)
-            self._horizon = max(self._horizon, newborn.correct(self._snapshots, optimizer))
+            horizon = newborn.correct(self._snapshots, optimizer, by_device)
+            self._horizon = max(self._horizon, horizon)
             growth.hold_free_slots(self.attached, optimizer)
         self._snapshots = []
         if slots is None:
@@ -222,7 +268,7 @@ class StepTracker:
         if self._reader is None:
             self._close(slots)
         elif self.attached.paused:
-            self._grow_older()
+            self._close_paused()
 
     def _check(self, optimizer: Optimizer) -> None:
         """Refuse unknown state after the first step that moved the LoRA."""
@@ -245,24 +291,27 @@ class StepTracker:
     def _close(self, slots: dict[str, Tensor]) -> GrowthEvent | None:
         if self.attached.paused:
             self.forget()
-            self._grow_older()
+            self._close_paused()
             return None
-        sums = dict(self._sums)
+        sums, notes = dict(self._sums), list(self._notes)
+        self._notes.clear()
         self.forget()
-        routing, importance = exchange(self.attached, sums, slots)
-        growth.check_event(self.attached)
-        samples.observe(self.attached, routing, importance)
-        self._grow_older()
-        event = self.attached.engine.step()
-        if event is not None:
-            growth.carry_out(self.attached, event)
-            self._notices.uncorrected(self.attached)
-        return event
+        idle, horizon = self._take_skips()
+        return self._closer.close(
+            self.attached, sums, slots, idle=idle, horizon=horizon, notes=notes
+        )
 
-    def _grow_older(self) -> None:
-        if self._horizon:
-            newborn.grow_older(self.attached.ages, self._horizon)
-        self._horizon = 0.0
+    def _close_paused(self) -> None:
+        idle, horizon = self._take_skips()
+        self._closer.close_paused(self.attached, idle=idle, horizon=horizon)
+
+    def _take_skips(self) -> tuple[Tensor | None, float]:
+        """Whether no optimizer has moved the LoRA, where a device knows, and the horizon."""
+        skips, horizon = self._skips, self._horizon
+        self._skips, self._horizon = [], 0.0
+        flags = [flag for flag in skips if flag is not None]
+        idle = torch.stack(flags).all() if flags and len(flags) == len(skips) else None
+        return idle, horizon
 
     # -- the partial state of a step -----------------------------------------------------------
 
@@ -273,7 +322,7 @@ class StepTracker:
         the parameter of that key; with ``auto_step=False`` also ``pending/importance/{key}`` [P].
         """
         gathered = self._sums or self._passes.seen
-        if self._reader is None and gathered and self._passes.dropped():
+        if self._reader is None and gathered and not self._passes.alive():
             return {}  # the batch was dropped, as the next backward pass will notice
         found: dict[str, Tensor] = {}
         if self._sums:
@@ -291,6 +340,7 @@ class StepTracker:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on in the middle of a step, or between steps if ``state`` has nothing of one."""
         self.forget()
+        self._closer.forget_young()
         importance: dict[str, Tensor] = {}
         for key, parameter in parameters.parameters_by_key(self.attached).items():
             gradient = state.get(f"{GRADIENT}{key}")
@@ -309,10 +359,16 @@ class StepTracker:
                 self._sums[name] = sums.to(layer.lora.device)
 
 
-def _skipped(optimizer: Optimizer) -> bool:
-    """True for a fused optimizer that leaves the parameters as they are in this step."""
+def _skipped(optimizer: Optimizer) -> Tensor | bool:
+    """True for a fused optimizer that leaves the parameters as they are in this step.
+
+    bool [] on a device where only that knows.
+    """
     found_inf = getattr(optimizer, "found_inf", None)
-    return isinstance(found_inf, Tensor) and bool(found_inf.any())
+    if not isinstance(found_inf, Tensor):
+        return False
+    found = parts.local(found_inf).any()
+    return bool(found) if is_on_host(found) else found
 
 
 def _call_once(output: Tensor, tracker: weakref.ref[StepTracker], routing: Routing) -> None:

@@ -44,7 +44,13 @@ def hold_routers(attached: Attached) -> Callable[[], None]:
 
 
 def _is_warming_up(attached: Attached) -> bool:
-    return attached.engine.step_count < attached.engine.config.warmup_steps
+    """Asked within backward passes, so it does not let the engine wait for a device.
+
+    The last step of the warmup never lets the engine wait, so one step more or less is the same.
+    """
+    engine = attached.engine
+    steps = attached.known_steps if engine.pending else engine.step_count
+    return steps < engine.config.warmup_steps
 
 
 def drop_gradients(attached: Attached) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from drlora_torch.lora import parts
 
@@ -43,24 +44,29 @@ class GradientWitness:
         self._parameters[layer] = list(lora)
         self._versions[layer] = self._version_now(layer)
 
-    def cleared(self, anywhere: Callable[[bool], bool]) -> bool:
-        """True if gradients had arrived and there is nothing left of them.
+    def alive(self, anywhere: Callable[[Tensor], Tensor]) -> Tensor | bool:
+        """False if gradients had arrived and there is nothing left of them.
 
         Args:
             anywhere: from what holds in this process to what holds in any of those that share rows:
                 free rows have no gradient, and a process may hold nothing else.
+
+        Returns:
+            bool, or bool [] on the device of the gradients where only that can tell.
         """
         now = {layer: self._version_now(layer) for layer in self._versions}
         if now == self._versions:
-            return False  # nobody has written to them since
+            return True  # nobody has written to them since
         every = [p.grad for lora in self._parameters.values() for p in lora]
-        gradients = [gradient for gradient in every if gradient is not None]
+        gradients = [parts.local(gradient) for gradient in every if gradient is not None]
         if not gradients:
-            return True
-        if anywhere(any(bool(parts.local(gradient).any()) for gradient in gradients)):
-            self._versions = now
             return False
-        return True
+        device = gradients[0].device
+        return anywhere(torch.stack([each.any().to(device) for each in gradients]).any())
+
+    def accept(self) -> None:
+        """Go on from the gradients as they are now."""
+        self._versions = {layer: self._version_now(layer) for layer in self._versions}
 
     def forget(self) -> None:
         self._parameters.clear()

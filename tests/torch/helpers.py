@@ -137,12 +137,12 @@ class Spy:
         self.adapter = adapter
         self.samples: list[dict[str, tuple[np.ndarray, np.ndarray, int]]] = []
         self._open: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
-        self._observe, self._step = adapter.engine.observe, adapter.engine.step
-        vars(adapter.engine).update(observe=self.observe, step=self.step)
+        self._observe, self._step = adapter.engine.observe_all, adapter.engine.step
+        vars(adapter.engine).update(observe_all=self.observe_all, step=self.step)
 
-    def observe(self, name: str, *, routing: Any, importance: Any, tokens: Any) -> None:
-        self._open[name] = (routing, importance, tokens)
-        self._observe(name, routing=routing, importance=importance, tokens=tokens)
+    def observe_all(self, *, routing: Any, importance: Any, tokens: Any) -> None:
+        self._open = {name: (routing[name], importance[name], tokens[name]) for name in routing}
+        self._observe(routing=routing, importance=importance, tokens=tokens)
 
     def step(self) -> Any:
         self.samples.append(self._open)

@@ -85,8 +85,7 @@ def rows_from_the_global_generator(self: RowGenerator, expert: int, dimension: i
 
 
 def read_without_scale(self: StepTracker, optimizer: Any) -> None:
-    layers = self.attached.layers
-    self._slots = {name: slot_importance(layer.lora) for name, layer in layers.items()}
+    self._slots = slot_importance(layer.lora for layer in self.attached.layers.values())
 
 
 def observe_zeros(attached: Attached, reason: str) -> None:
@@ -150,7 +149,7 @@ def count_each_time(output: Tensor, tracker: Any, routing: Routing) -> None:
 
 def no_gradient(self: GradientWitness, anywhere: Any) -> bool:
     gradients = [p.grad for lora in self._parameters.values() for p in lora]
-    return self.seen and not any(bool(g.any()) for g in gradients if g is not None)
+    return not self.seen or any(bool(g.any()) for g in gradients if g is not None)
 
 
 def checkpointing_trains() -> None:
@@ -189,19 +188,19 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         lambda _: test_counting.test_a_second_backward_of_one_forward_counts_nothing(None),
     ),
     "dropped gradients count": (
-        replace(GradientWitness, "cleared", lambda *_: False),
+        replace(GradientWitness, "alive", lambda *_: True),
         lambda _: test_counting.test_dropped_gradients_drop_their_tokens(True),
     ),
     "zero gradients are taken for dropped ones": (
-        replace(GradientWitness, "cleared", no_gradient),
+        replace(GradientWitness, "alive", no_gradient),
         lambda _: test_counting.test_gradients_of_zero_are_not_dropped_ones(),
     ),
     "skipped steps count": (
-        replace(GradientWitness, "cleared", lambda *_: False),
+        replace(GradientWitness, "alive", lambda *_: True),
         lambda _: test_amp.test_a_skipped_step_updates_nothing(False, False),
     ),
     "skipped steps count if zero_grad comes late": (
-        replace(GradientWitness, "cleared", lambda *_: False),
+        replace(GradientWitness, "alive", lambda *_: True),
         lambda _: test_amp.test_a_skipped_step_updates_nothing(False, True),
     ),
     "fused steps are read scaled": (
@@ -233,7 +232,7 @@ GUARDS: dict[str, tuple[Break, Check]] = {
         ),
     ),
     "newborn rows do not age": (
-        replace(newborn, "grow_older", nothing),
+        replace(newborn.Young, "advance", nothing),
         lambda _: test_optimizer_newborn.test_newborn_rows_move_as_if_their_count_had_just_begun(
             test_optimizer_newborn._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
         ),

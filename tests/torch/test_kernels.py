@@ -224,4 +224,6 @@ def test_importance_of_a_float16_lora_does_not_underflow() -> None:
     parameter, gradient = torch.full((2, 8), 1e-4).half(), torch.full((2, 8), 1e-5).half()
     expected = (parameter.double() * gradient.double()).mean(dim=1)
     assert not (parameter * gradient).any()
-    torch.testing.assert_close(mean_sensitivity(parameter, gradient), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        mean_sensitivity([parameter], [gradient])[0], expected, rtol=1e-6, atol=0
+    )

@@ -129,19 +129,20 @@ def test_schedule_free_averages_are_those_of_a_row_that_began_at_its_birth() -> 
     layer: Any = type("Layer", (), {"name": "l", "device": parameter.device})
     layer.tensors = lambda: {"l/A": parameter}
     ages = {"l": np.array([-1, -1])}
-    shadow = None
+    shadow, young = None, newborn.Young([layer], ages)
     for step in range(1800):
         if step == 300:
             fresh.clear_state(optimizer, parameter, np.array([1]))
             ages["l"][1] = 0
+            young = newborn.Young([layer], ages)
             shadow = Shadow(parameter[1], make)
         parameter.grad = torch.zeros_like(parameter)
         if shadow is not None:
             parameter.grad[1] = parameter[1].detach() - step / 1000
             shadow.step(parameter.grad[1].clone())
-        snapshots = newborn.snapshot([layer], ages, optimizer)
+        snapshots = young.snapshot(optimizer)
         optimizer.step()
-        newborn.grow_older(ages, newborn.correct(snapshots, optimizer))
+        young.advance(None, newborn.correct(snapshots, optimizer))
     assert shadow is not None
     for each in (optimizer, shadow.optimizer):
         each.eval()  # type: ignore[attr-defined]
@@ -247,7 +248,7 @@ def test_correction_ends_when_it_no_longer_matters() -> None:
     helpers.step(model, optimizer)
     helpers.step(model, optimizer)
     assert {int(age) for each in ages for age in each} == {-1}
-    assert abs(adam_ratio(np.array([20]), 24.0, (0.5, 0.7))[0] - 1) < 1e-3
+    assert abs(adam_ratio(torch.tensor([20.0]), 24.0, (0.5, 0.7))[0] - 1) < 1e-3
 
 
 def test_new_optimizer_after_the_birth_is_not_corrected_twice() -> None:

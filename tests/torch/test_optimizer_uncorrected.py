@@ -80,9 +80,10 @@ def test_steps_smaller_than_the_resolution_of_bfloat16_are_corrected() -> None:
     layer: Any = type("Layer", (), {"name": "l", "device": parameter.device})
     layer.tensors = lambda: {"l/A": parameter}
     ages = {"l": np.array([newborn.OLD, 0])}
+    young = newborn.Young([layer], ages)
     for _ in range(20):
-        snapshots = newborn.snapshot([layer], ages, optimizer)
+        snapshots = young.snapshot(optimizer)
         optimizer.step()
-        newborn.grow_older(ages, newborn.correct(snapshots, optimizer))
+        young.advance(None, newborn.correct(snapshots, optimizer))
     moved = 1.0 - float(parameter[1].detach().float().mean())
     assert moved == pytest.approx(20 * 1e-4, rel=0.25)

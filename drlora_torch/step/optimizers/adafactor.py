@@ -9,13 +9,17 @@ average of the row's own schedule in it, 1 - n^decay_rate.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from drlora_torch.step.optimizers.correction import (
+    GROWN,
     SETTLED,
     Correction,
+    Count,
     Snapshot,
     as_column,
     local_state,
@@ -25,29 +29,35 @@ _FACTORS = {"row_var": "beta2_decay", "exp_avg_sq_row": "decay_rate"}
 """Row factor of the second moment and the group's exponent, of torch and of Transformers."""
 
 
-def _before(optimizer: Optimizer, kept: Snapshot, count: float | None) -> None:
+def _before(optimizer: Optimizer, kept: Snapshot, count: Count) -> None:
     state = local_state(optimizer, kept.parameter)
     key = next((key for key in _FACTORS if key in state), None)
-    if key is None or not count:
+    if key is None:
         return
-    t, rate = count + 1.0, kept.group[_FACTORS[key]]
+    t = torch.as_tensor(count, dtype=torch.float64, device=kept.counts.device) + 1.0
+    rate, own = kept.group[_FACTORS[key]], kept.counts.minimum(t)
     gradient = kept.gradient.index_select(0, kept.rows)
     square = gradient.to(state[key]).square().mean(-1, keepdim=True)
     average = state[key][kept.rows].reshape_as(square)
-    own = as_column(np.minimum(kept.counts, t) ** rate, square)
-    state[key][kept.rows] = _undo(average.lerp(square, own), square, t**rate).reshape(
-        kept.rows.numel(), *state[key].shape[1:]
-    )
+    wanted = average.lerp(square, as_column(own**rate, square))
+    # What has to be there for lerp(square, weight) to give an average
+    weight = t**rate
+    undone = (wanted - weight.to(square) * square) / (1.0 - weight).to(square)
+    # in its first step, the optimizer leaves nothing of what is there
+    young = ((t > 1.0) & (kept.counts != GROWN)).reshape(-1, *[1] * (square.dim() - 1))
+    undone = torch.where(young, undone, average).reshape(-1, *state[key].shape[1:])
+    state[key].index_copy_(0, kept.rows, undone)
 
 
-def _undo(average: Tensor, square: Tensor, weight: float) -> Tensor:
-    """What has to be there for ``lerp(square, weight)`` to give an average."""
-    return (average - weight * square) / (1.0 - weight)
-
-
-def _after(optimizer: Optimizer, kept: Snapshot, count: float | None) -> float:
-    rate = next(kept.group[name] for name in _FACTORS.values() if name in kept.group)
-    return float(SETTLED ** (1.0 / rate))
+def _after(
+    optimizer: Optimizer,
+    snapshots: Sequence[Snapshot],
+    counts: Sequence[Count],
+    skipped: Tensor | None,
+) -> float:
+    groups = [kept.group for kept in snapshots]
+    rates = [next(each[name] for name in _FACTORS.values() if name in each) for each in groups]
+    return max(float(SETTLED ** (1.0 / rate)) for rate in rates)
 
 
 ADAFACTOR = Correction(before=_before, after=_after)

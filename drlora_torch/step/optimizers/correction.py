@@ -10,15 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drlora_torch.lora import parts
-from drlora_torch.lora.slots import IntArray
 
+Count = float | Tensor
+"""A step count t: a number where the host knows it, else a tensor [] or [newborn] on a device."""
 SETTLED = 1e-3  # a correction this close to 1 has ended
+GROWN = math.inf
+"""Own step count of a row that needs no correction any more. It counts as t, of which all factors
+are exactly 1."""
 
 
 class Snapshot(NamedTuple):
@@ -30,42 +33,42 @@ class Snapshot(NamedTuple):
     group: dict[str, Any]
     rows: Tensor  # int64 [newborn], of those held here
     values: Tensor  # [newborn, features]
-    counts: IntArray  # own step count n of each row in the coming step
+    counts: Tensor  # float64 [newborn], own step count n of each row in the coming step
     state: dict[str, Tensor]  # rows of the state that the correction needs, [newborn, features]
+
+
+After = Callable[[Optimizer, Sequence[Snapshot], Sequence[Count], Tensor | None], float]
+"""Called after the step, with t of each snapshot, and whether the step was skipped, bool [] on a
+device; None: it was not. Returns the own steps after which rows need no correction, or 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Correction:
     """How newborn rows move as if their own step count had just begun."""
 
-    after: Callable[[Optimizer, Snapshot, float | None], float]
-    """Called after the step, with t. Returns the own steps after which rows need no correction, or
-    0."""
-    before: Callable[[Optimizer, Snapshot, float | None], None] | None = None
+    after: After
+    before: Callable[[Optimizer, Snapshot, Count], None] | None = None
     """Called before the step, with t and the gradients that it will use."""
     keep: tuple[str, ...] = ()
     """Keys of the state of which the snapshot keeps the rows."""
 
 
-def count_steps(optimizer: Optimizer, snapshots: Sequence[Snapshot]) -> list[float | None]:
-    """t, the steps that the optimizer has made on each parameter; None if it does not say.
+def count_steps(
+    optimizer: Optimizer, snapshots: Sequence[Snapshot]
+) -> tuple[list[Snapshot], list[Count]]:
+    """The snapshots of parameters that have a step count, and t, the steps made on each.
 
-    Counts on a GPU are read together: each read would wait for it.
+    A count that lies beside its parameter stays there, since reading it would wait for the device.
     """
-    counts = [find_count(optimizer, kept.parameter, kept.group) for kept in snapshots]
-    tensors = [count for count in counts if isinstance(count, Tensor)]
-    places: dict[torch.device, list[Tensor]] = {}
-    for count in tensors:
-        places.setdefault(count.device, []).append(count.detach().reshape(()))
-    read = {where: iter(torch.stack(each).tolist()) for where, each in places.items()}
-    return [
-        next(read[count.device])
-        if isinstance(count, Tensor)
-        else None
-        if count is None
-        else float(count)
-        for count in counts
-    ]
+    found = [(kept, find_count(optimizer, kept.parameter, kept.group)) for kept in snapshots]
+    found = [(kept, count) for kept, count in found if count is not None]
+    counts = [_as_count(count, kept.weights.device) for kept, count in found]
+    return [kept for kept, _ in found], counts
+
+
+def _as_count(count: Any, device: torch.device) -> Count:
+    beside = isinstance(count, Tensor) and count.device == device
+    return count.detach().reshape(()) if beside else float(count)
 
 
 def local_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
@@ -85,6 +88,14 @@ def settled_after(*betas: float) -> float:
     return max((math.log(SETTLED) / math.log(beta) for beta in betas if beta > 0), default=0.0)
 
 
-def as_column(values: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+def as_column(values: Tensor, like: Tensor) -> Tensor:
     """One number for each row, [newborn, 1], with the dtype and device of a tensor."""
-    return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(like).unsqueeze(-1)
+    return values.to(like).unsqueeze(-1)
+
+
+def write_rows(kept: Snapshot, moved: Tensor, skipped: Tensor | None) -> None:
+    """Give newborn rows the values [newborn, features] that a step leaves, if it was one."""
+    if skipped is not None:
+        now = kept.weights.index_select(0, kept.rows)
+        moved = torch.where(skipped.to(moved.device), now, moved.to(now.dtype))
+    kept.weights.index_copy_(0, kept.rows, moved.to(kept.weights.dtype))
