@@ -28,6 +28,7 @@ from tests.torch.conventions.handwritten import (
 )
 from tests.torch.helpers import projections
 from tests.torch.test_life import Picture
+from tests.torch.waiting import arrive_late
 
 BLOCKS = [Block, DictBlock, DenseBlock, ToldBlock]
 DECLARED = {"experts": "experts", "projections": ("w1", "w3", "w2"), "router": "gate"}
@@ -189,6 +190,31 @@ def test_wrong_routing_is_noticed(routing: Any, message: str) -> None:
     helpers.attach(model)
     with pytest.raises(drlora_torch.ModelError, match=message):
         loss_of(model)
+
+
+def test_routing_that_becomes_wrong_is_noticed_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the error comes with the statistics of its step."""
+    sign = [1.0]
+    routing = lambda block, logits: by_gate(block, sign[0] * logits)  # noqa: E731
+    drlora_torch.register_moe(Block, **DECLARED, routing=routing)  # type: ignore[arg-type]
+    arrive_late(monkeypatch)
+    model = Model()
+    adapter = helpers.attach(model)
+    optimizer = helpers.adamw(adapter)
+    for sign[0] in (1.0, 1.0, -1.0):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(drlora_torch.ModelError, match="tokens, but its w1 was called"):
+        adapter.engine.settle()
+    assert adapter.engine.step_count == 2
+    with (
+        pytest.raises(drlora_torch.ModelError, match="tokens, but its w1 was called"),
+        torch.no_grad(),
+    ):
+        loss_of(model)  # no step follows, so it is looked at once
 
 
 def test_a_linear_that_is_never_called_is_noticed() -> None:
