@@ -54,7 +54,7 @@ def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
 
 
 def _widen(tensor: Tensor) -> Tensor:

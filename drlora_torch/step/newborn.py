@@ -31,7 +31,6 @@ from drlora_torch.step.optimizers.correction import (
     Snapshot,
     count_steps,
     find_count,
-    local_state,
 )
 from drlora_torch.step.optimizers.names import TORCHAO, algorithm, class_names
 from drlora_torch.step.optimizers.schedule_free import SCHEDULE_FREE
@@ -166,8 +165,8 @@ def _snapshot(
     counts = layer.counts if here is None else layer.counts.index_select(0, here)
     assert parameter.grad is not None
     weights, gradient = parts.local(parameter), parts.local(parameter.grad)
-    state = local_state(optimizer, parameter)
-    copies = {key: state[key].index_select(0, rows) for key in keep if key in state}
+    state = optimizer.state.get(parameter, {})
+    copies = {key: parts.local(state[key]).index_select(0, rows) for key in keep if key in state}
     values = weights.index_select(0, rows)
     return Snapshot(parameter, weights, gradient, group, rows, values, counts, copies)
 

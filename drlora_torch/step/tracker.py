@@ -96,7 +96,8 @@ class StepTracker:
         if torch.compiler.is_compiling():
             call = self._watch.running
             return compiled.count(self._number, lora, output, top_k_index, top_k_weights, call)
-        self._forward(lora, output, top_k_index, top_k_weights)
+        if not self.attached.paused:
+            self._forward(lora, output, top_k_index, top_k_weights)
         return output
 
     def began(self, layer: str) -> None:
@@ -115,8 +116,6 @@ class StepTracker:
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> None:
         """Note a forward of a layer, which counts once backward reaches its output."""
-        if self.attached.paused:
-            return
         self._forwards += 1
         number, call = self._forwards, self._watch.running
         if self._watch.begins_training():

@@ -1,8 +1,7 @@
 """One thread, so that sums are taken in one order and the suite shares a small machine.
 
 Without a GPU, tests of one are skipped, and Triton runs its kernels in an interpreter, which it
-must
-be told before its import.
+must be told before its import.
 """
 
 from __future__ import annotations

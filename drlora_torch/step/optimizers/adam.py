@@ -161,7 +161,7 @@ def _rescale(factors: Factors) -> After:
         skipped: Tensor | None,
     ) -> float:
         shares = factors(optimizer, snapshots, counts)
-        starts = [_start(optimizer, kept) for kept in snapshots]
+        starts = _starts(optimizer, snapshots)
         ends = [
             kept.weights.index_select(0, kept.rows).to(start.dtype)
             for kept, start in zip(snapshots, starts, strict=True)
@@ -173,7 +173,7 @@ def _rescale(factors: Factors) -> After:
         for place, (kept, t) in enumerate(zip(snapshots, counts, strict=True)):
             if is_quantized(optimizer, kept.parameter):
                 moved[place] = _limit(kept, t, starts[place], moved[place])
-            if moved[place].dtype != kept.values.dtype:  # see _start
+            if moved[place].dtype != kept.values.dtype:  # see _starts
                 moved[place] = _round_at_random(moved[place])
             write_rows(kept, moved[place], skipped)
         return max(settled_after(*kept.group["betas"][:2]) for kept in snapshots)
@@ -181,17 +181,21 @@ def _rescale(factors: Factors) -> After:
     return after
 
 
-def _start(optimizer: Optimizer, kept: Snapshot) -> Tensor:
-    """Where the update of the rows began: their values, after weight decay.
+def _starts(optimizer: Optimizer, snapshots: Sequence[Snapshot]) -> list[Tensor]:
+    """Where the updates of the rows began: their values, after weight decay.
 
     Most steps of bfloat16 are smaller than its resolution; an optimizer that rounds them at random
     is followed in float32.
     """
-    random = getattr(optimizer, "bf16_stochastic_round", False)
-    random = random and kept.values.dtype == torch.bfloat16
-    start = kept.values.float() if random else kept.values
-    decay = _decay(optimizer, kept.group)
-    return start * (1.0 - decay) if isinstance(decay, Tensor) or decay else start
+    starts = [kept.values for kept in snapshots]
+    if getattr(optimizer, "bf16_stochastic_round", False):
+        starts = [each.float() if each.dtype == torch.bfloat16 else each for each in starts]
+    decays = [_decay(optimizer, kept.group) for kept in snapshots]
+    if any(isinstance(decay, Tensor) for decay in decays):
+        return [start * (1.0 - decay) for start, decay in zip(starts, decays, strict=True)]
+    if not any(decays):
+        return starts
+    return list(torch._foreach_mul(starts, [1.0 - decay for decay in decays]))
 
 
 def _limit(kept: Snapshot, t: Count, start: Tensor, end: Tensor) -> Tensor:
