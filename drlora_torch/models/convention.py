@@ -53,9 +53,6 @@ class Observer(Protocol):
     def look_at(self, values: Tensor, consume: Callable[[NDArray[np.float64]], None]) -> None:
         """Have the host look at values of a forward [n], at once or when it does not wait."""
 
-    def look_at(self, values: Tensor, consume: Callable[[NDArray[np.float64]], None]) -> None:
-        """Have the host look at values of a forward [n], at once or when it does not wait."""
-
 
 class Convention(Protocol):
     """How the layers of one kind store and call their experts; ``module`` is such a layer."""

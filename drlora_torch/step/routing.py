@@ -41,6 +41,6 @@ def sum_weights(
     sums = weights.new_zeros(num_experts + 1)
     index = top_k_index.clamp(max=num_experts).reshape(-1)
     sums.index_add_(0, index, weights.reshape(-1))
-    # a slice is filled by the device; a number for one element would be copied there, and waited for
+    # the device fills a slice; a number for one element would be copied to it, which waits
     sums[num_experts:] = top_k_index.shape[0] if mask is None else mask.sum()
     return sums

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels import grouped, ragged
 from drlora_torch.lora.kernels.factors import Kernel, LoRAFactors
-from drlora_torch.lora.kernels.product import Inputs, Kept, Product
+from drlora_torch.lora.kernels.product import Inputs, Kept, Product, without_autocast
 from drlora_torch.lora.stored import Stored
 
 __all__ = ["Kernel", "LoRAFactors", "expert_linear"]
@@ -68,7 +68,7 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, code: Any, product: Product, *given: Any) -> Tensor:
-        with torch.autocast(given[0].device.type, enabled=False):
+        with without_autocast(given[0].device):
             output, kept = code.forward(product, Inputs(*given))
         ctx.save_for_backward(*given, *kept, *product.tensors)
         ctx.code, ctx.product = code, product.given(())
@@ -80,7 +80,7 @@ class _ExpertLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         given, kept, rest = Inputs(*tensors[:4]), Kept(*tensors[4:6]), tensors[6:]
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             product = ctx.product.given(rest)
             found = ctx.code.backward(product, grad, given, kept, ctx.needs_input_grad[2:])
         return None, None, *found

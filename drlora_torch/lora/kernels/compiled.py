@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drlora_torch.lora.dispatch import Dispatch
-from drlora_torch.lora.kernels.product import Inputs, Kept, Product
+from drlora_torch.lora.kernels.product import Inputs, Kept, Product, without_autocast
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Each :class:`drlora_torch.lora.layers.ExpertLoRA` by its number."""
@@ -91,7 +91,7 @@ def _forward(
     rows = Sorted(order, tokens, experts, offsets, top_k, sentinels)
     call = Call(layer, projection, gather, dropout, width)
     code, product = _find(inputs, bias, rows, call)
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast(inputs.device):
         output, kept = code.forward(product, Inputs(inputs, lora_A, lora_B, routing_weights))
     low = pad(kept.low, (0, width - kept.low.shape[1]))
     keep = inputs.new_empty(0) if kept.keep is None else kept.keep
@@ -155,7 +155,7 @@ def _backward(
     used = 0 if product.owned is None else product.owned.width
     kept = Kept(low[:, :used].contiguous(), keep if dropout else None)
     given = Inputs(inputs, lora_A, lora_B, routing_weights)
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device):
         d_inputs, d_A, d_B, d_w = code.backward(product, grad, given, kept, wanted)
     nothing = grad.new_empty(0)
     return (

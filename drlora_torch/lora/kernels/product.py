@@ -6,6 +6,7 @@ I input and O output features, P rank slots, R rank dimensions of an expert at m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -77,3 +78,10 @@ def draw_kept(rows: Tensor, dropout: float) -> Tensor | None:
     if dropout == 0.0:
         return None
     return torch.empty_like(rows).bernoulli_(1.0 - dropout).div_(1.0 - dropout)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Inside, products have the data types that they are given."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
