@@ -102,11 +102,12 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
 def first_experts(scores: FloatArray, request: AllocationRequest, units: int) -> IntArray:
     """Return the experts that may get one of ``units`` units, best first, [..., at most units].
 
-    Their order is that of :func:`walk`. An expert of a stack is its place in the flat arrays.
+    Their order is that of :func:`walk`. Experts of a stack are numbered through all its layers; a
+    layer with fewer open experts than others ends in closed ones.
     """
     open_, size = request.limits > 0, scores.shape[-1]
-    most = open_.sum(axis=-1, keepdims=True)
-    count = min(units, int(most.max()))
+    num_open = open_.sum(axis=-1, keepdims=True)
+    count = min(units, int(num_open.max()))
     if open_.ndim == 1:  # it is faster to leave out most before the sort
         kept = np.flatnonzero(open_)
         negated = -scores[kept]
@@ -118,7 +119,7 @@ def first_experts(scores: FloatArray, request: AllocationRequest, units: int) ->
         kept, negated = np.arange(size), np.where(open_, -scores, np.inf)
     order: IntArray = np.argsort(negated, axis=1)  # the fast sort leaves ties in any order
     ordered = np.take_along_axis(negated, order[:, : count + 1], axis=1)
-    tied = (ordered[:, 1:] == ordered[:, :-1]) & (np.arange(1, ordered.shape[1]) < most)
+    tied = (ordered[:, 1:] == ordered[:, :-1]) & (np.arange(1, ordered.shape[1]) < num_open)
     tied = tied.any(axis=1)  # closed experts come last; their ties do not matter
     if tied.any():  # lexsort is stable, so the index breaks ties
         ranks = request.ranks.reshape(-1, size)[tied][:, kept]
@@ -179,6 +180,7 @@ def _take_best(request: AllocationRequest, experts: IntArray, offered: int) -> I
     ).transpose(1, 2, 0)  # [L, N, offered]
     flat = scores.reshape(len(units), -1)
     places = np.clip(flat.shape[1] - units, 0, flat.shape[1] - 1)[:, None]
+    # Not np.unique: its first call imports numpy.ma, which takes longer than the event.
     ordered = np.partition(flat, sorted(set(places.flat)), axis=1)
     last = np.take_along_axis(ordered, places, axis=1)[:, :, None]  # the lowest score that is taken
     growth: IntArray = (scores > last).sum(axis=2, dtype=np.int64)
