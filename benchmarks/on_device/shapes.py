@@ -61,7 +61,7 @@ SHAPES = {
 
 
 class Blocks(nn.Module):
-    """A stack of blocks with residual connections."""
+    """A stack of blocks with norms before them and residual connections."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class Blocks(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
-            output = (
-                checkpoint(layer, hidden, use_reentrant=False)
-                if self.checkpointing
-                else (layer(hidden))
-            )
+            normed = nn.functional.rms_norm(hidden, hidden.shape[-1:])
+            if self.checkpointing:
+                output = checkpoint(layer, normed, use_reentrant=False)
+            else:
+                output = layer(normed)
             hidden = hidden + (output[0] if isinstance(output, tuple) else output)
         return hidden
 

@@ -51,7 +51,7 @@ class SlotLoRA(nn.Module):
         int64 tensors on the device: rows that are here, and whose they are.
         """
         lora_A = parts.local(self.lora_A)
-        lora_A[rows] = self.rows.draw_all(experts, positions).to(lora_A)
+        lora_A.index_copy_(0, rows, self.rows.draw_all(experts, positions).to(lora_A))
         self.clear_B(rows)
 
     @torch.no_grad()
@@ -112,7 +112,11 @@ class ExpertLoRA(nn.Module):
     @property
     def some(self) -> nn.Parameter:
         """A parameter that speaks for all: they have the same rows, device and placements."""
-        return next(self.parameters())
+        return self.matrices()[0]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """A and B of each projection: what ``parameters()`` gives, without its search."""
+        return [each for _, slots in self.items() for each in (slots.lora_A, slots.lora_B)]
 
     @property
     def device(self) -> torch.device:
@@ -125,12 +129,12 @@ class ExpertLoRA(nn.Module):
         return self.device if mesh is None else torch.device(mesh.device_type)
 
     def items(self) -> list[tuple[str, SlotLoRA]]:
-        return list(self.projections.items())  # type: ignore[arg-type]
+        return list(self.projections._modules.items())  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """A and B of all projections, as files name them: ``{layer}/{projection}/lora_A``."""
-        named = self.projections.named_parameters()
-        return {f"{self.name}/{key.replace('.', '/')}": parameter for key, parameter in named}
+        names = (f"{self.name}/{key}/lora_{each}" for key, _ in self.items() for each in "AB")
+        return dict(zip(names, self.matrices(), strict=True))
 
     def shard(self, spread: Spread) -> None:
         """Spread A and B over the processes that hold the experts."""
@@ -178,7 +182,7 @@ class ExpertLoRA(nn.Module):
         """Zero the slots without an owner once more, where an optimizer may have moved them."""
         if self._free is None:
             self._free = parts.HeldRows(self.free_slots())
-        for parameter in self.parameters():
+        for parameter in self.matrices():
             parts.local(parameter).index_fill_(0, self._free.of(parameter)[1], 0.0)
 
     def active_slots(self, device: torch.device) -> Tensor:

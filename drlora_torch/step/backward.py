@@ -53,7 +53,7 @@ class BackwardPasses:
         A pass that fails drops its callbacks, so each layer queues one; the first that runs looks
         at all.
         """
-        self._witness.expect(layer, self._attached.layers[layer].lora.parameters())
+        self._witness.expect(layer, self._attached.layers[layer].lora.matrices())
         self._reached[layer] = None
         self._at_the_end(self._ended)
 
@@ -74,7 +74,7 @@ class BackwardPasses:
     def take_as_arrived(self) -> None:
         """Take gradients that were set by hand for some that have arrived."""
         for name, layer in self._attached.layers.items():
-            self._witness.note(name, layer.lora.parameters())
+            self._witness.note(name, layer.lora.matrices())
 
     def forget(self) -> None:
         """Begin a new step."""
@@ -106,7 +106,7 @@ class BackwardPasses:
         several = several_processes(self._attached.process_group)
         for name in layers:
             lora = self._attached.layers[name].lora
-            self._witness.note(name, lora.parameters())
+            self._witness.note(name, lora.matrices())
             if several and self._reader is not None:
                 self._reader.read(lora)
         if several:

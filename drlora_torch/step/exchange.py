@@ -82,13 +82,13 @@ def _copies_of_batch(attached: Attached, lora: ExpertLoRA, processes: int) -> in
     """How many of the processes train on the same tokens."""
     if lora.spread is not None:
         return lora.spread.copies
-    mesh: Any = getattr(next(lora.parameters()), "device_mesh", None)
+    mesh: Any = getattr(lora.some, "device_mesh", None)
     return count_copies(attached.model, processes) if mesh is None else processes // mesh.size()
 
 
 def _holders_of_row(lora: ExpertLoRA, processes: int) -> int:
     """How many of the processes hold, and read, the same row; 1 where it is not exchanged."""
-    some = next(lora.parameters())
+    some = lora.some
     return processes // parts.num_parts(some) if parts.is_sharded(some) else 1
 
 

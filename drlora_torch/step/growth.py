@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
+from drlora_torch.lora import parts
 from drlora_torch.step.hooks import count_held
 from drlora_torch.step.newborn import OLD
 from drlora_torch.step.optimizers.codes import is_quantized
@@ -16,6 +17,8 @@ from drlora_torch.step.parameters import lora_parameters
 
 def carry_out(attached: Attached, event: GrowthEvent) -> None:
     """Change the slots of all layers as the engine has decided; see :func:`check_event` first."""
+    groups = [group for optimizer in attached.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
     for name, layer in attached.layers.items():
         lora, ages = layer.lora, attached.ages[name]
         if name in event.cut:
@@ -29,10 +32,11 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
             ages[changed] = 0
         if not changed.size:
             continue
-        for parameter in lora.parameters():
+        rows = parts.HeldRows(changed)
+        for parameter in lora.matrices():
             for optimizer in attached.optimizers:
-                clear_state(optimizer, parameter, changed)
-            if not any(count_held(each, [parameter]) for each in attached.optimizers):
+                clear_state(optimizer, parameter, rows)
+            if id(parameter) not in held:
                 attached.missed.append((parameter, changed))
     attached.events.append(event)
 
@@ -49,7 +53,7 @@ def meet_optimizer(attached: Attached, optimizer: Optimizer) -> None:
     mine = [each for each in attached.missed if count_held(optimizer, [each[0]])]
     attached.missed[:] = [each for each in attached.missed if not count_held(optimizer, [each[0]])]
     for parameter, changed in mine:
-        clear_state(optimizer, parameter, changed)
+        clear_state(optimizer, parameter, parts.HeldRows(changed))
 
 
 def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
@@ -61,14 +65,14 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
     """
     tested = is_tested(optimizer)
     for layer in attached.layers.values():
-        on_cpu = [p for p in layer.lora.parameters() if p.device.type == "cpu"]
+        on_cpu = [p for p in layer.lora.matrices() if p.device.type == "cpu"]
         drifting = [p for p in on_cpu if is_quantized(optimizer, p)]
         if tested and not drifting:
             continue
         layer.lora.hold_free_slots()
         free = layer.lora.free_slots()
         for parameter in drifting:
-            clear_state(optimizer, parameter, free)
+            clear_state(optimizer, parameter, parts.HeldRows(free))
 
 
 def check_optimizer(attached: Attached, optimizer: Optimizer) -> None:

@@ -77,7 +77,7 @@ class Notices:
                 "the model is trained in evaluation mode (from_pretrained returns models in it): "
                 "dropout is off; call model.train() before training if that is not intended"
             )
-        frozen = not any(parameter.requires_grad for parameter in layer.lora.parameters())
+        frozen = not any(parameter.requires_grad for parameter in layer.lora.matrices())
         if frozen and self._first("frozen"):
             warnings.warn(
                 "the expert LoRA is frozen and does not learn: something froze it after attach "

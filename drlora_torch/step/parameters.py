@@ -13,7 +13,7 @@ from drlora_torch.options import RouterMode
 
 def lora_parameters(attached: Attached) -> list[nn.Parameter]:
     """A and B of all layers."""
-    return [p for layer in attached.layers.values() for p in layer.lora.parameters()]
+    return [p for layer in attached.layers.values() for p in layer.lora.matrices()]
 
 
 def router_parameters(attached: Attached) -> dict[str, nn.Parameter]:

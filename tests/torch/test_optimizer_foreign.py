@@ -16,6 +16,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 import drlora_torch
 from drlora_torch import AttachError, register_optimizer_state
 from drlora_torch.adapter import state_of
+from drlora_torch.lora.parts import HeldRows
 from drlora_torch.step.optimizers import fresh, meanings
 from tests.torch import helpers, models
 from tests.torch.test_optimizer_newborn import newborn_rows
@@ -267,7 +268,7 @@ def test_flat_state_has_rows(told: Any, fresh_row: float) -> None:
     parameter = nn.Parameter(torch.ones(4, 3))
     optimizer = Foreign([parameter], lambda *_: None)
     optimizer.state[parameter]["flat"] = torch.full((12,), 7.0)
-    fresh.clear_state(optimizer, parameter, np.array([1, 3]))
+    fresh.clear_state(optimizer, parameter, HeldRows(np.array([1, 3])))
     expected = torch.full((4, 3), 7.0)
     expected[[1, 3]] = fresh_row
     assert torch.equal(optimizer.state[parameter]["flat"], expected.flatten())

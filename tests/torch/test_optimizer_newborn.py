@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RAdam
 
 import drlora_torch
 from drlora_torch.adapter import state_of
+from drlora_torch.lora.parts import HeldRows
 from drlora_torch.step import newborn
 from drlora_torch.step.optimizers import fresh
 from drlora_torch.step.optimizers.adam import adam_ratio
@@ -132,7 +133,7 @@ def test_schedule_free_averages_are_those_of_a_row_that_began_at_its_birth() -> 
     shadow, young = None, newborn.Young([layer], ages)
     for step in range(1800):
         if step == 300:
-            fresh.clear_state(optimizer, parameter, np.array([1]))
+            fresh.clear_state(optimizer, parameter, HeldRows(np.array([1])))
             ages["l"][1] = 0
             young = newborn.Young([layer], ages)
             shadow = Shadow(parameter[1], make)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
+from drlora_torch.lora.parts import HeldRows
 from drlora_torch.step import newborn
 from drlora_torch.step.optimizers import fresh
 from tests.torch import helpers, models
@@ -74,7 +75,7 @@ def test_steps_smaller_than_the_resolution_of_bfloat16_are_corrected() -> None:
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.state[parameter]["step"].fill_(1000)
-    fresh.clear_state(optimizer, parameter, np.array([1]))
+    fresh.clear_state(optimizer, parameter, HeldRows(np.array([1])))
     with torch.no_grad():
         parameter.fill_(1.0)
     layer: Any = type("Layer", (), {"name": "l", "device": parameter.device})

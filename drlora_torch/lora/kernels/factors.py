@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import NamedTuple
+import functools
 
 import numpy as np
 import torch
@@ -31,25 +31,23 @@ class Kernel(str, enum.Enum):
     """``torch.nn.functional.grouped_mm``, and the LoRA by expert: the one for GPUs."""
 
 
-class Owned(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Owned:
     """The slots of each expert in the order of its rank dimensions.
 
     It changes at growth events alone.
     """
 
-    slots: list[slice | Tensor | None]
-    """By expert; a slice where they lie side by side, None without a slot."""
+    host: tuple[IntArray, IntArray]
+    """All slots with an owner, as :meth:`SlotTable.active` orders them, and ranks [N]."""
+    active: Tensor
+    """The former, int64."""
     table: Tensor
-    """The same as int64 [N, R], -1 behind an expert's slots."""
+    """By expert, int64 [N, R], -1 behind an expert's slots."""
     ranks: Tensor
     """How many these are, int32 [N]."""
-    active: Tensor
-    """All of them, as :meth:`SlotTable.active` orders them, int64."""
-
-    @property
-    def width(self) -> int:
-        """R."""
-        return self.table.shape[1]
+    experts: slice = dataclasses.field(default_factory=lambda: slice(None))
+    """Of those on the host, the experts that the other two speak of."""
 
     @classmethod
     def of(cls, table: SlotTable, device: torch.device) -> Owned:
@@ -58,14 +56,25 @@ class Owned(NamedTuple):
         width = max(1, -(-int(ranks.max()) // ROUNDED)) * ROUNDED
         padded = np.full((ranks.size, width), -1, dtype=np.int64)
         padded[np.arange(width) < ranks[:, None]] = active
-        slots = [_as_slice(owned, device) for owned in np.split(active, np.cumsum(ranks)[:-1])]
-        arrays = (padded, ranks.astype(np.int32), active)
-        uploaded = (torch.from_numpy(each).to(device) for each in arrays)
-        return cls(slots, *uploaded)
+        arrays = (active, padded, ranks.astype(np.int32))
+        on_device, wide, few = (torch.from_numpy(each).to(device) for each in arrays)
+        return cls((active, ranks), on_device, wide, few)
 
     def of_experts(self, experts: slice) -> Owned:
         """Those of some experts, for the kernels."""
-        return Owned(self.slots[experts], self.table[experts], self.ranks[experts], self.active)
+        return Owned(self.host, self.active, self.table[experts], self.ranks[experts], experts)
+
+    @property
+    def width(self) -> int:
+        """R."""
+        return self.table.shape[1]
+
+    @functools.cached_property
+    def slots(self) -> list[slice | Tensor | None]:
+        """By expert; a slice where they lie side by side, None without a slot."""
+        active, ranks = self.host
+        each = np.split(active, np.cumsum(ranks)[:-1])[self.experts]
+        return [_as_slice(owned, self.table.device) for owned in each]
 
 
 def _as_slice(slots: IntArray, device: torch.device) -> slice | Tensor | None:

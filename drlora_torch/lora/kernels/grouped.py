@@ -78,12 +78,13 @@ def backward(
     d_low: Any = None
     d_A = d_B = d_inputs = d_weights = None
     # g and what follows from it lack the routing weight until it is multiplied in
-    g = grad.to(inputs.dtype)
-    g = g.contiguous() if weights is None else g.index_select(0, dispatch.tokens)
+    grad = grad.to(inputs.dtype).contiguous()
+    by_token = None if weights is None else dispatch.tokens
+    g = grad if by_token is None else grad.index_select(0, by_token)
     if wanted[0] or wanted[3]:
         d_rows = _multiply(g, product.weight, dispatch, transposed=True)
     if owned is not None:
-        d_low = on_rows.low_rows(g, None, lora_B, owned, dispatch, product.scaling)
+        d_low = on_rows.low_rows(grad, by_token, lora_B, owned, dispatch, product.scaling)
         if d_rows is not None:
             _add_kept_(on_rows, d_rows, kept.keep, d_low, lora_A, owned, dispatch)
     if weights is not None:
@@ -96,7 +97,7 @@ def backward(
     if owned is not None:
         x = _read(inputs, tokens, kept.keep)
         d_A = on_rows.factor_gradient(d_low, *x, lora_A, owned, dispatch)
-        d_B = on_rows.factor_gradient(low, g, None, lora_B, owned, dispatch)
+        d_B = on_rows.factor_gradient(low, grad, by_token, lora_B, owned, dispatch)
     if wanted[0]:
         d_inputs = _to_inputs(on_rows, d_rows, tokens, dispatch)
     return d_inputs, d_A, d_B, d_weights if wanted[3] else None

@@ -4,6 +4,7 @@ Each reads and writes every row once. Factors are read where they are stored, sl
 expert costs what its own rank does; products are accumulated in float32.
 
 A program has a block of sorted rows, which may be those of several experts: it goes through them.
+Programs that follow each other have neighboring columns of the same rows.
 
 Shape letters: T tokens, K experts per token, S = T * K (token, expert) pairs, N experts,
 F features, P rank slots, R rank dimensions of an expert at most.
@@ -69,16 +70,18 @@ def _add_rows(
     features, num_experts, width: tl.constexpr,
     block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    begin = tl.program_id(0) * block
+    begin = tl.program_id(1) * block
     rows = begin + tl.arange(0, block)
-    feature = tl.program_id(1) * columns + tl.arange(0, columns)
+    feature = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = feature < features
     end = tl.load(offsets + num_experts - 1)
     if begin < end:
         owner = tl.load(experts + rows, mask=rows < end, other=-1).to(tl.int32)
         first = tl.load(experts + begin).to(tl.int32)
         last = tl.load(experts + tl.minimum(begin + block, end) - 1).to(tl.int32)
-        total = tl.zeros((block, columns), dtype=tl.float32)
+        place = output + rows.to(tl.int64)[:, None] * features + feature[None, :]
+        kept = (rows < end)[:, None] & inside[None, :]
+        total = tl.load(place, mask=kept, other=0.0).to(tl.float32)
         for expert in range(first, last + 1):
             mine = owner == expert
             rank = tl.load(ranks + expert)
@@ -94,9 +97,6 @@ def _add_rows(
                     mask=(dim < rank)[:, None] & inside[None, :], other=0.0,
                 )  # fmt: skip
                 total = tl.dot(x, f.to(x.dtype), total, input_precision=precision)
-        place = output + rows.to(tl.int64)[:, None] * features + feature[None, :]
-        kept = (rows < end)[:, None] & inside[None, :]
-        total += tl.load(place, mask=kept, other=0.0).to(tl.float32)
         tl.store(place, total.to(output.dtype.element_ty), mask=kept)
 
 
@@ -106,8 +106,8 @@ def _factor_gradient(
     features, width: tl.constexpr, gather: tl.constexpr,
     block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(0)
-    feature = tl.program_id(1) * columns + tl.arange(0, columns)
+    expert = tl.program_id(1)
+    feature = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = feature < features
     rank = tl.load(ranks + expert)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
@@ -214,10 +214,10 @@ def add_rows_(
     output: Tensor, low: Tensor, factor: Tensor, owned: Owned, dispatch: Dispatch
 ) -> None:
     features, width = factor.shape[1], owned.table.shape[1]
-    _add_rows[_blocks(dispatch, ROWS), triton.cdiv(features, FEATURES)](
+    _add_rows[triton.cdiv(features, FEATURES), _blocks(dispatch, ROWS)](
         output, low, factor, owned.table, owned.ranks, dispatch.experts, dispatch.offsets,
         features=features, width=width, num_experts=len(owned.ranks), block=ROWS,
-        columns=FEATURES, dims=_dims(width), precision=_precision(low),
+        columns=FEATURES, dims=16, precision=_precision(low), num_stages=1,
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def factor_gradient(
 ) -> Tensor:
     features, width = factor.shape[1], owned.table.shape[1]
     gradient = torch.zeros_like(factor)
-    _factor_gradient[len(owned.ranks), triton.cdiv(features, FEATURES)](
+    _factor_gradient[triton.cdiv(features, FEATURES), len(owned.ranks)](
         low, inputs.contiguous(), _or(tokens, inputs), gradient, owned.table, owned.ranks,
         dispatch.offsets, features=features, width=width, gather=tokens is not None, block=ROWS,
         columns=FEATURES, dims=_dims(width), precision=_precision(low),

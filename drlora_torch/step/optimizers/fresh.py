@@ -9,13 +9,14 @@ Shape letters: P rank slots, the rows of a parameter, F features.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drlora_torch.lora import parts
-from drlora_torch.lora.slots import IntArray
+from drlora_torch.lora.parts import HeldRows
 from drlora_torch.step.optimizers import meanings, refusals
 from drlora_torch.step.optimizers.codes import Reset, reset_blockwise, reset_subclass
 from drlora_torch.step.optimizers.meanings import COMMON, Rule, find_rule
@@ -34,13 +35,13 @@ BITSANDBYTES_ALGORITHMS = {
 
 
 @torch.no_grad()
-def clear_state(optimizer: Optimizer, parameter: nn.Parameter, slots: IntArray) -> None:
+def clear_state(optimizer: Optimizer, parameter: nn.Parameter, slots: HeldRows) -> None:
     """Make the state of rows of a parameter [P, ...] fresh; their values are the new ones.
 
     Raises:
         AttachError: as :func:`check_state` does.
     """
-    index = parts.find_rows(parameter, slots)[1]
+    index = slots.of(parameter)[1]
     resets, problems = _find_resets(optimizer, parameter)
     if problems:
         raise refusals.unclear_state(optimizer, problems)
@@ -126,14 +127,21 @@ def _plain_reset(
         return None
     if rule is meanings.weights and rows.shape != weights.shape:
         return None
-    groups = optimizer.param_groups
-    group = next(g for g in groups if any(held is parameter for held in g["params"]))
 
     def reset(index: Tensor) -> None:
-        fresh = rule(group, weights, index)
-        rows[index.to(rows.device)] = fresh.to(rows) if isinstance(fresh, Tensor) else fresh
+        fresh = rule(_group_of(optimizer, parameter), weights, index)
+        place = index.to(rows.device)
+        if isinstance(fresh, Tensor):
+            rows.index_copy_(0, place, fresh.to(rows))
+        else:
+            rows.index_fill_(0, place, fresh)
 
     return reset
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    groups = optimizer.param_groups
+    return next(g for g in groups if any(held is parameter for held in g["params"]))
 
 
 def _as_rows(value: Tensor, parameter: Tensor) -> Tensor | None:
