@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
+from drlora_torch.lora.triton_use import runs_triton
 
 CHUNK_BYTES = 2**26
 """Most bytes of products at one time: they keep any device busy, and are little beside the LoRA of
@@ -26,6 +27,11 @@ def mean_sensitivity(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) 
 
     Computed in float32 at least: in float16 small products would underflow.
     """
+    if parameters and all(map(runs_triton, parameters)):
+        from drlora_torch.step import importance_on_gpu
+
+        pairs = zip(parameters, gradients, strict=True)
+        return [importance_on_gpu.mean_sensitivity(w, g.contiguous()) for w, g in pairs]
     found: list[Tensor] = []
     for chunk in _chunks(parameters):
         weights = [_widen(parameters[i]) for i in chunk]

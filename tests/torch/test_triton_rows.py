@@ -16,6 +16,7 @@ from drlora_torch.lora.kernels import grouped, torch_rows
 from drlora_torch.lora.kernels.factors import Owned
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import Layout, SlotTable
+from drlora_torch.step import importance
 from tests.torch import test_kernels
 
 triton_rows = pytest.importorskip("drlora_torch.lora.kernels.triton_rows")
@@ -140,3 +141,13 @@ def test_products_and_gradients(
                              torch.float32, **case)  # fmt: skip
     for left, right in zip(found, wanted, strict=True):
         close(left, right)
+
+
+def test_importance_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, gradients = [draw(9, 24), draw(5, 1030)], [draw(9, 24) + 1, draw(5, 1030) - 1]
+    wanted = importance.mean_sensitivity(weights, gradients)
+    monkeypatch.setattr(importance, "runs_triton", lambda tensor: True)
+    for found, expected in zip(
+        importance.mean_sensitivity(weights, gradients), wanted, strict=True
+    ):
+        close(found, expected)
