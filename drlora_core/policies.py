@@ -102,19 +102,25 @@ def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:
 def first_experts(scores: FloatArray, request: AllocationRequest, units: int) -> IntArray:
     """Return the experts that may get one of ``units`` units, best first, [..., at most units].
 
-    Their order is that of :func:`walk`. An expert of a stack is its place in the flat arrays.
+    Their order is that of :func:`walk`. Experts of a stack are numbered through all its layers; a
+    layer with fewer open experts than others ends in closed ones.
     """
-    open_ = request.limits > 0
-    count = min(units, int(open_.sum(axis=-1).max()))
-    size = scores.shape[-1]
-    negated = np.where(open_, -scores, np.inf).reshape(-1, size)
-    kept = np.arange(size)
-    if len(negated) == 1 and 0 < count < size:  # it is faster to leave out most before the sort
-        kept = np.flatnonzero(~(negated[0] > np.partition(negated[0], count - 1)[count - 1]))
-        negated = negated[:, kept]
+    open_, size = request.limits > 0, scores.shape[-1]
+    num_open = open_.sum(axis=-1, keepdims=True)
+    count = min(units, int(num_open.max()))
+    if open_.ndim == 1:  # it is faster to leave out most before the sort
+        kept = np.flatnonzero(open_)
+        negated = -scores[kept]
+        if 0 < count < kept.size:
+            near = ~(negated > np.partition(negated, count - 1)[count - 1])
+            kept, negated = kept[near], negated[near]
+        negated = negated[None]
+    else:
+        kept, negated = np.arange(size), np.where(open_, -scores, np.inf)
     order: IntArray = np.argsort(negated, axis=1)  # the fast sort leaves ties in any order
     ordered = np.take_along_axis(negated, order[:, : count + 1], axis=1)
-    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    tied = (ordered[:, 1:] == ordered[:, :-1]) & (np.arange(1, ordered.shape[1]) < num_open)
+    tied = tied.any(axis=1)  # closed experts come last; their ties do not matter
     if tied.any():  # lexsort is stable, so the index breaks ties
         ranks = request.ranks.reshape(-1, size)[tied][:, kept]
         order[tied] = np.lexsort((ranks, negated[tied]), axis=1)
@@ -143,19 +149,21 @@ def rescored(request: AllocationRequest) -> IntArray:
     # whose first unit is not among the first `units` first units gets nothing.
     units = np.minimum(request.quota, request.limits.sum(axis=-1))
     growth = np.zeros_like(request.ranks)
-    experts = first_experts(request.saliency, request, int(units.max()))
-    if not experts.size:
-        return growth
-    arrays: dict[str, Any] = {
-        name: np.atleast_2d(getattr(request, name).take(experts)) for name in REQUEST_ARRAYS
-    }
-    first = dataclasses.replace(request, quota=cast(Any, np.atleast_1d(units)), **arrays)
-    offered, most = FIRST_OFFER, int(first.limits.max())
-    taken = _take_best(first, np.atleast_2d(experts), offered)
-    while ((taken >= offered) & (first.limits > offered)).any():  # they may want more
-        offered = min(2 * offered, most)
-        taken = _take_best(first, np.atleast_2d(experts), offered)
-    growth.put(experts, taken)
+    experts = np.atleast_2d(first_experts(request.saliency, request, int(units.max())))
+    offered, width = FIRST_OFFER, experts.shape[1]
+    while width:
+        experts = experts[:, :width]
+        arrays: dict[str, Any] = {
+            name: getattr(request, name).take(experts) for name in REQUEST_ARRAYS
+        }
+        first = dataclasses.replace(request, quota=cast(Any, np.atleast_1d(units)), **arrays)
+        taken = _take_best(first, experts, offered)
+        if not ((taken >= offered) & (first.limits > offered)).any():
+            growth.put(experts, taken)
+            break
+        # Some experts may want more. Those that got nothing do not come back.
+        width = int(np.flatnonzero(taken.any(axis=0))[-1]) + 1
+        offered = min(2 * offered, int(first.limits.max()))
     return growth
 
 
@@ -172,7 +180,8 @@ def _take_best(request: AllocationRequest, experts: IntArray, offered: int) -> I
     ).transpose(1, 2, 0)  # [L, N, offered]
     flat = scores.reshape(len(units), -1)
     places = np.clip(flat.shape[1] - units, 0, flat.shape[1] - 1)[:, None]
-    ordered = np.partition(flat, np.unique(places), axis=1)
+    # Not np.unique: its first call imports numpy.ma, which takes longer than the event.
+    ordered = np.partition(flat, sorted(set(places.flat)), axis=1)
     last = np.take_along_axis(ordered, places, axis=1)[:, :, None]  # the lowest score that is taken
     growth: IntArray = (scores > last).sum(axis=2, dtype=np.int64)
     left = units - growth.sum(axis=1)
