@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -34,6 +35,7 @@ from drlora_torch.lora import parts
 from drlora_torch.step import sharded
 from tests.torch import helpers, models
 from tests.torch.helpers import Spy
+from tests.torch.waiting import arrive_late
 
 Said = dict[str, Any]
 
@@ -299,6 +301,31 @@ def beside(folder: Path) -> None:
     assert adapter.engine.step_count == 4
 
 
+def late(folder: Path, said: Said) -> None:
+    """Statistics that arrive late, of DTensors and of whole parameters."""
+    for name in ("sharded", "parallel"):
+        results = []
+        for waits in (True, False):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                if not waits:
+                    arrive_late(monkeypatch)
+                model, adapter = attached(router="after_warmup")
+                wrapped = shard(model) if name == "sharded" else DistributedDataParallel(model)
+                optimizer = helpers.adamw(adapter)
+                train(wrapped, optimizer, range(5))
+                backward(wrapped, 50)
+                optimizer.zero_grad(set_to_none=False)  # a dropped batch
+                train(wrapped, optimizer, range(5, 8))
+                assert adapter.engine.pending != waits
+                state = adapter.engine.state_dict()["layers"]
+            whole = [parts.whole(parameter) for parameter in adapter.parameters()]
+            events = [(event.step, event.ranks) for event in adapter.events]
+            results.append((whole, repr(state), repr(events)))
+        (whole, *decided), (others, *decided_late) = results
+        same = all(map(torch.equal, whole, others))
+        said[f"late, {name}"] = (same, decided == decided_late, len(adapter.events))
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -311,7 +338,7 @@ def worker(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     said: Said = {}
-    for scenario in (refusals, traps, several, all_tokens_elsewhere, saves):
+    for scenario in (refusals, traps, several, late, all_tokens_elsewhere, saves):
         scenario(Path(folder), said)
     torch.save(said, f"{folder}/{rank}.pt")
     os._exit(0)

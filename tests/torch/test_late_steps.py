@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,16 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Adafactor
 
 import drlora_torch
 from drlora_torch.adapter import state_of
+from drlora_torch.step import newborn
+from drlora_torch.step.exchange import Sent, Statistics
+from drlora_torch.step.optimizers import adam
+from drlora_torch.step.optimizers.correction import Snapshot
 from tests.torch import helpers, models, optimizers
 from tests.torch.helpers import Spy
 from tests.torch.waiting import arrive_late
@@ -112,14 +119,14 @@ def not_finite(run: Run) -> None:
 
 
 def overflow(run: Run) -> None:
-    """A fused optimizer skips steps 1, 4 and 7, the first of all among them."""
+    """A fused optimizer skips the first step, one before the first event, and one after it."""
     run.optimizers = [helpers.adamw(run.adapter, fused=True)]
     scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     for seed in range(STEPS + 3):
         loss = run.model(**helpers.batch(seed)).loss
         scaler.scale(loss).backward()
         run.losses.append(loss.item())
-        if seed in (0, 3, 6):
+        if seed in (0, 3, 9):
             run.adapter.lora_parameters()[0].grad[0, 0] = torch.inf
         scaler.step(run.optimizers[0])
         scaler.update()
@@ -236,3 +243,41 @@ def test_late_statistics_decide_the_same(
     expected, found = at_once.result(), late.result()
     for key in expected:
         assert found[key] == expected[key], key
+
+
+def move_in_skipped_steps(kept: Snapshot, moved: Tensor, skipped: Tensor | None) -> None:
+    write_rows(kept, moved, None)
+
+
+def advance_in_skipped_steps(self: newborn.Young, idle: Tensor | None, horizon: float) -> None:
+    advance(self, None, horizon)
+
+
+def correct_until_told(self: newborn.Young, idle: Tensor | None, horizon: float) -> None:
+    advance(self, idle, math.inf)
+
+
+def count_skipped_steps(self: Sent) -> Statistics:
+    return dataclasses.replace(arrive(self), idle=False)
+
+
+write_rows, advance, arrive = adam.write_rows, newborn.Young.advance, Sent.arrive
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken", "scenario"),
+    [
+        (adam, "write_rows", move_in_skipped_steps, "overflow"),
+        (newborn.Young, "advance", advance_in_skipped_steps, "overflow"),
+        (newborn.Young, "advance", correct_until_told, "grown up"),
+        (Sent, "arrive", count_skipped_steps, "overflow"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # a missing guard may well warn on its way
+def test_a_missing_guard_is_noticed(
+    owner: Any, name: str, broken: Any, scenario: str, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(owner, name, broken)
+        with pytest.raises(AssertionError):
+            test_late_statistics_decide_the_same(scenario, tmp_path, monkeypatch)

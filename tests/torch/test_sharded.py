@@ -65,6 +65,12 @@ def a_dropped_batch_does_not_count(folder: Path, both: list[Said]) -> None:
             assert said[f"tokens of a dropped batch, {in_place}"] == 2 * [2 * [4 * 7]]
 
 
+def late_statistics_decide_the_same(folder: Path, both: list[Said]) -> None:
+    for said in both:
+        for name in ("sharded", "parallel"):
+            assert said[f"late, {name}"] == (True, True, 2), name
+
+
 def trial_steps_do_not_count(folder: Path, both: list[Said]) -> None:
     for said in both:
         assert said["trial steps"] == [0, 0]
@@ -140,6 +146,7 @@ CHECKS = (
     one_process_that_saves_alone_ends_all,
     a_refused_action_does_no_harm,
     a_dropped_batch_does_not_count,
+    late_statistics_decide_the_same,
     trial_steps_do_not_count,
     gathered_copies_are_not_taken_for_parameters,
     float32_lora_beside_bfloat16,
