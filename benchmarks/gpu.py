@@ -69,22 +69,22 @@ class Run:
     def waiting(self) -> None:
         """(b) Steps that may not wait."""
         case = Case(next(iter(self.shapes.values())), 64, 2, self.device, self.dtype)
+        found = {
+            f"blocks, {name}": waiting.of_blocks(
+                methods.drlora(case, growing=name == methods.GROWING), self.device
+            )
+            for name in (methods.STATIC, methods.GROWING)
+        }
+        found["a whole model"] = waiting.of_model(self.device, self.dtype)
         rows = []
-        for name in (methods.STATIC, methods.GROWING):
-            try:
-                waiting.check_steps(methods.drlora(case, growing=name == methods.GROWING),
-                                    self.device)  # fmt: skip
-                rows.append([f"blocks, {name}", "none"])
-            except RuntimeError as error:
-                self.wrong += 1
-                rows.append([f"blocks, {name}", str(error).strip().splitlines()[0]])
-        own, others = waiting.find_waits(self.device, self.dtype)
-        self.wrong += len(own)
-        rows.append(["a whole model, in drlora", ", ".join(own) or "none"])
-        short = [where.rsplit("/", 1)[-1] for where in others]
-        rows.append(["a whole model, elsewhere", ", ".join(short) or "none"])
+        for name, (own, others) in found.items():
+            self.wrong += len(own)
+            short = [", ".join(w.rsplit("/", 1)[-1] for w in each) for each in (own, others)]
+            rows.append([name, *(each or "none" for each in short)])
         about = "Places at which a step between two growth events waits for the device."
-        self.tables.append(report.Table("Waiting", about, ["steps", "waits"], rows))
+        self.tables.append(
+            report.Table("Waiting", about, ["steps of", "in drlora", "elsewhere"], rows)
+        )
 
     def steps(self) -> None:
         """(c) Blocks of real models."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch.optim import AdamW
@@ -17,33 +16,32 @@ from drlora_core import AllocatorConfig, AllocatorEngine
 OWN = "drlora_torch"
 
 
-@contextlib.contextmanager
-def refuse_waiting(device: torch.device) -> Iterator[None]:
-    """Inside, an operation that waits for a GPU raises."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def locate(step: Callable[[], object], device: torch.device) -> tuple[list[str], list[str]]:
+    """Where three steps wait for a GPU: in drlora, and elsewhere, as ``file:line``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(3):
+                step()
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    own = sorted({where for where in waits if OWN in where})
+    return own, sorted({where for where in waits if OWN not in where})
 
 
-def check_steps(training: Training, device: torch.device, steps: int = 5) -> None:
-    """Take steps, none of which may wait.
-
-    Raises:
-        RuntimeError: torch's, with the line that waits.
-    """
-    training()
-    with refuse_waiting(device):
-        for _ in range(steps):
-            training()
+def of_blocks(training: Training, device: torch.device) -> tuple[list[str], list[str]]:
+    """Where a step of blocks waits; without padding."""
+    for _ in range(2):
+        training()
+    return locate(training, device)
 
 
-def find_waits(device: torch.device, dtype: torch.dtype) -> tuple[list[str], list[str]]:
-    """Where a step of a whole model waits: in drlora, and elsewhere.
+def of_model(device: torch.device, dtype: torch.dtype) -> tuple[list[str], list[str]]:
+    """Where a step of a whole model waits.
 
     With padding, two micro-batches and clipping; 16 layers, between two growth events.
     """
@@ -72,14 +70,4 @@ def find_waits(device: torch.device, dtype: torch.dtype) -> tuple[list[str], lis
 
     for _ in range(22):  # past the first event, so that rows are newborn
         step()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
-        for _ in range(3):
-            step()
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
-    own = sorted({where for where in waits if OWN in where})
-    return own, sorted({where for where in waits if OWN not in where})
+    return locate(step, device)
