@@ -37,8 +37,8 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def make_owned(ranks: list[int], slots: int = 90) -> Owned:
-    table = SlotTable(slots, N, 40, Layout.POOLED)
+def make_owned(ranks: list[int], slots: int = 120) -> Owned:
+    table = SlotTable(slots, N, 70, Layout.POOLED)
     table.grow(np.array([1, 1, 0, 1, 0]))
     table.grow(np.array(ranks))  # slots of an expert are not side by side
     return Owned.of(table, CPU)
@@ -58,12 +58,12 @@ def alive(rows: Tensor, dispatch: Dispatch) -> Tensor:
 
 @pytest.mark.parametrize("sentinels", [False, True])
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("ranks", [[2, 0, 1, 4, 3], [0, 36, 17, 1, 0]])
+@pytest.mark.parametrize("ranks", [[2, 0, 1, 4, 3], [0, 36, 17, 1, 0], [66, 0, 40, 0, 0]])
 def test_low_rank_products(on_rows: Any, sentinels: bool, gather: bool, ranks: list[int]) -> None:
     dispatch, owned = make_dispatch(sentinels), make_owned(ranks)
     inputs = draw(TOKENS if gather else dispatch.num_pairs, F)
     tokens = dispatch.tokens if gather else None
-    factor, other = draw(90, F), draw(90, 40)
+    factor, other = draw(120, F), draw(120, 40)
     args = (inputs, tokens, factor, owned, dispatch)
     wanted = torch_rows.low_rows(*args, 0.5)
     found = on_rows.low_rows(*args, 0.5)
@@ -93,6 +93,10 @@ def test_sums_and_weights(on_rows: Any, sentinels: bool, dtype: torch.dtype) -> 
     close(found, wanted, **tolerance)
     close(alive(gradient, dispatch), alive(same, dispatch), **tolerance)
     rows[int(dispatch.offsets[-1]) :] = torch.nan
+    gathered = on_rows.gather(inputs, dispatch)
+    assert torch.equal(
+        alive(gathered, dispatch), alive(torch_rows.gather(inputs, dispatch), dispatch)
+    )
     cleared = rows.clone()
     on_rows.clear_sentinels_(cleared, dispatch)
     assert torch.equal(alive(cleared, dispatch), alive(rows, dispatch))

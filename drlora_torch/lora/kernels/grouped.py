@@ -49,7 +49,7 @@ def forward(product: Product, given: Inputs) -> tuple[Tensor, Kept]:
     inputs, lora_A, lora_B, routing_weights = given
     dispatch, tokens, owned = product.dispatch, product.tokens, product.owned
     on_rows, kept = _operations(inputs), Kept(None, None)
-    rows = inputs if tokens is None else inputs.index_select(0, tokens)
+    rows = inputs if tokens is None else on_rows.gather(inputs, dispatch)
     output = _multiply(rows, product.weight, dispatch, transposed=False)
     if product.bias is not None:
         output += product.bias.index_select(0, dispatch.experts)
@@ -80,7 +80,7 @@ def backward(
     # g and what follows from it lack the routing weight until it is multiplied in
     grad = grad.to(inputs.dtype).contiguous()
     by_token = None if weights is None else dispatch.tokens
-    g = grad if by_token is None else grad.index_select(0, by_token)
+    g = grad if by_token is None else on_rows.gather(grad, dispatch)
     if wanted[0] or wanted[3]:
         d_rows = _multiply(g, product.weight, dispatch, transposed=True)
     if owned is not None:

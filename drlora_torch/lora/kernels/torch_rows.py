@@ -17,6 +17,11 @@ from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels.factors import Owned
 
 
+def gather(inputs: Tensor, dispatch: Dispatch) -> Tensor:
+    """The row of each pair's token, [T, F] -> [S, F]; those of sentinels may hold anything."""
+    return inputs.index_select(0, dispatch.tokens)
+
+
 def low_rows(
     inputs: Tensor,
     tokens: Tensor | None,
