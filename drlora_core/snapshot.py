@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, ValidationError
 
 from drlora_core import timetable
 from drlora_core.config import AllocatorConfig, Count
@@ -41,7 +41,7 @@ class LayerValues(BaseModel):
 
     ranks: Integers
     routing: Floats
-    routing_count: Count
+    routing_count: Annotated[Count, Field(lt=2**63)]
     importance: Floats
     importance_count: Integers
     observed: StrictBool

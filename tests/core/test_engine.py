@@ -264,6 +264,7 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
         changed(".routing_count", True),
         "routing_count: must be a whole number, got True",
     ),
+    ("huge count", changed(".routing_count", 2**63), "routing_count: Input should be less than"),
     ("observed", changed(".observed", "no"), "observed: Input should be a valid boolean, got 'no'"),
     ("rank low", changed(".ranks", lambda a: a * 0), r"ranks lie in 0\.\.0, not 1\.\.4"),
     ("rank high", changed(".ranks", lambda a: a * 0 + 5), r"ranks lie in 5\.\.5"),
