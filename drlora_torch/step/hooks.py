@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from drlora_torch.lora import parts
+from drlora_torch.step.readback import is_on_host
 
 Owner = TypeVar("Owner")
 Closure = Callable[[], Any]
@@ -81,8 +82,16 @@ def follow_optimizers(
 
 
 def is_at_rest(optimizer: Optimizer) -> bool:
-    """True if an optimizer moves nothing."""
-    return all(not group.get("lr", 1.0) for group in optimizer.param_groups)
+    """True if an optimizer moves nothing.
+
+    A learning rate on a device is taken for one that moves: to read it would wait.
+    """
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    return all(not _is_elsewhere(rate) and not rate for rate in rates)
+
+
+def _is_elsewhere(rate: object) -> bool:
+    return isinstance(rate, Tensor) and not is_on_host(rate)
 
 
 def is_trial(optimizer: Optimizer) -> bool:

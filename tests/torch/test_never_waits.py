@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from drlora_torch.adapter import state_of
 from drlora_torch.lora.kernels import Kernel
-from drlora_torch.step import closing, exchange, tracker
+from drlora_torch.step import closing, exchange, newborn, tracker
 from drlora_torch.step.forwards import ModelCall
-from tests.torch import helpers, models
+from tests.torch import helpers, models, optimizers
 from tests.torch.waiting import DEVICE, NoData, Watch, no_data
 
 __all__ = ["no_data"]
@@ -110,6 +111,34 @@ def test_gradients_that_were_written_to_are_looked_at_by_the_device(no_data: lis
     assert ours(watch) == []
 
 
+WITHOUT_CODES = optimizers.TORCH | optimizers.SCHEDULE_FREE | optimizers.BITS32
+
+
+@pytest.mark.parametrize("kind", WITHOUT_CODES)
+def test_no_correction_of_newborn_rows_waits(kind: str) -> None:
+    """Around the step of each optimizer, which may itself wait."""
+    parameter = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = WITHOUT_CODES[kind]([parameter])
+    parameter.grad = torch.ones(4, 6)
+    optimizer.step()
+    elsewhere = torch.nn.Parameter(parameter.to(DEVICE))
+    elsewhere.grad = torch.ones(4, 6, device=DEVICE)
+    optimizer.param_groups[0]["params"][:] = [elsewhere]
+    optimizer.state[elsewhere] = {
+        key: value.to(DEVICE) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in optimizer.state.pop(parameter, {}).items()
+    }
+    layer: Any = type("Layer", (), {"name": "l", "device": elsewhere.device})
+    layer.tensors = lambda: {"l/A": elsewhere}
+    young = newborn.Young([layer], {"l": np.array([-1, 3, -1, 0])})
+    skipped = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    for watched in (False, True):  # the first uploads the rows
+        with Watch() as watch:
+            snapshots = young.snapshot(optimizer)
+            young.advance(skipped, newborn.correct(snapshots, optimizer, skipped))
+        assert not watched or watch.found == []
+
+
 def test_a_mask_of_some_of_the_tokens_is_chosen_by_the_device() -> None:
     """A layer of a vision model that receives the tokens of one kind."""
     mask, kinds = (torch.ones(2, 4, dtype=torch.int64, device=DEVICE) for _ in range(2))
@@ -188,6 +217,7 @@ FAULTS: dict[str, Callable[[Tensor], object]] = {
     "counts": lambda values: values[values > 0],
     "copies": lambda values: values.to("cpu"),
     "uploads": lambda values: torch.zeros(3).to(values.device),
+    "uploads a number": lambda values: torch.tensor(3.0, device=values.device),
 }
 PLACES: dict[str, tuple[Any, str]] = {
     "routing": (tracker, "sum_weights"),

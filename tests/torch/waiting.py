@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,23 @@ from drlora_torch.step import closing, exchange, tracker
 from drlora_torch.step.readback import Readback
 
 DEVICE = "meta"
+
+
+class _Uploads(TorchFunctionMode):
+    """Notes numbers of the host that become tensors of a device; torch has no operation for that
+    where the device has no data."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and result.device.type == DEVICE:
+            self._found.append(f"{func.__name__} in {_own_line()}")
+        return result
 
 
 class Watch(TorchDispatchMode):
@@ -32,6 +50,15 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self._uploads = _Uploads(self.found)
+
+    def __enter__(self) -> Watch:
+        self._uploads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        self._uploads.__exit__(*failure)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -42,7 +69,8 @@ class Watch(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         # a number of the host among tensors of a device is an argument of the kernel
         devices = {t.device.type for t in (*given, *made) if t.dim() or "copy" in name}
-        if name.startswith(self.READS) or len(devices) > 1:
+        reads = name.startswith(self.READS) and any(t.device.type == DEVICE for t in given)
+        if reads or len(devices) > 1:
             self.found.append(f"{name} in {_own_line()}")
         return result
 

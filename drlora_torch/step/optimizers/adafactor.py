@@ -34,19 +34,25 @@ def _before(optimizer: Optimizer, kept: Snapshot, count: Count) -> None:
     key = next((key for key in _FACTORS if key in state), None)
     if key is None:
         return
-    t = torch.as_tensor(count, dtype=torch.float64, device=kept.counts.device) + 1.0
-    rate, own = kept.group[_FACTORS[key]], kept.counts.minimum(t)
+    t = (count.double() if isinstance(count, Tensor) else count) + 1.0
+    rate, own = kept.group[_FACTORS[key]], kept.counts.clamp(max=t)
     gradient = kept.gradient.index_select(0, kept.rows)
     square = gradient.to(state[key]).square().mean(-1, keepdim=True)
     average = state[key][kept.rows].reshape_as(square)
     wanted = average.lerp(square, as_column(own**rate, square))
-    # What has to be there for lerp(square, weight) to give an average
-    weight = t**rate
-    undone = (wanted - weight.to(square) * square) / (1.0 - weight).to(square)
+    undone = _undo(wanted, square, t**rate)
     # in its first step, the optimizer leaves nothing of what is there
-    young = ((t > 1.0) & (kept.counts != GROWN)).reshape(-1, *[1] * (square.dim() - 1))
+    young = ((kept.counts != GROWN) & (t > 1.0)).reshape(-1, *[1] * (square.dim() - 1))
     undone = torch.where(young, undone, average).reshape(-1, *state[key].shape[1:])
     state[key].index_copy_(0, kept.rows, undone)
+
+
+def _undo(average: Tensor, square: Tensor, weight: Count) -> Tensor:
+    """What has to be there for ``lerp(square, weight)`` to give an average."""
+    rest: Count = 1.0 - weight
+    if isinstance(weight, Tensor) and isinstance(rest, Tensor):
+        weight, rest = weight.to(square), rest.to(square)
+    return torch.div(average - weight * square, rest)
 
 
 def _after(
