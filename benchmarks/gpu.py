@@ -88,13 +88,13 @@ class Run:
 
     def steps(self) -> None:
         """(c) Blocks of real models."""
-        rows = []
+        rows: list[list[str]] = []
+        self.tables.append(report.Table("Steps", "", COLUMNS, rows))
         for name, shape in self.shapes.items():
             for tokens in self.tokens:
                 measured = self.measure(shape, tokens, methods.main_methods())
                 rows += self.rows(name, tokens, measured)
                 self.step_goals(name, tokens, measured)
-        self.tables.append(report.Table("Steps", "", COLUMNS, rows))
 
     def others(self) -> None:
         """(e) Compiled and checkpointed."""
@@ -136,7 +136,7 @@ class Run:
         """All methods of one case."""
         case = Case(shape, tokens, self.layers, self.device, self.dtype)
         built = {name: builder(case) for name, builder in builders.items()}
-        count = (2, 1) if self.tiny else (7, 4)
+        count = (2, 1) if self.tiny else (5, 3)
         measured = rounds.interleave(built, self.device, *count)
         built.clear()
         gc.collect()  # adapters and models refer to each other
@@ -195,10 +195,11 @@ def main(arguments: list[str] | None = None) -> int:
     run, started = Run(options), time.perf_counter()
     for part in options.parts:
         getattr(run, part)()
-        print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    goals = report.Table("Goals", "", ["what", "goal", "measured", "met"], run.goals)
-    seconds = time.perf_counter() - started
-    path = page.write(run.device, [goals, *run.tables], options.output, seconds, run.tiny)
+        seconds = time.perf_counter() - started
+        goals = report.Table("Goals", "", ["what", "goal", "measured", "met"], run.goals)
+        path = page.write(run.device, [goals, *run.tables], options.output, seconds, run.tiny)
+        print(f"{part}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    print(path.read_text())
     print(f"written to {path}; {run.wrong} results are wrong", file=sys.stderr)
     return 1 if run.wrong else 0
 

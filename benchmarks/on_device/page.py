@@ -28,7 +28,7 @@ def card(device: torch.device) -> str:
 def write(
     device: torch.device, tables: list[report.Table], folder: Path, seconds: float, tiny: bool
 ) -> Path:
-    """Print the tables and write them to ``gpu_<card>_<date>.md``."""
+    """Write the tables to ``gpu_<card>_<date>.md``."""
     date = datetime.date.today().isoformat()
     first = "" if device.type == "cuda" else "No GPU has run this page. "
     lines = [f"# Training steps on {card(device)}", "", first + ABOUT, ""]
@@ -36,7 +36,6 @@ def write(
     lines += [f"{card(device)}; {versions}; {date}; {seconds:.0f} s{', tiny' if tiny else ''}.", ""]
     lines += [line for table in tables for line in table.lines()]
     text = "\n".join(lines[:-1]) + "\n"
-    print(text)
     name = re.sub(r"[^a-z0-9]+", "-", card(device).lower()).strip("-")
     path = folder / f"gpu_{name}_{date}{'_tiny' if tiny else ''}.md"
     folder.mkdir(parents=True, exist_ok=True)

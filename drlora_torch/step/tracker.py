@@ -26,7 +26,7 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models import frameworks
 from drlora_torch.options import Newborn
-from drlora_torch.step import compiled, growth, hooks, newborn, parameters, sharded
+from drlora_torch.step import compiled, growth, hooks, newborn, parameters, pending, sharded
 from drlora_torch.step.backward import BackwardPasses
 from drlora_torch.step.closing import StepCloser
 from drlora_torch.step.exchange import Consume, Note
@@ -38,7 +38,6 @@ from drlora_torch.step.optimizers.correction import Snapshot
 from drlora_torch.step.readback import is_on_host
 from drlora_torch.step.routing import Routing, sum_weights
 
-ROUTING, GRADIENT, IMPORTANCE = "pending/routing/", "pending/gradient/", "pending/importance/"
 COUNTED = -1  # number of a checkpointed forward that was counted already
 NOTES = 4096
 """Most notes of forwards that wait for the end of a step; with more, no step may be coming."""
@@ -338,47 +337,22 @@ class StepTracker:
     # -- the partial state of a step -----------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Partial state of the current optimizer step; empty between steps.
-
-        ``pending/routing/{layer}`` float64 [N + 1]; ``pending/gradient/{key}``, of the shape of
-        the parameter of that key; with ``auto_step=False`` also ``pending/importance/{key}`` [P].
-        """
+        """Partial state of the current optimizer step, see ``pending``; empty between steps."""
         gathered = self._sums or self._passes.seen
         if self._reader is None and gathered and not self._passes.alive():
             return {}  # the batch was dropped, as the next backward pass will notice
-        found: dict[str, Tensor] = {}
-        if self._sums:
-            for name, layer in self.attached.layers.items():
-                none = torch.zeros(layer.record.num_experts + 1, dtype=torch.float64)
-                found[f"{ROUTING}{name}"] = self._sums.get(name, none).cpu()
-        if self._passes.seen:
-            for key, parameter in parameters.parameters_by_key(self.attached).items():
-                if parameter.grad is not None:
-                    found[f"{GRADIENT}{key}"] = parameter.grad
-        if self._reader is not None:
-            found |= {f"{IMPORTANCE}{key}": read for key, read in self._reader.parts.items()}
-        return found
+        read = {} if self._reader is None else self._reader.parts
+        return pending.save(self.attached, self._sums, read, gradients=self._passes.seen)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on in the middle of a step, or between steps if ``state`` has nothing of one."""
         self.forget()
         self._closer.forget_young()
-        importance: dict[str, Tensor] = {}
-        for key, parameter in parameters.parameters_by_key(self.attached).items():
-            gradient = state.get(f"{GRADIENT}{key}")
-            if gradient is not None:
-                gradient = gradient.to(parameter.device, parameter.dtype, copy=True)
-            parameter.grad = gradient
-            if (read := state.get(f"{IMPORTANCE}{key}")) is not None:
-                importance[key] = read.to(parameter.device)
+        self._sums, importance, arrived = pending.load(self.attached, state)
         if self._reader is not None:
             self._reader.parts = importance
-        if any(key.startswith((GRADIENT, IMPORTANCE)) for key in state):
+        if arrived:
             self._passes.take_as_arrived()
-        for name, layer in self.attached.layers.items():
-            sums = state.get(f"{ROUTING}{name}")
-            if sums is not None and sums[-1]:
-                self._sums[name] = sums.to(layer.lora.device)
 
 
 def _skipped(optimizer: Optimizer) -> Tensor | bool:

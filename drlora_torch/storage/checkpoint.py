@@ -4,7 +4,7 @@ Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B
 both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P]; the
 engine's arrays as ``{layer}/engine/{field}``; routers that learn as ``router/{parameter}``, and
 ``modules_to_save`` as ``module/{parameter}``; the partial state of the current optimizer step as
-``pending/...``, see :meth:`drlora_torch.step.tracker.StepTracker.state_dict`. Of K growth events,
+``pending/...``, see :mod:`drlora_torch.step.pending`. Of K growth events,
 also ``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy ``prune``
 ``cut`` bool [K, N, R]; ranks follow from the deltas.
 

@@ -22,7 +22,7 @@ from drlora_torch.lora.slots import FREE, Layout
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.step.parameters import base_key, join_base
-from drlora_torch.step.tracker import GRADIENT, IMPORTANCE, ROUTING
+from drlora_torch.step.pending import GRADIENT, IMPORTANCE, ROUTING
 
 SLOT_FIELDS = ("owner", "position", "ages")
 EVENT_FIELDS = {

@@ -45,7 +45,7 @@ class Owned:
     table: Tensor
     """By expert, int64 [N, R], -1 behind an expert's slots."""
     ranks: Tensor
-    """How many these are, int32 [N]."""
+    """How many these are, int64 [N]."""
     experts: slice = dataclasses.field(default_factory=lambda: slice(None))
     """Of those on the host, the experts that the other two speak of."""
 
@@ -56,9 +56,10 @@ class Owned:
         width = max(1, -(-int(ranks.max()) // ROUNDED)) * ROUNDED
         padded = np.full((ranks.size, width), -1, dtype=np.int64)
         padded[np.arange(width) < ranks[:, None]] = active
-        arrays = (active, padded, ranks.astype(np.int32))
-        on_device, wide, few = (torch.from_numpy(each).to(device) for each in arrays)
-        return cls((active, ranks), on_device, wide, few)
+        flat = torch.from_numpy(np.concatenate([ranks, active, padded.reshape(-1)])).to(device)
+        sizes = [ranks.size, active.size, padded.size]
+        few, every, wide = flat.split_with_sizes(sizes)
+        return cls((active, ranks), every, wide.view(padded.shape), few)
 
     def of_experts(self, experts: slice) -> Owned:
         """Those of some experts, for the kernels."""

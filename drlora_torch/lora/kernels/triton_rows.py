@@ -68,7 +68,11 @@ def _low_rows(
         first = tl.load(experts + begin).to(tl.int32)
         last = tl.load(experts + tl.minimum(begin + block, end) - 1).to(tl.int32)
         for expert in range(first, last + 1):
-            mine, slots, rank = owner == expert, table + expert * width, tl.load(ranks + expert)
+            mine, slots, rank = (
+                owner == expert,
+                table + expert * width,
+                tl.load(ranks + expert).to(tl.int32),
+            )
             if rank <= 16:
                 _low_block(inputs, source, mine, factor, slots, rank, low, rows, scaling, features,
                            width, block, columns, 16, precision)  # fmt: skip
@@ -119,7 +123,11 @@ def _add_rows(
         kept = (rows < end)[:, None] & (feature < features)[None, :]
         total = tl.load(place, mask=kept, other=0.0).to(tl.float32)
         for expert in range(first, last + 1):
-            mine, slots, rank = owner == expert, table + expert * width, tl.load(ranks + expert)
+            mine, slots, rank = (
+                owner == expert,
+                table + expert * width,
+                tl.load(ranks + expert).to(tl.int32),
+            )
             if rank <= 16:
                 total = _add_block(total, mine, low, rows, factor, slots, rank, feature, features,
                                    width, 16, precision)  # fmt: skip
@@ -167,7 +175,7 @@ def _factor_gradient(
 ):  # fmt: skip
     expert = tl.program_id(1)
     feature = tl.program_id(0) * columns + tl.arange(0, columns)
-    slots, rank = table + expert * width, tl.load(ranks + expert)
+    slots, rank = table + expert * width, tl.load(ranks + expert).to(tl.int32)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
     if rank <= 16:
