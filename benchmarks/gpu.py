@@ -14,6 +14,7 @@ import argparse
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from benchmarks import report  # noqa: E402 - also found when this file is run b
 from benchmarks.on_device import decisions, event, methods, page, parity, rounds, waiting  # noqa: E402
 from benchmarks.on_device.shapes import SHAPES, Case, Shape  # noqa: E402
 
-PARTS = ("parity", "waiting", "steps", "decisions", "others", "event")
+PARTS = ("parity", "waiting", "steps", "event", "decisions", "others")
 GOALS = {4096: (1.10, 0.35), 16384: (1.06, 0.35)}
 """By tokens: growing over frozen, growing over PEFT."""
 GROWING_OVER_STATIC, NF4_OVER_FROZEN, MEMORY_OVER_PEFT, EVENT = 1.02, 1.35, 0.15, 20.0
@@ -50,6 +51,13 @@ class Run:
         self.tables: list[report.Table] = []
         self.goals: list[list[str]] = []
         self.wrong = 0
+
+    def failed(self, part: str) -> None:
+        """Say on the page that a part ended in an error, which is printed."""
+        traceback.print_exc()
+        self.wrong += 1
+        last = str(sys.exc_info()[1]).strip().splitlines()[-1:]
+        self.tables.append(report.Table(f"{part}: failed", "", ["error"], [last or ["unknown"]]))
 
     def goal(self, what: str, limit: float, found: float, shown: str = "") -> None:
         """Note a goal and whether it is met."""
@@ -194,7 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("there is no GPU; --device cpu --tiny runs all parts without one")
     run, started = Run(options), time.perf_counter()
     for part in options.parts:
-        getattr(run, part)()
+        try:
+            getattr(run, part)()
+        except Exception:  # what was measured before is kept
+            run.failed(part)
         seconds = time.perf_counter() - started
         goals = report.Table("Goals", "", ["what", "goal", "measured", "met"], run.goals)
         path = page.write(run.device, [goals, *run.tables], options.output, seconds, run.tiny)

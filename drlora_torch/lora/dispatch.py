@@ -35,7 +35,10 @@ class Dispatch:
     def sort(cls, top_k_index: Tensor, num_experts: int, *, sentinels: bool = True) -> Dispatch:
         """Sort the pairs of ``top_k_index`` (int64 [T, K]); stable, so results are repeatable."""
         pairs = top_k_index.reshape(-1)
-        experts, order = torch.sort(pairs, stable=True)
+        few = pairs.is_cuda and num_experts < torch.iinfo(torch.int16).max
+        # a GPU sorts byte by byte
+        experts, order = torch.sort(pairs.short() if few else pairs, stable=True)
+        experts = experts.to(pairs.dtype)
         wanted = torch.arange(num_experts, device=pairs.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, wanted, right=True, out_int32=True)
         top_k = top_k_index.shape[-1]

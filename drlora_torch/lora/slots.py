@@ -69,7 +69,7 @@ class SlotTable:
 
         Both layouts compute on slots in this order, so they give the same results.
         """
-        free_first = np.lexsort((self.position, self.owner))
+        free_first = np.argsort(self.owner * (self.r_max + 1) + self.position)  # FREE is below all
         return free_first[np.count_nonzero(self.owner == FREE) :]
 
     def grow(self, growth: IntArray) -> Born:

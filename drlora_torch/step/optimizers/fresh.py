@@ -60,13 +60,23 @@ def check_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Non
     own = list(parameters)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found: dict[str, Problem] = {}
-    for parameter in own:
+    alike = {_form_of(optimizer, parameter): parameter for parameter in reversed(own)}
+    for parameter in reversed(alike.values()):
         for problem in _find_resets(optimizer, parameter)[1]:
             found.setdefault(problem.key, problem)
     if found:
         raise refusals.unclear_state(optimizer, list(found.values()))
     if (place := refusals.find_state_elsewhere(optimizer, {id(p) for p in own} & held)) is not None:
         raise refusals.state_elsewhere(optimizer, place)
+
+
+def _form_of(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Any, ...]:
+    """All that a problem with the state of a parameter can depend on: most have the same."""
+    form: list[Any] = [parameter.shape, parameter.dtype, parts.is_sharded(parameter)]
+    for key, value in optimizer.state.get(parameter, {}).items():
+        rows = isinstance(value, Tensor) and (value.dim() or key == "step")
+        form.append((key, type(value), value.shape, value.dtype) if rows else (key, id(value)))
+    return tuple(form)
 
 
 def _find_resets(
