@@ -27,37 +27,10 @@ FEATURES = 128  # of a block
 
 
 @triton.jit
-def _low_block(
-    inputs, source, mine, factor, slots, rank, low, rows, scaling, features, width: tl.constexpr,
-    block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
-    """Products of the rows of one expert with its slots, ``dims`` at a time."""
-    for start in range(0, rank, dims):
-        dim = start + tl.arange(0, dims)
-        slot = tl.load(slots + dim, mask=dim < rank, other=0)
-        total = tl.zeros((block, dims), dtype=tl.float32)
-        for at in range(0, features, columns):
-            feature = at + tl.arange(0, columns)
-            inside = feature < features
-            x = tl.load(
-                inputs + source[:, None] * features + feature[None, :],
-                mask=mine[:, None] & inside[None, :], other=0.0,
-            )  # fmt: skip
-            f = tl.load(
-                factor + slot[None, :] * features + feature[:, None],
-                mask=(dim < rank)[None, :] & inside[:, None], other=0.0,
-            )  # fmt: skip
-            total = tl.dot(x, f.to(x.dtype), total, input_precision=precision)
-        place = low + rows.to(tl.int64)[:, None] * width + dim[None, :]
-        kept = mine[:, None] & (dim < width)[None, :]
-        tl.store(place, (total * scaling).to(low.dtype.element_ty), mask=kept)
-
-
-@triton.jit
 def _low_rows(
     inputs, tokens, factor, table, ranks, experts, offsets, low, scaling,
     features, num_experts, width: tl.constexpr, gather: tl.constexpr,
-    block: tl.constexpr, columns: tl.constexpr, precision: tl.constexpr,
+    block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0) * block
     rows = begin + tl.arange(0, block)
@@ -68,86 +41,80 @@ def _low_rows(
         first = tl.load(experts + begin).to(tl.int32)
         last = tl.load(experts + tl.minimum(begin + block, end) - 1).to(tl.int32)
         for expert in range(first, last + 1):
-            mine, slots, rank = (
-                owner == expert,
-                table + expert * width,
-                tl.load(ranks + expert).to(tl.int32),
-            )
-            if rank <= 16:
-                _low_block(inputs, source, mine, factor, slots, rank, low, rows, scaling, features,
-                           width, block, columns, 16, precision)  # fmt: skip
-            elif rank <= 32:
-                _low_block(inputs, source, mine, factor, slots, rank, low, rows, scaling, features,
-                           width, block, columns, 32, precision)  # fmt: skip
-            else:
-                _low_block(inputs, source, mine, factor, slots, rank, low, rows, scaling, features,
-                           width, block, columns, 64, precision)  # fmt: skip
-
-
-@triton.jit
-def _add_block(
-    total, mine, low, rows, factor, slots, rank, feature, features, width: tl.constexpr,
-    dims: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
-    """Add the products of the rows of one expert with its slots, ``dims`` at a time."""
-    for start in range(0, rank, dims):
-        dim = start + tl.arange(0, dims)
-        slot = tl.load(slots + dim, mask=dim < rank, other=0)
-        x = tl.load(
-            low + rows.to(tl.int64)[:, None] * width + dim[None, :],
-            mask=mine[:, None] & (dim < rank)[None, :], other=0.0,
-        )  # fmt: skip
-        f = tl.load(
-            factor + slot[:, None] * features + feature[None, :],
-            mask=(dim < rank)[:, None] & (feature < features)[None, :], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(x, f.to(x.dtype), total, input_precision=precision)
-    return total
+            mine = owner == expert
+            rank = tl.load(ranks + expert).to(tl.int32)
+            for start in range(0, rank, dims):
+                dim = start + tl.arange(0, dims)
+                slot = tl.load(table + expert * width + dim, mask=dim < rank, other=0)
+                total = tl.zeros((block, dims), dtype=tl.float32)
+                for at in range(0, features, columns):
+                    feature = at + tl.arange(0, columns)
+                    inside = feature < features
+                    x = tl.load(
+                        inputs + source[:, None] * features + feature[None, :],
+                        mask=mine[:, None] & inside[None, :], other=0.0,
+                    )  # fmt: skip
+                    f = tl.load(
+                        factor + slot[None, :] * features + feature[:, None],
+                        mask=(dim < rank)[None, :] & inside[:, None], other=0.0,
+                    )  # fmt: skip
+                    total = tl.dot(x, f.to(x.dtype), total, input_precision=precision)
+                place = low + rows.to(tl.int64)[:, None] * width + dim[None, :]
+                kept = mine[:, None] & (dim < width)[None, :]
+                tl.store(place, (total * scaling).to(low.dtype.element_ty), mask=kept)
 
 
 @triton.jit
 def _add_rows(
     output, low, factor, table, ranks, experts, offsets,
     features, num_experts, width: tl.constexpr,
-    block: tl.constexpr, columns: tl.constexpr, precision: tl.constexpr,
+    block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(1) * block
     rows = begin + tl.arange(0, block)
     feature = tl.program_id(0) * columns + tl.arange(0, columns)
+    inside = feature < features
     end = tl.load(offsets + num_experts - 1)
     if begin < end:
         owner = tl.load(experts + rows, mask=rows < end, other=-1).to(tl.int32)
         first = tl.load(experts + begin).to(tl.int32)
         last = tl.load(experts + tl.minimum(begin + block, end) - 1).to(tl.int32)
         place = output + rows.to(tl.int64)[:, None] * features + feature[None, :]
-        kept = (rows < end)[:, None] & (feature < features)[None, :]
+        kept = (rows < end)[:, None] & inside[None, :]
         total = tl.load(place, mask=kept, other=0.0).to(tl.float32)
         for expert in range(first, last + 1):
-            mine, slots, rank = (
-                owner == expert,
-                table + expert * width,
-                tl.load(ranks + expert).to(tl.int32),
-            )
-            if rank <= 16:
-                total = _add_block(total, mine, low, rows, factor, slots, rank, feature, features,
-                                   width, 16, precision)  # fmt: skip
-            else:
-                total = _add_block(total, mine, low, rows, factor, slots, rank, feature, features,
-                                   width, 32, precision)  # fmt: skip
+            mine = owner == expert
+            rank = tl.load(ranks + expert).to(tl.int32)
+            for start in range(0, rank, dims):
+                dim = start + tl.arange(0, dims)
+                slot = tl.load(table + expert * width + dim, mask=dim < rank, other=0)
+                x = tl.load(
+                    low + rows.to(tl.int64)[:, None] * width + dim[None, :],
+                    mask=mine[:, None] & (dim < rank)[None, :], other=0.0,
+                )  # fmt: skip
+                f = tl.load(
+                    factor + slot[:, None] * features + feature[None, :],
+                    mask=(dim < rank)[:, None] & inside[None, :], other=0.0,
+                )  # fmt: skip
+                total = tl.dot(x, f.to(x.dtype), total, input_precision=precision)
         tl.store(place, total.to(output.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def _gradient_block(
-    low, inputs, tokens, gradient, slots, rank, begin, end, feature, features, width: tl.constexpr,
-    gather: tl.constexpr, block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr,
-    precision: tl.constexpr,
+def _factor_gradient(
+    low, inputs, tokens, gradient, table, ranks, offsets,
+    features, width: tl.constexpr, gather: tl.constexpr,
+    block: tl.constexpr, columns: tl.constexpr, dims: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """low^T inputs of one expert, ``dims`` of its slots at a time."""
+    expert = tl.program_id(1)
+    feature = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = feature < features
+    rank = tl.load(ranks + expert).to(tl.int32)
+    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
     for start in range(0, rank, dims):
         dim = start + tl.arange(0, dims)
-        slot = tl.load(slots + dim, mask=dim < rank, other=0)
+        slot = tl.load(table + expert * width + dim, mask=dim < rank, other=0)
         total = tl.zeros((dims, columns), dtype=tl.float32)
         for at in range(begin, end, block):
             rows = at + tl.arange(0, block)
@@ -165,28 +132,6 @@ def _gradient_block(
         place = gradient + slot[:, None] * features + feature[None, :]
         kept = (dim < rank)[:, None] & inside[None, :]
         tl.store(place, total.to(gradient.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _factor_gradient(
-    low, inputs, tokens, gradient, table, ranks, offsets,
-    features, width: tl.constexpr, gather: tl.constexpr,
-    block: tl.constexpr, columns: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
-    expert = tl.program_id(1)
-    feature = tl.program_id(0) * columns + tl.arange(0, columns)
-    slots, rank = table + expert * width, tl.load(ranks + expert).to(tl.int32)
-    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets + expert)
-    if rank <= 16:
-        _gradient_block(low, inputs, tokens, gradient, slots, rank, begin, end, feature, features,
-                        width, gather, block, columns, 16, precision)  # fmt: skip
-    elif rank <= 32:
-        _gradient_block(low, inputs, tokens, gradient, slots, rank, begin, end, feature, features,
-                        width, gather, block, columns, 32, precision)  # fmt: skip
-    else:
-        _gradient_block(low, inputs, tokens, gradient, slots, rank, begin, end, feature, features,
-                        width, gather, block, columns, 64, precision)  # fmt: skip
 
 
 @triton.jit
@@ -283,7 +228,7 @@ def low_rows(
         inputs.contiguous(), _or(tokens, inputs), factor, owned.table, owned.ranks,
         dispatch.experts, dispatch.offsets, low, scaling,
         features=factor.shape[1], width=width, num_experts=len(owned.ranks),
-        gather=tokens is not None, block=ROWS, columns=FEATURES,
+        gather=tokens is not None, block=ROWS, columns=FEATURES, dims=_dims(width),
         precision=_precision(inputs),
     )  # fmt: skip
     return low
@@ -296,7 +241,7 @@ def add_rows_(
     _add_rows[triton.cdiv(features, FEATURES), _blocks(dispatch, ROWS)](
         output, low, factor, owned.table, owned.ranks, dispatch.experts, dispatch.offsets,
         features=features, width=width, num_experts=len(owned.ranks), block=ROWS,
-        columns=FEATURES, precision=_precision(low), num_stages=1,
+        columns=FEATURES, dims=16, precision=_precision(low), num_stages=1,
     )  # fmt: skip
 
 
@@ -313,7 +258,7 @@ def factor_gradient(
     _factor_gradient[triton.cdiv(features, FEATURES), len(owned.ranks)](
         low, inputs.contiguous(), _or(tokens, inputs), gradient, owned.table, owned.ranks,
         dispatch.offsets, features=features, width=width, gather=tokens is not None, block=ROWS,
-        columns=FEATURES, precision=_precision(low),
+        columns=FEATURES, dims=_dims(width), precision=_precision(low),
     )  # fmt: skip
     return gradient
 
@@ -359,6 +304,11 @@ def _blocks(dispatch: Dispatch, size: int) -> int:
 def _or(tokens: Tensor | None, inputs: Tensor) -> Tensor:
     """A pointer that a kernel which gathers nothing leaves alone."""
     return inputs if tokens is None else tokens
+
+
+def _dims(width: int) -> int:
+    """Rank dimensions of a block: most experts need one."""
+    return 16 if width <= 16 else 32
 
 
 def _precision(values: Tensor) -> Any:
