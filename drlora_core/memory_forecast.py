@@ -29,8 +29,8 @@ MXFP4_GROUP = 32  # values of a row that share a scale of one byte
 GROUP_BYTES = 2**30  # that kernel grouped unpacks at once, at most, if an expert is not larger
 ATTENTION = 7.5  # numbers that a token's attention and norms keep, over H; see `activation_bytes`
 LOSS = 12  # bytes of a logit: three numbers in float32
-KEPT = {"grouped": 1.6, "ragged": 0.7}  # numbers that a pair keeps, over the sum of in + out
-WORKING = {"grouped": 2.5, "ragged": 1.2}  # the same at the peak of the layer's backward
+KEPT = {"grouped": 0.7, "ragged": 0.7}  # numbers that a pair keeps, over the sum of in + out
+WORKING = {"grouped": 2.2, "ragged": 1.4}  # the same at the peak of the layer's backward
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,17 +2,21 @@
 
 HYPOTHESIS_PROFILE is fast (default), ci (always the same examples) or deep. Tests and the
 processes that they start use one thread each: sums keep one order, and parallel tests do not
-compete for cores.
+compete for cores. Without a GPU, Triton runs its kernels in an interpreter.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"  # read when NumPy and torch are imported
+
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 settings.register_profile(
     "fast",

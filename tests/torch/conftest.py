@@ -1,19 +1,14 @@
 """One thread, so that sums are taken in one order and the suite shares a small machine.
 
-Without a GPU, tests of one are skipped, and Triton runs its kernels in an interpreter, which it
-must be told before its import.
+Without a GPU, tests of one are skipped.
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,13 +64,17 @@ def nothing(*_: Any, **__: Any) -> None:
 # -- guards that forget something ----------------------------------------------------------------
 
 
-def rows_return_to_other_tokens(top_k_index: Tensor, num_experts: int) -> Dispatch:
-    dispatch = sort(top_k_index, num_experts)
+def rows_return_to_other_tokens(
+    top_k_index: Tensor, num_experts: int, *, sentinels: bool
+) -> Dispatch:
+    dispatch = sort(top_k_index, num_experts, sentinels=sentinels)
     return dataclasses.replace(dispatch, order=dispatch.order.flip(0))
 
 
-def sentinels_go_to_the_last_expert(top_k_index: Tensor, num_experts: int) -> Dispatch:
-    return sort(top_k_index.clamp(max=num_experts - 1), num_experts)
+def sentinels_go_to_the_last_expert(
+    top_k_index: Tensor, num_experts: int, *, sentinels: bool
+) -> Dispatch:
+    return sort(top_k_index.clamp(max=num_experts - 1), num_experts, sentinels=sentinels)
 
 
 sort = Dispatch.sort
@@ -113,15 +117,15 @@ def build_without_dropout(
 build = ExpertLoRA.__init__
 
 
-def clear_only_A(self: SlotLoRA, slots: np.ndarray) -> None:
+def clear_only_A(self: SlotLoRA, rows: Tensor) -> None:
     with torch.no_grad():
-        self.lora_A[torch.from_numpy(slots)] = 0.0
+        self.lora_A[rows] = 0.0
 
 
-def born_with_B(self: SlotLoRA, born: Any) -> None:
-    birth(self, born)
+def born_with_B(self: SlotLoRA, rows: Tensor, *owners: Tensor) -> None:
+    birth(self, rows, *owners)
     with torch.no_grad():
-        self.lora_B[torch.from_numpy(born.slots)] = 0.01
+        self.lora_B[rows] = 0.01
 
 
 birth = SlotLoRA.birth
@@ -136,11 +140,12 @@ whole = StepTracker.state_dict
 
 def count_at_once(
     self: StepTracker, lora: Any, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> None:
+) -> Tensor:
     """As if a forward counted, whether a backward pass follows or not."""
     call = self._watch.running
     vars(self._passes)["reach"] = lambda layer: None  # only a backward pass can look forward
     self.reached(Routing(lora.name, 1, top_k_index, top_k_weights.detach(), call))
+    return output
 
 
 def count_each_time(output: Tensor, tracker: Any, routing: Routing) -> None:
