@@ -50,6 +50,9 @@ def masked_batch(seed: int) -> dict[str, Tensor]:
 def train(family: str, prepare: Any, *, padded: bool = False, **options: Any) -> Seen:
     """Losses of six steps of two micro-batches with two events, ranks and saliency."""
     model = models.build(family)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # Transformers leaves some of gpt-oss as they were made
+        parameter.data.normal_(0.0, 0.1, generator=generator)
     adapter = helpers.attach(model, **options)
     optimizer, called, losses = helpers.adamw(adapter), prepare(model), []
     make = masked_batch if padded else helpers.batch

@@ -157,14 +157,21 @@ def _to_inputs(on_rows: Any, d_rows: Tensor, tokens: Tensor | None, dispatch: Di
 
 
 def _multiply(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: bool) -> Tensor:
-    """Rows times the weights, [S, I] -> [S, O], or times the transposed ones, [S, O] -> [S, I].
+    """Rows times the weights, [S, I] -> [S, O], or times the transposed ones, [S, O] -> [S, I]."""
+    if weight.packed:
+        return _by_groups(rows, weight, dispatch, transposed=transposed)
+    matrices = _chosen(weight, 0, weight.shape[0], rows, transposed)
+    return grouped_mm(rows, matrices, offs=dispatch.offsets)
 
-    Packed weights are unpacked a group of experts at a time; one group, where all experts fit into
-    it, does not wait for the device.
+
+def _by_groups(rows: Tensor, weight: Stored, dispatch: Dispatch, *, transposed: bool) -> Tensor:
+    """The same with packed weights, which are unpacked a group of experts at a time.
+
+    One group, where all experts fit into it, does not wait for the device.
     """
     count, *features = weight.shape
     itemsize = max(rows.dtype.itemsize, (weight.dtype or rows.dtype).itemsize)
-    size = max(1, GROUP_BYTES // (math.prod(features) * itemsize)) if weight.packed else count
+    size = max(1, GROUP_BYTES // (math.prod(features) * itemsize))
     if size >= count:
         return grouped_mm(rows, _chosen(weight, 0, count, rows, transposed), offs=dispatch.offsets)
     output = rows.new_zeros(rows.shape[0], features[0 if transposed else 1])
