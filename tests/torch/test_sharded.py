@@ -157,6 +157,7 @@ CHECKS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_adapters_that_two_processes_hold_together(tmp_path: Path) -> None:
     """One launch for all: each check looks at what both processes said and saw."""

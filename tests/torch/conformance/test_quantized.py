@@ -26,6 +26,7 @@ def test_quantized_experts_are_their_dequantized_weights(name: str) -> None:
     checks.check_against_dequantized(in_table(name))
 
 
+@pytest.mark.exhaustive
 @few
 def test_micro_batches_of_quantized_models(name: str) -> None:
     checks.check_micro_batches(in_table(name))
