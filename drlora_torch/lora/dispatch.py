@@ -37,7 +37,8 @@ class Dispatch:
         pairs = top_k_index.reshape(-1)
         few = pairs.is_cuda and num_experts < torch.iinfo(torch.int16).max
         # a GPU sorts byte by byte
-        experts, order = torch.sort(pairs.short() if few else pairs, stable=True)
+        keys = pairs.clamp(max=num_experts).short() if few else pairs
+        experts, order = torch.sort(keys, stable=True)
         experts = experts.to(pairs.dtype)
         wanted = torch.arange(num_experts, device=pairs.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, wanted, right=True, out_int32=True)

@@ -5,7 +5,7 @@ Shape letters: P rank slots, I input and O output features, N experts, R active 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -217,6 +217,10 @@ class ExpertLoRA(nn.Module):
         owned = self._owned_on(self.compute_device)
         weight = self.base(projection)
         return Product(weight, bias, owned, self.scaling, dropout, dispatch, gather)
+
+    def fits_in_graph(self, projections: Iterable[str]) -> bool:
+        """True if all projections of a layer can be part of a graph of ``torch.compile``."""
+        return self.spread is None and all(name in self.projections for name in projections)
 
     def compiled(
         self,

@@ -101,7 +101,10 @@ def experts_forward(
         chosen = vars(module)[BASE_CONFIG]._experts_implementation
         base: Callable[..., Tensor] = _registry(module).get_interface(chosen, own)
         return base(module, hidden_states, top_k_index, top_k_weights)
-    output = _run(module, lora, hidden_states, top_k_index, top_k_weights)
+    run = _run
+    if torch.compiler.is_compiling() and not lora.fits_in_graph(INTERFACE.weights(module)):
+        run = _run_outside
+    output = run(module, lora, hidden_states, top_k_index, top_k_weights)
     if is_expert_parallel(module):  # it is counted before the tokens travel
         return output
     counted: Tensor = observer.routed(lora, output, top_k_index, top_k_weights)
@@ -134,6 +137,9 @@ def _run(
     else:
         output = project(second, rows, bias_2, routing_weights=weights)
     return output.to(tokens.dtype)
+
+
+_run_outside = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
 
 
 def _activate(module: Any, rows: Tensor) -> Tensor:

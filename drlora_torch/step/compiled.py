@@ -17,8 +17,13 @@ from torch import Tensor
 
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.step.forwards import ModelCall
+from drlora_torch.step.routing import Routing
 
 UNKNOWN = -1
+NOT_COUNTED = -1
+"""Ticket of a forward that does not count, or has been counted; others are numbers of forwards."""
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""A replayed CUDA graph would count nothing."""
 
 _trackers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Each :class:`drlora_torch.step.tracker.StepTracker` by its number."""
@@ -46,14 +51,15 @@ def count(
     if call is None:
         call = ModelCall(None)
     length = UNKNOWN if call.length is None else call.length
-    found: Tensor = _count(
+    found: Tensor
+    found, _ = _count(
         output, top_k_index, top_k_weights.detach(), call.mask, call.kinds, length,
         tracker, lora.name,
     )  # fmt: skip
     return found
 
 
-@torch.library.custom_op("drlora::count", mutates_args=())
+@torch.library.custom_op("drlora::count", mutates_args=(), tags=TAGS)
 def _count(
     output: Tensor,
     index: Tensor,
@@ -63,19 +69,20 @@ def _count(
     length: int,
     tracker: int,
     layer: str,
-) -> Tensor:
-    _trackers[tracker].began(layer)
-    return output.clone()
+) -> tuple[Tensor, Tensor]:
+    alive = _trackers.get(tracker)
+    return output.clone(), torch.tensor(NOT_COUNTED if alive is None else alive.began(layer))
 
 
 @_count.register_fake
-def _(output: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return torch.empty_like(output)
+def _(output: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(output), torch.empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("drlora::reached", mutates_args=())
+@torch.library.custom_op("drlora::reached", mutates_args=(), tags=TAGS)
 def _reached(
     grad: Tensor,
+    ticket: Tensor,
     index: Tensor,
     weights: Tensor,
     mask: Tensor | None,
@@ -84,8 +91,11 @@ def _reached(
     tracker: int,
     layer: str,
 ) -> Tensor:
-    call = ModelCall(mask, None if length == UNKNOWN else length, kinds)
-    _trackers[tracker].reached_compiled(layer, index, weights, call)
+    number = int(ticket)
+    if (alive := _trackers.get(tracker)) is not None and number >= 0:
+        call = ModelCall(mask, None if length == UNKNOWN else length, kinds)
+        alive.reached(Routing(layer, number, index, weights, call))
+    ticket.data.fill_(NOT_COUNTED)  # a graph that is gone through twice counts once
     return grad.clone()
 
 
@@ -94,12 +104,12 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> Tensor:
     return torch.empty_like(grad)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:5])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[1:5])
     ctx.numbers = inputs[5:]
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, *of_ticket: Any) -> tuple[Any, ...]:
     return (_reached(grad, *ctx.saved_tensors, *ctx.numbers), *([None] * 7))
 
 

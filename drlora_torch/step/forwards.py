@@ -117,6 +117,11 @@ class ForwardWatch:
         """The forward of this thread; None outside of one."""
         return getattr(self._running, "call", None)
 
+    @property
+    def of_layer(self) -> ModelCall | None:
+        """The running forward, or the one that a checkpointed layer is run again for."""
+        return self._in_backward if self.running is None else self.running
+
     def begins_training(self) -> bool:
         """True once in each forward that may be trained: at the first layer that asks."""
         if (call := self.running) is None:
@@ -157,8 +162,8 @@ class ForwardWatch:
         if call is None or call.module != id(module):  # a hook before ours failed: never entered
             return
         self._running.call = call.outer
-        if not call.checkpointed:
-            return
+        if torch.compiler.is_compiling() and not call.checkpointed:
+            return  # the graph has the mask itself
         watch = weakref.ref(self)
 
         def reached(gradient: Tensor) -> None:
@@ -168,7 +173,7 @@ class ForwardWatch:
             """
             if (alive := watch()) is not None:
                 alive._in_backward = call
-                if (begins := alive._backward_begins()) is not None:
+                if call.checkpointed and (begins := alive._backward_begins()) is not None:
                     begins()
 
         for tensor in _tensors(output):

@@ -31,7 +31,7 @@ from drlora_torch.step.backward import BackwardPasses
 from drlora_torch.step.closing import StepCloser
 from drlora_torch.step.exchange import Consume, Note
 from drlora_torch.step.foreign_optimizers import ForeignOptimizers, check_fresh
-from drlora_torch.step.forwards import ForwardWatch, ModelCall
+from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, keep_if, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
@@ -93,23 +93,20 @@ class StepTracker:
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         if torch.compiler.is_compiling():
-            call = self._watch.running
+            call = self._watch.of_layer
             return compiled.count(self._number, lora, output, top_k_index, top_k_weights, call)
         if not self.attached.paused:
             self._forward(lora, output, top_k_index, top_k_weights)
         return output
 
-    def began(self, layer: str) -> None:
-        """Note a compiled forward of a layer."""
+    def began(self, layer: str) -> int:
+        """Note a compiled forward of a layer; return its number, or that it does not count."""
+        if self.attached.paused:
+            return compiled.NOT_COUNTED
         self._forwards += 1
         if self._watch.begins_training():
             frameworks.check_training(self.attached.layers[layer].lora)
-
-    def reached_compiled(
-        self, layer: str, top_k_index: Tensor, top_k_weights: Tensor, call: ModelCall
-    ) -> None:
-        """Count a compiled forward whose output the backward pass has reached."""
-        self.reached(Routing(layer, self._forwards, top_k_index, top_k_weights, call))
+        return self._forwards
 
     def _forward(
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor

@@ -141,3 +141,83 @@ def test_the_operator_is_registered_correctly(kernel: str, weighted: bool) -> No
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(compiled._forward, args, test_utils=tests)
     assert grouped.low_dtype(torch.float16, torch.float32) is torch.float16
+
+
+def compile_around(model: nn.Module) -> Any:
+    """Graph breaks are allowed."""
+    return torch.compile(model, backend="aot_eager")
+
+
+def compile_blocks(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.slow
+def test_projections_without_lora_leave_the_graph() -> None:
+    options = {"targets": ["down_proj"]}
+    assert train("olmoe", compile_around, **options) == train("olmoe", as_it_is, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepare", [compile_around, compile_layers])
+def test_dropout_is_drawn_again_as_it_was(prepare: Any) -> None:
+    """Gradient checkpointing computes a forward twice: both draw the same."""
+
+    def gradients(prepared: Any) -> list[Tensor]:
+        model = models.build("olmoe")
+        adapter = helpers.attach(model, dropout=0.5)
+        helpers.uneven(adapter)
+        helpers.checkpoint_activations(model, reentrant=False)
+        called = prepared(model)
+        torch.manual_seed(0)
+        called(**helpers.batch()).loss.backward()
+        return [p.grad for p in adapter.parameters() if p.grad is not None]
+
+    for ours, theirs in zip(gradients(prepare), gradients(as_it_is), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_padding_is_left_out_of_blocks_that_run_again(reentrant: bool) -> None:
+    """Blocks are compiled alone, inside of gradient checkpointing."""
+    model = models.build("olmoe")
+    adapter = helpers.attach(model)
+    helpers.checkpoint_activations(model, reentrant=reentrant)
+    if reentrant:
+        model.enable_input_require_grads()
+    batch = masked_batch(0)
+    compile_blocks(model)(**batch).loss.backward()
+    counted = [
+        float(sums[-1]) for key, sums in helpers.pending(adapter).items() if "routing" in key
+    ]
+    assert counted == [float(batch["attention_mask"].sum())] * len(adapter.layers)
+
+
+def test_a_forward_counts_once_or_not_at_all() -> None:
+    model = models.build("olmoe", num_hidden_layers=1)
+    adapter = helpers.attach(model)
+    called = compile_whole(model)
+    loss = called(**helpers.batch()).loss
+    loss.backward(retain_graph=True)
+    (once,) = (sums for key, sums in helpers.pending(adapter).items() if "routing" in key)
+    loss.backward()
+    (again,) = (sums for key, sums in helpers.pending(adapter).items() if "routing" in key)
+    assert torch.equal(once, again)
+    with adapter.paused():
+        loss = called(**helpers.batch()).loss
+    loss.backward()
+    (paused,) = (sums for key, sums in helpers.pending(adapter).items() if "routing" in key)
+    assert torch.equal(once, paused)
+    loss = called(**helpers.batch()).loss
+    adapter.detach()
+    loss.backward()  # nobody counts it any more
+
+
+def test_operators_stay_out_of_cuda_graphs() -> None:
+    """What is replayed runs no code of ours."""
+    for name in ("expert_linear", "expert_linear_backward", "count", "reached"):
+        operator = getattr(torch.ops.drlora, name).default
+        assert torch.Tag.cudagraph_unsafe in operator.tags

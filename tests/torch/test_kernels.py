@@ -89,6 +89,21 @@ def test_kernels_agree(
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["ragged", "grouped"])
+def test_the_weight_of_a_sentinel_may_be_anything(kernel: str) -> None:
+    index = torch.tensor(ROUTINGS["sentinels"])
+    dispatch, lora = Dispatch.sort(index, N), make_lora(kernel, [3, 1, 4, 1, 5])
+    weights = torch.full(index.shape, 0.5).masked_fill(index >= N, torch.nan).requires_grad_()
+    inputs = torch.ones(index.numel(), I, requires_grad=True)
+    output = expert_linear(
+        inputs, Dense((torch.ones(N, O, I),), False), None, lora.factors("up"), dispatch,
+        routing_weights=weights,
+    )  # fmt: skip
+    wanted = [inputs, weights, *lora.parameters()]
+    found = torch.autograd.grad(output.sum(), wanted)
+    assert all(each.isfinite().all() for each in (output, *found))
+
+
 def test_kernels_agree_in_half_precision() -> None:
     case = {"transposed": False, "gather": True, "combine": False, "bias": False}
     ours = run("ragged", ROUTINGS["some"], [3, 1, 4, 1, 5], torch.bfloat16, **case)

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drlora_torch.errors import AttachError
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels.product import Inputs, Kept, Product, without_autocast
 
+TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
+"""It draws dropout; and a replayed CUDA graph would go on with the slots of its capture."""
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Each :class:`drlora_torch.lora.layers.ExpertLoRA` by its number."""
 _numbers = itertools.count()
@@ -64,12 +67,17 @@ def expert_linear(given: Inputs, bias: Tensor | None, dispatch: Dispatch, call: 
 
 
 def _find(inputs: Tensor, bias: Tensor | None, rows: Sorted, call: Call) -> tuple[Any, Product]:
-    layer, dispatch = _layers[call.layer], Dispatch(*rows)
+    if (layer := _layers.get(call.layer)) is None:
+        raise AttachError(
+            "a compiled graph runs whose adapter is gone: the model was dropped, or its adapter "
+            "detached, before the backward pass of its forward; keep both until that is over"
+        )
+    dispatch = Dispatch(*rows)
     product = layer.product(call.projection, bias, call.dropout, dispatch, call.gather)
     return layer.code(call.projection, inputs.dtype), product
 
 
-@torch.library.custom_op("drlora::expert_linear", mutates_args=())
+@torch.library.custom_op("drlora::expert_linear", mutates_args=(), tags=TAGS)
 def _forward(
     inputs: Tensor,
     lora_A: Tensor,
@@ -127,7 +135,7 @@ def _(
     return inputs.new_empty(routing_weights.shape[0], features, dtype=dtype), low, keep
 
 
-@torch.library.custom_op("drlora::expert_linear_backward", mutates_args=())
+@torch.library.custom_op("drlora::expert_linear_backward", mutates_args=(), tags=TAGS)
 def _backward(
     grad: Tensor,
     inputs: Tensor,

@@ -66,6 +66,8 @@ def backward(
     """The gradients of what a product is differentiated in; ``wanted`` tells for each of them."""
     inputs, lora_A, lora_B, routing_weights = given
     weight, bias, dispatch = product.weight, product.bias, product.dispatch
+    if routing_weights is not None:
+        routing_weights = dispatch.live_weights(routing_weights)
     needs_inputs, needs_weights = wanted[0], wanted[3]
     needs_rows, weighted = needs_inputs or needs_weights, routing_weights is not None
     d_rows = dispatch.empty(inputs, inputs.shape[1] if needs_rows else 0)
