@@ -15,8 +15,8 @@ ABOUT = (
     "Four blocks of each model, random frozen weights, rank 16, r_max 64. Frozen: forward, and "
     "backward to the inputs, with the grouped experts of Transformers. The other methods include "
     "AdamW (fused); drlora includes statistics, and growing ranks are as after six events. Times: "
-    "ratios, median (quartiles) over interleaved rounds. Host: until a step has been handed to the "
-    "device. Memory: peak of a step above what is held before it; state: LoRA, gradients and AdamW."
+    "ratios, median (quartiles) over interleaved rounds. Host: until one step has been handed to "
+    "an idle device, longer than for one of several in a row. Memory: peak of a step above what is held before it; state: LoRA, gradients and AdamW."
 )
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from drlora_torch.errors import AttachError
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.kernels.product import Inputs, Kept, Product, without_autocast
 
@@ -68,7 +67,7 @@ def expert_linear(given: Inputs, bias: Tensor | None, dispatch: Dispatch, call: 
 
 def _find(inputs: Tensor, bias: Tensor | None, rows: Sorted, call: Call) -> tuple[Any, Product]:
     if (layer := _layers.get(call.layer)) is None:
-        raise AttachError(
+        raise RuntimeError(
             "a compiled graph runs whose adapter is gone: the model was dropped, or its adapter "
             "detached, before the backward pass of its forward; keep both until that is over"
         )
