@@ -16,7 +16,8 @@ ABOUT = (
     "backward to the inputs, with the grouped experts of Transformers. The other methods include "
     "AdamW (fused); drlora includes statistics, and growing ranks are as after six events. Times: "
     "ratios, median (quartiles) over interleaved rounds. Host: until one step has been handed to "
-    "an idle device, longer than for one of several in a row. Memory: peak of a step above what is held before it; state: LoRA, gradients and AdamW."
+    "an idle device, longer than for one of several in a row. Memory: peak of a step above what is "
+    "held before it; state: LoRA, gradients and AdamW."
 )
 
 
