@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402 - also found when this file is run by its path
+from benchmarks.methods import Training  # noqa: E402
 from benchmarks.on_device import decisions, event, methods, page, parity, rounds, waiting  # noqa: E402
 from benchmarks.on_device.shapes import SHAPES, Case, Shape  # noqa: E402
 
@@ -139,7 +140,7 @@ class Run:
         self.goal(f"growth event, {layers} layers x {shape.experts} experts, ms", EVENT, found)
 
     def measure(
-        self, shape: Shape, tokens: int, builders: Mapping[str, Callable[[Case], methods.Training]]
+        self, shape: Shape, tokens: int, builders: Mapping[str, Callable[[Case], Training]]
     ) -> rounds.Measured:
         """All methods of one case."""
         case = Case(shape, tokens, self.layers, self.device, self.dtype)

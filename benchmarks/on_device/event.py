@@ -9,7 +9,8 @@ import torch
 from torch.optim import AdamW
 
 import drlora_torch
-from benchmarks.on_device.methods import RANK, Training
+from benchmarks.methods import Training, plain
+from benchmarks.on_device.methods import RANK
 from benchmarks.on_device.shapes import Blocks, Case, Shape
 from drlora_core import AllocatorConfig, AllocatorEngine
 
@@ -32,7 +33,8 @@ def milliseconds(shape: Shape, layers: int, device: torch.device, dtype: torch.d
     )  # fmt: skip
     adapter = drlora_torch.attach(model, AllocatorEngine(config))
     optimizer = AdamW(adapter.parameters(), lr=1e-4, fused=True)
-    training = Training(model, case.hidden(), optimizer, adapter)
+    hidden = case.hidden()
+    training = Training(hidden, plain(model, hidden), optimizer, adapter)
     seconds = []
     for _ in range(3 * EVENTS + 1):
         _wait(device)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import drlora_torch
+from benchmarks.methods import Training, plain
 from benchmarks.on_device.shapes import Blocks, Case
 from drlora_core import AllocatorConfig, AllocatorEngine
 
@@ -27,33 +27,6 @@ COMPILED, CHECKPOINTED = "growing, compiled", "growing, checkpointed"
 FROZEN_COMPILED, FROZEN_CHECKPOINTED = "frozen, compiled", "frozen, checkpointed"
 
 
-@dataclasses.dataclass
-class Training:
-    """One method on one case; call it to take a step."""
-
-    model: nn.Module
-    hidden: Tensor
-    optimizer: Optimizer | None = None
-    adapter: drlora_torch.Adapter | None = None
-
-    def __call__(self) -> None:
-        self.hidden.grad = None
-        output = self.model(self.hidden)
-        output.backward(torch.ones_like(output))
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def state_bytes(self) -> int:
-        """Bytes of trained weights, gradients and optimizer state, after a step."""
-        if self.optimizer is None:
-            return 0
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        states = [v for p in trained for v in self.optimizer.state[p].values()]
-        held = [*trained, *(v for v in states if isinstance(v, Tensor))]
-        return sum(each.nbytes for each in held) + sum(p.nbytes for p in trained)
-
-
 Prepare = Callable[[Blocks], Any]
 """Changes a model in place, or returns another to call."""
 
@@ -61,7 +34,7 @@ Prepare = Callable[[Blocks], Any]
 def frozen(case: Case, prepare: Prepare | None = None) -> Training:
     """Forward, and backward to the inputs, with the grouped experts of Transformers."""
     model = case.blocks()
-    return Training(_prepared(model, prepare), case.hidden())
+    return _training(_prepared(model, prepare), case)
 
 
 def drlora(
@@ -93,10 +66,10 @@ def drlora(
         before(model)
     adapter = drlora_torch.attach(model, AllocatorEngine(config), **options)
     optimizer = AdamW(adapter.parameters(), lr=1e-4, fused=True)
-    few = Training(model, case.hidden(min(64, case.tokens)), optimizer, adapter)
+    few = _training(model, case, optimizer, adapter, tokens=min(64, case.tokens))
     for _ in range(EVENTS + 1 if growing else 2):
         few()
-    return Training(_prepared(model, after), case.hidden(), optimizer, adapter)
+    return _training(_prepared(model, after), case, optimizer, adapter)
 
 
 def peft(case: Case) -> Training:
@@ -107,7 +80,18 @@ def peft(case: Case) -> Training:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_parameters=targets)
     model = get_peft_model(case.blocks(), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Training(model, case.hidden(), AdamW(trained, lr=1e-4, fused=True))
+    return _training(model, case, AdamW(trained, lr=1e-4, fused=True))
+
+
+def _training(
+    model: nn.Module,
+    case: Case,
+    optimizer: Optimizer | None = None,
+    adapter: drlora_torch.Adapter | None = None,
+    tokens: int | None = None,
+) -> Training:
+    hidden = case.hidden(tokens)
+    return Training(hidden, plain(model, hidden), optimizer, adapter)
 
 
 def _prepared(model: Blocks, prepare: Prepare | None) -> nn.Module:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from benchmarks.on_device.methods import Training
+from benchmarks.methods import Training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import drlora_torch
-from benchmarks.on_device.methods import Training
+from benchmarks.methods import Training
 from drlora_core import AllocatorConfig, AllocatorEngine
 
 OWN = "drlora_torch"

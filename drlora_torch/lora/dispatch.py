@@ -29,7 +29,7 @@ class Dispatch:
     offsets: Tensor  # int32 [N], where expert e's rows stop and those of e + 1 begin
     top_k: int
     sentinels: bool = True
-    """False where every index is known to be that of an expert."""
+    """False where only a sum over pairs reads the rows of sentinels, so that they may hold anything."""
 
     @classmethod
     def sort(cls, top_k_index: Tensor, num_experts: int, *, sentinels: bool = True) -> Dispatch:
@@ -43,8 +43,7 @@ class Dispatch:
         wanted = torch.arange(num_experts, device=pairs.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, wanted, right=True, out_int32=True)
         top_k = top_k_index.shape[-1]
-        if sentinels:
-            experts = experts.clamp(max=num_experts - 1)
+        experts = experts.clamp(max=num_experts - 1)
         return cls(order, order // top_k, experts, offsets, top_k, sentinels)
 
     @functools.cached_property

@@ -62,6 +62,7 @@ class SlotLoRA(nn.Module):
 
     @torch.no_grad()
     def clear_B(self, rows: Tensor) -> None:
+        """Zero rows of B alone."""
         parts.local(self.lora_B).index_fill_(0, rows, 0.0)
 
 
@@ -236,8 +237,10 @@ class ExpertLoRA(nn.Module):
         given = Inputs(inputs, slots.lora_A, slots.lora_B, routing_weights)
         dropout, most = self.dropout if self.training else 0.0, self.table.r_max
         width = -(-most // ROUNDED) * ROUNDED
-        call = compiled.Call(self._number, projection, gather, dropout, width)
-        return compiled.expert_linear(given, bias, dispatch, call)
+        return compiled.expert_linear(
+            self._number, given, bias, dispatch, projection,
+            gather=gather, dropout=dropout, width=width,
+        )  # fmt: skip
 
     @property
     def num_local_experts(self) -> int:

@@ -127,11 +127,13 @@ def _run(
         getattr(module, f"{name}_bias") if module.has_bias else None for name in (first, second)
     )
     count = INTERFACE.num_experts(module) if lora is None else lora.num_local_experts
-    dispatch = Dispatch.sort(index, count, sentinels=is_expert_parallel(module))
+    normed = getattr(module, "has_post_expert_norm", False)  # newer than some Transformers
+    sentinels = normed or is_expert_parallel(module)  # else pairs are summed right away
+    dispatch = Dispatch.sort(index, count, sentinels=sentinels)
     project = INTERFACE.projector(module, lora, dispatch)
     rows = project(first, tokens, bias_1, gather=True)
     rows = _activate(module, rows)
-    if getattr(module, "has_post_expert_norm", False):  # newer than some Transformers
+    if normed:
         rows = module.post_expert_norm(project(second, rows, bias_2))
         output = dispatch.combine(rows, weights)
     else:

@@ -135,9 +135,9 @@ def test_the_operator_is_registered_correctly(kernel: str, weighted: bool) -> No
     rows = index.numel() if weighted else len(index)
     inputs = torch.randn(rows, slots.shape.in_features, requires_grad=True)
     weights = torch.rand(3, 2, requires_grad=True) if weighted else None
-    sorted_rows = (dispatch.order, dispatch.tokens, dispatch.experts, dispatch.offsets, 2, True)
-    call = (lora._number, name, not weighted, 0.0, 8)
-    args = (inputs, slots.lora_A, slots.lora_B, weights, None, *sorted_rows, *call)
+    sorted_rows = [dispatch.order, dispatch.tokens, dispatch.experts, dispatch.offsets]
+    numbers = list(compiled.Call(lora._number, int(not weighted), 8, 2, 1))
+    args = (inputs, slots.lora_A, slots.lora_B, weights, None, sorted_rows, name, 0.0, numbers)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(compiled._forward, args, test_utils=tests)
     assert grouped.low_dtype(torch.float16, torch.float32) is torch.float16

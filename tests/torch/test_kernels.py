@@ -90,6 +90,32 @@ def test_kernels_agree(
 
 
 @pytest.mark.parametrize("kernel", ["ragged", "grouped"])
+def test_rows_of_sentinels_that_hold_anything_reach_nobody(kernel: str) -> None:
+    """Two products in a row, as the interface of Transformers has them, with biases."""
+    found = []
+    for sentinels in (True, False):
+        index = torch.tensor(ROUTINGS["sentinels"])
+        dispatch, lora = Dispatch.sort(index, N, sentinels=sentinels), make_lora(kernel, [3] * N)
+        generator = torch.Generator().manual_seed(0)
+        first, second = (torch.randn(N, *size, generator=generator) for size in ((O, I), (I, O)))
+        biases = [torch.randn(N, size, generator=generator) for size in (O, I)]
+        tokens = torch.randn(len(index), I, generator=generator).requires_grad_()
+        weights = torch.rand(index.shape, generator=generator).requires_grad_()
+        rows = expert_linear(
+            tokens, Dense((first,), False), biases[0], lora.factors("up"), dispatch, gather=True
+        )
+        if not sentinels:
+            rows = rows.where(dispatch.live.unsqueeze(-1), torch.nan)
+        output = expert_linear(
+            rows, Dense((second,), False), biases[1], None, dispatch, routing_weights=weights
+        )
+        wanted = [tokens, weights, *lora.parameters()]
+        found.append([output.detach(), *torch.autograd.grad(output.sum(), wanted)])
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("kernel", ["ragged", "grouped"])
 def test_the_weight_of_a_sentinel_may_be_anything(kernel: str) -> None:
     index = torch.tensor(ROUTINGS["sentinels"])
     dispatch, lora = Dispatch.sort(index, N), make_lora(kernel, [3, 1, 4, 1, 5])

@@ -35,45 +35,42 @@ def register(layer: Any) -> int:
     return number
 
 
-class Sorted(NamedTuple):
-    """A dispatch as the operators take it."""
-
-    order: Tensor
-    tokens: Tensor
-    experts: Tensor
-    offsets: Tensor
-    top_k: int
-    sentinels: bool
-
-
 class Call(NamedTuple):
-    """What else the operators take."""
+    """What an operator takes beside tensors, as numbers."""
 
     layer: int
-    projection: str
-    gather: bool
-    dropout: float
+    gather: int
     width: int
     """W."""
+    top_k: int
+    sentinels: int
 
 
-def expert_linear(given: Inputs, bias: Tensor | None, dispatch: Dispatch, call: Call) -> Tensor:
+def expert_linear(
+    layer: int, given: Inputs, bias: Tensor | None, dispatch: Dispatch, projection: str,
+    *, gather: bool, dropout: float, width: int,
+) -> Tensor:  # fmt: skip
     """Compute :func:`drlora_torch.lora.kernels.expert_linear` of a layer that is registered."""
-    rows = Sorted(dispatch.order, dispatch.tokens, dispatch.experts, dispatch.offsets,
-                  dispatch.top_k, dispatch.sentinels)  # fmt: skip
-    output: Tensor = _forward(*given, bias, *rows, *call)[0]
+    rows = [dispatch.order, dispatch.tokens, dispatch.experts, dispatch.offsets]
+    call = Call(layer, int(gather), width, dispatch.top_k, int(dispatch.sentinels))
+    output: Tensor = _forward(*given, bias, rows, projection, dropout, list(call))[0]
     return output
 
 
-def _find(inputs: Tensor, bias: Tensor | None, rows: Sorted, call: Call) -> tuple[Any, Product]:
+def _find(
+    inputs: Tensor, bias: Tensor | None, rows: Sequence[Tensor], projection: str, dropout: float,
+    call: Call,
+) -> tuple[Any, Product]:  # fmt: skip
+    """The kernel of a layer and its product, as the layer is now."""
     if (layer := _layers.get(call.layer)) is None:
         raise RuntimeError(
             "a compiled graph runs whose adapter is gone: the model was dropped, or its adapter "
             "detached, before the backward pass of its forward; keep both until that is over"
         )
-    dispatch = Dispatch(*rows)
-    product = layer.product(call.projection, bias, call.dropout, dispatch, call.gather)
-    return layer.code(call.projection, inputs.dtype), product
+    order, tokens, experts, offsets = rows
+    dispatch = Dispatch(order, tokens, experts, offsets, call.top_k, bool(call.sentinels))
+    product = layer.product(projection, bias, dropout, dispatch, bool(call.gather))
+    return layer.code(projection, inputs.dtype), product
 
 
 @torch.library.custom_op("drlora::expert_linear", mutates_args=(), tags=TAGS)
@@ -83,50 +80,27 @@ def _forward(
     lora_B: Tensor,
     routing_weights: Tensor | None,
     bias: Tensor | None,
-    order: Tensor,
-    tokens: Tensor,
-    experts: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    sentinels: bool,
-    layer: int,
+    rows: Sequence[Tensor],
     projection: str,
-    gather: bool,
     dropout: float,
-    width: int,
+    numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = Sorted(order, tokens, experts, offsets, top_k, sentinels)
-    call = Call(layer, projection, gather, dropout, width)
-    code, product = _find(inputs, bias, rows, call)
+    call = Call(*numbers)
+    code, product = _find(inputs, bias, rows, projection, dropout, call)
     with without_autocast(inputs.device):
         output, kept = code.forward(product, Inputs(inputs, lora_A, lora_B, routing_weights))
-    low = pad(kept.low, (0, width - kept.low.shape[1]))
-    keep = inputs.new_empty(0) if kept.keep is None else kept.keep
-    return output, low, keep
+    low = pad(kept.low, (0, call.width - kept.low.shape[1]))
+    return output, low, inputs.new_empty(0) if kept.keep is None else kept.keep
 
 
 @_forward.register_fake
 def _(
-    inputs: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    routing_weights: Tensor | None,
-    bias: Tensor | None,
-    order: Tensor,
-    tokens: Tensor,
-    experts: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    sentinels: bool,
-    layer: int,
-    projection: str,
-    gather: bool,
-    dropout: float,
-    width: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, features = order.shape[0], lora_B.shape[1]
-    code = _layers[layer].code(projection, inputs.dtype)
-    low = inputs.new_empty(pairs, width, dtype=code.low_dtype(inputs.dtype, lora_A.dtype))
+    inputs: Tensor, lora_A: Tensor, lora_B: Tensor, routing_weights: Tensor | None, bias: Any,
+    rows: Sequence[Tensor], projection: str, dropout: float, numbers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    call, pairs, features = Call(*numbers), rows[0].shape[0], lora_B.shape[1]
+    code = _layers[call.layer].code(projection, inputs.dtype)
+    low = inputs.new_empty(pairs, call.width, dtype=code.low_dtype(inputs.dtype, lora_A.dtype))
     keep = inputs.new_empty((pairs, inputs.shape[1]) if dropout else (0,))
     if routing_weights is None:
         return inputs.new_empty(pairs, features), low, keep
@@ -141,74 +115,48 @@ def _backward(
     lora_A: Tensor,
     lora_B: Tensor,
     routing_weights: Tensor | None,
-    bias: Tensor | None,
     low: Tensor,
     keep: Tensor,
     wanted: Sequence[bool],
-    order: Tensor,
-    tokens: Tensor,
-    experts: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    sentinels: bool,
-    layer: int,
+    bias: Tensor | None,
+    rows: Sequence[Tensor],
     projection: str,
-    gather: bool,
     dropout: float,
-    width: int,
+    numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = Sorted(order, tokens, experts, offsets, top_k, sentinels)
-    code, product = _find(inputs, bias, rows, Call(layer, projection, gather, dropout, width))
+    code, product = _find(inputs, bias, rows, projection, dropout, Call(*numbers))
     used = 0 if product.owned is None else product.owned.width
     kept = Kept(low[:, :used].contiguous(), keep if dropout else None)
     given = Inputs(inputs, lora_A, lora_B, routing_weights)
     with without_autocast(grad.device):
         d_inputs, d_A, d_B, d_w = code.backward(product, grad, given, kept, wanted)
-    nothing = grad.new_empty(0)
-    return (
-        nothing if d_inputs is None else d_inputs,
-        d_A,
-        d_B,
-        nothing.clone() if d_w is None else d_w,
-    )
+    d_inputs, d_w = (grad.new_empty(0) if each is None else each for each in (d_inputs, d_w))
+    return d_inputs, d_A, d_B, d_w
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor,
-    inputs: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    routing_weights: Tensor | None,
-    bias: Tensor | None,
-    low: Tensor,
-    keep: Tensor,
-    wanted: Sequence[bool],
-    *rest: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = grad.new_empty(0)
-    d_inputs = torch.empty_like(inputs) if wanted[0] else nothing
-    d_w = nothing.clone()
+    grad: Tensor, inputs: Tensor, lora_A: Tensor, lora_B: Tensor, routing_weights: Tensor | None,
+    low: Tensor, keep: Tensor, wanted: Sequence[bool], *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_inputs = torch.empty_like(inputs) if wanted[0] else grad.new_empty(0)
+    d_w = grad.new_empty(0)
     if wanted[3] and routing_weights is not None:
         d_w = torch.empty_like(routing_weights)
     return d_inputs, torch.empty_like(lora_A), torch.empty_like(lora_B), d_w
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, (top_k, sentinels, *call) = inputs[:9], inputs[9:]
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.numbers = (top_k, sentinels, *call)
+    *given, bias, rows, projection, dropout, numbers = inputs
+    ctx.save_for_backward(*given, *output[1:], bias, *rows)
+    ctx.rest = projection, dropout, numbers
 
 
 def _differentiate(ctx: Any, grad: Tensor, *of_kept: Any) -> tuple[Any, ...]:
-    *given, bias, order, tokens, experts, offsets, low, keep = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:4])
-    found = _backward(
-        grad, *given, bias, low, keep, wanted, order, tokens, experts, offsets, *ctx.numbers
-    )
+    tensors, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:4])
+    found = _backward(grad, *tensors[:6], wanted, tensors[6], list(tensors[7:]), *ctx.rest)
     gradients = [each if needs else None for each, needs in zip(found, wanted, strict=True)]
-    return (*gradients, *([None] * 12))
+    return (*gradients, None, [None] * len(tensors[7:]), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

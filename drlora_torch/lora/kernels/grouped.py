@@ -144,7 +144,7 @@ def _with_bias(d_w: Tensor, g: Tensor, bias: Tensor | None, dispatch: Dispatch) 
     if bias is None:
         return d_w
     of_bias = (g * bias.index_select(0, dispatch.experts)).sum(dim=1).to(d_w.dtype)
-    return d_w + (of_bias.masked_fill(~dispatch.live, 0.0) if dispatch.sentinels else of_bias)
+    return d_w + of_bias.masked_fill(~dispatch.live, 0.0)
 
 
 def _to_inputs(on_rows: Any, d_rows: Tensor, tokens: Tensor | None, dispatch: Dispatch) -> Tensor:
