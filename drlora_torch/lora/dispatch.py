@@ -29,7 +29,7 @@ class Dispatch:
     offsets: Tensor  # int32 [N], where expert e's rows stop and those of e + 1 begin
     top_k: int
     sentinels: bool = True
-    """False where only a sum over pairs reads the rows of sentinels, so that they may hold anything."""
+    """False where only a sum over pairs reads sentinels' rows, so that they may hold anything."""
 
     @classmethod
     def sort(cls, top_k_index: Tensor, num_experts: int, *, sentinels: bool = True) -> Dispatch:
