@@ -52,7 +52,7 @@ FLOORS: tuple[set[str], ...] = (
     {"__init__"},
 )
 OFF_LIMITS = {"torch", "transformers", "drlora_torch", "peft", "accelerate", "datasets", "trl"}
-MAY_IMPORT_TRANSFORMERS = ("models", "integrations", "finetune", "cli.py")
+MAY_IMPORT_TRANSFORMERS = ("models", "integrations", "finetune", "cli")
 INSIDE = [
     path
     for path in TORCH

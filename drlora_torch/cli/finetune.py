@@ -1,8 +1,4 @@
-"""Commands that need torch: ``drlora finetune``, ``drlora inspect`` and ``drlora export``.
-
-The core's command line loads them through the entry point group ``drlora.commands``. Heavy
-libraries are imported when a command runs, so that ``drlora --help`` stays fast.
-"""
+"""``drlora finetune``: train, or go on with a run."""
 
 from __future__ import annotations
 
@@ -13,18 +9,11 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from drlora_core.cli.common import AsJson, emit
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, launch
 from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
 from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.finetune.signature import add_finetune_options
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line of the core."""
-    for command in (finetune, inspect, export):
-        app.command()(command)
 
 
 @add_finetune_options
@@ -98,58 +87,3 @@ def _read_unfinished(path: Path, chosen: dict[str, Any]) -> folder.SavedRun:
     if (path / folder.RESULT).is_file():
         raise RunError(f"the run in {str(path)!r} is finished; see its {folder.RESULT}")
     return run
-
-
-def inspect(
-    model: Annotated[str, typer.Argument(help="Hugging Face id or local folder of a model.")],
-    rank: Annotated[
-        int, typer.Option(min=1, help="Mean rank for which the size of the LoRA is shown.")
-    ] = 16,
-    quantization: Annotated[
-        Literal["none", "nf4", "fp4", "fp8", "mxfp4"],
-        typer.Option(help="How the experts are stored, as in drlora finetune."),
-    ] = "none",
-    as_json: AsJson = False,
-) -> None:
-    """List the mixture-of-experts layers of a model, their storage and the size of the LoRA."""
-    from drlora_torch import inspection
-    from drlora_torch.finetune.model import load_model
-
-    loaded = load_model(model, quantization=quantization)
-    if as_json:
-        emit(inspection.inspect(loaded, rank))
-    else:
-        inspection.show(model, loaded, rank, Console())
-
-
-def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write to. [default: peft in the folder of the run]"),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Compress every expert to this rank.")
-    ] = None,
-    per_expert: Annotated[
-        bool, typer.Option("--per-expert", help="Write one LoRA per expert and projection.")
-    ] = False,
-) -> None:
-    """Write the adapter of a run as a PEFT directory."""
-    from drlora_torch.api import load
-    from drlora_torch.finetune.model import load_base
-    from drlora_torch.integrations.trainer import last_checkpoint
-
-    options = folder.read(run).options
-    final = run / folder.ADAPTER
-    source = final if final.is_dir() else last_checkpoint(run / folder.CHECKPOINTS)
-    if source is None:
-        raise RunError(f"the run in {str(run)!r} has saved no adapter yet")
-    target = output or run / folder.PEFT
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{str(target)!r} exists; use another --output")
-    adapter = load(load_base(options), source)
-    report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
-    typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
-    if rank is not None:
-        typer.echo(f"largest relative error of an expert: {report.largest_error:.2e}")
