@@ -1,4 +1,4 @@
-"""Commands that need torch, which the core's command line loads by the entry point ``drlora.commands``.
+"""Commands that need torch, found by the entry point ``drlora.commands``.
 
 Heavy libraries are imported when a command runs, so that ``drlora --help`` stays fast.
 """
