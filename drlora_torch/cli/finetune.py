@@ -4,86 +4,80 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, launch
-from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from drlora_torch.finetune.recipe import Recipe, combine
 from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.finetune.signature import add_finetune_options
+
+RESUMABLE = {"steps", "eval_every", "save_every", "report_to", "run_name"}
+"""What may change when a run goes on; and where it runs."""
 
 
 @add_finetune_options
 def finetune(
-    output: Annotated[
+    config: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run, which must not exist. [default: runs/TIME]"),
+        typer.Option(
+            help="YAML file with any of these options; those of the command line win.",
+            rich_help_panel="Run",
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Continue the run in this folder, with the options saved there."),
-    ] = None,
-    compare: Annotated[
-        Literal["uniform"] | None, typer.Option(help="Also train static LoRA with the same budget.")
-    ] = None,
-    processes: Annotated[
-        int | None,
         typer.Option(
-            min=1, help="Processes on this machine, one for each GPU. [default: 1; at least 1]"
+            help="Continue the run in this folder; with more --steps, a finished one too.",
+            rich_help_panel="Run",
         ),
     ] = None,
     **options: Any,
 ) -> None:
-    """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped."""
-    # A flag that is not given is None or False, depending on the version of click.
-    chosen = {n: v for n, v in options.items() if v is not None and v is not False}
-    sizes = {name: chosen.pop(name) for name in Sharding.model_fields if name in chosen}
-    sharding = Sharding.model_validate(sizes)
+    """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped.
+
+    Values come from the command line, then from --config, then from the defaults.
+    """
+    chosen = {name: value for name, value in options.items() if value is not None}
     if resume is not None:
-        run = _read_unfinished(resume, chosen | {"output": output, "compare": compare})
-    elif "model" in chosen and "data" not in chosen:
-        raise RunError("a MODEL needs DATA: drlora finetune MODEL DATA --output DIR")
+        recipe, target = _resumed(resume, chosen, config), resume
     else:
-        shipped = {} if "model" in chosen else embedded_defaults()
-        values = FinetuneOptions.model_validate({**shipped, **chosen})
-        run = folder.SavedRun(options=values, compare=compare)
-    target = resume or output or Path("runs", time.strftime("finetune-%Y%m%d-%H%M%S"))
-    if launch.must_launch(processes):
-        _refuse_early(run, target, processes, sharding, resume is not None)
-        words = launch.finetune_arguments(chosen, sharding, target, compare, resume is not None)
-        launch.launch(processes, words, target, sharding)
+        recipe = combine(chosen, config)
+        target = Path(recipe.output or time.strftime("runs/finetune-%Y%m%d-%H%M%S"))
+        folder.refuse_existing(target)
+    if launch.must_launch(recipe.processes):
+        assert recipe.processes is not None
+        recipe.options.resolved(None).allocator_config()  # refused before processes are started
+        recipe.sharding.check(recipe.processes)
+        words = launch.finetune_arguments(chosen, config, target, resume is not None)
+        launch.launch(recipe.processes, words, target, recipe.sharding)
 
     from drlora_torch.finetune import job
 
-    job.run(
-        run.options,
-        target,
-        Console(),
-        compare=run.compare,
-        resume=resume is not None,
-        sharding=sharding,
-    )
+    job.run(recipe, target, Console(), resume=resume is not None)
 
 
-def _refuse_early(
-    run: folder.SavedRun, target: Path, processes: int, sharding: Sharding, resume: bool
-) -> None:
-    """Refuse what the processes of a run would refuse, before they are started."""
-    run.options.allocator_config()
-    sharding.check(processes)
-    if resume:
-        run.options.shared_by(sharding.batches(processes), run.processes)
-    else:
-        folder.refuse_existing(target)
-
-
-def _read_unfinished(path: Path, chosen: dict[str, Any]) -> folder.SavedRun:
-    if given := sorted(name for name, value in chosen.items() if value is not None):
-        raise RunError(f"--resume uses the options of the run; leave out {', '.join(given)}")
-    run = folder.read(path)
-    if (path / folder.RESULT).is_file():
-        raise RunError(f"the run in {str(path)!r} is finished; see its {folder.RESULT}")
-    return run
+def _resumed(path: Path, chosen: dict[str, Any], config: Path | None) -> Recipe:
+    """Read the recipe of a run that goes on, perhaps to a later step and in other processes."""
+    places = {"processes", *Sharding.model_fields}
+    refused = sorted(chosen.keys() - RESUMABLE - places) + (["config"] if config else [])
+    if refused:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
+        raise RunError(f"--resume uses the options of the run; leave out {words}")
+    saved = folder.read(path)
+    sizes = dict.fromkeys(Sharding.model_fields, 1) | {"processes": None}
+    recipe = Recipe.model_validate({**saved.model_dump(), **sizes, **chosen})
+    finished, steps = (path / folder.RESULT).is_file(), saved.options.planned_steps
+    if recipe.options.planned_steps < steps:
+        raise RunError(
+            f"--steps {recipe.steps}: the run has {steps} steps already planned; use more"
+        )
+    if finished and recipe.steps == saved.steps:
+        raise RunError(
+            f"the run in {str(path)!r} is finished; see its {folder.RESULT}, or go on with more "
+            f"--steps than {steps}"
+        )
+    return recipe

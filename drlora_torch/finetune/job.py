@@ -1,46 +1,66 @@
-"""Run a fine-tuning job, from its options to the files in its folder."""
+"""Run a fine-tuning job, from its recipe to the files in its folder."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
-from drlora_core import AllocatorEngine, atomic
+from drlora_core import atomic
 from drlora_torch.adapter import Adapter
-from drlora_torch.api import attach
-from drlora_torch.errors import DataError
-from drlora_torch.finetune import folder, result
-from drlora_torch.finetune.data import load_rows
-from drlora_torch.finetune.meter import Meter
-from drlora_torch.finetune.model import load_base, load_tokenizer
+from drlora_torch.errors import CheckpointError
+from drlora_torch.finetune import folder, result, starting
+from drlora_torch.finetune.data import summary
+from drlora_torch.finetune.data.prepare import Prepared
+from drlora_torch.finetune.inputs import load_data
+from drlora_torch.finetune.model import load_base
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.processes import agree_on, join_processes
-from drlora_torch.finetune.progress import RichProgress, quiet_libraries
+from drlora_torch.finetune.recipe import Recipe
 from drlora_torch.finetune.result import RunResult
-from drlora_torch.finetune.sharding import Sharding
-from drlora_torch.finetune.training import build_trainer, evaluate_first, train
+from drlora_torch.finetune.training import (
+    build_trainer,
+    check_reporters,
+    evaluate_first,
+    read_state,
+    train,
+)
+from drlora_torch.finetune.watch.meter import Meter
+from drlora_torch.finetune.watch.metrics_file import MetricsFile
+from drlora_torch.finetune.watch.progress import RichProgress, quiet_libraries
+from drlora_torch.finetune.watch.stopping import Diverged, StopOnSignal, StopWhenDiverged
 from drlora_torch.integrations.trainer import last_checkpoint
 
-ATTACH_OPTIONS = {"alpha", "dropout", "layout", "router"}
-"""Options that :func:`drlora_torch.attach` takes under the same name."""
+
+class Job(NamedTuple):
+    """What the trainings of a run share."""
+
+    recipe: Recipe
+    output: Path
+    console: Console
+    everyone: PartialState
+    tokenizer: Any
+    data: Prepared
+    stop: StopOnSignal
+
+    @property
+    def go_on(self) -> str:
+        """The command that goes on with the run."""
+        own = self.recipe.processes or 1
+        words = [f"--processes {own}"] if own > 1 else []
+        words = [shlex.quote(str(self.output)), *words, *self.recipe.sharding.words]
+        return f"drlora finetune --resume {' '.join(words)}"
 
 
-def run(
-    options: FinetuneOptions,
-    output: Path,
-    console: Console,
-    *,
-    compare: Literal["uniform"] | None = None,
-    resume: bool = False,
-    sharding: Sharding | None = None,
-) -> list[RunResult]:
+def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False) -> list[RunResult]:
     """Fine-tune, evaluate, save and print the results.
 
     Where torchrun or Accelerate has started several processes, each trains on its share of every
@@ -48,52 +68,44 @@ def run(
     with another sharding: a step has as many rows as before.
 
     Args:
-        options: those of the run.
+        recipe: of the run; with ``resume``, the one in its folder, whose number of steps may be
+            larger now.
         output: folder of the run; it must not exist unless ``resume``.
         console: shows progress and tables.
-        compare: ``uniform`` trains static LoRA with the same budget too; its result comes second.
         resume: continue from the last checkpoint in ``output``.
-        sharding: how the processes hold the model; by default, each has all of it.
+
+    Returns:
+        The result; with ``compare``, that of static LoRA comes second.
 
     Raises:
-        DRLoRAError: the model, the data or the folder does not fit; nothing was overwritten.
+        DRLoRAError: the model, the data or the folder does not fit, and nothing was written; or
+            the training has diverged or was told to stop, and the last checkpoint is kept.
         pydantic.ValidationError: impossible ranks or an impossible growth window.
         OSError: nothing can be written to ``output``.
     """
     everyone, output = join_processes(), agree_on(output)
     if not everyone.is_main_process:
         console = Console(quiet=True)
-    sharding = sharding or Sharding()
-    sharding.check(everyone.num_processes)
-    batches = sharding.batches(everyone.num_processes)
+    recipe.sharding.check(everyone.num_processes)
+    begun_with = recipe.different_batches
+    recipe = recipe.model_copy(update={"processes": everyone.num_processes})
+    options = recipe.options
     if resume:
-        options = options.shared_by(batches, folder.read(output).processes)
-    config = options.allocator_config()  # refuses an impossible window before anything is loaded
+        options = options.shared_by(recipe.different_batches, begun_with)
+    else:
+        folder.refuse_existing(output)
+    check_reporters(options.report_to)
     with quiet_libraries():
-        with console.status("loading model and data"):
-            model = load_base(options, sharding)
-            tokenizer = load_tokenizer(options.model)
-            rows = load_rows(options)
-        if "messages" in rows[0].column_names and not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"the data has messages, but {options.model!r} has no chat template; "
-                "use prompt and completion, or an instruction-tuned model"
-            )
-        with _attached(model, options) as adapter:
-            if not resume and everyone.is_main_process:
-                begun = folder.SavedRun(options=options, compare=compare, processes=batches)
-                folder.create(output, begun)
-            everyone.wait_for_everyone()
-            console.print(
-                f"{options.model}: {len(rows[0])} training rows, {len(rows[1])} held out; "
-                f"{options.steps} steps, mean rank {config.starting_rank} to {config.r_target} "
-                f"(largest {config.r_max}) in {config.num_events} events; {adapter.storage}"
-            )
-            results = [_train(options, adapter, tokenizer, rows, output, console)]
-        if compare is not None:
-            static = options.uniform()
-            with _attached(model, static) as adapter:
-                results.append(_train(static, adapter, tokenizer, rows, output / compare, console))
+        options, tokenizer, data = load_data(options, recipe.different_batches, console)
+        recipe = recipe.model_copy(update=options.model_dump())
+        if resume:
+            summary.check_same(output, data.summary)
+        with console.status("loading the model"):
+            model = load_base(options, recipe.sharding)
+        stop = StopOnSignal(everyone.num_processes, everyone.device)
+        job = Job(recipe, output, console, everyone, tokenizer, data, stop)
+        with stop.listening():
+            results = _train_all(job, model, options, resume)
     if everyone.is_main_process:
         text = json.dumps([each.model_dump() for each in results], indent=2)
         atomic.write_text(output / folder.RESULT, text + "\n")
@@ -101,11 +113,45 @@ def run(
     return results
 
 
+def _train_all(
+    job: Job, model: nn.Module, options: FinetuneOptions, resume: bool
+) -> list[RunResult]:
+    """Train the method of the recipe, and the one to compare it with."""
+    with _attached(model, options) as adapter:
+        _begin(job, adapter, resume)
+        results = [_train(job, options, adapter, job.output)]
+    if job.recipe.compare is not None:
+        static = options.uniform()
+        with _attached(model, static) as adapter:
+            results.append(_train(job, static, adapter, job.output / job.recipe.compare))
+    return results
+
+
+def _begin(job: Job, adapter: Adapter, resume: bool) -> None:
+    """Make the folder of a new run, now that nothing stands in its way, and say what is trained."""
+    job.everyone.wait_for_everyone()  # each has looked whether the folder exists
+    if job.everyone.is_main_process:
+        if not resume:
+            folder.create(job.output, job.recipe)
+        summary.write(job.output, job.data.summary)
+    job.everyone.wait_for_everyone()
+    recipe, config = job.recipe, adapter.engine.config
+    rows = recipe.batch_size * recipe.accumulation * recipe.different_batches
+    summary.show(job.console, job.data.summary, recipe.options.planned_steps, rows)
+    job.console.print(
+        f"{recipe.model}: {recipe.steps} steps, mean rank {config.starting_rank} to "
+        f"{config.r_target} (largest {config.r_max}) in {config.num_events} events; "
+        f"{adapter.storage}\n{result.trained_parameters(adapter)}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 @contextlib.contextmanager
 def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[Adapter]:
     """Attach an adapter; on leaving, the model is as before."""
-    engine = AllocatorEngine(options.allocator_config())
-    adapter = attach(model, engine, **options.model_dump(include=ATTACH_OPTIONS))
+    adapter = starting.start(model, options)
+    engine = adapter.engine
     try:
         yield adapter
     finally:
@@ -113,47 +159,40 @@ def _attached(model: nn.Module, options: FinetuneOptions) -> Iterator[Adapter]:
         engine.record_to(None)
 
 
-def _train(
-    options: FinetuneOptions,
-    adapter: Adapter,
-    tokenizer: Any,
-    rows: tuple[Any, Any],
-    output: Path,
-    console: Console,
-) -> RunResult:
+def _train(job: Job, options: FinetuneOptions, adapter: Adapter, output: Path) -> RunResult:
     """Train one method, or continue it from its last checkpoint, and write its files."""
     checkpoints, recording = output / folder.CHECKPOINTS, output / folder.RECORDING
     checkpoint = last_checkpoint(checkpoints)
-    first = join_processes().is_main_process
+    first = job.everyone.is_main_process
     if first and checkpoint is None:  # a run that stopped before its first one starts again
         shutil.rmtree(recording, ignore_errors=True)
+    meter = Meter()
+    label, steps = result.method_name(options.policy), options.planned_steps
+    progress = RichProgress(label, steps, job.console, meter)
+    callbacks: list[Any] = [meter, progress, StopWhenDiverged(), job.stop]
     if first:
         adapter.engine.record_to(recording)
-    meter = Meter()
-    progress = RichProgress(result.method_name(options.policy), options.steps, console)
-    trainer = build_trainer(options, adapter, tokenizer, rows, checkpoints, [meter, progress])
-    with console.status("held-out loss"):
-        before = evaluate_first(trainer)
-    with progress.bar:
-        train(trainer, adapter, checkpoint)
-    with console.status("held-out loss"):
-        after = trainer.evaluate()
-    if first or adapter.is_sharded:
-        adapter.save_pretrained(output / folder.ADAPTER)
-    if first:
-        folder.write_metrics(output, trainer.state.log_history)
-    ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
-    return RunResult(
-        method=options.policy,
-        loss_before=before,
-        loss_after=after["eval_loss"],
-        tokens_per_second=meter.tokens / meter.seconds if meter.tokens else None,
-        seconds=meter.seconds,
-        peak_memory_mb=meter.peak_memory_mb,
-        memory_source=meter.memory_source,
-        budget=sum(adapter.engine.budget(name) for name in ranks),
-        total_rank=sum(map(sum, ranks.values())),
-        skipped_steps=adapter.skipped_steps,
-        ranks=ranks,
-        files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS, folder.RECORDING)],
+        state = read_state(checkpoint)
+        output.mkdir(exist_ok=True)
+        metrics = MetricsFile(output / folder.METRICS, state.log_history if state else ())
+        metrics.resumed = state is not None
+        callbacks.append(metrics)
+    trainer = build_trainer(
+        options, adapter, job.tokenizer, job.data, checkpoints, output / folder.LOGS, callbacks
     )
+    with job.console.status("held-out loss"):
+        before = evaluate_first(trainer)
+    job.stop.check(job.go_on)
+    try:
+        with progress.bar:
+            train(trainer, adapter, checkpoint)
+        job.stop.check(job.go_on)
+        with job.console.status("held-out loss"):
+            after = trainer.evaluate()
+        if first or adapter.is_sharded:
+            adapter.save_pretrained(output / folder.ADAPTER)
+    except CheckpointError as error:
+        if "not finite" in str(error):
+            raise Diverged(f"{error}; the last checkpoint is kept") from error
+        raise
+    return result.collect(options.policy, adapter, meter, before, after["eval_loss"], output)

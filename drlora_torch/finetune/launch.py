@@ -15,10 +15,9 @@ from rich.console import Console
 
 from drlora_core.cli.app import print_error
 from drlora_torch.errors import RunError
-from drlora_torch.finetune.folder import OPTIONS
-from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.folder import RECIPE
 from drlora_torch.finetune.sharding import Sharding
-from drlora_torch.finetune.signature import ARGUMENTS
+from drlora_torch.finetune.signature import command_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -65,28 +64,19 @@ def _check_machine(processes: int) -> None:
 
 
 def finetune_arguments(
-    options: Mapping[str, Any], sharding: Sharding, output: Path, compare: str | None, resume: bool
+    chosen: Mapping[str, Any], config: Path | None, output: Path, resume: bool
 ) -> list[str]:
     """Return the arguments of ``drlora`` for a run, or for the rest of it.
 
     Args:
-        options: fields of :class:`FinetuneOptions` that the user has given.
-        sharding: how the processes hold the model.
+        chosen: fields of :class:`~.recipe.Recipe` that the user has given.
+        config: file with more of them.
         output: folder of the run.
-        compare: as on the command line.
-        resume: whether the run in ``output`` goes on; its options are in there.
+        resume: whether the run in ``output`` goes on; its recipe is in there.
     """
-    if resume:
-        return ["finetune", f"--resume={output}", *sharding.words]
-    arguments = ["finetune", f"--output={output}", *sharding.words]
-    arguments += [] if compare is None else [f"--compare={compare}"]
-    for name, value in options.items():
-        if name not in ARGUMENTS:
-            option = f"--{name.replace('_', '-')}"
-            flag = FinetuneOptions.model_fields[name].annotation is bool
-            arguments.append(option if flag else f"{option}={value}")
-    words = [str(options[name]) for name in ARGUMENTS if name in options]
-    return [*arguments, *(["--", *words] if words else [])]
+    words = command_line({n: v for n, v in chosen.items() if n not in ("processes", "output")})
+    place = f"--resume={output}" if resume else f"--output={output}"
+    return ["finetune", place, *([f"--config={config}"] if config else []), *words]
 
 
 def torchrun_arguments(processes: int, arguments: list[str], logs: str) -> list[str]:
@@ -132,7 +122,7 @@ def launch(processes: int, arguments: list[str], folder: Path, sharding: Shardin
     finally:
         logging.disable(logging.NOTSET)
     Console().show_cursor()  # the progress bar had no time to
-    if code > 128 and (folder / OPTIONS).is_file():
+    if code > 128 and (folder / RECIPE).is_file():
         options = " ".join([shlex.quote(str(folder)), f"--processes {processes}", *sharding.words])
         text += f"; go on with: drlora finetune --resume {options}"
     print_error(text)

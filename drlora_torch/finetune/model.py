@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from drlora_torch.errors import ModelError
 from drlora_torch.finetune.options import FinetuneOptions, is_local
@@ -82,6 +82,11 @@ def _storage(name: str, dtype: str, quantization: str, in_4bit: bool) -> dict[st
         bnb_4bit_compute_dtype=compute or "bfloat16",
     )
     return {"quantization_config": Experts4bitConfig(kind, rest=rest if in_4bit else None)}
+
+
+def load_config(name: str) -> Any:
+    """Load the configuration of a model."""
+    return _load(AutoConfig, name)
 
 
 def load_tokenizer(name: str) -> Any:

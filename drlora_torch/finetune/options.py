@@ -1,28 +1,37 @@
-"""Options of a fine-tuning run: the command line and configuration files follow these fields."""
+"""Options of a fine-tuning run: the command line and recipes follow these fields."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import model_validator
 
 from drlora_core import AllocatorConfig
-from drlora_core.config import PolicyName, ScopeName, TimetableName
-from drlora_torch.embedded import MODEL_DIR, TEST_FILE, TRAIN_FILE
 from drlora_torch.errors import RunError
+from drlora_torch.finetune import groups
+
+DEFAULT_STEPS = 200
+WINDOW = ("warmup_steps", "growth_interval", "growth_end", "max_growth")
 
 
-class FinetuneOptions(BaseModel):
-    """Options of ``drlora finetune``, each declared once: type, default, range and help text.
+class FinetuneOptions(
+    groups.WatchGroup,
+    groups.TrainingGroup,
+    groups.RestGroup,
+    groups.RankGroup,
+    groups.DataGroup,
+    groups.ModelGroup,
+):
+    """What a run trains, on what and how; where it runs is in :class:`~.recipe.Recipe`.
 
-    The command line has one option per field (:mod:`drlora_torch.finetune.signature`), and the
-    folder of a run keeps them as JSON. Fields that :class:`drlora_core.AllocatorConfig` or
-    :func:`drlora_torch.attach` have too are passed on by name.
+    Fields that :class:`drlora_core.AllocatorConfig` or :func:`drlora_torch.attach` have too are
+    passed on by name.
 
     Raises:
-        pydantic.ValidationError: (a ``ValueError``) for unknown fields and values out of range;
-            from :meth:`allocator_config` for impossible ranks or an impossible window.
+        pydantic.ValidationError: (a ``ValueError``) for unknown fields, values out of range and
+            options that exclude each other; from :meth:`allocator_config` for impossible ranks or
+            an impossible window.
 
     Example:
         >>> options = FinetuneOptions(model="my-model", data="my.jsonl", steps=100)
@@ -32,81 +41,82 @@ class FinetuneOptions(BaseModel):
         True
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneOptions:
+        for wrong, reason in (
+            (self.steps and self.epochs, "give steps or epochs, not both"),
+            (self.streaming and not self.steps, "streaming needs steps: DATA is not counted first"),
+            (self.patience and not self.eval_every, "patience needs eval_every"),
+            (
+                self.patience and (self.save_every or 0) % (self.eval_every or 1),
+                f"with patience, save_every {self.save_every} must be a multiple of eval_every "
+                f"{self.eval_every}",
+            ),
+            (
+                self.attention_rank is None and (self.attention_alpha or self.attention_targets),
+                "attention_alpha and attention_targets need attention_rank",
+            ),
+            (
+                self.method == "dpo" and (self.packing or self.streaming),
+                "dpo takes neither packing nor streaming",
+            ),
+            (
+                self.method == "dpo" and self.train_on == "all",
+                "dpo compares answers only; leave train_on out",
+            ),
+        ):
+            if wrong:
+                raise ValueError(reason)
+        return self
 
-    model: str
-    """Hugging Face id or local folder of a mixture-of-experts model."""
-    data: str
-    """Training data: a .jsonl, .json or .txt file, or a dataset id, with columns text, prompt and
-    completion, or messages."""
-    eval_data: str | None = None
-    """Held-out data, in the same formats as DATA. If not given, the validation or test split of
-    DATA, or a random part of it."""
-    eval_fraction: float = Field(0.05, gt=0.0, lt=1.0)
-    """Fraction of DATA to hold out if it has no split for it."""
-    steps: int = Field(200, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(16, ge=1)
-    """Rows per device and forward pass."""
-    accumulation: int = Field(1, ge=1)
-    """Forward passes per optimizer step."""
-    learning_rate: float = Field(2e-4, gt=0.0)
-    """Peak learning rate of AdamW."""
-    max_length: int = Field(512, ge=2)
-    """Longest row in tokens; the rest is cut off."""
-    seed: int = Field(0, ge=0)
-    """Seed of the data order, the rows of A and the policy."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the base model; auto is float32 on a CPU and that of the checkpoint on a GPU."""
-    load_in_4bit: bool = False
-    """Load the experts and the Linears of the rest in NF4, with bitsandbytes."""
-    quantization: Literal["none", "nf4", "fp4", "fp8", "mxfp4"] = "none"
-    """How the experts are stored: as they are loaded (none), packed while loading (nf4, fp4), or
-    packed as the checkpoint has them (fp8, mxfp4)."""
-    r_init: int = Field(8, ge=1)
-    """Rank of every expert at the start."""
-    r_target: int = Field(16, ge=1)
-    """Mean rank at the end, which is the budget."""
-    r_max: int = Field(32, ge=1)
-    """Largest rank of one expert."""
-    alpha: float | None = Field(None, gt=0.0)
-    """Scale the LoRA update by alpha / r_target. If not given, 2 * r_target."""
-    gamma: float = Field(1.0, ge=0.0)
-    """Exponent of the rank penalty in the saliency."""
-    timetable: TimetableName = "early"
-    """Ranks grow between 5 and 25 % (early) or 10 and 60 % (late) of the steps."""
-    warmup_steps: int | None = Field(None, ge=0)
-    """Optimizer steps before growth. If not given, by the timetable."""
-    growth_interval: int | None = Field(None, ge=1)
-    """Optimizer steps from one growth event to the next. If not given, as many as make at most 8
-    events."""
-    growth_end: int | None = Field(None, ge=0)
-    """Last optimizer step of growth. If not given, by the timetable."""
-    max_growth: int | None = Field(None, ge=1)
-    """Most ranks that an expert gains per event. If not given, an expert that wins every event
-    reaches r_max at the last one."""
-    policy: PolicyName = "greedy"
-    """How the new ranks go to the experts."""
-    scope: ScopeName = "layer"
-    """Whether each layer has a quota of its own or all layers share one."""
-    router: Literal["frozen", "after_warmup", "trainable"] = "frozen"
-    """Whether the routers are trained; after_warmup: from step warmup_steps on."""
-    layout: Literal["pooled", "masked"] = "pooled"
-    """Storage of the ranks: shared by the experts (pooled) or r_max for each (masked)."""
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout probability on the LoRA inputs."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    save_every: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints. If not given, a quarter of the steps."""
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps; those of a run with ``epochs`` are known once it is resolved."""
+        return self.steps or DEFAULT_STEPS
+
+    @property
+    def learning_rate_warmup(self) -> int:
+        """Steps in which the learning rate rises; at least one unless ``warmup_ratio`` is 0."""
+        steps = math.floor(self.planned_steps * self.warmup_ratio + 1e-9)
+        return max(steps, 1) if self.warmup_ratio else 0
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """As given, or a quarter of the steps; with ``patience``, at every evaluation."""
+        if self.patience and self.eval_every:
+            return self.save_every or self.eval_every
+        return self.save_every or max(self.planned_steps // 4, 1)
 
     def allocator_config(self) -> AllocatorConfig:
         """Return the allocator's configuration; a window that is not given follows the steps."""
         shared = set(AllocatorConfig.model_fields)
         fields = self.model_dump(include=shared, exclude_none=True)
-        return AllocatorConfig.for_training(self.steps, timetable=self.timetable, **fields)
+        return AllocatorConfig.for_training(self.planned_steps, timetable=self.timetable, **fields)
+
+    def resolved(self, rows: int | None) -> FinetuneOptions:
+        """Return the options with steps, growth window and scales as numbers.
+
+        A run that is later extended keeps its window.
+
+        Args:
+            rows: rows of an epoch that a step's rows are taken from; None if that is not known.
+
+        Example:
+            >>> options = FinetuneOptions(model="m", data="d.jsonl", epochs=2, batch_size=8)
+            >>> options.resolved(100).steps
+            26
+        """
+        steps = self.planned_steps
+        if self.epochs is not None and rows is not None:
+            per_epoch = math.ceil(rows / (self.batch_size * self.accumulation))
+            steps = max(1, math.ceil(self.epochs * per_epoch))
+        fixed = self.model_copy(update={"steps": steps, "epochs": None})
+        config = fixed.allocator_config()
+        window = {name: getattr(config, name) for name in WINDOW}
+        if self.policy in ("uniform", "prune"):
+            window["max_growth"] = self.max_growth
+        alpha = 2.0 * self.r_target if self.alpha is None else self.alpha
+        return fixed.model_copy(update={**window, "alpha": alpha})
 
     def uniform(self) -> FinetuneOptions:
         """Return the options of static LoRA at the same budget, to compare with."""
@@ -140,22 +150,10 @@ class FinetuneOptions(BaseModel):
         return self.model_copy(update={"batch_size": batch, "accumulation": share // batch})
 
 
-def embedded_defaults() -> dict[str, object]:
-    """Return the options of a run without arguments: the shipped model and task."""
-    return {
-        "model": str(MODEL_DIR),
-        "data": str(TRAIN_FILE),
-        "eval_data": str(TEST_FILE),
-        "learning_rate": 5e-3,
-        "max_length": 128,
-        "r_init": 2,
-        "r_target": 4,
-        "r_max": 12,
-    }
-
-
 def is_local(name: str) -> bool:
     """Return True if a model or data argument is a path rather than an id on a hub."""
     path = Path(name).expanduser()
-    looks_local = path.is_absolute() or path.suffix in {".jsonl", ".json", ".txt"}
+    looks_local = path.is_absolute() or path.suffix in {
+        ".jsonl", ".json", ".txt", ".csv", ".parquet", ".gz", ".yaml",
+    }  # fmt: skip
     return looks_local or name.startswith(("./", "../", "~")) or path.exists()

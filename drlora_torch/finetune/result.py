@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Column, Table
 
+from drlora_torch.adapter import Adapter
+from drlora_torch.finetune import folder
+from drlora_torch.finetune.next_steps import next_steps
+from drlora_torch.finetune.watch.meter import Meter
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 64  # experts that fit on a line
 
@@ -46,15 +51,60 @@ class RunResult(BaseModel):
     files: list[str]
 
 
-def show(console: Console, results: list[RunResult], folder: Path) -> None:
-    """Print the tables of a finished run."""
+def collect(
+    method: str, adapter: Adapter, meter: Meter, before: float, after: float, output: Path
+) -> RunResult:
+    """Put the figures of a training together.
+
+    Args:
+        method: name of the policy.
+        adapter: as it is after the training.
+        meter: that measured it.
+        before: held-out loss of the base model.
+        after: held-out loss after the training.
+        output: folder that its files are in.
+    """
+    ranks = {name: layer.tolist() for name, layer in adapter.ranks().items()}
+    return RunResult(
+        method=method,
+        loss_before=before,
+        loss_after=after,
+        tokens_per_second=meter.tokens / meter.seconds if meter.tokens else None,
+        seconds=meter.seconds,
+        peak_memory_mb=meter.peak_memory_mb,
+        memory_source=meter.memory_source,
+        budget=sum(adapter.engine.budget(name) for name in ranks),
+        total_rank=sum(map(sum, ranks.values())),
+        skipped_steps=adapter.skipped_steps,
+        ranks=ranks,
+        files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS, folder.RECORDING)],
+    )
+
+
+def trained_parameters(adapter: Adapter) -> str:
+    """Say how many parameters are trained: of the experts' LoRA and of everything else."""
+    experts = sum(parameter.numel() for parameter in adapter.lora_parameters())
+    routers = sum(parameter.numel() for parameter in adapter.router_parameters().values())
+    rest = sum(parameter.numel() for parameter in adapter.parameters()) - experts - routers
+    frozen = sum(p.numel() for p in adapter.model.parameters() if not p.requires_grad)
+    parts = [f"{experts:,} in the LoRA of the experts"]
+    parts += [f"{routers:,} in routers"] if routers else []
+    parts += [f"{rest:,} in the rest of the model"] if rest else []
+    total = experts + routers + rest
+    share = 100 * total / (total + frozen)
+    return f"trained parameters: {total:,} ({share:.2f} % of all): {', '.join(parts)}"
+
+
+def show(console: Console, results: list[RunResult], output: Path) -> None:
+    """Print the tables of a finished run, and what can be done with it."""
     console.print(_summary(results))
     for result in results:
         if len({rank for ranks in result.ranks.values() for rank in ranks}) > 1:
             console.print(_ranks(result))
-    console.print(f"Files in {folder}:")
+    console.print(f"Files in {output}:")
     for name in (name for result in results for name in result.files):
-        console.print(f"  {name}", highlight=False)
+        console.print(f"  {name}", highlight=False, soft_wrap=True)
+    console.print(next_steps(output), highlight=False, soft_wrap=True, markup=False)
 
 
 def _summary(results: list[RunResult]) -> Table:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from drlora_torch.errors import RunError
+from drlora_torch.finetune.groups import Group
 
 
 def can_share_features() -> bool:
@@ -16,7 +17,7 @@ def can_share_features() -> bool:
     return torch.cuda.is_available()
 
 
-class Sharding(BaseModel):
+class Sharding(Group):
     """Sizes with which Transformers spreads a model over processes as it loads it.
 
     They say where a run goes, not what it is: the folder of a run does not keep them, and a
@@ -32,7 +33,7 @@ class Sharding(BaseModel):
         2
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    panel: ClassVar[str] = "Several processes"
 
     fsdp_size: int = Field(default=1, ge=1)
     """Processes that hold the weights together, each with rows of its own."""
@@ -49,7 +50,7 @@ class Sharding(BaseModel):
     @property
     def words(self) -> list[str]:
         """The options as on a command line; sizes of 1 are left out."""
-        sizes = self.model_dump().items()
+        sizes = self.model_dump(include=set(Sharding.model_fields)).items()
         return [f"--{name.replace('_', '-')}={size}" for name, size in sizes if size > 1]
 
     def batches(self, processes: int) -> int:
@@ -95,4 +96,4 @@ class Sharding(BaseModel):
             return None
         from transformers.distributed import DistributedConfig
 
-        return DistributedConfig(**self.model_dump())
+        return DistributedConfig(**self.model_dump(include=set(Sharding.model_fields)))

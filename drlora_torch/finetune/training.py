@@ -1,94 +1,135 @@
-"""The trainer of a run: TRL's SFTTrainer with checkpoints that hold the adapter, not the model."""
+"""Make the trainer of a run, and train with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, TrainerCallback, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
+from drlora_core.errors import near_misses
 from drlora_torch.adapter import Adapter
-from drlora_torch.errors import CheckpointError
-from drlora_torch.finetune import optimizer_state
+from drlora_torch.errors import RunError
+from drlora_torch.finetune.data.prepare import Prepared
 from drlora_torch.finetune.options import FinetuneOptions
-from drlora_torch.integrations.trainer import DRLoRACallback
+from drlora_torch.finetune.trainers import DPO, SFT
+from drlora_torch.integrations.rank_images import RankImages
+from drlora_torch.integrations.trainer import DRLoRACallback, move_reporters_last
+from drlora_torch.integrations.trl import BaseReference
 
 
-class AdapterTrainer(SFTTrainer):
-    """SFTTrainer that leaves the model's weights to :class:`DRLoRACallback`.
+def build_trainer(
+    options: FinetuneOptions,
+    adapter: Adapter,
+    tokenizer: Any,
+    data: Prepared,
+    folder: Path,
+    logs: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """Make the trainer of a run; its checkpoints go to ``folder``, TensorBoard's files to ``logs``.
 
-    The callback writes the adapter into each checkpoint and restores it from there. TRL's model
-    card would describe a fully fine-tuned model, so none is written.
-
-    For a model that processes hold together, it does what the Trainer refuses to: it checkpoints
-    the optimizer, in the files of one process. Rows that several processes have are counted once.
+    The callbacks come after :class:`DRLoRACallback`, so that their logs hold the ranks.
     """
+    stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    given: dict[str, Any] = {
+        "model": adapter.model,
+        "train_dataset": data.train,
+        "eval_dataset": data.held_out,
+        "processing_class": tokenizer,
+        "callbacks": [DRLoRACallback(adapter), *callbacks, *stopping],
+    }
+    arguments = _arguments(options, adapter, folder)
+    if options.method == "dpo":
+        own: dict[str, Any] = {"beta": options.beta, "max_length": options.max_length}
+        given["ref_model"] = BaseReference(adapter)
+        trainer: Trainer = DPO(args=DPOConfig(**arguments, **own), **given)
+    else:
+        own = {
+            "max_length": options.max_length,
+            "packing": options.packing,
+            "eval_packing": False,
+            "router_aux_loss_coef": _balance_coefficient(options, adapter.model.config),
+        }
+        trainer = SFT(args=SFTConfig(**arguments, **own), **given)
+    trainer.args.save_only_model = False  # the trainer can save more than the Trainer would
+    trainer.remove_callback(PrinterCallback)
+    move_reporters_last(trainer)
+    if options.report_to:
+        for reporter in trainer.callback_handler.callbacks:
+            if isinstance(reporter, TensorBoardCallback) and reporter.logging_dir is None:
+                reporter.logging_dir = str(logs)
+        trainer.add_callback(RankImages(adapter, trainer.callback_handler.callbacks))
+    return trainer
 
-    @property
-    def _optimizer_groups(self) -> optimizer_state.Groups:
-        """The parameters that train, grouped as the Trainer does in one process."""
-        decayed = set(self.get_decay_parameter_names(self.model))
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        return [[p for n, p in named if (n in decayed) is decay] for decay in (True, False)]
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_distributed_loading_by_transformers:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        first = self.args.should_save
-        state = optimizer_state.gather(self.optimizer, self._optimizer_groups, keep=first)
-        if first:
-            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+def _arguments(options: FinetuneOptions, adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """What TRL's configurations have in common."""
+    gpu = torch.cuda.is_available()
+    watched = options.eval_every is not None
+    return {
+        "output_dir": str(folder),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.lr_scheduler,
+        "warmup_steps": options.learning_rate_warmup,
+        "weight_decay": options.weight_decay,
+        "optim": options.optimizer,
+        "max_grad_norm": options.max_grad_norm,
+        "seed": options.seed,
+        "use_cpu": not gpu,
+        "bf16": options.dtype == "bfloat16" and gpu,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "eval_strategy": "steps" if watched else "no",
+        "eval_steps": options.eval_every,
+        "load_best_model_at_end": options.patience is not None,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "save_steps": options.steps_between_checkpoints,
+        "save_total_limit": 2,
+        "save_only_model": adapter.is_sharded,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it hides a diverged training
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": list(options.report_to or ("none",)),
+        "run_name": options.run_name or folder.parent.name,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": gpu,
+    }
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_distributed_loading_by_transformers:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state, schedule = (
-            torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-        )
-        optimizer_state.scatter(self.optimizer, self._optimizer_groups, state)
-        self.lr_scheduler.load_state_dict(schedule)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if self.get_tp_size() > 1:
-            self.gather_function = self._gather_once
-        return super().evaluation_loop(*args, **kwargs)
+def check_reporters(names: Sequence[str] | None) -> None:
+    """Refuse reporters that the Trainer does not know or whose library is missing.
 
-    def _gather_once(self, losses: torch.Tensor) -> torch.Tensor:
-        """The losses [B] of each process, of neighbors with the same rows once: [B * batches]."""
-        every: torch.Tensor = self.accelerator.gather(losses)
-        once = every.view(-1, len(losses))[:: self.get_tp_size()].reshape(-1)
-        data = self.accelerator.gradient_state
-        filled_up = data.end_of_dataloader and data.remainder > 0
-        return once[: data.remainder] if filled_up else once
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)
-        seen = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + seen // self.get_tp_size()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None: ...
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    Raises:
+        RunError: names what is known, or what to install.
+    """
+    for name in names or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = near_misses(name, INTEGRATION_TO_CALLBACK)
+            raise RunError(f"--report-to {name}: the Trainer has no such reporter; {hint}")
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise CheckpointError(
-                f"could not write a checkpoint to {self.args.output_dir}: {error}"
-            ) from error
+            (kind,) = get_reporting_integration_callbacks([name])
+            kind()
+        except Exception as error:  # each has an error of its own for a missing library or login
+            reason = " ".join(str(error).split())
+            raise RunError(f"--report-to {name} cannot be used: {reason}") from error
 
 
 def _balance_coefficient(options: FinetuneOptions, config: PreTrainedConfig) -> float | None:
@@ -105,56 +146,7 @@ def _balance_coefficient(options: FinetuneOptions, config: PreTrainedConfig) -> 
     return getattr(text_config, "router_aux_loss_coef", 0.0)
 
 
-def build_trainer(
-    options: FinetuneOptions,
-    adapter: Adapter,
-    tokenizer: Any,
-    rows: tuple[Any, Any],
-    folder: Path,
-    callbacks: list[TrainerCallback],
-) -> AdapterTrainer:
-    """Make the trainer of a run; its checkpoints go to ``folder``.
-
-    The callbacks come after :class:`DRLoRACallback`, so that their logs hold the ranks.
-    """
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(options.steps // 20, 1),
-        max_length=options.max_length,
-        seed=options.seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=options.dtype == "bfloat16" and torch.cuda.is_available(),
-        gradient_checkpointing=options.gradient_checkpointing,
-        save_steps=options.save_every or max(options.steps // 4, 1),
-        save_total_limit=2,
-        save_only_model=adapter.is_sharded,
-        logging_steps=1,
-        include_num_input_tokens_seen="non_padding",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        router_aux_loss_coef=_balance_coefficient(options, adapter.model.config),
-    )
-    trainer = AdapterTrainer(
-        model=adapter.model,
-        args=arguments,
-        train_dataset=rows[0],
-        eval_dataset=rows[1],
-        processing_class=tokenizer,
-        callbacks=[DRLoRACallback(adapter), *callbacks],
-    )
-    arguments.save_only_model = False  # AdapterTrainer can save more than the Trainer would
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def evaluate_first(trainer: AdapterTrainer) -> float:
+def evaluate_first(trainer: Trainer) -> float:
     """Return the held-out loss before training, in nats per token.
 
     The Trainer marks the model as prepared for it, without ``DistributedDataParallel``, and would
@@ -167,15 +159,21 @@ def evaluate_first(trainer: AdapterTrainer) -> float:
     return loss
 
 
-def train(trainer: AdapterTrainer, adapter: Adapter, checkpoint: str | None) -> None:
+def read_state(checkpoint: str | None) -> TrainerState | None:
+    """Return the state of the Trainer in a checkpoint; None without one."""
+    if checkpoint is None:
+        return None
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def train(trainer: Trainer, adapter: Adapter, checkpoint: str | None) -> None:
     """Train to the last step, from a checkpoint if there is one.
 
     A checkpoint of the last step is only restored: the Trainer would make one more step from it.
     """
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step >= trainer.args.max_steps:
-            adapter.restore(checkpoint)
-            trainer.state = state
-            return
+    state = read_state(checkpoint)
+    if state is not None and checkpoint and state.global_step >= trainer.args.max_steps:
+        adapter.restore(checkpoint)
+        trainer.state = state
+        return
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -16,6 +16,8 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.storage.adapter_file import FILE_NAME
 
 CARD_FILE = "README.md"
+RUN_ADAPTER = "adapter"
+"""Where a run of ``drlora finetune`` keeps its adapter, in its folder."""
 REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (
         errors.LocalEntryNotFoundError,
@@ -62,8 +64,13 @@ adapter = drlora_torch.load(model, "{repo}", trainable=False)
 
 
 def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Resolve a directory, a file, or the id of a repository on the hub to a local path."""
+    """Resolve a directory, a file, or the id of a repository on the hub to a local path.
+
+    The folder of a run stands for the adapter in it.
+    """
     local = Path(path)
+    if not (local / FILE_NAME).is_file() and (local / RUN_ADAPTER / FILE_NAME).is_file():
+        return local / RUN_ADAPTER
     if local.exists() or not is_repo_id(str(path)):
         return local
     try:

@@ -14,44 +14,58 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from drlora_torch.finetune.watch.meter import Meter
+
 LEVELS = {
     "transformers": logging.ERROR,
     "trl": logging.ERROR,
     "accelerate": logging.ERROR,
+    "peft": logging.ERROR,
     "datasets": logging.CRITICAL,  # its errors are exceptions, which we report
 }
 
 
 class RichProgress(TrainerCallback):
-    """Shows the step, the loss and the total rank.
+    """Shows step, loss, total rank, speed, memory, skipped steps and the time left.
 
     On a terminal they stand in a bar, which is drawn inside ``with progress.bar``. Elsewhere a
     line is printed after each tenth of the steps.
     """
 
-    def __init__(self, label: str, steps: int, console: Console) -> None:
-        self._label = label
+    def __init__(self, label: str, steps: int, console: Console, meter: Meter) -> None:
+        self._label, self._meter = label, meter
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  rank {task.fields[rank]}"),
+            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self.bar.add_task(label, total=steps, loss="-", rank="-")
+        self._task = self.bar.add_task(label, total=steps, figures="")
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        step, loss, rank = state.global_step, f"{float(logs['loss']):.4f}", logs["total_rank"]
-        self.bar.update(self._task, completed=step, loss=loss, rank=rank)
+        step, figures = state.global_step, self._figures(logs)
+        self.bar.update(self._task, completed=step, figures=figures)
         if self.bar.disable and step % max(state.max_steps // 10, 1) == 0:
-            line = f"{self._label}: step {step}/{state.max_steps}  loss {loss}  rank {rank}"
-            self.bar.console.print(line)
+            self.bar.console.print(
+                f"{self._label}: step {step}/{state.max_steps}  {figures}", soft_wrap=True
+            )
+
+    def _figures(self, logs: dict[str, Any]) -> str:
+        figures = [f"loss {float(logs['loss']):.4f}", f"rank {logs['total_rank']}"]
+        if (speed := self._meter.tokens_per_second) is not None:
+            figures.append(f"{speed:,.0f} tokens/s")
+        if (memory := self._meter.peak_memory_mb) is not None:
+            figures.append(f"{memory / 1024:.1f} GiB")
+        if logs["skipped_steps"]:
+            figures.append(f"{logs['skipped_steps']} steps skipped")
+        return "  ".join(figures)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""From files and dataset ids to tokens: read, understand, check, tokenize, sum up."""

@@ -1,0 +1,153 @@
+"""What a run is about to train on, in figures and one example."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from drlora_core import atomic
+from drlora_torch.errors import RunError
+from drlora_torch.finetune.data.encode import NO_LOSS, Encoded
+
+FILE = "data.json"
+"""In the folder of a run."""
+SHOWN_CHARACTERS = 600
+OPEN, CLOSE = "[[", "]]"
+
+
+class Summary(BaseModel):
+    """Rows and tokens of the training data, after ``max_length``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str
+    """The columns that were read."""
+    ignored: tuple[str, ...]
+    """Columns that were not."""
+    rows: int
+    """Rows that are trained on."""
+    read: int
+    """Rows that were read from the data, without those that are held out."""
+    cut: int
+    """Rows that ``max_length`` shortens."""
+    dropped: int
+    """Rows that are left out: ``max_length`` cuts off all that bears loss."""
+    tokens: int
+    """Tokens of an epoch."""
+    loss_tokens: int
+    """Tokens of an epoch that bear loss."""
+    longest: int
+    """Tokens of the longest row, before it is cut."""
+    held_out: int
+    """Rows to evaluate on."""
+    complete: bool = True
+    """False for streamed data: rows and tokens are those of the first rows."""
+    digest: str
+    """Hash of the tokens and labels."""
+    example: str
+    """The first row as text, with what bears loss in ``[[ ]]``."""
+
+
+class Counter:
+    """Counts rows and tokens on their way."""
+
+    def __init__(self) -> None:
+        self.read = self.rows = self.cut = self.dropped = 0
+        self.tokens = self.loss_tokens = self.longest = self.largest_id = 0
+        self._hash = hashlib.sha256()
+
+    def add(self, whole: list[Encoded], kept: list[Encoded]) -> None:
+        """Count a row: its sequences before ``max_length``, and after (none if it is dropped)."""
+        self.read += 1
+        self.longest = max(self.longest, *(len(each.input_ids) for each in whole))
+        if not kept:
+            self.dropped += 1
+            return
+        self.rows += 1
+        self.cut += any(
+            len(a.input_ids) > len(b.input_ids) for a, b in zip(whole, kept, strict=True)
+        )
+        self.tokens += sum(len(each.input_ids) for each in kept)
+        self.loss_tokens += sum(each.loss_tokens for each in kept)
+        for each in kept:
+            self.largest_id = max(self.largest_id, *each.input_ids)
+            self._hash.update(np.array([each.input_ids, each.labels], dtype=np.int64).tobytes())
+
+    @property
+    def digest(self) -> str:
+        """Hash of the tokens and labels that were counted."""
+        return self._hash.hexdigest()
+
+
+def mark(tokenizer: Any, row: Encoded) -> str:
+    """Return a row as text, with the parts that bear loss in ``[[ ]]``."""
+    text, start = "", 0
+    while start < len(row.labels):
+        learned, end = row.labels[start] != NO_LOSS, start
+        while end < len(row.labels) and (row.labels[end] != NO_LOSS) is learned:
+            end += 1
+        part = tokenizer.decode(row.input_ids[start:end])
+        text += f"{OPEN}{part}{CLOSE}" if learned else part
+        start = end
+    return text
+
+
+def write(folder: Path, summary: Summary) -> None:
+    """Write what a run trains on, in figures."""
+    atomic.write_text(folder / FILE, summary.model_dump_json(indent=2) + "\n")
+
+
+def check_same(folder: Path, summary: Summary) -> None:
+    """Refuse to go on with other data than a run began with.
+
+    Raises:
+        RunError: the tokens differ; says how.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return
+    before = Summary.model_validate_json(path.read_bytes())
+    if before.digest != summary.digest:
+        raise RunError(
+            f"the training data has changed since the run in {str(folder)!r} began "
+            f"({before.rows:,} rows, {before.tokens:,} tokens then; {summary.rows:,} and "
+            f"{summary.tokens:,} now), or the tokenizer has; restore it, or begin a new run"
+        )
+
+
+def show(console: Console, summary: Summary, steps: int, rows_per_step: int) -> None:
+    """Print a summary: what is trained on, and for how many epochs."""
+    epochs = steps * rows_per_step / max(summary.rows, 1)
+    first = "" if summary.complete else "first "
+    passes = f"{epochs:.2f} ({steps:,} steps of {rows_per_step:,})"
+    table = Table(title="Training data", title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", justify="right")
+    rows = {
+        "columns": summary.format,
+        "ignored columns": ", ".join(summary.ignored),
+        f"{first}rows to train on": f"{summary.rows:,}",
+        "rows cut by max_length": f"{summary.cut:,}" if summary.cut else "",
+        "rows dropped by max_length": f"{summary.dropped:,}" if summary.dropped else "",
+        "rows held out": f"{summary.held_out:,}",
+        f"tokens of these {first}rows": f"{summary.tokens:,}",
+        "of them bear loss": f"{summary.loss_tokens:,}",
+        "longest row in tokens": f"{summary.longest:,}",
+        "epochs": passes if summary.complete else "",
+    }
+    for label, value in rows.items():
+        if value:
+            table.add_row(Text(label), Text(value))
+    console.print(table)
+    example = summary.example
+    if len(example) > SHOWN_CHARACTERS:
+        example = example[:SHOWN_CHARACTERS] + "..."
+    console.print(f"An example; {OPEN}{CLOSE} holds what bears loss:", markup=False)
+    console.print(Text(example))

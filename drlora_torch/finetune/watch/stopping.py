@@ -1,0 +1,112 @@
+"""Ends a run that is told to stop, or that has diverged, with its last good checkpoint kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from drlora_torch.errors import RunError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+IMPATIENT_AFTER = 1.0
+"""Seconds; a launcher passes on a signal that its processes have had from the terminal too."""
+
+
+class Diverged(RunError):
+    """A loss is not finite: what was learned after the last checkpoint is lost."""
+
+    exit_code = 1
+
+
+class Stopped(RunError):
+    """The run was told to stop, and has written a checkpoint."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends the training after the current step when Ctrl-C is pressed or SIGTERM comes.
+
+    All processes of a run stop after the same step. The same signal once more ends at once.
+
+    Args:
+        processes: those that train together.
+        device: on which they exchange what they have received.
+    """
+
+    def __init__(self, processes: int, device: torch.device) -> None:
+        self._processes, self._device = processes, device
+        self._received: int = 0
+        self._moment = 0.0
+        self.step: int | None = None
+        """The step after which the training ended; None if it was not in a training."""
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the signals only ask to stop; in threads other than the main one, as before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self._received == number and time.monotonic() - self._moment > IMPATIENT_AFTER
+        if again:
+            raise KeyboardInterrupt
+        if not self._received:
+            self._received, self._moment = number, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._processes > 1:
+            self._received = self._agree()
+        if self._received:
+            self.step = state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def _agree(self) -> int:
+        received = torch.tensor(self._received, device=self._device)
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        return int(received)
+
+    def check(self, go_on: str) -> None:
+        """Raise if a signal has come.
+
+        Raises:
+            Stopped: names the command that goes on.
+        """
+        if self._received:
+            name = signal.Signals(self._received).name
+            where = "before the first step" if self.step is None else f"after step {self.step}"
+            raise Stopped(f"stopped by {name} {where}; go on with: {go_on}", self._received)
+
+
+class StopWhenDiverged(TrainerCallback):
+    """Ends a run whose loss is not finite, before a checkpoint of it is written."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        for name in ("loss", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise Diverged(
+                    f"{name} is {value} at step {state.global_step}: the training has diverged; "
+                    "the last checkpoint is kept. Start again with a lower --learning-rate, or "
+                    "--max-grad-norm"
+                )
