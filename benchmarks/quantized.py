@@ -23,7 +23,7 @@ from benchmarks.blocks import DTYPES, SHAPES, Case
 from benchmarks.methods import RANK
 from benchmarks.options import Dtypes, Rounds, Shapes
 from drlora_torch.finetune import job
-from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from drlora_torch.finetune.recipe import combine
 
 STORAGES = ("nf4", "fp4")
 DENSE = "drlora on unpacked experts"
@@ -81,11 +81,9 @@ def finetune() -> list[list[str]]:
     for storage in ("none", "nf4"):
         losses = []
         for seed in SEEDS:
-            options = FinetuneOptions.model_validate(
-                {**embedded_defaults(), "quantization": storage, "seed": seed}
-            )
+            recipe = combine({"quantization": storage, "seed": seed})
             with tempfile.TemporaryDirectory() as folder:
-                (result,) = job.run(options, Path(folder) / "run", Console(quiet=True))
+                (result,) = job.run(recipe, Path(folder) / "run", Console(quiet=True))
             losses.append((result.loss_before, result.loss_after))
         before, after = (
             torch.tensor(column, dtype=torch.float64) for column in zip(*losses, strict=True)

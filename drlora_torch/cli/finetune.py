@@ -15,9 +15,6 @@ from drlora_torch.finetune.recipe import Recipe, combine
 from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.finetune.signature import add_finetune_options
 
-RESUMABLE = {"steps", "eval_every", "save_every", "report_to", "run_name"}
-"""What may change when a run goes on; and where it runs."""
-
 
 @add_finetune_options
 def finetune(
@@ -63,11 +60,16 @@ def finetune(
 def _resumed(path: Path, chosen: dict[str, Any], config: Path | None) -> Recipe:
     """Read the recipe of a run that goes on, perhaps to a later step and in other processes."""
     places = {"processes", *Sharding.model_fields}
-    refused = sorted(chosen.keys() - RESUMABLE - places) + (["config"] if config else [])
+    refused = sorted(chosen.keys() - {*folder.RESUMABLE, *places}) + (["config"] if config else [])
     if refused:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
         raise RunError(f"--resume uses the options of the run; leave out {words}")
     saved = folder.read(path)
+    if launch.must_launch(chosen.get("processes")):
+        batches = Sharding.model_validate(
+            {n: v for n, v in chosen.items() if n in Sharding.model_fields}
+        ).batches(chosen["processes"])
+        saved.options.shared_by(batches, saved.different_batches)
     sizes = dict.fromkeys(Sharding.model_fields, 1) | {"processes": None}
     recipe = Recipe.model_validate({**saved.model_dump(), **sizes, **chosen})
     finished, steps = (path / folder.RESULT).is_file(), saved.options.planned_steps

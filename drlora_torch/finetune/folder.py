@@ -11,6 +11,8 @@ from drlora_torch.finetune.recipe import Recipe, absolute, read_fields, to_yaml
 RECIPE, RESULT, METRICS = "run.yaml", "result.json", "metrics.jsonl"
 ADAPTER, CHECKPOINTS, RECORDING, PEFT = "adapter", "checkpoints", "recording", "peft"
 MERGED, LOGS = "merged", "logs"
+RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
+"""What may change when a run goes on; and where it runs."""
 
 
 def create(folder: Path, recipe: Recipe) -> None:
@@ -27,6 +29,17 @@ def create(folder: Path, recipe: Recipe) -> None:
 def write(folder: Path, recipe: Recipe) -> None:
     """Write a recipe to the folder of its run; paths in it become absolute."""
     atomic.write_text(folder / RECIPE, to_yaml(absolute(recipe)))
+
+
+def extend(folder: Path, recipe: Recipe) -> None:
+    """Note what has changed of a run that goes on; with more steps, it is not finished any more."""
+    saved = read(folder)
+    changes = {name: getattr(recipe, name) for name in RESUMABLE}
+    changed = saved.model_copy(update=changes)
+    if changed != saved:
+        write(folder, changed)
+    if changed.steps != saved.steps:
+        (folder / RESULT).unlink(missing_ok=True)
 
 
 def refuse_existing(folder: Path) -> None:

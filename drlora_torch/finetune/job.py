@@ -87,22 +87,22 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
     if not everyone.is_main_process:
         console = Console(quiet=True)
     recipe.sharding.check(everyone.num_processes)
-    begun_with = recipe.different_batches
+    saved = folder.read(output) if resume else recipe
     recipe = recipe.model_copy(update={"processes": everyone.num_processes})
     options = recipe.options
     if resume:
-        options = options.shared_by(recipe.different_batches, begun_with)
+        options = options.shared_by(recipe.different_batches, saved.different_batches)
     else:
         folder.refuse_existing(output)
     check_reporters(options.report_to)
     with quiet_libraries():
         options, tokenizer, data = load_data(options, recipe.different_batches, console)
-        recipe = recipe.model_copy(update=options.model_dump())
         if resume:
             summary.check_same(output, data.summary)
         with console.status("loading the model"):
             model = load_base(options, recipe.sharding)
         stop = StopOnSignal(everyone.num_processes, everyone.device)
+        recipe = recipe.model_copy(update=options.model_dump())
         job = Job(recipe, output, console, everyone, tokenizer, data, stop)
         with stop.listening():
             results = _train_all(job, model, options, resume)
@@ -131,7 +131,9 @@ def _begin(job: Job, adapter: Adapter, resume: bool) -> None:
     """Make the folder of a new run, now that nothing stands in its way, and say what is trained."""
     job.everyone.wait_for_everyone()  # each has looked whether the folder exists
     if job.everyone.is_main_process:
-        if not resume:
+        if resume:
+            folder.extend(job.output, job.recipe)
+        else:
             folder.create(job.output, job.recipe)
         summary.write(job.output, job.data.summary)
     job.everyone.wait_for_everyone()

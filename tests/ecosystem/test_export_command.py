@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import drlora_torch
 from drlora_core.cli import main
 from drlora_torch.embedded import MODEL_DIR
-from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from drlora_torch.finetune import folder
+from drlora_torch.finetune.recipe import combine
 from tests.torch import helpers
 
 FILE = "drlora_adapter.safetensors"
@@ -28,8 +29,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "05_export_to_peft.py"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a finished run leaves behind."""
     run = tmp_path_factory.mktemp("run")
-    options = FinetuneOptions.model_validate(embedded_defaults())
-    (run / "options.json").write_text(json.dumps({"options": options.model_dump(mode="json")}))
+    folder.write(run, combine({}))
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     adapter = drlora_torch.attach(model, helpers.engine())
     helpers.uneven(adapter)
@@ -60,7 +60,7 @@ def test_a_run_is_exported(
 
 
 def test_an_unfinished_run_gives_its_last_checkpoint(finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "options.json").write_bytes((finished / "options.json").read_bytes())
+    (tmp_path / "run.yaml").write_bytes((finished / "run.yaml").read_bytes())
     for step, complete in ((2, True), (4, True), (6, False)):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         shutil.copytree(finished / "adapter", folder)
@@ -77,9 +77,9 @@ def test_bad_runs_are_one_sentence(
     (tmp_path / "taken" / "mine").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "options.json").write_text("{")
+    (tmp_path / "broken" / "run.yaml").write_text("{")
     (tmp_path / "young").mkdir()
-    (tmp_path / "young" / "options.json").write_bytes((finished / "options.json").read_bytes())
+    (tmp_path / "young" / "run.yaml").write_bytes((finished / "run.yaml").read_bytes())
     for arguments, match in (
         ([str(finished), "--output", str(tmp_path / "taken")], "exists; use another"),
         ([str(tmp_path / "empty")], "not the folder of a run"),

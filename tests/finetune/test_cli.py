@@ -58,17 +58,21 @@ def test_plain_text_is_accepted(moe_folder: Path, tmp_path: Path, text: str) -> 
 
 
 BAD_DATA = {
-    "empty": ("rows.jsonl", "", "is empty"),
-    "not JSON": ("rows.jsonl", "{nonsense\n", "could not be read"),
-    "no known column": ("rows.jsonl", '{"question": "a"}\n{"question": "b"}\n', "accepted: prompt"),
+    "empty": ("rows.jsonl", "", "has no rows"),
+    "not JSON": ("rows.jsonl", "{nonsense\n", "line 1: not JSON"),
+    "no known column": (
+        "rows.jsonl",
+        '{"ask": "a"}\n{"ask": "b"}\n',
+        "accepted: messages; conversations; prompt and completion",
+    ),
     "one row": ("rows.jsonl", '{"text": "a"}\n', "at least 2"),
     "no template": (
         "rows.jsonl",
-        '{"messages": [{"role": "user", "content": "a"}]}\n' * 4,
+        '{"messages": [{"role": "assistant", "content": "a"}]}\n' * 4,
         "no chat template",
     ),
-    "unknown ending": ("rows.parquet", "a", ".jsonl, .json, .txt"),
-    "no such file": ("rows.jsonl", None, "could not be read: Unable to find"),
+    "unknown ending": ("rows.jsnl", "a", "did you mean '.jsonl'"),
+    "no such file": ("rows.jsonl", None, "there is no such file"),
 }
 
 
@@ -145,11 +149,11 @@ def test_an_existing_output_folder_is_left_alone(
 def test_resume_needs_an_unfinished_run_and_no_other_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "has no options.json" in refused(["finetune", "--resume", str(tmp_path)], capsys)
-    said = refused(["finetune", "--resume", str(tmp_path), "--steps", "3"], capsys)
-    assert "leave out steps" in said
+    assert "has no run.yaml" in refused(["finetune", "--resume", str(tmp_path)], capsys)
+    said = refused(["finetune", "--resume", str(tmp_path), "--r-max", "3"], capsys)
+    assert "leave out --r-max" in said
     said = refused(["finetune", "--resume", str(tmp_path), "--compare", "uniform"], capsys)
-    assert "leave out compare" in said
+    assert "leave out --compare" in said
 
 
 def test_a_model_needs_data(moe_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,12 +168,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_adapter(
     output = tmp_path / "run"
     script = (
         "import resource, sys\n"
-        "from drlora_torch.finetune import training, folder\n"
-        "real = training.AdapterTrainer.save_model\n"
+        "from drlora_torch.finetune import trainers, folder\n"
+        "real = trainers.SFT.save_model\n"
         "def limited(self, *args, **kwargs):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    real(self, *args, **kwargs)\n"
-        "training.AdapterTrainer.save_model = limited\n"
+        "trainers.SFT.save_model = limited\n"
         "from drlora_core.cli import main\n"
         "main(sys.argv[1:])\n"
     )

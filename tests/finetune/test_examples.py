@@ -13,7 +13,7 @@ import torch.distributed
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 
-from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.recipe import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -63,5 +63,5 @@ def test_the_slurm_script_is_bash_and_gives_options_that_exist() -> None:
     assert len(given) == 2
     options = {word for line in given for word in re.findall(r"--([a-z-]+)", line)}
     assert {"resume", "output"} < options
-    fields = {name.replace("_", "-") for name in FinetuneOptions.model_fields}
+    fields = {name.replace("_", "-") for name in Recipe.model_fields}
     assert options - {"resume", "output"} <= fields

@@ -19,15 +19,15 @@ from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_torch.finetune import job, result
 from drlora_torch.finetune.model import load_model
-from drlora_torch.finetune.options import FinetuneOptions
-from drlora_torch.finetune.progress import RichProgress
+from drlora_torch.finetune.recipe import Recipe
+from drlora_torch.finetune.watch.progress import RichProgress
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
 )
 
 
-def options_for(model: Path, data: Path, **changes: Any) -> FinetuneOptions:
+def options_for(model: Path, data: Path, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "model": str(model),
         "data": str(data),
@@ -39,7 +39,7 @@ def options_for(model: Path, data: Path, **changes: Any) -> FinetuneOptions:
         "r_max": 6,
         "save_every": 4,
     }
-    return FinetuneOptions(**{**values, **changes})
+    return Recipe(**{**values, **changes})
 
 
 @pytest.fixture
@@ -60,9 +60,7 @@ class Killed(BaseException):
     pass
 
 
-def kill(
-    monkeypatch: pytest.MonkeyPatch, step: int, options: FinetuneOptions, folder: Path
-) -> None:
+def kill(monkeypatch: pytest.MonkeyPatch, step: int, options: Recipe, folder: Path) -> None:
     """Start a run that dies after a step."""
 
     def die(self: RichProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,9 +108,8 @@ def test_the_recording_replays_to_the_same_decisions(
 def test_compare_trains_static_lora_at_the_same_budget_from_the_same_base(
     moe_folder: Path, sums: Path, tmp_path: Path, console: Console
 ) -> None:
-    ours, uniform = job.run(
-        options_for(moe_folder, sums), tmp_path / "run", console, compare="uniform"
-    )
+    recipe = options_for(moe_folder, sums, compare="uniform")
+    ours, uniform = job.run(recipe, tmp_path / "run", console)
     assert uniform.method == "uniform"
     assert uniform.budget == ours.budget == uniform.total_rank
     assert {rank for ranks in uniform.ranks.values() for rank in ranks} == {2}
@@ -245,6 +242,7 @@ def test_the_bar_shows_loss_and_rank_on_a_terminal(
     last = training_rows(tmp_path / "run")[-1]
     assert trained.total_rank == 32
     assert f"loss {last['loss']:.4f}  rank 32" in screen.getvalue()
+    assert "tokens/s" in screen.getvalue()
 
 
 def test_a_failing_write_leaves_the_last_checkpoint(
@@ -286,10 +284,10 @@ def test_a_failing_write_leaves_the_last_checkpoint(
 def test_the_default_window_ends_before_the_training_does(
     changes: dict[str, Any], window: AllocatorConfig
 ) -> None:
-    options = FinetuneOptions(model="m", data="d.jsonl", **changes)
+    options = Recipe(model="m", data="d.jsonl", **changes).options
     config = options.allocator_config()
     assert config.growth_steps == window.growth_steps
-    assert config.growth_steps[-1] <= options.steps
+    assert config.growth_steps[-1] <= (options.steps or 0)
     # an expert that wins every event gets to r_max, and the last event makes it possible
     assert config.max_growth is not None
     assert config.r_init + config.num_events * config.max_growth >= config.r_max

@@ -16,9 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from drlora_core.cli import main
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, job, launch, worker
-from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.recipe import Recipe
 from drlora_torch.finetune.sharding import Sharding
-from tests.finetune.test_options import OTHER
+from tests.finetune.test_options import OTHER, as_words
 
 Calls = list[tuple[Any, ...]]
 
@@ -37,15 +37,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What this process would train."""
     calls: Calls = []
 
-    def run(
-        options: FinetuneOptions,
-        output: Path,
-        *_: Any,
-        compare: Any,
-        resume: bool,
-        sharding: Sharding,
-    ) -> None:
-        calls.append((options, output, compare, resume, sharding))
+    def run(recipe: Recipe, output: Path, *_: Any, resume: bool) -> None:
+        calls.append((recipe, output, resume))
 
     monkeypatch.setattr(job, "run", run)
     return calls
@@ -87,7 +80,7 @@ def test_one_process_is_this_one(processes: list[str], trained: Calls, launched:
 
 def test_fewer_than_one_process_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("--processes", "0") == 2
-    assert "'--processes'" in capsys.readouterr().err
+    assert "processes: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variable", ["RANK", "TORCHELASTIC_RUN_ID"])
@@ -129,9 +122,9 @@ def test_other_options_are_refused_before_the_processes_start(
     assert "r_target 99 > r_max" in refused(capsys, *bad)
     said = refused(capsys, "--output", str(tmp_path), "--processes", "2")
     assert f"output folder {str(tmp_path)!r} exists" in said
-    assert "has no options.json" in refused(capsys, "--resume", str(tmp_path), "--processes", "2")
-    options = FinetuneOptions(model="m", data="d.jsonl", batch_size=3)
-    folder.create(tmp_path / "run", folder.SavedRun(options=options, processes=2))
+    assert "has no run.yaml" in refused(capsys, "--resume", str(tmp_path), "--processes", "2")
+    recipe = Recipe(model="m", data="d.jsonl", batch_size=3, processes=2)
+    folder.create(tmp_path / "run", recipe)
     said = refused(capsys, "--resume", str(tmp_path / "run"), "--processes", "4")
     assert "has 6 rows, which 4 processes cannot share" in said
     assert launched == []
@@ -139,10 +132,8 @@ def test_other_options_are_refused_before_the_processes_start(
 
 def test_the_processes_read_what_the_user_gave(launched: Calls, trained: Calls) -> None:
     """Every option survives the way through the command line of the processes."""
-    arguments = [f"--{n.replace('_', '-')}={v}" for n, v in OTHER.items() if v is not True]
-    arguments = [word for word in arguments if not word.startswith(("--model=", "--data="))]
-    arguments += [f"--{n.replace('_', '-')}" for n, v in OTHER.items() if v is True]
-    arguments += ["--compare", "uniform", "--output", "-my run"]
+    given = {**OTHER, "fsdp_size": 1, "ep_size": 1, "output": "-my run"}
+    arguments = as_words(given)
     ended("--processes", "3", *arguments, "--", "-m", "-d.jsonl")
     ended("--processes", "2")
     (three, words, output, _), (two, own_words, own_output, _) = launched
@@ -154,22 +145,24 @@ def test_the_processes_read_what_the_user_gave(launched: Calls, trained: Calls) 
             main(each)
     ended()
     full, own, plain = trained
-    options = FinetuneOptions(**{**OTHER, "model": "-m", "data": "-d.jsonl"})
-    assert full == (options, Path("-my run"), "uniform", False, Sharding())
-    assert own == (plain[0], own_output, None, False, Sharding())  # the clock is read once
+    everything = {**given, "model": "-m", "data": "-d.jsonl"}
+    assert full == (Recipe(**{**everything, "processes": None}), Path("-my run"), False)
+    changed = {"output": str(own_output)}
+    assert own == (plain[0].model_copy(update=changed), own_output, False)  # one clock is read
 
 
 def test_a_resume_takes_its_options_from_the_folder(
     tmp_path: Path, launched: Calls, trained: Calls
 ) -> None:
-    options = FinetuneOptions(model="m", data="d.jsonl")
-    folder.create(tmp_path / "run", folder.SavedRun(options=options, compare="uniform"))
+    recipe = Recipe(model="m", data="d.jsonl", compare="uniform")
+    folder.create(tmp_path / "run", recipe)
     ended("--resume", str(tmp_path / "run"), "--processes", "2", "--fsdp-size", "2")
     ((processes, words, output, sharding),) = launched
     assert (processes, output, sharding) == (2, tmp_path / "run", Sharding(fsdp_size=2))
     with pytest.raises(SystemExit):
         main(words)
-    assert trained == [(options, tmp_path / "run", "uniform", True, sharding)]
+    changed = folder.read(tmp_path / "run").model_copy(update={"fsdp_size": 2})
+    assert trained == [(changed, tmp_path / "run", True)]
 
 
 def test_torchrun_gets_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +226,7 @@ def test_a_failure_is_one_sentence_with_the_exit_code_of_its_process(
     monkeypatch.setattr("torch.distributed.run.run", run)
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     if begun:
-        options = FinetuneOptions(model="m", data="d.jsonl")
-        folder.create(tmp_path / "run", folder.SavedRun(options=options))
+        folder.create(tmp_path / "run", Recipe(model="m", data="d.jsonl"))
     with pytest.raises(SystemExit) as stopped:
         launch.launch(2, [], tmp_path / "run", Sharding(fsdp_size=2))
     assert stopped.value.code == code
@@ -278,7 +270,7 @@ def test_a_process_tells_torchrun_and_not_the_screen(
 def test_a_step_keeps_its_rows_in_other_processes(
     begun_with: int, processes: int, batch: int, accumulation: int
 ) -> None:
-    begun = FinetuneOptions(model="m", data="d.jsonl", batch_size=6, accumulation=2)
+    begun = Recipe(model="m", data="d.jsonl", batch_size=6, accumulation=2).options
     shared = begun.shared_by(processes, begun_with)
     assert (shared.batch_size, shared.accumulation) == (batch, accumulation)
     assert batch * accumulation * processes == 12 * begun_with

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from drlora_torch.finetune.meter import Meter
+from drlora_torch.finetune.watch.meter import Meter
 
 BLOCK = 2**25  # float64, so 256 MiB
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures memory of the process")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -14,11 +12,13 @@ import drlora_torch
 from drlora_core import AllocatorConfig
 from drlora_core.cli import main
 from drlora_torch.finetune import job
-from drlora_torch.finetune.folder import read, write_metrics
-from drlora_torch.finetune.options import FinetuneOptions, embedded_defaults
+from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.recipe import Recipe, combine, shipped_run
+from drlora_torch.finetune.signature import command_line
+from drlora_torch.finetune.starting import ATTACH_OPTIONS
 from drlora_torch.options import AdapterOptions
 
-FIELDS = FinetuneOptions.model_fields
+FIELDS = Recipe.model_fields
 # A value of each field that is neither its default nor that of the shipped model.
 OTHER: dict[str, Any] = {
     "model": "m",
@@ -51,16 +51,60 @@ OTHER: dict[str, Any] = {
     "quantization": "nf4",
     "gradient_checkpointing": True,
     "save_every": 11,
+    "adapter": "a",
+    "columns": {"prompt": "ask", "completion": "reply"},
+    "chat_template": "t.jinja",
+    "train_on": "all",
+    "packing": True,
+    "streaming": True,
+    "attention_rank": 4,
+    "attention_alpha": 9.0,
+    "attention_targets": ("q_proj", "v_proj"),
+    "modules_to_save": ("lm_head",),
+    "method": "sft",
+    "beta": 0.2,
+    "epochs": None,  # excludes steps
+    "lr_scheduler": "linear",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.01,
+    "optimizer": "sgd",
+    "max_grad_norm": 0.5,
+    "eval_every": 11,
+    "patience": 2,
+    "report_to": ("tensorboard", "wandb"),
+    "run_name": "name",
+    "fsdp_size": 2,
+    "ep_size": 2,
+    "tp_size": 1,
+    "output": "out",
+    "compare": "uniform",
+    "processes": 1,
 }
 
 
-@pytest.fixture
-def received(monkeypatch: pytest.MonkeyPatch) -> list[tuple[FinetuneOptions, str | None]]:
-    """What the command line hands to the job."""
-    calls: list[tuple[FinetuneOptions, str | None]] = []
+def as_words(fields: dict[str, Any]) -> list[str]:
+    """Fields as a user writes them; an independent copy of what the library does."""
+    words = []
+    for name, value in fields.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif isinstance(value, dict):
+            words.append(f"{option}={','.join(f'{a}={b}' for a, b in value.items())}")
+        elif isinstance(value, tuple):
+            words.append(f"{option}={','.join(value)}")
+        elif value is not None and name not in {"model", "data", "processes"}:
+            words.append(f"{option}={value}")
+    return words
 
-    def run(options: FinetuneOptions, *_: Any, compare: str | None, **__: Any) -> None:
-        calls.append((options, compare))
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """What the command line hands to the job."""
+    calls: list[Recipe] = []
+
+    def run(recipe: Recipe, *_: Any, **__: Any) -> None:
+        calls.append(recipe)
 
     monkeypatch.setattr(job, "run", run)
     return calls
@@ -74,26 +118,27 @@ def finetune(*arguments: str) -> None:
 
 def test_every_field_is_an_option(received: list[Any]) -> None:
     assert set(OTHER) == set(FIELDS)
-    arguments = [OTHER["model"], OTHER["data"], "--compare", "uniform"]
-    for name, value in OTHER.items():
-        if name in {"model", "data"}:
-            continue
-        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    finetune(*arguments)
-    ((options, compare),) = received
-    assert options == FinetuneOptions(**OTHER)
-    assert compare == "uniform"
+    finetune(OTHER["model"], OTHER["data"], *as_words(OTHER), "--processes", "1")
+    assert received == [Recipe(**OTHER)]
+    assert [received[0].options] == [
+        FinetuneOptions.model_validate(
+            {name: value for name, value in OTHER.items() if name in FinetuneOptions.model_fields}
+        )
+    ]
+    own = {name: value for name, value in OTHER.items() if name not in {"model", "data"}}
+    words = command_line(own)
+    assert sorted(words) == sorted([*as_words(OTHER), "--processes=1"])
 
 
 def test_what_is_not_given_has_the_default(received: list[Any]) -> None:
     finetune("m", "d.jsonl")
     finetune()
     finetune("--r-max", "20")
-    shipped = embedded_defaults()
-    assert [options for options, _ in received] == [
-        FinetuneOptions(model="m", data="d.jsonl"),
-        FinetuneOptions.model_validate(shipped),
-        FinetuneOptions.model_validate({**shipped, "r_max": 20}),
+    shipped = shipped_run()
+    assert received == [
+        Recipe(model="m", data="d.jsonl"),
+        Recipe.model_validate(shipped),
+        Recipe.model_validate({**shipped, "r_max": 20}),
     ]
 
 
@@ -108,10 +153,10 @@ def test_the_help_has_default_and_range_of_every_option(
         assert described, name
         if not field.is_required() and field.default is not None and field.annotation is not bool:
             note = f" [default: {field.default}"
-            if name in embedded_defaults():
-                note += f", shipped model: {embedded_defaults()[name]}"
+            if name in shipped_run():
+                note += f", shipped model: {shipped_run()[name]}"
             assert described.startswith(note)
-    assert "Optimizer steps. [default: 200; at least 1]" in text
+    assert "Rows per device and forward pass. [default: 16; at least 1]" in text
     assert "[default: 0.05; above 0 and below 1]" in text
 
 
@@ -121,7 +166,7 @@ def test_fields_agree_with_the_allocator_and_attach() -> None:
         if name in FIELDS and FIELDS[name].default is not None:
             assert FIELDS[name].default == theirs.default
     parameters = inspect.signature(drlora_torch.attach).parameters
-    for name in job.ATTACH_OPTIONS:
+    for name in ATTACH_OPTIONS & parameters.keys():
         assert FIELDS[name].default == parameters[name].default
         for values in get_args(FIELDS[name].annotation):
             if isinstance(values, str):
@@ -132,30 +177,4 @@ def test_fields_agree_with_the_allocator_and_attach() -> None:
 def test_infinite_numbers_are_refused() -> None:
     for name in ("learning_rate", "alpha", "gamma"):
         with pytest.raises(ValidationError, match="finite"):
-            FinetuneOptions.model_validate({"model": "m", "data": "d", name: float("inf")})
-
-
-def test_options_without_a_comparison_are_read(tmp_path: Path) -> None:
-    (tmp_path / "options.json").write_text(json.dumps({"options": OTHER}))
-    saved = read(tmp_path)
-    assert saved.options == FinetuneOptions(**OTHER)
-    assert saved.compare is None
-
-
-def test_a_full_disk_leaves_the_old_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    write_metrics(tmp_path, [{"loss": 1.0}])
-    real = Path.write_text
-
-    def full(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        real(self, text[: len(text) // 2], *args, **kwargs)
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(OSError, match="no space left"):
-            write_metrics(tmp_path, [{"loss": 1.0}, {"loss": 2.0}])
-    assert file.read_text() == '{"loss": 1.0}\n'
-    assert list(tmp_path.iterdir()) == [file]
+            combine({"model": "m", "data": "d", name: float("inf")})

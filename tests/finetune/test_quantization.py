@@ -11,9 +11,8 @@ from rich.console import Console
 import drlora_torch
 from drlora_core.cli import main
 from drlora_torch.errors import ModelError
-from drlora_torch.finetune import job
+from drlora_torch.finetune import folder, job
 from drlora_torch.finetune.model import load_base, load_model
-from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.sharding import Sharding
 from tests.finetune.test_cli import QUICK, refused
 from tests.finetune.test_finetune import kill, options_for
@@ -32,9 +31,7 @@ def test_a_run_on_4_bits_is_saved_resumed_and_exported_as_any(
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--load-in-4bit", "--quantization", "fp4"])
     assert stopped.value.code in (0, None), capsys.readouterr().err
-    options = FinetuneOptions.model_validate(
-        json.loads((run / "options.json").read_text())["options"]
-    )
+    options = folder.read(run).options
     assert (options.load_in_4bit, options.quantization) == (True, "fp4")
     base = load_base(options)
     assert {layer.dtype for layer in drlora_torch.discover(base)} == {"fp4"}

@@ -11,7 +11,7 @@ import torch
 from drlora_core.cli import main
 from drlora_torch.errors import ModelError, RunError
 from drlora_torch.finetune import folder, job, launch, model, optimizer_state, sharding
-from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.recipe import Recipe
 from drlora_torch.finetune.sharding import Sharding
 
 FITS = [
@@ -107,7 +107,7 @@ def test_the_processes_get_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise SystemExit(0)
 
     monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(job, "run", lambda *_, **named: calls.append(named["sharding"]))
+    monkeypatch.setattr(job, "run", lambda *_, **__: calls.append(_[0].sharding))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("RANK", raising=False)
     sizes = ["--fsdp-size", "2", "--ep-size", "4", "--tp-size", "2"]
@@ -129,14 +129,15 @@ def test_a_resume_shares_the_rows_among_batches(
     monkeypatch.setattr(job, "run", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("RANK", raising=False)
-    options = FinetuneOptions(model="m", data="d.jsonl", batch_size=3)
-    folder.create(tmp_path / "run", folder.SavedRun(options=options, processes=2))
+    recipe = Recipe(model="m", data="d.jsonl", batch_size=3, processes=2)
+    folder.create(tmp_path / "run", recipe)
     resumed = ["--resume", str(tmp_path / "run"), "--processes", "4"]
     assert ended(*resumed, "--fsdp-size", "4") == 2
     assert "6 rows, which 4 processes cannot share" in capsys.readouterr().err
     assert launched == []
     assert not ended(*resumed, "--fsdp-size", "2", "--tp-size", "2")
     assert len(launched) == 1
+    options = recipe.options
     assert options.shared_by(Sharding(fsdp_size=2, tp_size=2).batches(4), 2) == options
 
 

@@ -74,8 +74,9 @@ def _split_of(file: Path) -> str:
 
 
 def _open(file: Path) -> BinaryIO:
-    opened = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-    return cast(BinaryIO, opened)
+    if file.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(file, "rb"))
+    return file.open("rb")
 
 
 def _decode(content: bytes, file: Path, line: int) -> str:
