@@ -43,7 +43,7 @@ FLOORS: tuple[set[str], ...] = (
     {"step"},
     {"lifecycle"},
     {"storage"},
-    {"merge"},
+    {"merge", "summary"},
     {"adapter"},
     {"api"},
     {"integrations", "inspection"},

@@ -64,15 +64,15 @@ adapter = drlora_torch.load(model, "{repo}", trainable=False)
 def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Resolve a directory, a file, or the id of a repository on the hub to a local path."""
     local = Path(path)
-    if local.exists() or not is_repo_id(str(path)):
+    if local.exists() or not is_repo_id(os.fspath(path)):
         return local
     try:
-        return Path(huggingface_hub.hf_hub_download(str(path), FILE_NAME, revision=revision))
+        return Path(huggingface_hub.hf_hub_download(os.fspath(path), FILE_NAME, revision=revision))
     except Exception as error:  # timeouts, proxies and refused logins raise kinds of their own
         reasons = (reason for kind, reason in REASONS if isinstance(error, kind))
         raise CheckpointError(
-            f"no adapter at {path}: there is no such directory, and it could not be fetched from "
-            f"the hub: {next(reasons, _first_line(error))}"
+            f"no adapter at {os.fspath(path)}: there is no such directory, and it could not be "
+            f"fetched from the hub: {next(reasons, _first_line(error))}"
         ) from error
 
 
