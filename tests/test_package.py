@@ -1,4 +1,4 @@
-"""What is built for PyPI: the wheel holds the packages alone, the source distribution tests itself."""
+"""The wheel holds the packages and their data alone; the source distribution tests itself."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def test_the_wheel_holds_the_packages_and_their_data(built: Path) -> None:
 def check_metadata(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("License-File", [])) == LICENSES
-    assert {
-        field for field in metadata if field.lower().startswith(("author", "maintainer"))
-    } == set()
+    assert not any(field.startswith(("Author", "Maintainer")) for field in metadata)
     labels = {url.split(",")[0] for url in metadata.get_all("Project-URL", [])}
     assert labels == {"Homepage", "Source", "Documentation", "Changelog", "Issues"}
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
@@ -105,7 +103,7 @@ def test_the_source_distribution_tests_itself(built: Path, tmp_path: Path) -> No
         ours = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.is_file()}
         theirs = {p.relative_to(tree) for p in (tree / folder).rglob("*") if p.is_file()}
         assert {path for path in ours - theirs if "__pycache__" not in path.parts} == set()
-    tests = ["tests/core/test_config.py", "tests/test_readme.py", "tests/test_architecture.py"]
+    tests = ["tests/core/test_config.py", "tests/test_readme.py"]
     options = ["-q", "-p", "no:cacheprovider", "-n", "0", "-k", "not loop and not examples"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
