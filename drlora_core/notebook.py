@@ -35,6 +35,12 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def shorten(text: str, characters: int = CELL_CHARACTERS) -> str:
+    """Cut a long text in its middle: names of layers differ at the end."""
+    half = characters // 2
+    return text if len(text) <= characters else f"{text[:half]}…{text[-half:]}"
+
+
 def total_rank(ranks: Mapping[str, Any]) -> int:
     """Sum the ranks, or their changes, of all layers, given by name."""
     return sum(int(np.sum(values)) for values in ranks.values())
@@ -103,8 +109,5 @@ def layers_table(title: str, ranks: Mapping[str, Any]) -> str:
 
 def _escape(value: object, characters: int = CELL_CHARACTERS) -> str:
     """Cut a text, and make it harmless in HTML and in UTF-8."""
-    text = str(value)
-    if len(text) > characters:
-        half = characters // 2
-        text = f"{text[:half]}…{text[-half:]}"  # names of layers differ at the end
+    text = shorten(str(value), characters)
     return html.escape(text.encode("utf-8", "replace").decode())

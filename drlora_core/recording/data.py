@@ -39,7 +39,8 @@ class LayerRecord:
 
     def __repr__(self) -> str:
         steps, experts = self.routing.shape
-        return f"LayerRecord({self.name!r}, {steps} steps, {notebook.count(experts, 'expert')})"
+        name = notebook.shorten(self.name)
+        return f"LayerRecord({name!r}, {steps} steps, {notebook.count(experts, 'expert')})"
 
     @property
     def sampled(self) -> NDArray[np.bool_]:

@@ -104,6 +104,7 @@ def test_many_experts_and_hostile_names_fill_one_screen() -> None:
     ranks = {name: np.full((12, 384), 2) for name in layers}
     recording = Recording.from_arrays(routing, ranks=ranks)
     event = replay(recording, recorded.config(use_importance=False)).events[0]
+    assert len(repr(recording.layer(next(iter(layers))))) < 200
     for shown in (engine, event, recording):
         assert len(repr(shown)) < 200
         cells = read_html(shown)
