@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, SupportsIndex, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from drlora_core import notebook
 from drlora_core import timetable as timetables
 from drlora_core.errors import TimetableError, near_misses
+from drlora_core.validation import reword_errors
 
 
 def _whole_number(value: object) -> int:
@@ -34,7 +36,7 @@ class AllocatorConfig(BaseModel):
 
     Raises:
         pydantic.ValidationError: (a ``ValueError``) for unknown fields, values out of range, and
-            combinations that cannot reach the budget.
+            combinations that cannot reach the budget. It names close fields, or the accepted range.
 
     Example:
         >>> config = AllocatorConfig(r_init=2, r_target=4, r_max=8, warmup_steps=10,
@@ -101,7 +103,7 @@ class AllocatorConfig(BaseModel):
                 rank at every event reach ``r_max`` at the last one.
 
         Raises:
-            TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable.
+            TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable or argument.
             ValueError: a step is not a whole number.
             pydantic.ValidationError: as the class itself.
 
@@ -113,6 +115,9 @@ class AllocatorConfig(BaseModel):
         for name, value in (("steps", steps), ("events", events)):
             if _whole_number(value) < 1:
                 raise TimetableError(f"{name} must be at least 1, got {value}")
+        known = [*cls.model_fields, "timetable", "events"]
+        for name in fields.keys() - set(known):
+            raise TimetableError(f"no argument {name!r}; {near_misses(name, known)}")
         window = _window(steps, timetable, events, fields)
         config = cls.model_validate({**fields, **window})
         if "max_growth" in fields or config.policy in ("uniform", "prune") or not config.num_events:
@@ -165,6 +170,13 @@ class AllocatorConfig(BaseModel):
     def _events(self) -> range:
         return timetables.growth_steps(self.warmup_steps, self.growth_interval, self.growth_end)
 
+    def _repr_html_(self) -> str:
+        steps = self._events()
+        title = f"AllocatorConfig: {notebook.count(len(steps), 'growth event')}"
+        if steps:
+            title += f", after steps {steps[0]} to {steps[-1]}"
+        return notebook.html_table(title, ("field", "value"), self.model_dump().items())
+
     @model_validator(mode="after")
     def _is_feasible(self) -> AllocatorConfig:
         self._check_ranks()
@@ -173,6 +185,8 @@ class AllocatorConfig(BaseModel):
         if self.starting_rank != self.r_target:
             self._check_window()
         return self
+
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     def _check_ranks(self) -> None:
         for name, rank in (("r_target", self.r_target), ("r_init", self.r_init)):

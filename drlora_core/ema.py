@@ -36,7 +36,8 @@ def correct_bias(average: FloatArray, count: int | IntArray, decay: float) -> Fl
 
 def _bias(count: IntArray, decay: float) -> FloatArray:
     """Return 1 - decay^count, infinite for count 0."""
-    if count.size > (most := count.max()) + 1:  # counts repeat: one power for each is enough
+    most = count.max(initial=0)
+    if count.size > most + 1:  # counts repeat: one power for each is enough
         return _bias(np.arange(most + 1), decay)[count]
     weight = 1.0 - decay ** count.astype(np.float64)
     return np.where(weight > 0.0, weight, np.inf)

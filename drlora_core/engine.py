@@ -6,7 +6,6 @@ Shapes: L layers, N experts of a layer, R = r_max rank dimensions.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core import events, samples, snapshot
+from drlora_core import events, frames, new_layers, notebook, samples, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
 from drlora_core.events import GrowthEvent
-from drlora_core.policies import GROWTH_POLICIES, Policy, policy_name
+from drlora_core.policies import GROWTH_POLICIES, Policy, check_callable, policy_name
 from drlora_core.recording.writer import Recorder, RecordingWriter
 from drlora_core.samples import Given, Tokens
 from drlora_core.state import (
@@ -35,8 +34,6 @@ from drlora_core.state import (
     routing_frequency,
 )
 
-logger = logging.getLogger(__name__)
-
 
 class AllocatorEngine:
     """Collects statistics of experts and decides at growth events which experts get rank.
@@ -44,7 +41,7 @@ class AllocatorEngine:
     Args:
         config: the configuration.
         policy: your own callable, which replaces ``config.policy``; see
-            :class:`drlora_core.policies.Policy`.
+            :class:`drlora_core.policies.Policy`. A built-in policy is named in ``config``.
 
     Example:
         >>> config = AllocatorConfig(r_init=1, r_target=2, r_max=4, warmup_steps=0,
@@ -60,16 +57,23 @@ class AllocatorEngine:
     def __init__(self, config: AllocatorConfig, *, policy: Policy | None = None) -> None:
         if not isinstance(config, AllocatorConfig):
             raise LayoutError(f"config must be an AllocatorConfig, got {type(config).__name__}")
+        check_callable(policy)
         if policy is not None and config.policy == "prune":
             raise LayoutError("policy 'prune' cuts rank and cannot be combined with a callable")
         self.config = config
-        self._policy = policy or GROWTH_POLICIES.get(config.policy)
+        self._policy = GROWTH_POLICIES.get(config.policy) if policy is None else policy
         self._starts: dict[str, IntArray] = {}  # starting ranks by layer, [N]
         self._last_state: State | None = None  # None: made of the starting ranks when it is needed
         self._carry: tuple[int, ...] = ()
         self._step = 0
         self._recorder: Recorder | None = None
         self._close_step: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"AllocatorEngine({self._describe()})"
+
+    def _repr_html_(self) -> str:
+        return notebook.layers_table(f"AllocatorEngine: {self._describe()}", self._known_ranks())
 
     def add_layer(self, name: str, num_experts: int, *, ranks: ArrayLike | None = None) -> None:
         """Add a layer; all layers are added before the first sample.
@@ -86,21 +90,15 @@ class AllocatorEngine:
                 taken.
         """
         self.settle()
-        if not isinstance(name, str):
-            raise LayoutError(f"a layer name must be a str, got {name!r}")
-        if name in self._starts:
-            raise LayoutError(f"layer {name!r} was already added; names must be unique")
-        whole = isinstance(num_experts, (int, np.integer)) and not isinstance(num_experts, bool)
-        if not whole or num_experts < 1:
-            raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
+        new_layers.check_layer(name, num_experts, self._starts)
         if self._step or (self._last_state is not None and self._last_state.observed.any()):
             raise LayoutError(f"layer {name!r} comes too late: add it before the first sample")
         start = np.full(int(num_experts), self.config.starting_rank, dtype=np.int64)
         if ranks is not None:
-            start = _check_start(self.config, start, ranks)
+            start = new_layers.check_ranks(self.config, start, ranks)
         self._starts[name], self._last_state = start, None
         self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._starts)
-        self._report_shortfall(name, int(num_experts))
+        new_layers.report_shortfall(self.config, name, int(num_experts))
 
     def observe(
         self,
@@ -282,6 +280,16 @@ class AllocatorEngine:
         """Total rank of a layer at the end, N * r_target (scope ``global``: on average)."""
         return self.num_experts(name) * self.config.r_target
 
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame with a row per layer and expert.
+
+        Columns: layer, expert, rank, routing_frequency (f), rank_importance (g), saliency (S).
+
+        Raises:
+            DRLoRAError: pandas is not installed.
+        """
+        return frames.experts_frame(self._state, self.config)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain arrays and JSON values, all of them copies.
 
@@ -314,8 +322,7 @@ class AllocatorEngine:
         """
         self.settle()
         if isinstance(recorder, (str, os.PathLike)):
-            name = self.config.policy if self._policy is None else policy_name(self._policy)
-            recorder = RecordingWriter(recorder, self, policy=name)
+            recorder = RecordingWriter(recorder, self, policy=self._policy_name())
         if self._recorder is not None and self._recorder is not recorder:
             self._recorder.close()
         self._recorder = recorder
@@ -332,6 +339,22 @@ class AllocatorEngine:
         if self._last_state is None:
             self._last_state = make_state(self.config, self._starts)
         return self._last_state
+
+    def _policy_name(self) -> str:
+        return self.config.policy if self._policy is None else policy_name(self._policy)
+
+    def _known_ranks(self) -> dict[str, IntArray]:
+        """Ranks [N] by layer without the deferred step: to show an engine closes no step."""
+        state = self._last_state
+        if state is None:
+            return self._starts
+        return {name: state.ranks[experts] for name, (_, experts) in state.places.items()}
+
+    def _describe(self) -> str:
+        ranks, target = self._known_ranks(), self.config.r_target
+        return notebook.describe_engine(
+            self._policy_name(), self._step, self.pending, ranks, target
+        )
 
     def _place(self, name: str) -> Place:
         check_layer(name, self._starts)
@@ -351,34 +374,3 @@ class AllocatorEngine:
             return check_sample(ranks, self.config, routing, importance)
         except StatisticError as error:
             raise StatisticError(f"layer {name!r}, step {self._step + 1}: {error}") from None
-
-    def _report_shortfall(self, name: str, num_experts: int) -> None:
-        config = self.config
-        if config.quota is None or config.policy in ("uniform", "prune"):
-            return
-        quota = min(config.quota, num_experts * (config.max_growth or config.r_max))
-        planned, start = quota * config.num_events, num_experts * config.r_init
-        budget = num_experts * config.r_target
-        if start + planned < budget:
-            logger.warning(
-                f"layer {name!r}: quota {quota} x {config.num_events} events = {planned} < "
-                f"{budget - start} needed; total rank will end at {start + planned} of {budget}"
-            )
-
-
-def _check_start(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) -> IntArray:
-    """Check starting ranks that were given, [N]."""
-    given = np.asarray(ranks)
-    least, budget = config.starting_rank, default.size * config.r_target
-    if given.shape != default.shape or not np.issubdtype(given.dtype, np.integer):
-        raise LayoutError(
-            f"ranks must be integers of shape {default.shape}, got {given.dtype}{given.shape}"
-        )
-    if config.policy == "prune" and (given != least).any():
-        raise LayoutError(f"policy 'prune' starts every expert at r_init = {least}")
-    if given.min() < least or given.max() > config.r_max:
-        found = f"{given.min()}..{given.max()}"
-        raise LayoutError(f"starting ranks lie in {found}, not {least}..{config.r_max}")
-    if config.policy != "prune" and given.sum() > budget:
-        raise LayoutError(f"starting ranks sum to {given.sum()}, above the budget of {budget}")
-    return given.astype(np.int64)

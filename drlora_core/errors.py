@@ -74,4 +74,5 @@ def import_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise DRLoRAError(f'{module} is not installed: pip install "drlora[{extra}]"') from error
+        name = error.name or module
+        raise DRLoRAError(f'{name} is not installed: pip install "drlora[{extra}]"') from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drlora_core import pruning, timetable
+from drlora_core import notebook, pruning, timetable
 from drlora_core import state as states
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
@@ -43,6 +43,14 @@ class GrowthEvent:
     """Rank units that limits left over, carried to the next event (all layers)."""
     cut: Mapping[str, NDArray[np.bool_]]
     """Policy ``prune`` only: the dimensions cut, bool [N, r_max], numbered as before the event."""
+
+    def __repr__(self) -> str:
+        layers, growth = notebook.count(len(self.ranks), "layer"), notebook.total_rank(self.deltas)
+        total = notebook.total_rank(self.ranks)
+        return f"GrowthEvent(step={self.step}, {layers}, {growth:+d} ranks, total {total})"
+
+    def _repr_html_(self) -> str:
+        return notebook.layers_table(f"{self!r}, ranks after it", self.ranks)
 
 
 def decide(

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from drlora_core import saliency as equations
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import PolicyError
+from drlora_core.errors import PolicyError, near_misses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -230,6 +230,26 @@ def uniform(request: AllocationRequest) -> IntArray:
 GROWTH_POLICIES: Mapping[str, Policy] = MappingProxyType(
     {policy.__name__: policy for policy in (greedy, rescored, proportional, uniform, random)}
 )
+
+
+def check_callable(policy: object) -> None:
+    """Refuse what was given as a policy of the user's own but cannot be called.
+
+    Raises:
+        PolicyError: it is a name, or no callable.
+    """
+    if isinstance(policy, str):
+        known = [*GROWTH_POLICIES, "prune"]
+        if policy not in known:
+            raise PolicyError(f"no policy {policy!r}; {near_misses(policy, known)}")
+        raise PolicyError(
+            f"policy takes a callable; name a built-in policy in the configuration: "
+            f"AllocatorConfig(policy={policy!r})"
+        )
+    if policy is not None and not callable(policy):
+        raise PolicyError(
+            f"policy must be a callable that takes an AllocationRequest, got {policy!r}"
+        )
 
 
 def takes_stacks(policy: Policy) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from drlora_core import notebook
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.engine import AllocatorEngine
@@ -43,6 +44,11 @@ class Replay:
     events: tuple[GrowthEvent, ...]
     final_ranks: Mapping[str, IntArray]  # after the last step, int64 [N] by layer
     engine: AllocatorEngine  # after the last step
+
+    def __repr__(self) -> str:
+        events = notebook.count(len(self.events), "event")
+        total = notebook.total_rank(self.final_ranks)
+        return f"Replay({self.policy}, {self.steps} steps, {events}, total rank {total})"
 
     def trajectory(self, name: str) -> IntArray:
         """Ranks of a layer at the start and after each event, int64 [K + 1, N]."""

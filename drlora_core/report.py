@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from drlora_core import plots
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import diagnose
 from drlora_core.errors import import_extra
@@ -39,8 +40,8 @@ def render(recording: Recording, config: AllocatorConfig | None = None, title: s
     result = replay(recording, config)
     spread = {name: ranks.std() for name, ranks in result.final_ranks.items()}
     most_spread = heapq.nlargest(SHOWN_TRAJECTORIES, spread, key=lambda name: spread[name])
-    figures = [total_rank(result), rank_map(result), rank_histogram(result)]
-    figures += [trajectories(result, name) for name in most_spread]
+    figures = [plots.total_rank(result), plots.rank_map(result), plots.rank_histogram(result)]
+    figures += [plots.trajectories(result, name) for name in most_spread]
     page: str = environment.get_template("report.html").render(
         title=title,
         style=STYLE,
@@ -90,49 +91,3 @@ def _summarize(recording: Recording, result: Replay) -> str:
     if (difference := first_difference(recording.events, result.events)) is None:
         return f"{text} The replay repeats the run's decisions exactly."
     return f"{text} The replay differs from the run: {difference} (recorded, replayed)."
-
-
-def rank_map(result: Replay) -> Any:
-    """Draw the final ranks: a row per layer, a column per expert in index order."""
-    width = max(result.layers.values())
-    cells = np.full((len(result.layers), width), np.nan)
-    for row, ranks in enumerate(result.final_ranks.values()):
-        cells[row, : ranks.size] = ranks
-    figure = _figure("Final rank of every expert", "expert", "layer")
-    return figure.add_heatmap(z=cells, y=list(result.layers), colorbar={"title": "rank"}, zmin=0)
-
-
-def total_rank(result: Replay) -> Any:
-    """Draw the largest, mean and smallest rank of all experts over the steps."""
-    ranks = np.concatenate([result.trajectory(name) for name in result.layers], axis=1)
-    figure = _figure("Rank over the run", "optimizer step", "rank")
-    for label, reduce in (("largest", np.max), ("mean", np.mean), ("smallest", np.min)):
-        _add_steps(figure, result, label, reduce(ranks, axis=1))
-    return figure
-
-
-def trajectories(result: Replay, name: str) -> Any:
-    """Draw the ranks of one layer's experts over the steps."""
-    figure = _figure(f"Ranks of {name}", "optimizer step", "rank")
-    for expert, ranks in enumerate(result.trajectory(name).T):
-        _add_steps(figure, result, f"expert {expert}", ranks, width=1)
-    return figure
-
-
-def rank_histogram(result: Replay) -> Any:
-    """Draw how many experts ended at each rank."""
-    ranks = np.concatenate(list(result.final_ranks.values()))
-    values, counts = np.unique(ranks, return_counts=True)
-    return _figure("Experts by final rank", "rank", "experts").add_bar(x=values, y=counts)
-
-
-def _figure(title: str, x: str, y: str) -> Any:
-    figure = import_extra("plotly.graph_objects", "report").Figure()
-    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
-
-
-def _add_steps(figure: Any, result: Replay, label: str, values: Any, width: float = 2) -> None:
-    """Add a line that changes at each event; ``values`` are at the start and after each event."""
-    steps = [0, *(event.step for event in result.events)]
-    line = {"shape": "hv", "width": width}
-    figure.add_scatter(x=steps, y=values, name=label, mode="lines", line=line)

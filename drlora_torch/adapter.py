@@ -11,17 +11,19 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from drlora_core import AllocatorEngine, GrowthEvent
-from drlora_torch import merge
+from drlora_core import AllocatorEngine, GrowthEvent, frames
+from drlora_torch import merge, summary
 from drlora_torch.attached import AdaptedLayer, Attached
 from drlora_torch.errors import refuse_copy
 from drlora_torch.lifecycle import switches
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_attached, is_active
 from drlora_torch.merge import MergeReport
+from drlora_torch.models import counting
 from drlora_torch.models.records import describe_storage
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step import parameters, sharded
@@ -37,9 +39,10 @@ class Adapter:
         self._attached = attached
 
     def __repr__(self) -> str:
-        state = self._attached
-        counts = f"{len(state.layers)} layers, {len(state.events)} events"
-        return f"Adapter({state.name!r}, {counts}, {self.storage})"
+        return summary.line(self._attached)
+
+    def _repr_html_(self) -> str:
+        return summary.table(self._attached)
 
     __reduce__ = refuse_copy
 
@@ -106,6 +109,33 @@ class Adapter:
     def ranks(self) -> dict[str, np.ndarray]:
         """Active rank of every expert, int64 [N] by layer name."""
         return {name: layer.lora.table.ranks() for name, layer in self._attached.layers.items()}
+
+    def summary(self) -> str:
+        """State, layers, ranks, storage, parameters and events in some lines, which a prompt shows.
+
+        The deferred step of an engine is closed first (:meth:`AllocatorEngine.settle`).
+        """
+        self.engine.settle()
+        return summary.text(self._attached)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Parameters of the model that require gradients, and all of them, as PEFT counts them.
+
+        Packed weights count as the values that they stand for, and a LoRA with all its slots.
+        """
+        return counting.trainable_and_all(self.model)
+
+    def print_trainable_parameters(self) -> None:
+        """Print those numbers in PEFT's words."""
+        print(counting.describe_trainable(self.model))
+
+    def to_frame(self) -> Any:
+        """:meth:`AllocatorEngine.to_frame`: ranks and statistics as a pandas DataFrame."""
+        return self.engine.to_frame()
+
+    def events_frame(self) -> Any:
+        """:func:`drlora_core.frames.events_frame` of :attr:`events`: a pandas DataFrame."""
+        return frames.events_frame(self.events)
 
     # -- training ------------------------------------------------------------------------------
 

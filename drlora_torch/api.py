@@ -12,9 +12,10 @@ from torch import nn
 
 from drlora_core import AllocatorEngine, Policy
 from drlora_core.errors import near_misses
+from drlora_core.policies import check_callable
 from drlora_torch.adapter import Adapter
 from drlora_torch.attached import Attached
-from drlora_torch.errors import AttachError, ModelError
+from drlora_torch.errors import AttachError, ModelError, explain_keywords
 from drlora_torch.lifecycle.build import build, draw
 from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers, check_new
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
@@ -34,6 +35,7 @@ from drlora_torch.storage.entering import enter
 __all__ = ["adapters", "attach", "discover", "load", "set_adapter"]
 
 
+@explain_keywords
 def attach(
     model: nn.Module,
     engine: AllocatorEngine,
@@ -143,6 +145,7 @@ def attach(
     return _handle(attached)
 
 
+@explain_keywords
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -176,6 +179,7 @@ def load(
     holder, (model, found) = model, _look_inside(model)
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
+    check_callable(policy)
     saved = _read(model, path, revision, process_group)
     engine = checkpoint.restore_engine(saved, policy)
     events = checkpoint.check(saved, engine, model, found, check_base)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
 
-from drlora_core.errors import DRLoRAError
+from drlora_core.errors import DRLoRAError, near_misses
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class ModelError(DRLoRAError):
@@ -13,6 +19,10 @@ class ModelError(DRLoRAError):
 
 class AttachError(DRLoRAError):
     """The adapter cannot be attached this way, or is no longer attached."""
+
+
+class ArgumentError(AttachError, TypeError):
+    """A function has no argument of this name."""
 
 
 class CheckpointError(DRLoRAError):
@@ -25,6 +35,29 @@ class DataError(DRLoRAError):
 
 class RunError(DRLoRAError):
     """A fine-tuning run that cannot start or be resumed where it was asked to."""
+
+
+def explain_keywords(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let a function with many options name those closest to a misspelled one.
+
+    Example:
+        >>> @explain_keywords
+        ... def attach(*, layout: str = "pooled") -> str:
+        ...     return layout
+        >>> attach(layuot="masked")
+        Traceback (most recent call last):
+        drlora_torch.errors.ArgumentError: attach() has no argument 'layuot'; did you mean 'layout'?
+    """
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        for name in kwargs.keys() - known.keys():
+            hint = near_misses(name, known)
+            raise ArgumentError(f"{function.__name__}() has no argument {name!r}; {hint}")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def refuse_copy(_: object) -> NoReturn:

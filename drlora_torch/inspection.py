@@ -13,9 +13,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor, nn
+from torch import nn
 
 from drlora_core.cli.common import format_bytes
+from drlora_torch.models.counting import count_parameters
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.records import MoELayer
 
@@ -93,20 +94,3 @@ def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:
         f"the experts take {format_bytes(experts)}, the rest of the model {format_bytes(rest)}",
     )
     return "\n".join(lines)
-
-
-def count_parameters(model: nn.Module, layers: Sequence[MoELayer]) -> int:
-    """Parameters of a model; a packed layer counts as the N I O that its codes stand for."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        packed = [p.numel() for p in module.parameters() if _is_packed(p)]
-        if packed and layer.projections:
-            weights = sum(s.in_features * s.out_features for s in layer.projections.values())
-            count += layer.num_experts * weights - sum(packed)
-    return count
-
-
-def _is_packed(parameter: Tensor) -> bool:
-    """True for codes and their scales, but for scales that are floats of two bytes or more."""
-    return not parameter.is_floating_point() or parameter.element_size() == 1

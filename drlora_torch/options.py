@@ -7,10 +7,11 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from drlora_core import AllocatorConfig
 from drlora_core.errors import near_misses
+from drlora_core.validation import reword_errors
 from drlora_torch.lora.kernels import Kernel
 from drlora_torch.lora.slots import Layout
 
@@ -74,6 +75,8 @@ class AdapterOptions(BaseModel):
                 f"{value!r} is not a floating-point dtype; {near_misses(name, FLOATING)}"
             )
         return None if value is None else name
+
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     def scaling(self, config: AllocatorConfig) -> float:
         """s = alpha / r_target, or alpha / sqrt(r_target) with ``rslora``; never changes."""

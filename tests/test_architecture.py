@@ -24,9 +24,9 @@ FILE_LINES, FUNCTION_LINES = 400, 50
 # A module of the core imports from its own level and from those above it in this list. Whatever is
 # not named (replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
-    {"errors", "atomic", "timetable", "ema", "saliency"},
+    {"errors", "validation", "notebook", "atomic", "timetable", "ema", "saliency"},
     {"config", "policies", "pruning", "pools", "state"},
-    {"events", "samples", "snapshot"},
+    {"events", "frames", "new_layers", "samples", "snapshot"},
     {"recording"},
     {"engine"},
     set(),  # the unnamed ones
@@ -43,7 +43,7 @@ FLOORS: tuple[set[str], ...] = (
     {"step"},
     {"lifecycle"},
     {"storage"},
-    {"merge"},
+    {"merge", "summary"},
     {"adapter"},
     {"api"},
     {"integrations", "inspection"},
@@ -327,7 +327,7 @@ WITHOUT_TORCH = """
     engine.add_layer("experts", num_experts=2)
     engine.observe("experts", routing=[0.1, 0.9], importance=[1.0, 1.0])
     print(engine.step().ranks["experts"].tolist())
-    optional = {"hypothesis", "plotly", "typer", "rich", "scipy", "jinja2"}
+    optional = {"hypothesis", "pandas", "plotly", "typer", "rich", "scipy", "jinja2"}
     print(sorted(optional & set(sys.modules)))
 """
 

@@ -75,9 +75,11 @@ def test_the_examples_run_and_meet_their_budget(name: str, tmp_path: Path) -> No
 
 
 def test_ci_installs_with_the_words_of_the_readme() -> None:
-    (install,) = set(re.findall(r"^(pip install .*?) && ", README, flags=re.M))
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert install.replace("pip install", "pip install -q") in script
+    commands = re.findall(r"^(pip install .*?) && (\S+)", README, flags=re.M)
+    assert {program for _, program in commands} == {"drlora", "pytest"}
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    for install, _ in commands:
+        assert install.replace("pip install", "pip install -q") in lines
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from drlora_core import frames, notebook
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, StatisticError, check_layer
@@ -35,6 +36,11 @@ class LayerRecord:
     ranks: IntArray | None  # when the samples were taken, [T, N]; None if unknown
     tokens: IntArray  # counted tokens, [T]; -1 where unknown
     presence: NDArray[np.uint8]  # [T]; 0: skipped, else 1 + 2 (routing) + 4 (importance) + 8 (s_j)
+
+    def __repr__(self) -> str:
+        steps, experts = self.routing.shape
+        name = notebook.shorten(self.name)
+        return f"LayerRecord({name!r}, {steps} steps, {notebook.count(experts, 'expert')})"
 
     @property
     def sampled(self) -> NDArray[np.bool_]:
@@ -104,6 +110,26 @@ class Recording:
         for value in vars(self).values():
             if isinstance(value, np.ndarray):
                 value.setflags(write=False)
+
+    def __repr__(self) -> str:
+        path = f", path={str(self.path)!r}" if self.path else ""
+        return f"Recording({self._describe()}{path})"
+
+    def _repr_html_(self) -> str:
+        sampled = np.count_nonzero(self.presence, axis=0).tolist()
+        rows = zip(self.layers, self.layers.values(), sampled, strict=True)
+        columns = ("layer", "experts", "sampled steps")
+        return notebook.html_table(f"Recording: {self._describe()}", columns, rows)
+
+    def _describe(self) -> str:
+        parts = {"step": self.steps, "layer": len(self.layers), "expert": self.num_experts}
+        counts = [notebook.count(number, noun) for noun, number in parts.items()]
+        counts.append(notebook.count(len(self.events), "event"))
+        return ", ".join(counts + [f"policy {self.policy}"] * (self.policy is not None))
+
+    def events_frame(self) -> Any:
+        """Return a pandas DataFrame of the events: :func:`drlora_core.frames.events_frame`."""
+        return frames.events_frame(self.events)
 
     @property
     def steps(self) -> int:

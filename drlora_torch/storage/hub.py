@@ -71,15 +71,15 @@ def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     local = Path(path)
     if not (local / FILE_NAME).is_file() and (local / RUN_ADAPTER / FILE_NAME).is_file():
         return local / RUN_ADAPTER
-    if local.exists() or not is_repo_id(str(path)):
+    if local.exists() or not is_repo_id(os.fspath(path)):
         return local
     try:
-        return Path(huggingface_hub.hf_hub_download(str(path), FILE_NAME, revision=revision))
+        return Path(huggingface_hub.hf_hub_download(os.fspath(path), FILE_NAME, revision=revision))
     except Exception as error:  # timeouts, proxies and refused logins raise kinds of their own
         reasons = (reason for kind, reason in REASONS if isinstance(error, kind))
         raise CheckpointError(
-            f"no adapter at {path}: there is no such directory, and it could not be fetched from "
-            f"the hub: {next(reasons, _first_line(error))}"
+            f"no adapter at {os.fspath(path)}: there is no such directory, and it could not be "
+            f"fetched from the hub: {next(reasons, _first_line(error))}"
         ) from error
 
 

@@ -33,6 +33,7 @@ READS: dict[str, Callable[[AllocatorEngine], Any]] = {
     "saliency": lambda engine: engine.saliency("a"),
     "routing_frequency": lambda engine: engine.routing_frequency("a"),
     "rank_importance": lambda engine: engine.rank_importance("a"),
+    "to_frame": lambda engine: engine.to_frame().to_dict("list"),
     "state_dict": lambda engine: engine.state_dict(),
     "settle": lambda engine: engine.settle(),
     "record_to": lambda engine: engine.record_to(None),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from drlora_core import report
+from drlora_core import LayoutError, plots
 from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, render
@@ -26,17 +27,36 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 def test_figures_show_the_ranks(recording: Recording) -> None:
     result = replay(recording)
-    cells = np.asarray(report.rank_map(result).data[0].z)
+    cells = np.asarray(plots.rank_map(result).data[0].z)
     np.testing.assert_array_equal(cells[0], result.final_ranks["first"])
     np.testing.assert_array_equal(cells[1, :4], result.final_ranks["second"])
     assert np.isnan(cells[1, 4:]).all()
-    lines = {line.name: list(line.y) for line in report.total_rank(result).data}
+    lines = {line.name: list(line.y) for line in plots.total_rank(result).data}
     assert lines["mean"][0] == 2.0
     assert lines["mean"][-1] == 4.0
-    experts = report.trajectories(result, "second").data
+    experts = plots.trajectories(result, "second").data
     assert [line.y[-1] for line in experts] == result.final_ranks["second"].tolist()
-    bars = report.rank_histogram(result).data[0]
+    bars = plots.rank_histogram(result).data[0]
     assert sum(bars.y) == 10
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        plots.rank_map,
+        plots.total_rank,
+        plots.rank_histogram,
+        lambda run: plots.trajectories(run, "second"),
+    ],
+)
+def test_a_recording_is_drawn_as_its_replay(draw: Any, recording: Recording) -> None:
+    assert draw(recording).to_json() == draw(replay(recording)).to_json()
+
+
+def test_a_run_of_an_unknown_policy_is_not_drawn(recording: Recording) -> None:
+    fields = {name: getattr(recording, name) for name in vars(recording)}
+    with pytest.raises(LayoutError, match="policy 'Lazy'"):
+        plots.rank_map(Recording(**(fields | {"policy": "Lazy"})))
 
 
 def test_event_rows_add_up(recording: Recording) -> None:

@@ -46,18 +46,19 @@ def packed_config(name: str | os.PathLike[str], **options: Any) -> Any:
     """
     from transformers import AutoConfig
 
+    name = os.fspath(name)
     config = AutoConfig.from_pretrained(name, **options)
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
         raise ModelError(
-            f"{os.fspath(name)!r} is not quantized; to quantize its experts while loading, use "
+            f"{name!r} is not quantized; to quantize its experts while loading, use "
             "quantization_config=drlora_torch.Experts4bitConfig()"
         )
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
     if method not in METHODS:
         raise ModelError(
-            f"{os.fspath(name)!r} is quantized with {method!r}; its experts can be kept as they "
+            f"{name!r} is quantized with {method!r}; its experts can be kept as they "
             f"are for {' and '.join(METHODS)}"
         )
     config.quantization_config = {"quant_method": METHODS[method], "stored": stored}

@@ -14,6 +14,7 @@ from torch import nn
 from drlora_core.cli import main
 from drlora_core.cli.common import format_bytes
 from drlora_torch import inspection
+from drlora_torch.models.counting import count_parameters
 from drlora_torch.models.discovery import discover
 from drlora_torch.models.quantization.in_memory import quantize_experts
 from tests.torch import helpers, models
@@ -73,7 +74,7 @@ def test_bytes_and_parameters_of_packed_experts(name: str) -> None:
     model = tiny.build(name).to(torch.bfloat16)
     layers = discover(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert inspection.count_parameters(model, layers) == parameters
+    assert count_parameters(model, layers) == parameters
     rest = 2 * parameters - sum(layer.nbytes for layer in layers)
     assert f"bfloat16, {format_bytes(sum(layer.nbytes for layer in layers))}" in shown(name, model)
     packed = quantize_experts(model)
@@ -81,7 +82,7 @@ def test_bytes_and_parameters_of_packed_experts(name: str) -> None:
     assert f"nf4, {format_bytes(packed.after)}" in text
     assert f"the experts take {format_bytes(packed.after)}, the rest of the model" in text
     assert text.splitlines()[-1].endswith(f"the rest of the model {format_bytes(rest)}")
-    assert inspection.count_parameters(model, discover(model)) == parameters
+    assert count_parameters(model, discover(model)) == parameters
     records = inspection.inspect(model, rank=1)
     assert {record["dtype"] for record in records} == {"nf4"}
     assert sum(record["nbytes"] for record in records) == packed.after

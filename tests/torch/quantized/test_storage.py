@@ -42,7 +42,7 @@ def test_experts_that_stay_as_they_are_in_a_quantized_model_are_named(
         adapter = helpers.attach(model)
     (said,) = [each.getMessage() for each in caplog.records if each.name == NOTICES]
     assert said == "2 layers, experts in nf4 (0.00 GB)"
-    assert repr(adapter) == "Adapter('default', 2 layers, 0 events, experts in nf4 (0.00 GB))"
+    assert repr(adapter).endswith(", 0 events, experts in nf4 (0.00 GB))")
 
 
 def test_trainer_takes_packed_experts(tmp_path: Path) -> None:

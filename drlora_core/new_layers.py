@@ -1,0 +1,58 @@
+"""Checks of a layer that is added to an engine. Shape letters: N experts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from drlora_core.config import AllocatorConfig
+from drlora_core.ema import IntArray
+from drlora_core.errors import LayoutError
+
+logger = logging.getLogger(__name__)
+
+
+def check_layer(name: object, num_experts: int, taken: Container[str]) -> None:
+    """Refuse a name that is taken or not a str, and a number of experts below 1."""
+    if not isinstance(name, str):
+        raise LayoutError(f"a layer name must be a str, got {name!r}")
+    if name in taken:
+        raise LayoutError(f"layer {name!r} was already added; names must be unique")
+    whole = isinstance(num_experts, (int, np.integer)) and not isinstance(num_experts, bool)
+    if not whole or num_experts < 1:
+        raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
+
+
+def check_ranks(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) -> IntArray:
+    """Check starting ranks that were given, [N]; return them as int64."""
+    given = np.asarray(ranks)
+    least, budget = config.starting_rank, default.size * config.r_target
+    if given.shape != default.shape or not np.issubdtype(given.dtype, np.integer):
+        raise LayoutError(
+            f"ranks must be integers of shape {default.shape}, got {given.dtype}{given.shape}"
+        )
+    if config.policy == "prune" and (given != least).any():
+        raise LayoutError(f"policy 'prune' starts every expert at r_init = {least}")
+    if given.min() < least or given.max() > config.r_max:
+        found = f"{given.min()}..{given.max()}"
+        raise LayoutError(f"starting ranks lie in {found}, not {least}..{config.r_max}")
+    if config.policy != "prune" and given.sum() > budget:
+        raise LayoutError(f"starting ranks sum to {given.sum()}, above the budget of {budget}")
+    return given.astype(np.int64)
+
+
+def report_shortfall(config: AllocatorConfig, name: str, num_experts: int) -> None:
+    """Warn of a fixed quota that will not spend the budget of a layer."""
+    if config.quota is None or config.policy in ("uniform", "prune"):
+        return
+    quota = min(config.quota, num_experts * (config.max_growth or config.r_max))
+    planned, start = quota * config.num_events, num_experts * config.r_init
+    budget = num_experts * config.r_target
+    if start + planned < budget:
+        logger.warning(
+            f"layer {name!r}: quota {quota} x {config.num_events} events = {planned} < "
+            f"{budget - start} needed; total rank will end at {start + planned} of {budget}"
+        )
