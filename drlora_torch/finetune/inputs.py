@@ -32,7 +32,7 @@ def load_data(
         ModelError: no configuration or tokenizer, or one that does not fit the other.
         RunError: no chat template where one is needed.
     """
-    options.resolved(None).allocator_config()  # refuses an impossible window first
+    check_window(options)
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
     check_tokenizer(tokenizer, options.model)
@@ -50,6 +50,23 @@ def load_data(
     check_vocabulary(config, tokenizer, data.largest_id, options.model)
     rows = None if data.sequences is None else -(-data.sequences // batches)
     return options.resolved(rows), tokenizer, data
+
+
+def check_window(options: FinetuneOptions) -> None:
+    """Refuse an impossible window, and one that ends after the training does.
+
+    Raises:
+        RunError: names the last event, the last step and the fix.
+        pydantic.ValidationError: as :class:`drlora_core.AllocatorConfig`.
+    """
+    resolved = options.resolved(None)
+    events = resolved.allocator_config().growth_steps
+    known = options.epochs is None and options.adapter is None
+    if known and events and events[-1] > resolved.planned_steps:
+        raise RunError(
+            f"ranks would grow last after step {events[-1]}, but the training ends after step "
+            f"{resolved.planned_steps}, so the budget would not be met; use a lower --growth-end"
+        )
 
 
 def read_template(file: Path) -> str:

@@ -94,6 +94,7 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
         options = options.shared_by(recipe.different_batches, saved.different_batches)
     else:
         folder.refuse_existing(output)
+    options = starting.adopt(options)
     check_reporters(options.report_to)
     with quiet_libraries():
         options, tokenizer, data = load_data(options, recipe.different_batches, console)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from drlora_core import AllocatorConfig
+from drlora_core.validation import reword_errors
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import groups
 
@@ -68,6 +69,8 @@ class FinetuneOptions(
             if wrong:
                 raise ValueError(reason)
         return self
+
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     @property
     def planned_steps(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from drlora_core.validation import reword_errors
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.groups import Group
 
@@ -41,6 +42,8 @@ class Sharding(Group):
     """Processes that share the experts of a layer, each with whole ones."""
     tp_size: int = Field(default=1, ge=1)
     """Processes that share the features of a layer, all with the same rows."""
+
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     @property
     def is_sharded(self) -> bool:

@@ -62,7 +62,6 @@ def build_trainer(
             "max_length": options.max_length,
             "packing": options.packing,
             "eval_packing": False,
-            "router_aux_loss_coef": _balance_coefficient(options, adapter.model.config),
         }
         trainer = SFT(args=SFTConfig(**arguments, **own), **given)
     trainer.args.save_only_model = False  # the trainer can save more than the Trainer would
@@ -82,6 +81,7 @@ def _arguments(options: FinetuneOptions, adapter: Adapter, folder: Path) -> dict
     watched = options.eval_every is not None
     return {
         "output_dir": str(folder),
+        "router_aux_loss_coef": _balance_coefficient(options, adapter.model.config),
         "max_steps": options.steps,
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,

@@ -94,7 +94,7 @@ def test_the_command_refuses_before_anything_starts_or_loads(
     assert ended(*output, "--fsdp-size", "2") == 2
     assert "use --processes 2" in capsys.readouterr().err
     assert ended(*output, "--tp-size", "0") == 2
-    assert "tp_size: Input should be greater than or equal to 1" in capsys.readouterr().err
+    assert "tp_size: must be at least 1, got 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -111,7 +111,9 @@ class Encoder:
         return Encoded(tokens, _labels(tokens, spans))
 
     def _render(self, messages: Sequence[Any], example: Example, **options: Any) -> list[int]:
-        return list(self._apply(messages, example, **options)["input_ids"]) if messages else []
+        if not messages:  # a template renders no empty dialogue, so its header is not known
+            return []
+        return list(self._apply(messages, example, **options)["input_ids"])
 
     def _apply(self, messages: Sequence[Any], example: Example, **options: Any) -> Any:
         return self._tokenizer.apply_chat_template(

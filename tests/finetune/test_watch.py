@@ -1,0 +1,293 @@
+"""What happens on the way: signals, divergence, metrics, early stopping, longer runs, formats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+import drlora_torch
+from drlora_core.recording import Recording
+from drlora_torch.errors import RunError
+from drlora_torch.finetune import folder, job
+from drlora_torch.finetune.watch import stopping
+from drlora_torch.finetune.watch.meter import Meter
+from drlora_torch.finetune.watch.metrics_file import MetricsFile
+from drlora_torch.integrations.rank_images import rank_image
+from tests.finetune.test_finetune import losses, options_for
+from tests.torch import helpers, models
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::UserWarning",
+    "ignore::DeprecationWarning",
+    "ignore:.*is not finite:RuntimeWarning",
+)
+QUIET = Console(quiet=True)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / folder.METRICS).read_text().splitlines()]
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have a signal come within a step."""
+
+    def send(self: Meter, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Meter, "on_step_begin", send, raising=False)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(
+    number: int,
+    code: int,
+    moe_folder: Path,
+    sums: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = options_for(moe_folder, sums, steps=5, save_every=5)
+    (whole,) = job.run(recipe, tmp_path / "whole", QUIET)
+    run = tmp_path / "stopped run"
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, number)
+        sentence = r"after step 2; go on with: drlora finetune --resume '.*stopped run'"
+        with pytest.raises(stopping.Stopped, match=sentence) as stopped:
+            job.run(recipe, run, QUIET)
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is before
+    assert [row["step"] for row in rows_of(run) if "loss" in row] == [1, 2]  # live
+    (resumed,) = job.run(folder.read(run), run, QUIET, resume=True)
+    assert losses(run) == losses(tmp_path / "whole")
+    assert resumed.ranks == whole.ranks
+    assert resumed.loss_after == whole.loss_after
+    assert Recording.open(run / "recording").steps == 5
+
+
+def test_a_signal_before_the_first_step_is_obeyed(
+    moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = job.evaluate_first
+
+    def interrupted(trainer: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer)
+
+    recipe = options_for(moe_folder, sums, steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "evaluate_first", interrupted)
+        with pytest.raises(stopping.Stopped, match="before the first step; go on with"):
+            job.run(recipe, tmp_path / "run", QUIET)
+    (result,) = job.run(folder.read(tmp_path / "run"), tmp_path / "run", QUIET, resume=True)
+    assert result.total_rank == result.budget
+
+
+def test_the_same_signal_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = stopping.StopOnSignal(1, torch.device("cpu"))
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher passes on what it has had itself
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(stopping, "IMPATIENT_AFTER", 0.0)
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(stopping.Stopped, match="stopped by SIGINT before the first step"):
+        stop.check("command")
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_checkpoint(
+    moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(self: Meter, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            for parameter in kwargs["model"].parameters():
+                if parameter.requires_grad:
+                    parameter.data.fill_(math.nan)
+
+    recipe = options_for(moe_folder, sums, steps=12, save_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "on_step_begin", poison, raising=False)
+        with pytest.raises(
+            stopping.Diverged, match=r"loss is nan at step 5: .* diverged"
+        ) as raised:
+            job.run(recipe, tmp_path / "run", QUIET)
+    assert raised.value.exit_code == 1
+    assert not (tmp_path / "run" / folder.ADAPTER).exists()
+    (result,) = job.run(folder.read(tmp_path / "run"), tmp_path / "run", QUIET, resume=True)
+    assert losses(tmp_path / "run").keys() == set(range(1, 13))
+    assert math.isfinite(result.loss_after)
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_saved(
+    moe_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    recipe = options_for(moe_folder, sums, steps=3, learning_rate=1e38, max_grad_norm=0)
+    with pytest.raises(stopping.Diverged):
+        job.run(recipe, tmp_path / "run", QUIET)
+    assert not (tmp_path / "run" / folder.ADAPTER).exists()
+    assert not (tmp_path / "run" / folder.RESULT).exists()
+
+
+def test_a_finished_run_goes_on_to_more_steps(
+    moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another working directory, with a constant rate it equals a run of that length."""
+    given = {"lr_scheduler": "constant", "growth_end": 2, "warmup_steps": 0, "growth_interval": 1}
+    monkeypatch.chdir(sums.parent)
+    recipe = options_for(moe_folder, Path(sums.name), steps=6, save_every=3, **given)
+    (whole,) = job.run(recipe, tmp_path / "whole", QUIET)
+    run = tmp_path / "run"
+    job.run(recipe.model_copy(update={"steps": 3}), run, QUIET)
+    monkeypatch.chdir(tmp_path)
+    longer = folder.read(run).model_copy(update={"steps": 6})
+    (result,) = job.run(longer, run, QUIET, resume=True)
+    assert losses(run) == losses(tmp_path / "whole")
+    assert (result.loss_after, result.ranks) == (whole.loss_after, whole.ranks)
+    assert folder.read(run).steps == 6
+
+
+def test_the_recipe_of_a_run_repeats_it(moe_folder: Path, sums: Path, tmp_path: Path) -> None:
+    from drlora_torch.finetune.recipe import combine
+
+    given = {"epochs": 0.5, "steps": None, "eval_every": 2, "packing": True, "max_length": 40}
+    recipe = options_for(moe_folder, sums, **given)
+    (first,) = job.run(recipe, tmp_path / "first", QUIET)
+    again = combine({}, tmp_path / "first" / folder.RECIPE)
+    (second,) = job.run(again, tmp_path / "second", QUIET)
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert second.loss_after == first.loss_after
+    evaluated = [row["step"] for row in rows_of(tmp_path / "first") if "eval_loss" in row]
+    assert evaluated[:2] == [0, 2]
+
+
+def test_packing_changes_nothing_but_the_shape_of_batches(moe_folder: Path, tmp_path: Path) -> None:
+    """One step on all rows has the same loss, and as many tokens."""
+    data = tmp_path / "four.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": "a" * n, "completion": "b"}) + "\n" for n in (2, 3, 4, 5))
+    )
+    found = {}
+    for packing, size in ((True, 1), (False, 4)):
+        recipe = options_for(
+            moe_folder, data, eval_data=str(data), steps=1, batch_size=size, packing=packing,
+            max_length=22, dtype="float32", growth_end=1, warmup_steps=0,
+        )  # fmt: skip
+        run = tmp_path / str(packing)
+        job.run(recipe, run, QUIET)
+        adapter_rows = [row for row in rows_of(run) if "loss" in row]
+        record = Recording.open(run / "recording")
+        found[packing] = (adapter_rows[0], record.routing)
+    assert found[True][0]["num_tokens"] == found[False][0]["num_tokens"] == 22
+    assert found[True][0]["loss"] == pytest.approx(found[False][0]["loss"], rel=1e-5)
+    np.testing.assert_allclose(found[True][1], found[False][1], rtol=1e-5)
+
+
+def test_a_stream_trains_and_goes_on_where_it_stopped(
+    moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"steps": 5, "save_every": 5, "streaming": True, "eval_data": str(sums)}
+    recipe = options_for(moe_folder, sums, **given)
+    job.run(recipe, tmp_path / "whole", QUIET)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        with pytest.raises(stopping.Stopped):
+            job.run(recipe, tmp_path / "run", QUIET)
+    job.run(folder.read(tmp_path / "run"), tmp_path / "run", QUIET, resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_preferences_are_learned_and_the_reference_is_the_base(
+    moe_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n}=", "chosen": "y", "rejected": "n"} for n in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = job.run(options_for(moe_folder, data, method="dpo"), tmp_path / "run", QUIET)
+    assert result.loss_before == pytest.approx(math.log(2), abs=1e-6)  # policy = reference
+    assert result.loss_after < 0.5
+    assert result.total_rank == result.budget
+
+
+def test_early_stopping_keeps_the_best(moe_folder: Path, sums: Path, tmp_path: Path) -> None:
+    """A rate at which it soon gets worse; the best evaluation is what is saved."""
+    given = {"steps": 40, "eval_every": 2, "patience": 2, "learning_rate": 0.5, "save_every": None}
+    (result,) = job.run(options_for(moe_folder, sums, **given), tmp_path / "run", QUIET)
+    evaluated = {r["step"]: r["eval_loss"] for r in rows_of(tmp_path / "run") if "eval_loss" in r}
+    steps = [step for step in evaluated if step > 0]
+    assert len(losses(tmp_path / "run")) < 40
+    del evaluated[0]
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert result.loss_after == pytest.approx(evaluated[best], rel=1e-6)
+    adapter = drlora_torch.load(
+        job.load_base(folder.read(tmp_path / "run").options), tmp_path / "run"
+    )
+    assert adapter.engine.step_count == best < max(steps)
+
+
+def test_a_run_starts_from_an_adapter(moe_folder: Path, sums: Path, tmp_path: Path) -> None:
+    recipe = options_for(moe_folder, sums, steps=6)
+    (first,) = job.run(recipe, tmp_path / "first", QUIET)
+    given = {"adapter": str(tmp_path / "first"), "steps": 4}
+    (second,) = job.run(recipe.model_copy(update=given), tmp_path / "second", QUIET)
+    assert second.loss_before == first.loss_after
+    assert second.ranks == first.ranks
+    assert second.loss_after < first.loss_after
+    other = recipe.model_copy(update={**given, "r_target": 3})
+    with pytest.raises(RunError, match="--r-target 3: the adapter to start from has 2"):
+        job.run(other, tmp_path / "third", QUIET)
+    with pytest.raises(RunError, match="no adapter of drlora"):
+        job.run(recipe.model_copy(update={"adapter": str(sums.parent)}), tmp_path / "third", QUIET)
+    assert not (tmp_path / "third").exists()
+
+
+def test_metrics_are_appended_as_they_come(tmp_path: Path) -> None:
+    state = TrainerState()
+    file = MetricsFile(tmp_path / "m.jsonl", [{"loss": 3.0, "step": 1}])
+    file.resumed = True
+    file.on_log(None, state, None, {"eval_loss": 1.0})  # measured before the run goes on
+    file.on_train_begin(None, state, None)
+    state.global_step = 2
+    file.on_log(None, state, None, {"loss": 2.0, "grad_norm": math.inf})
+    found = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert found == [{"loss": 3.0, "step": 1}, {"loss": 2.0, "grad_norm": None, "step": 2}]
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss"])
+def test_losses_that_are_not_finite_are_noticed(name: str) -> None:
+    watch = stopping.StopWhenDiverged()
+    for good in ({name: 1.0}, {"other": math.nan}, {}, None):
+        watch.on_log(None, TrainerState(), TrainerControl(), good)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(stopping.Diverged, match=f"{name} is {bad} at step 0"):
+            watch.on_log(None, TrainerState(), TrainerControl(), {name: bad})
+
+
+def test_the_picture_of_the_ranks_has_a_row_for_each_layer() -> None:
+    adapter = helpers.attach(models.build())
+    helpers.uneven(adapter)
+    ranks = np.stack(list(adapter.ranks().values()))
+    image = rank_image(adapter)
+    size = image.shape[0] // ranks.shape[0]
+    assert image.shape == (ranks.shape[0] * size, ranks.shape[1] * size, 3)
+    assert image.shape[1] >= 512
+    cells = image[::size, ::size].astype(int)
+    green = cells[..., 1]  # rises with the rank
+    assert (
+        np.argsort(ranks, axis=None, kind="stable") == np.argsort(green, axis=None, kind="stable")
+    ).all()
+    assert len(np.unique(cells.reshape(-1, 3), axis=0)) == len(np.unique(ranks))
