@@ -140,18 +140,7 @@ def attach(
             "kernel": kernel,
         }
     )
-    holder, (model, found) = model, _look_inside(model)
-    residents = Residents.of(model)
-    check_name(adapter_name, residents.by_name)
-    check_new(engine)
-    attached = _build(adapter_name, residents, engine, options, found, process_group)
-    draw(attached)
-    with _entered(residents, attached, holder):
-        _add_layers(attached)
-        if record is not None and is_first_process(process_group):
-            engine.record_to(record)
-    advise_against_balancing(attached, active_coefficient(model))
-    return _handle(attached)
+    return _attach(model, engine, adapter_name, options, process_group, record)
 
 
 def load(
@@ -200,6 +189,29 @@ def load(
         if trainable:
             active_tracker(attached).load_state_dict(saved.pending)
         return _handle(attached)
+
+
+def _attach(
+    holder: nn.Module,
+    engine: AllocatorEngine,
+    adapter_name: str,
+    options: AdapterOptions,
+    process_group: Any,
+    record: str | os.PathLike[str] | None,
+) -> Adapter:
+    """Carry out :func:`attach` with validated options."""
+    model, found = _look_inside(holder)
+    residents = Residents.of(model)
+    check_name(adapter_name, residents.by_name)
+    check_new(engine)
+    attached = _build(adapter_name, residents, engine, options, found, process_group)
+    draw(attached)
+    with _entered(residents, attached, holder):
+        _add_layers(attached)
+        if record is not None and is_first_process(process_group):
+            engine.record_to(record)
+    advise_against_balancing(attached, active_coefficient(model))
+    return _handle(attached)
 
 
 def _read(

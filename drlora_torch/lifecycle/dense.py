@@ -19,6 +19,8 @@ from drlora_torch.errors import AttachError
 from drlora_torch.lifecycle.modules import find_modules
 from drlora_torch.lora import parts
 from drlora_torch.lora.dense import DenseLoRA
+from drlora_torch.models.conventions import convention_of
+from drlora_torch.models.location import ExpertParameter
 from drlora_torch.models.records import MoELayer
 from drlora_torch.models.sharding import is_spread
 from drlora_torch.models.wrappers import peft_layers
@@ -142,7 +144,8 @@ def _of_target(
     """The Linears that a name stands for; routed experts, which have their own LoRA, aside."""
     named = dict(model.named_modules())
     matching = {target: named[target]} if target in named else find_modules(model, target)
-    inside = {name for name in matching if _is_inside(name, (layer.name for layer in found))}
+    experts = _experts(model, found)
+    inside = {name for name in matching if _is_inside(name, experts)}
     chosen: dict[str, nn.Linear] = {}
     for name, module in matching.items():
         if name in inside and len(inside) < len(matching):
@@ -159,9 +162,9 @@ def _reasons(
 ) -> Reason:
     """Make the function that says why a module of a model is left out."""
     places = {
-        "it is in the routed experts, whose LoRA targets= and layers= choose": [
-            layer.name for layer in found
-        ],
+        "it is in the routed experts, whose LoRA targets= and layers= choose": _experts(
+            model, found
+        ),
         "it is a router; router='trainable' trains it": [
             layer.router for layer in found if layer.router is not None
         ],
@@ -210,9 +213,24 @@ def _check(name: str, linear: nn.Linear) -> None:
         )
 
 
+def _experts(model: nn.Module, found: list[MoELayer]) -> list[str]:
+    """Modules that hold nothing but routed experts; a layer may hold shared ones beside them."""
+    names = []
+    for layer in found:
+        module = model.get_submodule(layer.name)
+        inside: set[str] = set()
+        for projection in layer.projections:  # none, if it cannot be adapted
+            where = convention_of(module).location(module, projection)
+            inside |= {where.module} if isinstance(where, ExpertParameter) else {*where.experts}
+        names += [f"{layer.name}.{each}".strip(".") for each in inside or {""}]
+    return names
+
+
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
-    """The output heads of a model and of its parts."""
+    """The output heads of a model and of its parts, by what they say and by the usual name."""
     for module in model.modules():
+        if isinstance(named := getattr(module, "lm_head", None), nn.Module):
+            yield named
         get_head = getattr(module, "get_output_embeddings", None)
         try:
             head = None if get_head is None else get_head()
