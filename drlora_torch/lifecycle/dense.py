@@ -165,9 +165,7 @@ def _reasons(
         "it is in the routed experts, whose LoRA targets= and layers= choose": _experts(
             model, found
         ),
-        "it is a router; router='trainable' trains it": [
-            layer.router for layer in found if layer.router is not None
-        ],
+        "it is a router; router='trainable' trains it": list(_routers(model, found)),
         "modules_to_save trains it whole": modules_to_save,
     }
     heads = {id(head) for head in _heads(model)}
@@ -224,6 +222,18 @@ def _experts(model: nn.Module, found: list[MoELayer]) -> list[str]:
             inside |= {where.module} if isinstance(where, ExpertParameter) else {*where.experts}
         names += [f"{layer.name}.{each}".strip(".") for each in inside or {""}]
     return names
+
+
+def _routers(model: nn.Module, found: list[MoELayer]) -> Iterator[str]:
+    """The routers, and where none is known, Linears beside the experts with an output for each."""
+    for layer in found:
+        parent = layer.name.rpartition(".")[0]
+        if layer.router is not None:
+            yield layer.router
+            continue
+        for name, module in model.get_submodule(parent).named_children():
+            if getattr(module, "out_features", None) == layer.num_experts:
+                yield f"{parent}.{name}".strip(".")
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
