@@ -425,7 +425,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         assert torch.equal(logits(model), before)
         other.detach()
     del model.model.layers[1].self_attn.q_proj
-    with pytest.raises(drlora_torch.CheckpointError, match=r"a Linear .*q_proj' that the model doe"):
+    with pytest.raises(drlora_torch.CheckpointError, match=r"a Linear .*q_proj' that the"):
         drlora_torch.load(model, tmp_path / "a")
 
 

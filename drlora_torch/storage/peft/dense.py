@@ -1,4 +1,8 @@
-"""The LoRA of Linears beside the experts in a PEFT directory: plain ``target_modules``.
+"""The LoRA of Linears beside the experts in a PEFT directory: ``target_modules``.
+
+PEFT 0.21 takes the names that experts had before Transformers fused them for those of experts,
+wherever they are: it would not adapt a shared expert's ``gate_proj``. So beside fused experts, a
+Linear of such a name is given by its weight (``target_parameters``), which has the same tensors.
 
 Shape letters: R rank, I input and O output features.
 """
@@ -16,9 +20,19 @@ from torch import Tensor, nn
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.storage.peft.factors import Expert, FloatArray, resize
-from drlora_torch.storage.peft.files import PREFIX, Linear, number, own_name, pattern, scaling_of
+from drlora_torch.storage.peft.files import (
+    PREFIX,
+    Linear,
+    joined,
+    number,
+    own_name,
+    pattern,
+    scaling_of,
+)
 
 Tensors = dict[str, Tensor]
+RENAMED = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Last parts of the names that PEFT takes for those of fused experts."""
 
 
 def common_rank(attached: Attached, wanted: int | None, largest: int) -> int:
@@ -63,11 +77,19 @@ def _add_to(config: dict[str, Any], attached: Attached, separate: bool) -> None:
         config["target_modules"] = sorted({*config["target_modules"], *(s[2] for s in split)})
         return
     linears: list[Linear] = [(parent, "", leaf) for parent, _, leaf in split]
-    ours = pattern(linears)
-    config["target_modules"] = "|".join(filter(None, (config["target_modules"], ours)))
+    key = rf"(?:{pattern(linears)})(?:\.weight)?"
     lora = next(iter(attached.dense.values())).lora
-    config["rank_pattern"][ours] = lora.rank
-    config["alpha_pattern"][ours] = number(lora.scaling * lora.rank)
+    config["rank_pattern"][key] = lora.rank
+    config["alpha_pattern"][key] = number(lora.scaling * lora.rank)
+    if isinstance(config["target_modules"], str):  # a pattern: the experts are Linears too
+        config["target_modules"] += f"|{pattern(linears)}"
+        return
+    fused = config["target_parameters"] is not None
+    by_weight = [joined(*s[::2]) for s in split if fused and s[2] in RENAMED]
+    named = [joined(*s[::2]) for s in split]
+    config["target_modules"] = [name for name in named if name not in by_weight]
+    if by_weight:
+        config["target_parameters"] += [f"{name}.weight" for name in by_weight]
 
 
 def take(
@@ -90,7 +112,11 @@ def take(
                 f"the LoRA of {name!r} has A {list(lora_A.shape)} and B {list(lora_B.shape)}, or "
                 f"values that are not finite; wanted are A [R, {wanted[0]}] and B [{wanted[1]}, R]"
             )
-        factor = scaling_of(config, own_name(name)) / each.lora.scaling
+        given = config.get("target_parameters") or ()
+        weight = f"{own_name(name)}.weight"
+        by_weight = any(f".{weight}".endswith(f".{target}") for target in given)
+        target = weight if by_weight else own_name(name)
+        factor = scaling_of(config, target) / each.lora.scaling
         (first_A, first_B), error_of = resize([(lora_A, factor * lora_B)], each.lora.rank)
         found[name] = (first_A[0], first_B[0]), float(error_of[0])
     return found
