@@ -18,7 +18,7 @@ from tests.ecosystem import test_export_peft as exports
 from tests.ecosystem import trainers
 from tests.torch import helpers, models
 from tests.torch.conventions import families
-from tests.torch.test_dense import RANK, adapted, fill, linears, logits
+from tests.torch.dense import RANK, adapted, fill, linears, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 OPTIONS: dict[str, Any] = {"attention_rank": RANK, "attention_alpha": 6.0}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import drlora_torch
 from tests.torch import helpers, models
-from tests.torch.test_dense import RANK, fill, linears, logits
+from tests.torch.dense import RANK, fill, linears, logits
 
 FOUR = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float32")
 
