@@ -140,7 +140,9 @@ class Adapter:
     # -- training ------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything to give to an optimizer: A and B of all layers, routers that may learn, and
+        """Everything to give to an optimizer.
+
+        A and B of all layers and of the dense Linears, routers that may learn, and
         ``modules_to_save``.
 
         Those of the active adapter require gradients again if something else froze them
@@ -159,9 +161,10 @@ class Adapter:
         return list(parameters.parameters_by_key(self._attached).values())
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        """A and B of all layers, for a parameter group of their own."""
+        """A and B of all layers and of the dense Linears, for a parameter group of their own."""
         sharded.free_gathered(self._attached)
-        return parameters.lora_parameters(self._attached)
+        dense = parameters.dense_parameters(self._attached).values()
+        return [*parameters.lora_parameters(self._attached), *dense]
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
         """Router parameters that learn (now or after the warmup), by qualified name."""
@@ -222,12 +225,12 @@ class Adapter:
         """
         check_attached(self._attached)
         Residents.of(self.model).remove(self._attached)
-        self._attached.layers = {}
+        self._attached.layers, self._attached.dense = {}, {}
         self._attached.handle = None  # a cycle would keep the model until it is collected
         return self.model
 
     def merge(self, *, keep_originals: bool = True) -> nn.Module:
-        """Write W + s B A into the expert weights and take the LoRA out; routers stay trained.
+        """Write W + s B A into the adapted weights and take the LoRA out; routers stay trained.
 
         The model is then a plain one, with no trace of the adapter. The sum is rounded to the
         dtype of the base weights. While it is written, a copy of every adapted weight is kept on
@@ -375,11 +378,12 @@ class Adapter:
     def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
         """Start from a PEFT adapter of the experts, in any layout that :meth:`export_peft` writes.
 
-        Where its rank is above ``r_init``, the best approximation of that rank is taken.
+        Where its rank is above ``r_init``, or that of a Linear above ``attention_rank``, the best
+        approximation of that rank is taken.
 
         Returns:
-            Relative Frobenius error of B A by layer, projection and expert; 0 where nothing was
-            lost.
+            Relative Frobenius error of B A by layer, projection and expert, and of the dense
+            Linears by name, ``weight`` and 0; 0 where nothing was lost.
 
         Raises:
             CheckpointError: the directory is damaged or does not fit; nothing was changed.

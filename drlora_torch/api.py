@@ -49,6 +49,9 @@ def attach(
     dtype: torch.dtype | str | None = None,
     layers: Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
+    attention_rank: int | None = None,
+    attention_alpha: float | None = None,
+    attention_targets: Sequence[str] | None = None,
     auto_step: bool = True,
     newborn: Literal["corrected", "plain"] = "corrected",
     rslora: bool = False,
@@ -81,6 +84,11 @@ def attach(
         modules_to_save: names of other modules that are trained whole, as in PEFT (``score``,
             ``lm_head``, ``embed_tokens``; everything else of the base is frozen). They are in
             the adapter's file, in ``merge``, and in ``export_peft``.
+        attention_rank: also add LoRA of this fixed rank to all dense Linears: attention, shared
+            experts, dense layers. Routers, the output head, what shares its weight with the
+            embeddings, and Linears with a side of at most this rank are left alone.
+        attention_alpha: their scaling is alpha / attention_rank; default 2 * attention_rank.
+        attention_targets: narrows them to these names, as in PEFT (``q_proj``, ``v_proj``).
         auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.
         newborn: ``corrected``: rows born late move as if their own step count had just begun,
             under the optimizers that :class:`drlora_torch.options.Newborn` lists; ``plain``: the
@@ -125,24 +133,16 @@ def attach(
             "dtype": dtype,
             "layers": layers,
             "modules_to_save": modules_to_save,
+            "attention_rank": attention_rank,
+            "attention_alpha": attention_alpha,
+            "attention_targets": attention_targets,
             "auto_step": auto_step,
             "newborn": newborn,
             "rslora": rslora,
             "kernel": kernel,
         }
     )
-    holder, (model, found) = model, _look_inside(model)
-    residents = Residents.of(model)
-    check_name(adapter_name, residents.by_name)
-    check_new(engine)
-    attached = _build(adapter_name, residents, engine, options, found, process_group)
-    draw(attached)
-    with _entered(residents, attached, holder):
-        _add_layers(attached)
-        if record is not None and is_first_process(process_group):
-            engine.record_to(record)
-    advise_against_balancing(attached, active_coefficient(model))
-    return _handle(attached)
+    return _attach(model, engine, adapter_name, options, process_group, record)
 
 
 @explain_keywords
@@ -183,7 +183,8 @@ def load(
     saved = _read(model, path, revision, process_group)
     engine = checkpoint.restore_engine(saved, policy)
     events = checkpoint.check(saved, engine, model, found, check_base)
-    options = saved.options.model_copy(update={"layers": tuple(saved.layers)})
+    chosen = {"layers": tuple(saved.layers), "attention_targets": saved.dense or None}
+    options = saved.options.model_copy(update=chosen)
     attached = _build(adapter_name, residents, engine, options, found, process_group)
     checkpoint.fill(attached, saved, events)
     attached.trainable, attached.paused = trainable, not trainable
@@ -192,6 +193,29 @@ def load(
         if trainable:
             active_tracker(attached).load_state_dict(saved.pending)
         return _handle(attached)
+
+
+def _attach(
+    holder: nn.Module,
+    engine: AllocatorEngine,
+    adapter_name: str,
+    options: AdapterOptions,
+    process_group: Any,
+    record: str | os.PathLike[str] | None,
+) -> Adapter:
+    """Carry out :func:`attach` with validated options."""
+    model, found = _look_inside(holder)
+    residents = Residents.of(model)
+    check_name(adapter_name, residents.by_name)
+    check_new(engine)
+    attached = _build(adapter_name, residents, engine, options, found, process_group)
+    draw(attached)
+    with _entered(residents, attached, holder):
+        _add_layers(attached)
+        if record is not None and is_first_process(process_group):
+            engine.record_to(record)
+    advise_against_balancing(attached, active_coefficient(model))
+    return _handle(attached)
 
 
 def _read(
@@ -269,7 +293,7 @@ def _build(
     check_free(residents, engine)
     check_layers(model, records, options)
     check_engine(engine, records)
-    attached = build(name, model, engine, options, records, process_group)
+    attached = build(name, model, engine, options, records, found, process_group)
     tell_storage(attached)
     return attached
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drlora_core import AllocatorEngine, GrowthEvent
+from drlora_torch.lora.dense import DenseLoRA
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
 
 ExpertWeight = tuple[str, str, int]
-"""Layer name, projection, expert."""
+"""Layer name, projection, expert; of a Linear beside the experts: its name, ``weight``, 0."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +38,16 @@ class AdaptedLayer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AdaptedLinear:
+    """One Linear that is no routed expert, with its LoRA."""
+
+    linear: nn.Linear
+    lora: DenseLoRA
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Original:
-    """One expert's weight as it was before merging."""
+    """One weight as it was before merging."""
 
     values: Tensor  # [O, I], on the CPU
     written: int
@@ -68,6 +77,8 @@ class Attached:
     there from the start, or need no correction any more. Call ``engine.settle()`` before."""
     modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     """Modules of the base that learn whole (``modules_to_save``), by name."""
+    dense: dict[str, AdaptedLinear] = dataclasses.field(default_factory=dict)
+    """Linears of attention, shared experts and dense layers (``attention_rank``), by name."""
     process_group: Any = None
     """The processes that train the adapter together; None for all."""
     events: list[GrowthEvent] = dataclasses.field(default_factory=list)

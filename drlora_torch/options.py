@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -56,12 +56,15 @@ class AdapterOptions(BaseModel):
     dtype: str | None = None
     layers: Names | None = None
     modules_to_save: Names | None = None
+    attention_rank: int | None = Field(None, ge=1, strict=True)
+    attention_alpha: float | None = Field(None, gt=0.0)
+    attention_targets: Names | None = None
     auto_step: bool = True
     newborn: Newborn = Newborn.CORRECTED
     rslora: bool = False
     kernel: Kernel = Kernel.AUTO
 
-    @field_validator("targets", "layers", "modules_to_save", mode="before")
+    @field_validator("targets", "layers", "modules_to_save", "attention_targets", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -76,12 +79,28 @@ class AdapterOptions(BaseModel):
             )
         return None if value is None else name
 
+    @model_validator(mode="after")
+    def _rank_of_linears(self) -> Self:
+        for name in ("attention_alpha", "attention_targets"):
+            if self.attention_rank is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs attention_rank: the rank of the LoRA of "
+                    "the Linears, such as 8"
+                )
+        return self
+
     _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     def scaling(self, config: AllocatorConfig) -> float:
         """s = alpha / r_target, or alpha / sqrt(r_target) with ``rslora``; never changes."""
         divisor = math.sqrt(config.r_target) if self.rslora else config.r_target
         return self.alpha / divisor
+
+    def attention_scaling(self) -> float:
+        """s of the Linears: alpha / rank, or alpha / sqrt(rank) with ``rslora``; default 2 R."""
+        assert self.attention_rank is not None
+        alpha = 2.0 * self.attention_rank if self.attention_alpha is None else self.attention_alpha
+        return alpha / (math.sqrt(self.attention_rank) if self.rslora else self.attention_rank)
 
     def lora_dtype(self, base: torch.dtype) -> torch.dtype:
         """Return the dtype of the LoRA parameters: the one asked for, else at least float32."""

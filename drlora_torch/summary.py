@@ -18,6 +18,7 @@ def line(attached: Attached) -> str:
     ranks = _ranks(attached)
     parts = [repr(attached.name), _state(attached), notebook.describe_layers(ranks)]
     parts += [f"total rank {notebook.total_rank(ranks):,}"] if ranks else []
+    parts += [notebook.count(len(attached.dense), "dense Linear")] if attached.dense else []
     parts += [notebook.count(len(attached.events), "event")]
     parts += [_storage(attached)] if ranks else []
     return f"Adapter({', '.join(parts)})"

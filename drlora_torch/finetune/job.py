@@ -174,7 +174,10 @@ def _train(job: Job, options: FinetuneOptions, adapter: Adapter, output: Path) -
     progress = RichProgress(label, steps, job.console, meter)
     callbacks: list[Any] = [meter, progress, StopWhenDiverged(), job.stop]
     if first:
-        adapter.engine.record_to(recording)
+        if adapter.engine.step_count == 0:  # a replay starts from equal ranks
+            adapter.engine.record_to(recording)
+        else:
+            job.console.print("no recording: this run starts from the ranks of an adapter")
         state = read_state(checkpoint)
         output.mkdir(exist_ok=True)
         metrics = MetricsFile(output / folder.METRICS, state.log_history if state else ())

@@ -77,7 +77,11 @@ def collect(
         total_rank=sum(map(sum, ranks.values())),
         skipped_steps=adapter.skipped_steps,
         ranks=ranks,
-        files=[str(output / name) for name in (folder.ADAPTER, folder.METRICS, folder.RECORDING)],
+        files=[
+            str(output / name)
+            for name in (folder.ADAPTER, folder.METRICS, folder.RECORDING)
+            if (output / name).exists()
+        ],
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from drlora_core import AllocatorEngine
 from drlora_torch.attached import AdaptedLayer, Attached
+from drlora_torch.lifecycle.dense import adapt_linears, choose_linears
 from drlora_torch.lifecycle.modules import choose_modules
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray, SlotTable
@@ -26,22 +27,26 @@ def build(
     engine: AllocatorEngine,
     options: AdapterOptions,
     records: Sequence[MoELayer],
+    found: Sequence[MoELayer],
     process_group: Any = None,
 ) -> Attached:
-    """Build an adapter for these layers, with the engine's ranks and all slots at zero."""
+    """Build an adapter for some of the layers found, with the engine's ranks and all slots at 0."""
     layers = {record.name: _adapt(model, engine, options, record) for record in records}
     ages = {
         name: np.full(layer.lora.table.num_slots, OLD, dtype=np.int64)
         for name, layer in layers.items()
     }
     modules = choose_modules(model, options.modules_to_save, records)
-    return Attached(name, model, engine, options, layers, ages, modules, process_group)
+    dense = adapt_linears(choose_linears(model, options, found, modules), engine, options)
+    return Attached(name, model, engine, options, layers, ages, modules, dense, process_group)
 
 
 def draw(attached: Attached) -> None:
     """Draw the starting rows of A."""
     for layer in attached.layers.values():
         layer.lora.draw()
+    for each in attached.dense.values():
+        each.lora.draw()
 
 
 def _adapt(

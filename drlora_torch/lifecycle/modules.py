@@ -24,14 +24,9 @@ def choose_modules(
         UnknownLayerError: there is no such module; the message lists near misses.
         AttachError: a module has no parameters, or holds adapted experts.
     """
-    known = {name: module for name, module in model.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
     for wanted in names or ():
-        found = {n: m for n, m in known.items() if n == wanted or n.endswith(f".{wanted}")}
-        if not found:
-            ends = {n.rpartition(".")[2] for n in known}
-            raise UnknownLayerError(f"no module {wanted!r}; {near_misses(wanted, sorted(ends))}")
-        chosen |= found
+        chosen |= find_modules(model, wanted)
     for name, module in chosen.items():
         _check_kind(name, module)
         for record in records:
@@ -42,6 +37,20 @@ def choose_modules(
                     "with layers=..."
                 )
     return {n: m for n, m in chosen.items() if not _inside(n, chosen)}
+
+
+def find_modules(model: nn.Module, wanted: str) -> dict[str, nn.Module]:
+    """Every module of this name, and every one whose name ends with it, by qualified name.
+
+    Raises:
+        UnknownLayerError: there is none; the message lists near misses.
+    """
+    known = {name: module for name, module in model.named_modules() if name}
+    found = {n: m for n, m in known.items() if n == wanted or n.endswith(f".{wanted}")}
+    if not found:
+        ends = {n.rpartition(".")[2] for n in known}
+        raise UnknownLayerError(f"no module {wanted!r}; {near_misses(wanted, sorted(ends))}")
+    return found
 
 
 def _check_kind(name: str, module: nn.Module) -> None:

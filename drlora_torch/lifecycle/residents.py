@@ -57,10 +57,10 @@ class Residents:
                 self._undo.callback(model_changes.freeze(self.model))
                 self._undo.callback(model_changes.let_checkpointing_reach_lora(self.model))
                 self._undo.callback(model_changes.say_that_adapters_are_there(self.model))
-            for layer in attached.layers.values():
-                name = child_name(attached.name)
-                layer.experts.add_module(name, layer.lora)
-                self._undo_by_name[attached.name].callback(layer.experts._modules.pop, name)
+            name = child_name(attached.name)
+            for module, lora in adapted_modules(attached):
+                module.add_module(name, lora)
+                self._undo_by_name[attached.name].callback(module._modules.pop, name)
             self._hide_from_checkpoints()
             self.activate(attached)
         except BaseException:
@@ -131,11 +131,16 @@ class Residents:
 
     def _hide_from_checkpoints(self) -> None:
         self._undo_hiding.close()
-        layers = [layer for a in self.by_name.values() for layer in a.layers.values()]
-        ours = [layer.lora for layer in layers]
+        ours = [lora for attached in self.by_name.values() for _, lora in adapted_modules(attached)]
         if ours:
             hide = model_changes.keep_out_of_checkpoints
             self._undo_hiding.callback(hide(self.model, ours))
+
+
+def adapted_modules(attached: Attached) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The modules that an adapter adapts, and what it adds to each as a child."""
+    yield from ((layer.experts, layer.lora) for layer in attached.layers.values())
+    yield from ((each.linear, each.lora) for each in attached.dense.values())
 
 
 def user_of(engine: AllocatorEngine) -> Attached | None:

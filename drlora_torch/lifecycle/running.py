@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 from drlora_torch.attached import Attached
+from drlora_torch.lifecycle import dense
 from drlora_torch.lifecycle.trained import TrainedGuard, show_trained
 from drlora_torch.lora import parts
 from drlora_torch.models.conventions import convention_of
@@ -46,6 +47,7 @@ class Running:
                 layer.lora.to(device=weight.device)
             layer.lora.train(layer.experts.training)
             self._undo.callback(convention.install(layer.experts, layer.lora, self.tracker))
+        self._undo.callback(dense.install(attached))
         show_trained(attached, True)
         if len(list(all_of_model())) > 1 and base_parameters(attached):
             self._undo.callback(TrainedGuard(attached, all_of_model).stop)

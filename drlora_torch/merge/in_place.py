@@ -1,4 +1,4 @@
-"""Merging: W + s B A written into the expert weights, and taken out again.
+"""Merging: W + s B A written into the adapted weights, and taken out again.
 
 A merged model is a plain one with other weights, without a trace of the adapter. The adapter keeps
 its LoRA, its engine and a copy of every weight it wrote to; until ``unmerge`` it can only be read.
@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from drlora_torch.attached import AdaptedLayer, Attached, ExpertWeight, Merged, Original
+from drlora_torch.attached import (
+    AdaptedLayer,
+    AdaptedLinear,
+    Attached,
+    ExpertWeight,
+    Merged,
+    Original,
+)
 from drlora_torch.errors import AttachError
 from drlora_torch.lifecycle.residents import Residents, check_attached
 from drlora_torch.lifecycle.trained import show_trained
@@ -30,7 +37,6 @@ from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.storage.entering import enter
 from drlora_torch.storage.travel import settle
 
-Layers = Mapping[str, AdaptedLayer]
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,19 +51,19 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
             f"merge() would change the weights under the other adapters of the model "
             f"({', '.join(map(repr, others))}); call their detach() first, or merge_and_save()"
         )
-    originals = write(attached.layers)
+    originals = write(attached)
     try:
         residents.remove(attached)
         show_trained(attached, True)
         if keep_originals:
             attached.merged = Merged(originals, _refuse_steps(attached))
     except BaseException:
-        restore(attached.layers, originals)
+        restore(attached, originals)
         if attached.name not in residents.by_name:
             enter(Residents.of(attached.model), attached)
         raise
     if not keep_originals:
-        attached.layers = {}
+        attached.layers, attached.dense = {}, {}
 
 
 def unmerge(attached: Attached) -> None:
@@ -70,15 +76,15 @@ def unmerge(attached: Attached) -> None:
         )
     if not attached.enabled:
         raise AttachError("unmerge() cannot run inside adapter.disabled()")
-    check_unmergeable(attached.layers, merged.originals)
+    check_unmergeable(attached, merged.originals)
     residents = Residents.of(attached.model)
     if residents.by_name:
         raise AttachError("another adapter was attached to the model; call its detach() first")
-    restore(attached.layers, merged.originals)
+    restore(attached, merged.originals)
     try:
         enter(residents, attached)
     except BaseException:
-        write(attached.layers)
+        write(attached)
         show_trained(attached, True)
         raise
     merged.stop_guard()
@@ -86,8 +92,8 @@ def unmerge(attached: Attached) -> None:
 
 
 @torch.no_grad()
-def write(layers: Layers, rounding: Rounding | None = None) -> dict[ExpertWeight, Original]:
-    """Write W + s B A into the weights of all experts that have a rank.
+def write(attached: Attached, rounding: Rounding | None = None) -> dict[ExpertWeight, Original]:
+    """Write W + s B A into the weights of the Linears and of all experts that have a rank.
 
     The sum is taken in the wider dtype of both and rounded once, to that of the weights.
     ``rounding`` counts what that changes.
@@ -95,26 +101,18 @@ def write(layers: Layers, rounding: Rounding | None = None) -> dict[ExpertWeight
     Returns:
         The weights as they were, on the CPU. Where writing fails half-way, they are restored.
     """
-    for name, layer in layers.items():
-        if is_packed(layer):
-            raise AttachError(
-                f"the experts of {name!r} are stored as {layer.record.dtype}, so W + s B A cannot "
-                "be written into them; use merge_and_save(path), or "
-                "drlora_torch.dequantize_experts(model) before attach"
-            )
+    _check_writable(attached)
     originals: dict[ExpertWeight, Original] = {}
-    for place in _places(layers):
-        _weight(layers, place)  # weights that cannot be written to are refused before any is
+    for place in _places(attached):
+        _weight(attached, place)  # weights that cannot be written to are refused before any is
     try:
-        for place in _places(layers):
-            weight = _weight(layers, place)
-            name, projection, expert = place
-            delta = layers[name].lora.delta_weight(projection, expert).to(weight.device)
-            merged = add(weight, delta, rounding)
+        for place in _places(attached):
+            weight = _weight(attached, place)
+            merged = add(weight, _delta(attached, place).to(weight.device), rounding)
             originals[place] = Original(weight.to("cpu", copy=True), _checksum(merged))
             weight.copy_(merged)
     except BaseException:
-        restore(layers, originals)
+        restore(attached, originals)
         raise
     return originals
 
@@ -130,41 +128,66 @@ def add(weight: Tensor, delta: Tensor, rounding: Rounding | None = None) -> Tens
 
 
 @torch.no_grad()
-def restore(layers: Layers, originals: Mapping[ExpertWeight, Original]) -> None:
+def restore(attached: Attached, originals: Mapping[ExpertWeight, Original]) -> None:
     """Put the kept weights back, bit for bit."""
     for place, original in originals.items():
-        _weight(layers, place).copy_(original.values)
+        _weight(attached, place).copy_(original.values)
 
 
 @torch.no_grad()
-def check_unmergeable(layers: Layers, originals: Mapping[ExpertWeight, Original]) -> None:
+def check_unmergeable(attached: Attached, originals: Mapping[ExpertWeight, Original]) -> None:
     """Refuse to put weights back over others than the merged ones."""
     for place, original in originals.items():
-        weight = _weight(layers, place)
+        weight = _weight(attached, place)
         same_kind = (weight.dtype, weight.shape) == (original.values.dtype, original.values.shape)
         # Original already, if an earlier unmerge() was interrupted.
         known = (original.written, _checksum(original.values))
         if not same_kind or _checksum(weight) not in known:
             name, projection, expert = place
+            of_expert = f"{projection} of expert {expert} of layer {name!r}"
             raise AttachError(
-                f"{projection} of expert {expert} of layer {name!r} has changed since merge() "
+                f"{f'the weight of {name!r}' if name in attached.dense else of_expert} has changed "
+                "since merge() "
                 "(was the merged model trained or converted?); unmerge() would throw that away"
             )
 
 
 @contextlib.contextmanager
-def written(layers: Layers, rounding: Rounding) -> Iterator[None]:
+def written(attached: Attached, rounding: Rounding) -> Iterator[None]:
     """Inside, the expert weights are the merged ones; afterwards the original ones again."""
-    originals = write(layers, rounding)
+    originals = write(attached, rounding)
     try:
         yield
     finally:
-        restore(layers, originals)
+        restore(attached, originals)
 
 
-def is_packed(layer: AdaptedLayer) -> bool:
-    """True if the weights of a layer must be unpacked to be read."""
-    return convention_of(layer.experts).is_packed(layer.experts)
+def is_packed(adapted: AdaptedLayer | AdaptedLinear) -> bool:
+    """True if the weights of a layer, or of a Linear, must be unpacked to be read."""
+    if isinstance(adapted, AdaptedLinear):
+        weight = adapted.linear.weight
+        plain = weight.is_floating_point() and weight.itemsize > 1
+        return not plain or hasattr(weight, "__tensor_flatten__")
+    return convention_of(adapted.experts).is_packed(adapted.experts)
+
+
+def _check_writable(attached: Attached) -> None:
+    """Refuse weights that W + s B A cannot be written into."""
+    for name, layer in attached.layers.items():
+        if is_packed(layer):
+            raise AttachError(
+                f"the experts of {name!r} are stored as {layer.record.dtype}, so W + s B A cannot "
+                "be written into them; use merge_and_save(path), or "
+                "drlora_torch.dequantize_experts(model) before attach"
+            )
+    for name, each in attached.dense.items():
+        if is_packed(each):
+            weight = each.linear.weight
+            raise AttachError(
+                f"{name!r} is stored as {type(weight).__name__} ({weight.dtype}), so W + s B A "
+                "cannot be written into it; use merge_and_save(path), or drlora_torch.load the "
+                "adapter onto a base that is not quantized"
+            )
 
 
 def _refuse_steps(attached: Attached) -> Any:
@@ -183,19 +206,30 @@ def _refuse_steps(attached: Attached) -> Any:
     return hooks.follow_optimizers(attached, before, after)
 
 
-def _places(layers: Layers) -> Iterator[ExpertWeight]:
-    """Every expert with a rank, projection by projection."""
-    for name, layer in layers.items():
+def _places(attached: Attached) -> Iterator[ExpertWeight]:
+    """Every expert with a rank, projection by projection, and every Linear."""
+    for name, layer in attached.layers.items():
         for projection, _ in layer.lora.items():
             for expert in np.flatnonzero(layer.lora.table.ranks()).tolist():
                 yield name, projection, expert
+    yield from ((name, "weight", 0) for name in attached.dense)
 
 
-def _weight(layers: Layers, place: ExpertWeight) -> Tensor:
-    """The weight of an expert, a view [O, I]."""
+def _weight(attached: Attached, place: ExpertWeight) -> Tensor:
+    """The weight of a place, a view [O, I]."""
     name, projection, expert = place
-    experts = layers[name].experts
+    if name in attached.dense:
+        return attached.dense[name].linear.weight.detach()
+    experts = attached.layers[name].experts
     return convention_of(experts).expert_weight(experts, projection, expert).detach()
+
+
+def _delta(attached: Attached, place: ExpertWeight) -> Tensor:
+    """s B A of a place, [O, I]."""
+    name, projection, expert = place
+    if name in attached.dense:
+        return attached.dense[name].lora.delta_weight()
+    return attached.layers[name].lora.delta_weight(projection, expert)
 
 
 def _checksum(weight: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Merged weights of packed experts, made and written a layer at a time.
+"""Merged weights of packed experts, made and written a layer at a time, and of packed Linears.
 
 Shape letters: I input and O output features.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from drlora_torch.attached import Attached
 from drlora_torch.errors import ModelError
 from drlora_torch.lifecycle.residents import Residents, child_name
-from drlora_torch.merge.in_place import add
+from drlora_torch.merge.in_place import add, is_packed
 from drlora_torch.merge.rounding import Rounding
 from drlora_torch.models.quantization import checkpoints, places
 from drlora_torch.models.quantization.places import Place
@@ -33,20 +33,31 @@ def write(attached: Attached, folder: Path, rounding: Rounding, *, quantize: boo
         )
     found = places.find_places(model)
     if quantize:
-        _check_quantizable(found)
+        _check_quantizable(attached, found)
     hidden = {name for place in found for name in place.tensor_names(model)}
     lora = [
-        f"{layer}.{child_name(each.name)}."
+        f"{name}.{child_name(each.name)}."
         for each in Residents.of(model).by_name.values()
-        for layer in each.layers
+        for name in (*each.layers, *each.dense)
     ]
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if name not in hidden and not name.startswith(tuple(lora))
     }
+    if not quantize:
+        state = checkpoints.unpack_linears(model, state)
+    _merge_linears(attached, state, rounding)
     pieces = _layers(attached, found, rounding, quantize)
     checkpoints.write(model, folder, state, pieces, packed=quantize)
+
+
+@torch.no_grad()
+def _merge_linears(attached: Attached, state: dict[str, Any], rounding: Rounding) -> None:
+    """Add s B A to the unpacked weights of the Linears, in a state dict."""
+    for name, each in attached.dense.items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = add(weight, each.lora.delta_weight().to(weight.device), rounding)
 
 
 @torch.no_grad()
@@ -99,7 +110,13 @@ def _merged(
     return {name + suffix: tensor for suffix, tensor in packed.items()}
 
 
-def _check_quantizable(found: list[Place]) -> None:
+def _check_quantizable(attached: Attached, found: list[Place]) -> None:
+    for name, each in attached.dense.items():
+        if is_packed(each):
+            raise ModelError(
+                f"quantize=True packs experts again, and not Linears such as {name!r}, which "
+                "attention_rank adapts; leave it out to write the merged model unpacked"
+            )
     for place in found:
         form = holders.formats(place.holder).get(place.name)
         if not isinstance(form, FourBit):

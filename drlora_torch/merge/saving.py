@@ -41,8 +41,9 @@ def merge_and_save(
             f"{type(attached.model).__name__} has no save_pretrained; call adapter.merge() and "
             "save model.state_dict() yourself"
         )
-    of_packed = any(map(is_packed, attached.layers.values()))
-    if quantize and not of_packed:
+    experts_packed = any(map(is_packed, attached.layers.values()))
+    of_packed = experts_packed or any(map(is_packed, attached.dense.values()))
+    if quantize and not experts_packed:
         raise ModelError(
             "quantize=True packs the merged experts again, and those of this model are not packed; "
             "load the merged checkpoint with drlora_torch.Experts4bitConfig() instead"
@@ -56,7 +57,7 @@ def merge_and_save(
                 with (
                     original_names(attached.model),
                     without_flag(attached.model),
-                    written(attached.layers, rounding),
+                    written(attached, rounding),
                 ):
                     save_model(os.fspath(folder))
             logits: Compared = (None, None)

@@ -55,6 +55,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(parts.is_sharded(parameter) for parameter in model.parameters())
 
 
+def is_spread(model: nn.Module) -> bool:
+    """True if several processes hold a model together, or Transformers has spread its work."""
+    return is_sharded(model) or any(_size(model, name) > 1 for name in SIZES)
+
+
 def count_copies(model: nn.Module, processes: int) -> int:
     """How many of the processes have the same batch, by what Transformers was told."""
     if not _is_by_transformers(model):

@@ -101,7 +101,7 @@ def check_parts(model: nn.Module, layer: str) -> None:
 
 def is_adapted_by_peft(model: nn.Module) -> bool:
     """True if PEFT has put layers of its own into a model; it has then frozen all others."""
-    return next(_peft_layers(model), None) is not None
+    return next(peft_layers(model), None) is not None
 
 
 def peft_models(model: nn.Module) -> list[nn.Module]:
@@ -119,7 +119,7 @@ def is_peft_model(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def without_peft(model: nn.Module) -> Iterator[None]:
     """Inside, PEFT's adapters of a model are switched off, as in ``PeftModel.disable_adapter``."""
-    switched = [layer for layer in _peft_layers(model) if not layer.disable_adapters]
+    switched = [layer for layer in peft_layers(model) if not layer.disable_adapters]
     before = [(p, p.requires_grad) for layer in switched for p in layer.parameters()]
     for layer in switched:
         layer.enable_adapters(False)
@@ -132,7 +132,8 @@ def without_peft(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _peft_layers(model: nn.Module) -> Iterator[Any]:
+def peft_layers(model: nn.Module) -> Iterator[Any]:
+    """The layers that PEFT has put into a model, and its wrappers of modules trained whole."""
     kinds = (
         ("peft.tuners.tuners_utils", "BaseTunerLayer"),
         ("peft.utils.other", "AuxiliaryTrainingWrapper"),  # modules_to_save

@@ -87,6 +87,26 @@ class Notices:
                 stacklevel=2,
             )
 
+    def check_reached(self, attached: Attached) -> None:
+        """Name Linears that the first step trains nothing of: their LoRA may never be used."""
+        if not self._first("reached"):
+            return
+        idle = [
+            name
+            for name, each in attached.dense.items()
+            if each.lora.lora_B.requires_grad and each.lora.lora_B.grad is None
+        ]
+        if idle and is_first_process():
+            logger.warning(
+                "%d of %d Linears that attention_rank adapts got no gradient in the first step "
+                "(%s): either this batch did not use them, or the model reads their weights "
+                "without calling them, and their LoRA does nothing; attention_targets= leaves them "
+                "out",
+                len(idle),
+                len(attached.dense),
+                idle[0],
+            )
+
     def check_saving(self, attached: Attached) -> None:
         """Name the one model that would be saved without the adapter."""
         if self._first("saving") and not attached.saved_by_peft and _is_in_peft(attached.model):

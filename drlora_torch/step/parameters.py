@@ -12,8 +12,16 @@ from drlora_torch.options import RouterMode
 
 
 def lora_parameters(attached: Attached) -> list[nn.Parameter]:
-    """A and B of all layers."""
+    """A and B of the experts of all layers."""
     return [p for layer in attached.layers.values() for p in layer.lora.matrices()]
+
+
+def dense_parameters(attached: Attached) -> dict[str, nn.Parameter]:
+    """A and B of the Linears beside the experts, by their keys in files."""
+    found: dict[str, nn.Parameter] = {}
+    for each in attached.dense.values():
+        found |= each.lora.tensors()
+    return found
 
 
 def router_parameters(attached: Attached) -> dict[str, nn.Parameter]:
@@ -48,22 +56,27 @@ def join_base(
 
 def all_names(attached: Attached) -> dict[str, list[str]]:
     """Names of :func:`base_parameters` to all names in the model: tied ones have several."""
+    return names_in(attached.model, base_parameters(attached))
+
+
+def names_in(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
+    """Keys of parameters to all of their names in a model."""
     names: dict[int, list[str]] = {}
-    for name, parameter in attached.model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {
-        name: names.get(id(parameter), []) for name, parameter in base_parameters(attached).items()
-    }
+    return {key: names.get(id(parameter), []) for key, parameter in wanted.items()}
 
 
 def check_in_place(attached: Attached) -> None:
-    """Refuse to go on with modules of ``modules_to_save`` that are no longer those of the model.
+    """Refuse to go on with trained modules or adapted Linears that the model no longer has.
 
     Raises:
         AttachError: one was replaced or resized.
     """
-    named = dict(attached.model.named_modules()) if attached.modules else {}
+    named = dict(attached.model.named_modules()) if attached.modules or attached.dense else {}
+    inside = {id(module) for module in named.values()}  # PEFT may have given a Linear another name
     replaced = [name for name, module in attached.modules.items() if named.get(name) is not module]
+    replaced += [name for name, each in attached.dense.items() if id(each.linear) not in inside]
     for name, parameter in base_parameters(attached).items():
         hidden = attached.hidden_values.get(name)
         if hidden is not None and hidden.shape != parameter.shape:
@@ -90,18 +103,19 @@ def base_keys(attached: Attached) -> dict[str, str]:
 def parameters_by_key(attached: Attached) -> dict[str, nn.Parameter]:
     """All parameters that learn by their keys in files.
 
-    ``{layer}/{projection}/lora_A``, ``router/{name}``, ``module/{name}``.
+    ``{layer}/{projection}/lora_A``, ``dense/{name}/lora_A``, ``router/{name}``, ``module/{name}``.
     """
     lora: dict[str, nn.Parameter] = {}
     for layer in attached.layers.values():
         lora |= layer.lora.tensors()
+    lora |= dense_parameters(attached)
     keys = base_keys(attached)
     return lora | {keys[name]: p for name, p in base_parameters(attached).items()}
 
 
 def unfreeze_lora(attached: Attached) -> None:
     """Let A and B learn, unless the adapter was loaded for inference."""
-    for parameter in lora_parameters(attached):
+    for parameter in (*lora_parameters(attached), *dense_parameters(attached).values()):
         parameter.requires_grad_(attached.trainable)
 
 

@@ -14,7 +14,7 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lora import parts
 from drlora_torch.models import sharding
-from drlora_torch.step.parameters import base_parameters, parameters_by_key
+from drlora_torch.step.parameters import base_parameters, dense_parameters, parameters_by_key
 from drlora_torch.step.processes import is_first_process, several_processes
 
 PATIENCE = datetime.timedelta(minutes=10)
@@ -36,7 +36,7 @@ def free_gathered(attached: Attached) -> None:
     """
     if several_processes(attached.process_group):
         routers = [layer.record.router for layer in attached.layers.values()]
-        names = [*attached.layers, *attached.modules, *(name for name in routers if name)]
+        names = [*attached.layers, *attached.modules, *attached.dense, *filter(None, routers)]
         sharding.reshard(sharding.around(attached.model, names))
 
 
@@ -56,10 +56,11 @@ def check_rows(attached: Attached) -> None:
         for layer in attached.layers.values()
         for key, parameter in layer.lora.tensors().items()
     }
-    sharded = {key for key, parameter in named.items() if parts.is_sharded(parameter)}
-    if sharded and (whole := sorted(named.keys() - sharded)):
+    lora = named | dense_parameters(attached)
+    sharded = {key for key, parameter in lora.items() if parts.is_sharded(parameter)}
+    if sharded and (whole := sorted(lora.keys() - sharded)):
         raise AttachError(
-            f"fully_shard has left out {len(whole)} of {len(named)} LoRA parameters "
+            f"fully_shard has left out {len(whole)} of {len(lora)} LoRA parameters "
             f"({whole[0]!r}), which each process would train on its own; leave none of "
             "adapter.parameters() in ignored_params, and shard the whole model, root included"
         )

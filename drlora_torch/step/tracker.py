@@ -256,6 +256,7 @@ class StepTracker:
             return  # this step does not train the adapter
         if not self._sums and hooks.is_at_rest(optimizer):
             return  # a trial, see hooks.is_trial
+        self._notices.check_reached(self.attached)
         scale = getattr(optimizer, "grad_scale", None)
         slots = {} if self.attached.paused else slot_importance(self._loras())
         if isinstance(scale, Tensor):

@@ -3,12 +3,14 @@
 Tensors of a file, by layer: ``{layer}/{projection}/lora_A`` [P, I] and ``lora_B`` [P, O] (row s of
 both belongs to slot s), ``{layer}/owner``, ``{layer}/position`` and ``{layer}/ages`` int64 [P]; the
 engine's arrays as ``{layer}/engine/{field}``; routers that learn as ``router/{parameter}``, and
-``modules_to_save`` as ``module/{parameter}``; the partial state of the current optimizer step as
-``pending/...``, see :mod:`drlora_torch.step.pending`. Of K growth events,
-also ``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy ``prune``
-``cut`` bool [K, N, R]; ranks follow from the deltas.
+``modules_to_save`` as ``module/{parameter}``; the LoRA of other Linears (``attention_rank``), which
+the description lists, as ``dense/{Linear}/lora_A`` [R, I] and ``lora_B`` [O, R]; the partial state
+of the current optimizer step as ``pending/...``, see :mod:`drlora_torch.step.pending`. Of K growth
+events, also ``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy
+``prune`` ``cut`` bool [K, N, R]; ranks follow from the deltas.
 
-Shape letters: P rank slots, I and O input and output features, N experts, R = r_max.
+Shape letters: P rank slots, I and O input and output features, N experts, R = r_max, or the rank of
+Linears.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
-from drlora_torch.step.parameters import base_keys, check_in_place
+from drlora_torch.step.parameters import base_keys, check_in_place, dense_parameters
 from drlora_torch.step.processes import several_processes
 from drlora_torch.step.sharded import free_gathered, together, writes
 from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
@@ -89,6 +91,8 @@ def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
         for key, parameter in layer.lora.tensors().items():
             # An average of the weights over steps (EMA) leaves values in slots that were freed.
             yield key, keep_rows(parts.whole(parameter), owned)
+    for key, parameter in dense_parameters(attached).items():
+        yield key, parts.whole(parameter)
     keys = base_keys(attached)
     for name, values in trained_values(attached).items():
         yield keys[name], parts.whole(values)
@@ -127,6 +131,7 @@ def describe(attached: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
             }
             for record in records
         },
+        "dense": list(attached.dense),
     }
 
 
@@ -164,6 +169,7 @@ def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]
             path=path,
             name=str(description.get("name", "default")),
             layers=dict(description["layers"]),
+            dense=checkpoint_checks.names(description.get("dense", [])),
             options=AdapterOptions(**description["options"]),
             state=state,
             events=list(description.get("events", [])),
@@ -213,6 +219,8 @@ def fill(attached: Attached, saved: Saved, events: list[GrowthEvent]) -> None:
         owner, position = tensors[f"{name}/owner"].numpy(), tensors[f"{name}/position"].numpy()
         layer.lora.load(owner, position, tensors)
         attached.ages[name] = tensors[f"{name}/ages"].numpy().copy()
+    for key, parameter in dense_parameters(attached).items():
+        parts.write(parameter, tensors[key])
     attached.missed.clear()
 
 
@@ -243,10 +251,13 @@ def restore(attached: Attached, path: Path, *, check_base: bool) -> None:
 
 def check_restorable(attached: Attached, saved: Saved, *, check_base: bool) -> Checked:
     """Check everything that could stop an adapter from taking a saved state."""
-    own, theirs = (o.model_dump(exclude={"layers"}) for o in (attached.options, saved.options))
+    chosen = {"layers", "attention_targets"}  # what they chose is compared
+    own, theirs = (o.model_dump(exclude=chosen) for o in (attached.options, saved.options))
     differing = [f"{field} {theirs[field]!r}" for field in own if own[field] != theirs[field]]
     if set(saved.layers) != set(attached.layers):
         differing.append("layers")
+    if set(saved.dense) != set(attached.dense):
+        differing.append("attention_targets")
     if differing:
         raise CheckpointError(
             f"{saved.path} was saved by an adapter with other options or layers: "

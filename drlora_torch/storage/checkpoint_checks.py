@@ -42,6 +42,7 @@ class Saved:
     path: Path
     name: str  # of the adapter
     layers: Mapping[str, Any]
+    dense: tuple[str, ...]  # names of Linears beside the experts
     options: AdapterOptions
     state: Mapping[str, Any]  # of the engine
     events: Sequence[Mapping[str, Any]]
@@ -66,6 +67,13 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
     except ValueError as error:  # DRLoRAError and ValidationError among them
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def names(value: object) -> tuple[str, ...]:
+    """A list of names in a description."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"a list of names cannot be read: {value!r}")
+    return tuple(value)
 
 
 def check_layers(saved: Saved, records: Mapping[str, MoELayer]) -> None:
@@ -181,6 +189,21 @@ def _lora_shapes(saved: Saved, name: str) -> dict[str, int]:
     }
 
 
+def _dense_shapes(saved: Saved, model: nn.Module) -> Wanted:
+    """A and B of the Linears beside the experts."""
+    wanted: Wanted = {}
+    named, rank = dict(model.named_modules()), saved.options.attention_rank
+    for name in saved.dense:
+        linear: Any = named.get(name)
+        if rank is None or not hasattr(linear, "out_features"):
+            raise CheckpointError(
+                f"the adapter has LoRA of a Linear {name!r} that the model does not have"
+            )
+        wanted[f"dense/{name}/lora_A"] = (rank, linear.in_features), None
+        wanted[f"dense/{name}/lora_B"] = (linear.out_features, rank), None
+    return wanted
+
+
 def _wanted_tensors(
     saved: Saved, engine: AllocatorEngine, model: nn.Module, records: Mapping[str, MoELayer]
 ) -> Wanted:
@@ -195,6 +218,7 @@ def _wanted_tensors(
         wanted |= {f"{name}/{field}": ((slots,), torch.int64) for field in SLOT_FIELDS}
         for key, features in _lora_shapes(saved, name).items():
             wanted[key] = (slots, features), None
+    wanted |= _dense_shapes(saved, model)
     routers: dict[str, nn.Parameter] = {}
     chosen = [records[name] for name in saved.layers]
     for router in (record.router for record in chosen):
@@ -216,6 +240,6 @@ def _partial_state(wanted: Wanted, saved: Saved) -> Wanted:
     for key, (shape, dtype) in wanted.items():
         if dtype is None:  # it learns
             found[f"{GRADIENT}{key}"] = shape, None
-            if not saved.options.auto_step and not key.startswith(("router/", "module/")):
+            if not saved.options.auto_step and not key.startswith(("router/", "module/", "dense/")):
                 found[f"{IMPORTANCE}{key}"] = shape[:1], None
     return found

@@ -21,7 +21,7 @@ from torch import nn
 from drlora_core import atomic
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
-from drlora_torch.lifecycle.residents import Residents, child_name, is_active
+from drlora_torch.lifecycle.residents import Residents, adapted_modules, child_name, is_active
 from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.lora import parts
 from drlora_torch.step.parameters import all_names, base_parameters
@@ -180,7 +180,9 @@ def _write_trained(model: nn.Module, folder: Path) -> None:
     learning = {id(p) for attached in residents for p in base_parameters(attached).values()}
     names = {n for n, p in model.named_parameters() if p.requires_grad or id(p) in learning}
     inside = tuple(
-        f"{name}.{child_name(attached.name)}." for attached in residents for name in attached.layers
+        f"{name}.{child_name(attached.name)}."
+        for attached in residents
+        for name in (*attached.layers, *attached.dense)
     )
     tensors = {
         key: parts.whole(value).cpu().contiguous()
@@ -215,15 +217,15 @@ def _without_lora(model: nn.Module, state: object) -> Iterator[None]:
         for attached in Residents.of(model).by_name.values():
             name = child_name(attached.name)
             taken += [
-                (layer.experts, name, layer.lora)
-                for layer in attached.layers.values()
-                if layer.experts._modules.pop(name, None) is not None
+                (module, name, lora)
+                for module, lora in adapted_modules(attached)
+                if module._modules.pop(name, None) is not None
             ]
     try:
         yield
     finally:
-        for experts, name, lora in taken:
-            experts.add_module(name, lora)
+        for module, name, lora in taken:
+            module.add_module(name, lora)
 
 
 def _takes_part(model: nn.Module, state: object, writes: bool) -> bool:

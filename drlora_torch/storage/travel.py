@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
-from drlora_torch.lifecycle.residents import child_name
+from drlora_torch.lifecycle.residents import adapted_modules, child_name
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE
@@ -33,6 +33,8 @@ from drlora_torch.step.parameters import (
     all_names,
     base_keys,
     check_in_place,
+    dense_parameters,
+    names_in,
     parameters_by_key,
 )
 from drlora_torch.storage import checkpoint, checkpoint_checks, fingerprint
@@ -139,6 +141,7 @@ def _capacity(attached: Attached) -> int:
         of_engine = experts * 8 * (4 + config.r_max * prunes)  # ranks, f, g, counts; s of prune
         of_event = experts * (8 * 3 + config.r_max * prunes)
         size += 3 * 8 * slots + of_engine + events * of_event + JSON_BYTES + 16 * len(name)
+    size += len(json.dumps(list(attached.dense))) + len(attached.dense)
     for value in trained_values(attached).values() if not attached.trained_shown else ():
         size += value.numel() * value.element_size()
     return size
@@ -328,6 +331,9 @@ def collect(
                     # An average of weights over steps leaves values in slots that were freed.
                     fits = value.dim() == 2 and len(value) == len(owned)
                     tensors[own] = checkpoint.keep_rows(value, owned) if fits else value
+        for own, aliases in names_in(attached.model, dense_parameters(attached)).items():
+            for full in (prefix + alias for alias in aliases if prefix + alias in state):
+                tensors[own] = state[full]
         elsewhere = {own for own in taken.values() if own in tensors}
         for key, own in list(taken.items()):
             if own in elsewhere:
@@ -340,7 +346,7 @@ def collect(
 def _holders(attached: Attached) -> list[Any]:
     """Modules that hold a parameter which learns, and so has to stay the same object."""
     learning = {id(p) for p in parameters_by_key(attached).values()}
-    loras = [layer.lora for layer in attached.layers.values()]
+    loras = [lora for _, lora in adapted_modules(attached)]
     candidates = [*attached.model.modules(), *(part for lora in loras for part in lora.modules())]
     holders = {id(m): m for m in candidates if any(id(p) in learning for p in m.parameters(False))}
     return list(holders.values())

@@ -219,7 +219,7 @@ def test_preferences_are_learned_and_the_reference_is_the_base(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (result,) = job.run(options_for(moe_folder, data, method="dpo"), tmp_path / "run", QUIET)
     assert result.loss_before == pytest.approx(math.log(2), abs=1e-6)  # policy = reference
-    assert result.loss_after < 0.5
+    assert result.loss_after < 0.65
     assert result.total_rank == result.budget
 
 

@@ -39,11 +39,11 @@ def write(
     Args:
         model: gives the configuration and the names.
         folder: an empty one.
-        state: weights that are in memory.
+        state: weights that are in memory, unpacked unless ``packed``.
         pieces: the others, by their names in the model; each is written before the next is made.
-        packed: leave the configuration and Linears quantized, as they are.
+        packed: leave the configuration quantized, as it is.
     """
-    rest = dict(state) if packed else _unpack_linears(model, state)
+    rest = dict(state)
     for key in model._keys_to_ignore_on_save or ():
         rest.pop(key, None)
     rest = remove_tied_weights_from_state_dict(rest, model)
@@ -120,7 +120,7 @@ def original_names(model: Any, packed: bool = False) -> Iterator[None]:
             model._weight_conversions = before
 
 
-def _unpack_linears(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def unpack_linears(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Unpack the Linears that bitsandbytes has packed, and those in FP8."""
     plain, dtype = dict(state), float_dtype(model)
     for name, module in model.named_modules():

@@ -8,19 +8,15 @@ it has one rank, see :mod:`drlora_torch.storage.peft.layouts`; of a Linear per e
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from drlora_torch.attached import Attached
 from drlora_torch.step.parameters import all_names
-from drlora_torch.storage.peft import files, layouts
+from drlora_torch.storage.peft import dense, files, layouts
 from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
-from drlora_torch.storage.peft.files import PREFIX, own_name
-
-Linear = tuple[str, str, str]
-"""Names of a layer, of an expert in it, and of a Linear in the expert."""
+from drlora_torch.storage.peft.files import PREFIX, Linear, own_name, pattern
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
     }
     ranks = {name: rank or max(own) for name, own in own_ranks.items()}
     if separate:  # serving engines take one rank
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
+        ranks = dict.fromkeys(ranks, dense.common_rank(attached, rank, max(ranks.values())))
     errors: dict[str, dict[str, FloatArray]] = {name: {} for name in attached.layers}
     tensors = {
         PREFIX + own_name(key): value.detach().to("cpu", copy=True)  # they may share memory
@@ -78,33 +74,9 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
                 expert, _, linear = place.name.removeprefix(f"{own_name(name)}.").rpartition(".")
                 linears[own_name(name), expert, linear] = expert_ranks[place.expert]
     config = _config(attached, max(ranks.values()), parameters, linears, separate)
+    tensors |= dense.export(attached, config, separate)
     files.write(path, tensors, config)
     return ExportReport(path, ranks, errors)
-
-
-def pattern(linears: Iterable[Linear]) -> str:
-    r"""Regular expression of the names of Linears, to match in full.
-
-    All experts of a layer have the same Linears. PEFT tries every pattern for every module, so
-    there is one for each rank: one for each expert would cost the square of their number.
-
-    Example:
-        >>> pattern([("layers.0", "experts.0", "w1"), ("layers.1", "experts.0", "w1")])
-        '(?:layers\\.0|layers\\.1)\\.(?:experts\\.0)\\.(?:w1)'
-    """
-    parts: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # ordered sets
-    for layer, expert, projection in linears:
-        experts, projections = parts.setdefault(layer, ({}, {}))
-        experts[expert] = projections[projection] = None
-    layers: dict[tuple[tuple[str, ...], ...], list[str]] = {}  # those with equal parts together
-    for layer, names in parts.items():
-        layers.setdefault(tuple(map(tuple, names)), []).append(layer)
-    return "|".join(
-        r"\.".join(
-            f"(?:{'|'.join(map(re.escape, names))})" for names in (alike, *rest) if any(names)
-        )
-        for rest, alike in layers.items()
-    )
 
 
 def _config(
@@ -130,8 +102,7 @@ def _config(
         patterns[pattern(linear for linear, own in linears.items() if own == other)] = other
 
     def alpha(rank: int) -> float:
-        exact = attached.options.scaling(attached.engine.config) * rank
-        return int(exact) if exact.is_integer() else exact
+        return files.number(attached.options.scaling(attached.engine.config) * rank)
 
     return {
         "peft_type": "LORA",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from drlora_torch.step.parameters import all_names, base_parameters
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """PEFT puts it before every name of a tensor."""
+Linear = tuple[str, str, str]
+"""Names of a layer, of an expert in it (may be empty), and of a Linear in the expert."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -94,6 +96,36 @@ def own_name(name: str) -> str:
 def joined(*parts: str) -> str:
     """Dotted name of parts, of which some may be empty."""
     return ".".join(part for part in parts if part)
+
+
+def pattern(linears: Iterable[Linear]) -> str:
+    r"""Regular expression of the names of Linears, to match in full.
+
+    All experts of a layer have the same Linears. PEFT tries every pattern for every module, so
+    there is one for each rank: one for each expert would cost the square of their number.
+
+    Example:
+        >>> pattern([("layers.0", "experts.0", "w1"), ("layers.1", "experts.0", "w1")])
+        '(?:layers\\.0|layers\\.1)\\.(?:experts\\.0)\\.(?:w1)'
+    """
+    parts: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # ordered sets
+    for layer, expert, projection in linears:
+        experts, projections = parts.setdefault(layer, ({}, {}))
+        experts[expert] = projections[projection] = None
+    layers: dict[tuple[tuple[str, ...], ...], list[str]] = {}  # those with equal parts together
+    for layer, names in parts.items():
+        layers.setdefault(tuple(map(tuple, names)), []).append(layer)
+    return "|".join(
+        r"\.".join(
+            f"(?:{'|'.join(map(re.escape, names))})" for names in (alike, *rest) if any(names)
+        )
+        for rest, alike in layers.items()
+    )
+
+
+def number(value: float) -> float:
+    """A number as configurations have it: an int where it is whole."""
+    return int(value) if float(value).is_integer() else value
 
 
 def scaling_of(config: Mapping[str, Any], target: str) -> float:

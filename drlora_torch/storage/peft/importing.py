@@ -16,7 +16,7 @@ from torch import Tensor
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lifecycle.trained import trained_values
-from drlora_torch.storage.peft import files, layouts
+from drlora_torch.storage.peft import dense, files, layouts
 from drlora_torch.storage.peft.factors import Expert, Factors, FloatArray, resize, write_slots
 from drlora_torch.storage.peft.files import PREFIX, own_name
 
@@ -32,6 +32,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise CheckpointError(f"{path} is not plain LoRA, which is all that can be imported")
     found = _take_experts(attached, config, held)
+    linears = dense.take(attached, config, held)
     learning = trained_values(attached)
     whole = {}
     for name in files.module_values(attached):
@@ -44,7 +45,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
     if held:
         raise CheckpointError(
             f"{path} also adapts {min(held)!r}; attach with the matching targets, layers, "
-            "router and modules_to_save, or load other modules with PEFT"
+            "router, modules_to_save and attention_rank, or load other modules with PEFT"
         )
     if not found:
         raise CheckpointError(f"{path} holds no LoRA of the adapted experts")
@@ -57,7 +58,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
         write_slots(lora, dict(lora.items())[projection], Factors(lora_A, lora_B / scaling))
     for name, value in whole.items():
         learning[name].copy_(value)
-    return errors
+    return errors | dense.give(attached, linears)
 
 
 def _take_experts(
