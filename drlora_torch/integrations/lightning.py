@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
-from drlora_torch.integrations.metrics import rank_metrics, top_experts
+from drlora_torch.integrations.metrics import rank_metrics
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
 
@@ -69,7 +69,7 @@ class DRLoRALightningCallback(Callback):
         if len(self.adapter.events) == self._events:
             return
         self._events = len(self.adapter.events)
-        metrics = rank_metrics(self.adapter) | top_experts(self.adapter)
+        metrics = rank_metrics(self.adapter)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 

@@ -31,12 +31,3 @@ def rank_entropy(ranks: np.ndarray) -> float:
         return 1.0
     share = ranks[ranks > 0] / ranks.sum()
     return float(-(share * np.log(share)).sum() / np.log(ranks.size)) + 0.0
-
-
-def top_experts(adapter: Adapter) -> dict[str, float]:
-    """Return index and rank of the expert with the largest rank in each layer (first of equals)."""
-    found: dict[str, float] = {}
-    for name, ranks in adapter.ranks().items():
-        found[f"top_expert/{name}"] = int(ranks.argmax())
-        found[f"top_rank/{name}"] = int(ranks.max())
-    return found

@@ -41,7 +41,7 @@ def rank_image(adapter: Adapter) -> NDArray[np.uint8]:
 class RankImages(TrainerCallback):
     """Sends the ranks to TensorBoard and Weights & Biases, as a heatmap and a histogram.
 
-    It does so when the training begins, after each growth event and at the end. Other reporters get
+    It does so after the first step and after each growth event. Other reporters get
     the numbers of :func:`~drlora_torch.integrations.metrics.rank_metrics` alone.
 
     Args:
@@ -62,9 +62,6 @@ class RankImages(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if len(self._adapter.events) != self._events:
             self._send(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._send(state)
 
     def _send(self, state: Any) -> None:
         self._events = len(self._adapter.events)

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
 from drlora_torch.integrations import checks
-from drlora_torch.integrations.metrics import rank_metrics, top_experts
+from drlora_torch.integrations.metrics import rank_metrics
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.entering import save_beside
@@ -33,7 +33,8 @@ class DRLoRACallback(TrainerCallback):
     - writes the adapter to ``output_dir`` at the end of training (unless ``save_strategy="no"``);
       with ``load_best_model_at_end`` it is that of the best checkpoint;
     - logs the metrics of :func:`~drlora_torch.integrations.metrics.rank_metrics` with each training
-      loss, and the top expert of each layer after each growth event.
+      loss, and after each growth event; :class:`~drlora_torch.integrations.rank_images.RankImages`
+      sends pictures.
 
     The metrics reach ``state.log_history``, the progress bar, and every callback that the Trainer
     calls later. It calls the reporters of ``report_to`` (TensorBoard, Weights & Biases, ...) before
@@ -96,10 +97,8 @@ class DRLoRACallback(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        added: dict[str, float] = rank_metrics(self.adapter)
-        if len(self.adapter.events) > self._events:
-            self._events = len(self.adapter.events)
-            added |= top_experts(self.adapter)
+        self._events = len(self.adapter.events)
+        added = rank_metrics(self.adapter)
         logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)

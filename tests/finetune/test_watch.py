@@ -23,9 +23,7 @@ from drlora_torch.finetune import folder, job
 from drlora_torch.finetune.watch import stopping
 from drlora_torch.finetune.watch.meter import Meter
 from drlora_torch.finetune.watch.metrics_file import MetricsFile
-from drlora_torch.integrations.rank_images import rank_image
 from tests.finetune.test_finetune import losses, options_for
-from tests.torch import helpers, models
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
@@ -275,19 +273,3 @@ def test_losses_that_are_not_finite_are_noticed(name: str) -> None:
     for bad in (math.nan, math.inf):
         with pytest.raises(stopping.Diverged, match=f"{name} is {bad} at step 0"):
             watch.on_log(None, TrainerState(), TrainerControl(), {name: bad})
-
-
-def test_the_picture_of_the_ranks_has_a_row_for_each_layer() -> None:
-    adapter = helpers.attach(models.build())
-    helpers.uneven(adapter)
-    ranks = np.stack(list(adapter.ranks().values()))
-    image = rank_image(adapter)
-    size = image.shape[0] // ranks.shape[0]
-    assert image.shape == (ranks.shape[0] * size, ranks.shape[1] * size, 3)
-    assert image.shape[1] >= 512
-    cells = image[::size, ::size].astype(int)
-    green = cells[..., 1]  # rises with the rank
-    assert (
-        np.argsort(ranks, axis=None, kind="stable") == np.argsort(green, axis=None, kind="stable")
-    ).all()
-    assert len(np.unique(cells.reshape(-1, 3), axis=0)) == len(np.unique(ranks))
