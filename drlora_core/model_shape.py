@@ -125,6 +125,7 @@ def read_model_config(
         config["num_hidden_layers"] = moe_layers
     experts = _size(path, config, EXPERTS, "--num-experts")
     total = _size(path, config, ("num_hidden_layers",), "--moe-layers")
+    _check_total(path, total)
     hidden = _size(path, config, HIDDEN, "--hidden-size")
     width = _size(path, config, INTERMEDIATE, "--intermediate-size")
     kind = str(values.get("model_type", "unknown"))
@@ -150,12 +151,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise LayoutError(f"{path} is a JSON {type(values).__name__}, not a model's configuration")
     for part in (values, values.get("text_config")):
-        total = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if isinstance(total, int) and total > MOST_LAYERS:
-            raise LayoutError(
-                f"{path}: num_hidden_layers is {total}; accepted: at most {MOST_LAYERS}"
-            )
+        if isinstance(part, dict) and isinstance(total := part.get("num_hidden_layers"), int):
+            _check_total(path, total)
     return values
+
+
+def _check_total(path: Path, layers: int) -> None:
+    if layers > MOST_LAYERS:
+        raise LayoutError(f"{path}: {layers} decoder layers; accepted: at most {MOST_LAYERS}")
 
 
 def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str) -> int:

@@ -73,7 +73,10 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", is_eager=True, callback=lambda given: _show_versions() if given else None
+            "--version",
+            is_eager=True,
+            callback=lambda given: _show_versions() if given else None,
+            help="Show the versions of drlora and of the libraries that it uses.",
         ),
     ] = False,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +15,7 @@ from drlora_core.cli import common, plan_tables
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import DRLoRAError, LayoutError
 from drlora_core.memory_forecast import BYTES, KERNELS, QUANTIZATIONS, RunOptions
-from drlora_core.model_shape import (
-    LARGEST_SIZE,
-    MOST_LAYERS,
-    ModelShape,
-    read_json,
-    read_model_config,
-)
+from drlora_core.model_shape import ModelShape, read_json, read_model_config
 from drlora_core.plan import make_plan
 from drlora_core.timetable import TIMETABLES
 
@@ -29,6 +24,7 @@ DTYPES = ", ".join(BYTES)
 Model = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="A model's config.json, a folder with one, or (with Transformers) a hub id.",
     ),
 ]
@@ -45,7 +41,9 @@ Timetable = Annotated[
     str | None,
     typer.Option(help=f"With --steps: {' or '.join(TIMETABLES)}. [default: early]"),
 ]
-Rank = Annotated[int | None, typer.Option(min=1, help="As -s with the same name.")]
+RInit = Annotated[int | None, typer.Option(min=1, help="As -s r_init=N: rank at the start.")]
+RTarget = Annotated[int | None, typer.Option(min=1, help="As -s r_target=N: the mean at the end.")]
+RMax = Annotated[int | None, typer.Option(min=1, help="As -s r_max=N: largest rank of an expert.")]
 LoRADType = Annotated[str, typer.Option(help=f"Type of the LoRA: {DTYPES}.")]
 Storage = Annotated[
     str, typer.Option(help=f"How the experts are stored: {', '.join(QUANTIZATIONS)}.")
@@ -63,17 +61,17 @@ Checkpointing = Annotated[
 ]
 
 
-def _size(text: str, most: int = LARGEST_SIZE) -> Any:
-    return typer.Option(min=1, max=most, help=text)
+def _size(text: str) -> Any:
+    return typer.Option(min=1, help=text)
 
 
 def plan(
     model: Model,
     steps: Steps = None,
     timetable: Timetable = None,
-    r_init: Rank = None,
-    r_target: Rank = None,
-    r_max: Rank = None,
+    r_init: RInit = None,
+    r_target: RTarget = None,
+    r_max: RMax = None,
     settings: common.Settings = None,
     allocator: common.ConfigFile = None,
     dtype: LoRADType = "float32",
@@ -83,7 +81,7 @@ def plan(
     tokens: Tokens = 2048,
     checkpointing: Checkpointing = True,
     num_experts: Annotated[int | None, _size("Experts per MoE layer.")] = None,
-    moe_layers: Annotated[int | None, _size("Number of MoE layers.", MOST_LAYERS)] = None,
+    moe_layers: Annotated[int | None, _size("Number of MoE layers.")] = None,
     hidden_size: Annotated[int | None, _size("Input size of an expert.")] = None,
     intermediate_size: Annotated[int | None, _size("Inner size of an expert.")] = None,
     gated: Annotated[bool | None, typer.Option(help="Whether experts have a gate.")] = None,
@@ -149,8 +147,12 @@ def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
     path, reader = Path(model), _load_reader()
     if reader is None or given:
         return read_model_config(path, **given)
-    if not (path.exists() or path.suffix == ".json"):
-        return reader(model)  # a hub id
+    if not path.exists() and is_hub_id(model):
+        try:
+            return reader(model)
+        except OSError as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            raise LayoutError(f"{model} is no file or folder here; on the hub: {reason}") from error
     read_json(path)
     try:
         return reader(model)
@@ -161,6 +163,16 @@ def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
             raise LayoutError(f"{error}; by its fields alone: {own_error}") from error
         typer.echo(f"note: {error}; this plan uses the fields of config.json alone", err=True)
         return shape
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True if a name may be that of a model on a hub: NAME or OWNER/NAME.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-30B-A3B"), is_hub_id("./models/mine"), is_hub_id("config.json")
+        (True, False, False)
+    """
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and name[-5:] != ".json"
 
 
 def _load_reader() -> Callable[[str], ModelShape] | None:

@@ -42,6 +42,7 @@ def show(made: Plan, steps: int | None, timetable: str) -> None:
         f"PEFT also builds the update of every expert at each forward: "
         f"{format_bytes(made.peft_transient)} per layer.",
         figures=SIZES,
+        spare=("gradients", "adam", "parameters"),
     )
     _show_memory(made.memory)
     say(_describe_timetable(made, steps, timetable))

@@ -27,8 +27,9 @@ def replay_command(
     recording: Annotated[
         Path,
         typer.Argument(
+            metavar="RECORDING",
             help="A recording, a run's directory with one, or a routing trace: an .npz file with "
-            "arrays weight_sum [steps, layers, experts] and tokens [steps]."
+            "arrays weight_sum [steps, layers, experts] and tokens [steps].",
         ),
     ],
     settings: common.Settings = None,
@@ -137,16 +138,22 @@ def _show(opened: Recording, result: Replay, values: dict[str, Any]) -> None:
         f"{config.r_max}), events after steps {config.warmup_steps} to {config.growth_end} every "
         f"{config.growth_interval}"
     )
-    show_table("Events", event_rows(result))
+    show_table("Events", event_rows(result), spare=("event",))
     rows = _rank_rows(result)
     note = f"{len(rows) - SHOWN_LAYERS} more layers; --json has all"
-    show_table("Final ranks", rows[:SHOWN_LAYERS], note if len(rows) > SHOWN_LAYERS else None)
+    show_table(
+        "Final ranks",
+        rows[:SHOWN_LAYERS],
+        note if len(rows) > SHOWN_LAYERS else None,
+        spare=("smallest", "largest"),
+    )
     if values["own_configuration"]:
         difference = values["difference"]
         say(f"decisions identical to the recorded run: {'no' if difference else 'yes'}")
         if difference:
             say(f"first difference (recorded, replayed): {difference}")
-    show_table("Policies on these statistics", values.get("policies", []))
+    spare = ("unplaced", "configuration", "largest", "entropy", "events")
+    show_table("Policies on these statistics", values.get("policies", []), spare=spare)
     for name, reason in values.get("policies_left_out", {}).items():
         say(f"policy {name} is left out: {reason}")
     if "against" in values:

@@ -22,7 +22,8 @@ def report(
     run_dir: Annotated[
         Path,
         typer.Argument(
-            help="A run's folder with a recording, the recording itself, or a routing trace (.npz)."
+            metavar="RUN",
+            help="A run's folder with a recording, the recording, or a routing trace (.npz).",
         ),
     ],
     output: Annotated[
@@ -30,7 +31,7 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="File to write, which must not exist. [default: report.html in RUN_DIR, which is "
+            help="File to write, which must not exist. [default: report.html in RUN, which is "
             "replaced; with --json, standard output]",
         ),
     ] = None,

@@ -22,34 +22,82 @@ def show_table(
     note: str | None = None,
     *,
     figures: Collection[str] = (),
+    spare: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """Print rows as a table, or as blocks of ``name: value`` on a narrow console.
 
-    Numbers, and texts in the columns ``figures``, are right-aligned and never folded. Underscores
-    of names become spaces.
+    Args:
+        title: a line above the table.
+        rows: cells by column. Numbers are right-aligned and never folded; underscores of names
+            become spaces.
+        note: a line below the table.
+        figures: columns of texts that are treated as numbers.
+        spare: columns to leave out where the table does not fit, the first one first; a line says
+            so.
+        console: default: standard output.
     """
     if not rows:
         return
     console = console or make_console()
     numbers = {name for name, cell in rows[0].items() if not isinstance(cell, str)} | {*figures}
-    if _narrowest(rows, numbers) > console.width:
-        _show_blocks(title, rows, note, console)
-        return
-    made = Table(title=title, title_justify="left", title_style="bold", caption=note)
-    made.caption_justify = "left"
+    dropped: list[str] = []
+    widths = _least_widths(rows, numbers)
+    while _whole(widths) > console.width and len(dropped) < len(spare):
+        dropped.append(spare[len(dropped)])
+        del widths[dropped[-1]]
+    console.print(Text(title, style="bold"))
+    if _whole(widths) > console.width:
+        _show_blocks(rows, console)
+    else:
+        _print_stripped(_make_table(rows, widths, numbers, console.width), console)
+        if dropped:
+            say(f"no room for: {', '.join(map(header, dropped))}; --json has all", console)
+    if note:
+        say(note, console)
+
+
+def _least_widths(rows: Sequence[Row], numbers: Collection[str]) -> dict[str, int]:
+    """Return the width of each column if only texts and headers are folded, between words."""
+    widths = {}
     for name in rows[0]:
-        is_number = name in numbers
-        justify: Any = "right" if is_number else "left"
-        made.add_column(header(name), justify=justify, no_wrap=is_number, overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(format_cell(value)) for value in row.values()))
+        words = header(name).split()
+        for cell in (format_cell(row[name]) for row in rows):
+            words += [cell] if name in numbers else cell.split()
+        widths[name] = max(map(len, words), default=0)
+    return widths
+
+
+def _whole(widths: Mapping[str, int]) -> int:
+    return 1 + sum(width + FRAME for width in widths.values())
+
+
+def _make_table(
+    rows: Sequence[Row], widths: Mapping[str, int], numbers: Collection[str], room: int
+) -> Table:
+    """Make a table of the columns that have a width; headers are folded where it is narrow."""
+    cells = {name: [format_cell(row[name]) for row in rows] for name in widths}
+    natural = {n: max(len(header(n)), *map(len, column)) for n, column in cells.items()}
+    is_tight = _whole(natural) > room
+    made = Table()
+    for name, least in widths.items():
+        number = name in numbers
+        fixed = least if number and is_tight else None
+        justify: Any = "right" if number else "left"
+        made.add_column(header(name), justify=justify, width=fixed, overflow="fold")
+    for row in zip(*cells.values(), strict=True):
+        made.add_row(*map(Text, row))
+    return made
+
+
+def _print_stripped(made: Table, console: Console) -> None:
+    """Print a table without the spaces that rich puts at the end of lines, if into a pipe."""
+    if console.is_terminal:
+        console.print(made)
+        return
     with console.capture() as captured:
         console.print(made)
-    text = captured.get()
-    if not console.is_terminal:  # rich pads lines to the width of the table
-        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
-    console.file.write(text)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _narrowest(rows: Sequence[Row], numbers: Collection[str]) -> int:
@@ -64,17 +112,14 @@ def _narrowest(rows: Sequence[Row], numbers: Collection[str]) -> int:
     return width
 
 
-def _show_blocks(title: str, rows: Sequence[Row], note: str | None, console: Console) -> None:
+def _show_blocks(rows: Sequence[Row], console: Console) -> None:
     """Print ``name: value`` lines; the first cell of a row is the headline of its block."""
-    say(title, console)
     for row in rows:
         (first, headline), *others = row.items()
         label = "" if isinstance(headline, str) else f"{header(first)} "
         say(f"  {label}{format_cell(headline)}", console)
         for name, value in others:
             say(f"    {header(name)}: {format_cell(value)}", console)
-    if note:
-        say(note, console)
 
 
 def header(name: str) -> str:
