@@ -148,11 +148,7 @@ def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
     if reader is None or given:
         return read_model_config(path, **given)
     if not path.exists() and is_hub_id(model):
-        try:
-            return reader(model)
-        except OSError as error:
-            reason = " ".join(str(error).split()).partition(". ")[0]
-            raise LayoutError(f"{model} is no file or folder here; on the hub: {reason}") from error
+        return reader(model)
     read_json(path)
     try:
         return reader(model)

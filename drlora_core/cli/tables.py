@@ -75,19 +75,33 @@ def _whole(widths: Mapping[str, int]) -> int:
 def _make_table(
     rows: Sequence[Row], widths: Mapping[str, int], numbers: Collection[str], room: int
 ) -> Table:
-    """Make a table of the columns that have a width; headers are folded where it is narrow."""
+    """Make a table of the columns that have a width, which is the least."""
     cells = {name: [format_cell(row[name]) for row in rows] for name in widths}
-    natural = {n: max(len(header(n)), *map(len, column)) for n, column in cells.items()}
-    is_tight = _whole(natural) > room
+    lines = {n: [header(n), *"\n".join(column).splitlines()] for n, column in cells.items()}
+    natural = {name: max(map(len, texts)) for name, texts in lines.items()}
+    fitted = _share_room(widths, natural, room)
     made = Table()
-    for name, least in widths.items():
-        number = name in numbers
-        fixed = least if number and is_tight else None
-        justify: Any = "right" if number else "left"
-        made.add_column(header(name), justify=justify, width=fixed, overflow="fold")
+    for name, width in fitted.items():
+        justify: Any = "right" if name in numbers else "left"
+        made.add_column(header(name), justify=justify, width=width, overflow="fold")
     for row in zip(*cells.values(), strict=True):
         made.add_row(*map(Text, row))
     return made
+
+
+def _share_room(least: Mapping[str, int], natural: Mapping[str, int], room: int) -> dict[str, int]:
+    """Widen columns from their least to their natural width, as far as there is room.
+
+    The column that lacks most comes first. rich would take room from the widest column, and so
+    break its words, where another could be folded between words.
+    """
+    widths = dict(least)
+    for _ in range(room - _whole(widths)):
+        neediest = max(widths, key=lambda name: natural[name] - widths[name])
+        if natural[neediest] == widths[neediest]:
+            break
+        widths[neediest] += 1
+    return widths
 
 
 def _print_stripped(made: Table, console: Console) -> None:
@@ -97,7 +111,8 @@ def _print_stripped(made: Table, console: Console) -> None:
         return
     with console.capture() as captured:
         console.print(made)
-    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    for line in captured.get().splitlines():
+        console.out(line.rstrip(), highlight=False)
 
 
 def _narrowest(rows: Sequence[Row], numbers: Collection[str]) -> int:
@@ -119,7 +134,7 @@ def _show_blocks(rows: Sequence[Row], console: Console) -> None:
         label = "" if isinstance(headline, str) else f"{header(first)} "
         say(f"  {label}{format_cell(headline)}", console)
         for name, value in others:
-            say(f"    {header(name)}: {format_cell(value)}", console)
+            say(f"    {header(name)}: {'; '.join(format_cell(value).splitlines())}", console)
 
 
 def header(name: str) -> str:
