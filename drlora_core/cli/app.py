@@ -118,7 +118,8 @@ def _register_others(app: typer.Typer) -> list[str]:
 
 
 def print_error(text: str) -> None:
-    typer.echo(f"drlora: {text}", err=True)
+    """Print a sentence to standard error."""
+    print(f"drlora: {text}", file=sys.stderr)
 
 
 def run(arguments: list[str] | None, show: Callable[[str], None] = print_error) -> None:

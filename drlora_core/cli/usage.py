@@ -46,8 +46,9 @@ def describe_usage_error(error: Any, arguments: Sequence[str], missing: Sequence
         missing: why commands of other packages are not available.
     """
     context = error.ctx
-    if context is None:
-        return _sentence(error.format_message())
+    if context is None:  # of an option without its value
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        return f"{_sentence(error.format_message())}; see {f'drlora {command}'.strip()} --help"
     if type(error).__name__ == "NoSuchOption":
         text = _no_such_option(error.option_name, context.command, arguments)
     elif hasattr(context.command, "commands") and "o such command" in str(error.message):
