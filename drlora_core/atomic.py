@@ -26,7 +26,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path, ".part")
     try:
-        part.touch()
+        _touch(part, path)
         mode = part.stat().st_mode  # that of the user's umask; safetensors would make it private
         write(part)
         part.chmod(mode)
@@ -36,6 +36,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _touch(part: Path, path: Path) -> None:
+    """Make the temporary file; an error names the file that was to be written."""
+    try:
+        part.touch()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

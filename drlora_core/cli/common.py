@@ -11,10 +11,16 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic_core
 import typer
+from pydantic import ValidationError
 
 from drlora_core.cli.console import is_unicode
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import DRLoRAError, LayoutError, near_misses
+from drlora_core.errors import (
+    DRLoRAError,
+    LayoutError,
+    describe_validation_error,
+    near_misses,
+)
 from drlora_core.recording import Recording, load_trace
 
 LARGEST = 10**12  # of a setting
@@ -39,7 +45,10 @@ def build_config(
     """Read a configuration from a JSON file (or the base) and apply ``NAME=VALUE`` settings."""
     values: dict[str, Any] = dict(base)
     if file is not None:
-        values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
+        try:
+            values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
+        except ValidationError as error:
+            raise DRLoRAError(f"--allocator {file}: {describe_validation_error(error)}") from error
     return check_events(AllocatorConfig(**values | read_settings(settings)))
 
 
@@ -118,6 +127,13 @@ def emit(values: Any) -> None:
     """Print JSON; other characters than ASCII are escaped where the output cannot encode them."""
     text = to_json(values)
     print(text if is_unicode(sys.stdout) else json.dumps(json.loads(text), indent=2))
+
+
+def check_parent(output: Path) -> None:
+    """Refuse an output below a file, before anything is computed."""
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise DRLoRAError(f"{nearest} is a file, so that {output} cannot be written")
 
 
 def to_json(values: Any) -> str:

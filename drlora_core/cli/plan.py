@@ -144,8 +144,8 @@ def _read_config(
 
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
-    path, reader = Path(model), _load_reader()
-    if reader is None or given:
+    path = Path(model)
+    if given or (reader := _load_reader()) is None:  # the reader imports Transformers
         return read_model_config(path, **given)
     if not path.exists() and is_hub_id(model):
         return reader(model)

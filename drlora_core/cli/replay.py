@@ -93,7 +93,9 @@ def _vary_policy(
     """
     chosen = list(POLICIES) if names == "all" else [name.strip() for name in names.split(",")]
     configs, left_out = {}, {}
-    if names == "all" and (reason := why_no_prune(opened, config)):
+    if "prune" in chosen and (reason := why_no_prune(opened, config)):
+        if names != "all":
+            raise DRLoRAError(f"--policies {names}: {reason}")
         chosen.remove("prune")
         left_out["prune"] = reason
     for name in chosen:

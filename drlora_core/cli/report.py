@@ -62,9 +62,7 @@ def report(
 def _check_output(output: Path) -> None:
     if output.exists():
         raise DRLoRAError(f"{output} exists; use another --output")
-    nearest = next(folder for folder in output.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        raise DRLoRAError(f"{nearest} is a file, so that {output} cannot be written")
+    common.check_parent(output)
 
 
 def _config_of_trace(path: Path, opened: Recording) -> AllocatorConfig:

@@ -10,6 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from drlora_core.cli import common
 from drlora_core.cli.app import print_error
 from drlora_core.cli.console import say
 from drlora_torch.errors import RunError
@@ -39,6 +40,7 @@ def export(
     from drlora_torch.api import load
     from drlora_torch.finetune.model import load_base
     from drlora_torch.integrations.trainer import last_checkpoint
+    from drlora_torch.storage import adapter_file
 
     options = folder.read(run).options
     final = run / folder.ADAPTER
@@ -48,6 +50,8 @@ def export(
     target = output or run / folder.PEFT
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{str(target)!r} exists; use another --output")
+    common.check_parent(target)
+    adapter_file.read(source)  # a damaged one is refused before the model is loaded
     adapter = load(load_base(options), source)
     report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
     say(f"{report.path}: rank {max(report.ranks.values())}")

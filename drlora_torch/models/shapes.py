@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drlora_core.model_shape import LayerShape, ModelShape, token_sizes
+from drlora_core.model_shape import LayerShape, ModelShape, read_json, token_sizes
 from drlora_torch.errors import ModelError
 from drlora_torch.models.discovery import find_layers
 
@@ -29,6 +29,7 @@ def read_shape(source: str) -> ModelShape:
         ModelError: there is no such file or hub id, or Transformers does not know the model or
             cannot build it from this configuration, or it has no MoE layer. Code that comes with a
             model is never run.
+        LayoutError: the file is not JSON, or not a configuration.
 
     Example:
         >>> from drlora_torch.embedded import MODEL_DIR
@@ -83,6 +84,8 @@ def _read_config(source: str) -> Any:
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{source!r} is not the folder of a model: it has no config.json")
+    if path.exists():
+        read_json(path)
     try:
         return AutoConfig.from_pretrained(
             str(path) if path.exists() else source, trust_remote_code=False
@@ -102,9 +105,10 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _cannot_build(source: str, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines() or [""]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return ModelError(
-        f"Transformers cannot build the model of {source}: {type(error).__name__}: {lines[0]}"
+        f"Transformers cannot build the model of {source}: {type(error).__name__}: {reason}"
     )
 
 

@@ -52,7 +52,7 @@ def test_every_word_is_shown_at_every_width(width: int, spare: tuple[str, ...]) 
 def test_figures_are_not_folded_and_headers_are() -> None:
     rows = shown(60, figures=("bytes",)).splitlines()
     assert any("1,024.00 MiB" in line for line in rows)
-    narrow = shown(44, figures=("bytes",), spare=("events",))
+    narrow = shown(40, figures=("bytes",), spare=("events",))
     assert "no room for: events; --json has all" in narrow.replace("\n", " ")
     assert "mean rank" not in narrow
     assert "mean" in narrow
