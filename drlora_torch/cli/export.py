@@ -51,7 +51,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{str(target)!r} exists; use another --output")
     common.check_parent(target)
-    adapter_file.read(source)  # a damaged one is refused before the model is loaded
+    adapter_file.read(Path(source))  # a damaged one is refused before the model is loaded
     adapter = load(load_base(options), source)
     report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
     say(f"{report.path}: rank {max(report.ranks.values())}")

@@ -43,6 +43,8 @@ def test_plan(drlora: Any, model: Path) -> None:
     values = drlora("plan", model, "--json", "--dtype", "bfloat16").json
     assert values["storages"][0]["weights"] == 2 * 16 * 64 * 16 * 7168
     assert [event["quota"] for event in values["timetable"]["64"]] == [51, 51, 51, 51, 52] * 2
+    assert values["steps"] is None
+    assert "training of 4,200 steps or more; --steps N shows" in result.out
     never = drlora("plan", model, "--set", "quota=1")
     assert "is never met with this quota" in never.out
     assert "is met from the start" in drlora("plan", model, "--set", "policy=uniform").out

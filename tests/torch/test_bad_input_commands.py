@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 
 from drlora_torch.cli.export import describe_loss
 from drlora_torch.embedded import MODEL_DIR
 from drlora_torch.finetune.options import embedded_defaults
+from drlora_torch.storage import adapter_file
 from tests.bad_files import CONTENTS, check_refused, write_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -81,7 +83,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = {"model": str(folder / "gone")} if name == "moved" else {}
         text = json.dumps({"options": {**options, **model}})
         write(folder / name / "options.json", text.encode())
-    for name in ("finished", "damaged", "moved"):
+    adapter_file.write(folder / "moved" / "adapter", {"lora": torch.zeros(1)}, {"version": 1})
+    for name in ("finished", "damaged"):
         write(folder / name / "adapter" / "drlora_adapter.safetensors", b"\x08" + bytes(20))
     return folder
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +92,22 @@ def test_no_weights_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         shown.append(json.loads(capsys.readouterr().out))
     assert shown[0] == shown[1]
     assert [layer["num_experts"] for layer in shown[0]] == [16] * 4
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("width", [60, 80])
+def test_it_fits_narrow_consoles(
+    encoding: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(MODEL_DIR)])
+    assert stopped.value.code == 0
+    stream.flush()
+    text = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    lines = text.splitlines()[1:]  # without the path of the model
+    assert max(map(len, lines)) <= width
+    for word in ("model.layers.*.mlp.experts", "OlmoeExperts", "622,592", "interface"):
+        assert word in text
