@@ -15,8 +15,8 @@ class SectionedCommand(TyperCommand):
     """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments and options, in the order in which their sections first occur."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+        """Write the arguments, and the other sections in the order in which they first occur."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is None:
                 continue
@@ -24,5 +24,7 @@ class SectionedCommand(TyperCommand):
             heading = getattr(param, "rich_help_panel", None) or usual
             sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():
+            if not records:
+                continue
             with formatter.section(heading):
                 formatter.write_dl(records)
