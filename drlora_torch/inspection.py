@@ -84,7 +84,7 @@ def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:
     total = sum(lora_parameters(layer, rank) for layer in can)
     of_model = count_parameters(model, layers)
     experts = sum(layer.nbytes for layer in layers)
-    rest = max(sum(parameter.nbytes for parameter in model.parameters()) - experts, 0)
+    rest = max(count_bytes(model) - experts, 0)
     lines = (
         f"{len(can)} of {len(layers)} layers are adapted; LoRA at a mean rank of {rank}: "
         f"{total:,} parameters, {100 * total / max(of_model, 1):.2f} % of the model's {of_model:,}",
@@ -95,14 +95,32 @@ def _summary(layers: Sequence[MoELayer], model: nn.Module, rank: int) -> str:
 
 def count_parameters(model: nn.Module, layers: Sequence[MoELayer]) -> int:
     """Parameters of a model; a packed layer counts as the N I O that its codes stand for."""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(map(_count_values, model.parameters()))
     for layer in layers:
         module = model.get_submodule(layer.name)
-        packed = [p.numel() for p in module.parameters() if _is_packed(p)]
+        packed = [_count_values(p) for p in module.parameters() if _is_packed(p)]
         if packed and layer.projections:
             weights = sum(s.in_features * s.out_features for s in layer.projections.values())
             count += layer.num_experts * weights - sum(packed)
     return count
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters; bitsandbytes packs its own only when they leave the meta device."""
+    return sum(
+        -(-parameter.numel() // 2) if _will_be_packed(parameter) else parameter.nbytes
+        for parameter in model.parameters()
+    )
+
+
+def _will_be_packed(parameter: Tensor) -> bool:
+    return parameter.is_meta and type(parameter).__name__ == "Params4bit"
+
+
+def _count_values(parameter: Tensor) -> int:
+    """Values of a parameter; bitsandbytes keeps the shape that two values a byte stand for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def _is_packed(parameter: Tensor) -> bool:

@@ -141,7 +141,7 @@ def _build(source: str, config: Any, quantizer: Any) -> nn.Module:
             config.dtype = quantizer.update_dtype(config.dtype)
         model = _build_on_meta(config)
         if quantizer is not None:
-            quantizer.preprocess_model(model, dtype=config.dtype)
+            quantizer.preprocess_model(model, dtype=config.dtype, device_map=None)
     except ModelError:
         raise
     except Exception as error:  # every family checks its fields in its own way

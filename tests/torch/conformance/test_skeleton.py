@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import drlora_torch
 from drlora_core.cli import main
@@ -33,7 +34,7 @@ def figures(model: Any) -> tuple[Any, ...]:
     return (
         inspection.inspect(model, 4),
         inspection.count_parameters(model, layers),
-        sum(parameter.nbytes for parameter in model.parameters()),
+        inspection.count_bytes(model),
     )
 
 
@@ -82,6 +83,24 @@ def test_packed_checkpoints(kind: str, tmp_path: Path) -> None:
         build_skeleton(str(tmp_path), other)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "Linears", "both"])
+def test_checkpoints_in_4_bits(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    linears = BitsAndBytesConfig(load_in_4bit=True)
+    how = {
+        "nf4": drlora_torch.Experts4bitConfig(),
+        "Linears": linears,
+        "both": drlora_torch.Experts4bitConfig(rest=linears),
+    }[kind]
+    model = checkpoints.qwen3_moe().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    load = AutoModelForCausalLM.from_pretrained
+    loaded = load(tmp_path / "plain", quantization_config=how, dtype="auto")
+    loaded.save_pretrained(tmp_path / "packed")
+    assert figures(loaded)[1] == sum(parameter.numel() for parameter in model.parameters())
+    assert same(tmp_path / "packed", "none") == figures(loaded)[0]
+
+
 def test_no_weights_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_bytes((MODEL_DIR / "config.json").read_bytes())
     shown = []
@@ -92,6 +111,7 @@ def test_no_weights_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         shown.append(json.loads(capsys.readouterr().out))
     assert shown[0] == shown[1]
     assert [layer["num_experts"] for layer in shown[0]] == [16] * 4
+    assert [key for key in shown[0][0] if not re.fullmatch("[a-z_]+", key)] == []
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
