@@ -58,12 +58,16 @@ def show_table(
 
 
 def _least_widths(rows: Sequence[Row], numbers: Collection[str]) -> dict[str, int]:
-    """Return the width of each column if only texts and headers are folded, between words."""
+    """Return the width of each column if only texts and headers are folded, between words.
+
+    Numbers, and lines of a text with several, are not folded.
+    """
     widths = {}
     for name in rows[0]:
         words = header(name).split()
         for cell in (format_cell(row[name]) for row in rows):
-            words += [cell] if name in numbers else cell.split()
+            whole = name in numbers or "\n" in cell
+            words += cell.splitlines() if whole else cell.split()
         widths[name] = max(map(len, words), default=0)
     return widths
 
@@ -92,15 +96,14 @@ def _make_table(
 def _share_room(least: Mapping[str, int], natural: Mapping[str, int], room: int) -> dict[str, int]:
     """Widen columns from their least to their natural width, as far as there is room.
 
-    The column that lacks most comes first. rich would take room from the widest column, and so
-    break its words, where another could be folded between words.
+    The column that lacks least comes first, so that only long texts are folded. rich would take
+    room from the widest column, and so break its words.
     """
-    widths = dict(least)
-    for _ in range(room - _whole(widths)):
-        neediest = max(widths, key=lambda name: natural[name] - widths[name])
-        if natural[neediest] == widths[neediest]:
-            break
-        widths[neediest] += 1
+    widths, left = dict(least), room - _whole(least)
+    for name in sorted(widths, key=lambda name: natural[name] - widths[name]):
+        given = min(natural[name] - widths[name], left)
+        widths[name] += given
+        left -= given
     return widths
 
 
@@ -122,7 +125,8 @@ def _narrowest(rows: Sequence[Row], numbers: Collection[str]) -> int:
         cells = [format_cell(row[name]) for row in rows]
         words = header(name).split()
         for cell in cells:
-            words += [cell] if name in numbers else cell.split()
+            whole = name in numbers or "\n" in cell
+            words += cell.splitlines() if whole else cell.split()
         width += max(map(len, words), default=0) + FRAME
     return width
 

@@ -54,8 +54,10 @@ def test_figures_are_not_folded_and_headers_are() -> None:
     assert any("1,024.00 MiB" in line for line in rows)
     narrow = shown(40, figures=("bytes",), spare=("events",))
     assert "no room for: events; --json has all" in narrow.replace("\n", " ")
-    assert "mean rank" not in narrow
-    assert "mean" in narrow
+    assert "mean rank" in narrow
+    folded = shown(43, figures=("bytes",))
+    assert "mean rank" not in folded
+    assert "12,345" in folded
     blocks = shown(30)
     assert "  a layer with a long name\n    mean rank: 4.250\n" in blocks
 
