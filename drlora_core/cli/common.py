@@ -23,7 +23,8 @@ from drlora_core.errors import (
 )
 from drlora_core.recording import Recording, load_trace
 
-LARGEST = 10**12  # of a setting
+RANKS = ("r_init", "r_target", "r_max", "layer_ceiling")
+LARGEST, LARGEST_RANK = 10**12, 100_000  # of a setting; an engine has arrays as long as ranks
 MOST_EVENTS = 1_000_000
 HEADERS = ("recording.json", "zarr.json")  # of today, and of those that `Recording.open` refuses
 Settings = Annotated[
@@ -70,8 +71,9 @@ def read_settings(settings: Sequence[str] | None) -> dict[str, Any]:
             hint = near_misses(name, AllocatorConfig.model_fields)
             raise DRLoRAError(f"--set {setting}: no such field; {hint}")
         values[name] = _parse_value(text)
-        if isinstance(values[name], int) and values[name] > LARGEST:
-            raise DRLoRAError(f"--set {setting}: accepted: at most {LARGEST:,}")
+        most = LARGEST_RANK if name in RANKS else LARGEST
+        if isinstance(values[name], int) and values[name] > most:
+            raise DRLoRAError(f"--set {setting}: accepted: at most {most:,}")
     return values
 
 
