@@ -7,11 +7,14 @@ to disk and renamed. A rename replaces a symbolic link itself, never the file be
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}  # some network file systems
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -23,7 +26,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path, ".part")
     try:
-        part.touch()
+        _touch(part, path)
         mode = part.stat().st_mode  # that of the user's umask; safetensors would make it private
         write(part)
         part.chmod(mode)
@@ -33,6 +36,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _touch(part: Path, path: Path) -> None:
+    """Make the temporary file; an error names the file that was to be written."""
+    try:
+        part.touch()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,12 +71,22 @@ def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    if os.name != "posix" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk; a folder only where the system can.
+
+    Windows cannot open folders, and flushes only what was opened for writing.
+    """
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (is_folder and error.errno in CANNOT_SYNC):
+            raise
     finally:
         os.close(handle)
 

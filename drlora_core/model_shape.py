@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 
 from drlora_core.errors import LayoutError
 
+LARGEST_SIZE = 2**31 - 1
+MOST_LAYERS = 10_000
 # Field names, the most specific first.
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 HIDDEN = ("moe_latent_size", "hidden_size")
@@ -113,7 +115,8 @@ def read_model_config(
     """
     path = Path(path)
     values = read_json(path)
-    config = dict(values.get("text_config") or values)
+    text = values.get("text_config")
+    config = dict(text if text and isinstance(text, dict) else values)
     given = ((EXPERTS, num_experts), (HIDDEN, hidden_size), (INTERMEDIATE, intermediate_size))
     for names, value in given:
         if value is not None:
@@ -122,6 +125,7 @@ def read_model_config(
         config["num_hidden_layers"] = moe_layers
     experts = _size(path, config, EXPERTS, "--num-experts")
     total = _size(path, config, ("num_hidden_layers",), "--moe-layers")
+    _check_total(path, total)
     hidden = _size(path, config, HIDDEN, "--hidden-size")
     width = _size(path, config, INTERMEDIATE, "--intermediate-size")
     kind = str(values.get("model_type", "unknown"))
@@ -142,11 +146,19 @@ def read_json(path: Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LayoutError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise LayoutError(f"{path} is a JSON {type(values).__name__}, not a model's configuration")
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict) and isinstance(total := part.get("num_hidden_layers"), int):
+            _check_total(path, total)
     return values
+
+
+def _check_total(path: Path, layers: int) -> None:
+    if layers > MOST_LAYERS:
+        raise LayoutError(f"{path}: {layers} decoder layers; accepted: at most {MOST_LAYERS}")
 
 
 def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str) -> int:
@@ -159,15 +171,23 @@ def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option:
     )
 
 
-def _positive(path: Path, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LayoutError(f"{path}: {name} is {value!r}; accepted: whole numbers above 0")
+def _positive(path: Path, name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST_SIZE:
+        raise LayoutError(
+            f"{path}: {name} is {value!r}; accepted: whole numbers from {least} to {LARGEST_SIZE}"
+        )
+    return value
+
+
+def _list(path: Path, config: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(value := config.get(name) or [], list):
+        raise LayoutError(f"{path}: {name} is {value!r}; accepted: a list")
     return value
 
 
 def _moe_layers(path: Path, config: Mapping[str, Any], total: int) -> list[int]:
     """Return the indices of the MoE layers; all layers where no field says otherwise."""
-    if types := config.get("mlp_layer_types"):
+    if types := _list(path, config, "mlp_layer_types"):
         if len(types) != total:
             raise LayoutError(f"{path}: mlp_layer_types does not fit the {total} layers")
         return [index for index, kind in enumerate(types) if kind == "sparse"]
@@ -177,7 +197,9 @@ def _moe_layers(path: Path, config: Mapping[str, Any], total: int) -> list[int]:
                 f"{path}: this reader does not know {name}, which says which layers have experts; "
                 f"use --moe-layers, or install drlora[torch], which knows every family"
             )
-    dense = config.get("first_k_dense_replace") or 0
+    dense = _positive(
+        path, "first_k_dense_replace", config.get("first_k_dense_replace") or 0, least=0
+    )
     step = _positive(path, "decoder_sparse_step", config.get("decoder_sparse_step") or 1)
-    left_out = config.get("mlp_only_layers") or []
+    left_out = _list(path, config, "mlp_only_layers")
     return [i for i in range(dense, total) if i not in left_out and (i + 1) % step == 0]

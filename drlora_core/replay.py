@@ -86,8 +86,9 @@ def replay(
     """
     if (config := config or recording.config) is None:
         raise LayoutError("the recording has no configuration of its own; give one to replay it")
-    if config.policy == "prune" and policy is None:
-        _check_dimensions(recording, config)
+    prunes = config.policy == "prune" and policy is None
+    if prunes and (reason := why_no_prune(recording, config)):
+        raise LayoutError(reason)
     engine = AllocatorEngine(config, policy=policy)
     for name, size in recording.layers.items():
         engine.add_layer(name, size)
@@ -103,17 +104,19 @@ def replay(
     )
 
 
-def _check_dimensions(recording: Recording, config: AllocatorConfig) -> None:
+def why_no_prune(recording: Recording, config: AllocatorConfig) -> str | None:
+    """Say why policy ``prune`` cannot be replayed from a recording; None if it can."""
     if recording.dimensions is None:
-        raise LayoutError(
+        return (
             "policy 'prune' needs the importance of every rank dimension, which only runs with "
             "policy 'prune' record (or Recording.from_arrays(dimensions=...))"
         )
     if (recorded := recording.dimensions.shape[2]) != config.r_max:
-        raise LayoutError(
+        return (
             f"the recording has {recorded} rank dimensions, r_max is {config.r_max}; replay policy "
             f"'prune' with the recorded r_max"
         )
+    return None
 
 
 def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEvent]:

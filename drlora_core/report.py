@@ -69,11 +69,11 @@ def event_rows(result: Replay) -> list[dict[str, Any]]:
             {
                 "event": event.index,
                 "step": event.step,
-                "units placed": int(deltas.sum()),
-                "experts changed": int((deltas != 0).sum()),
-                "largest change": int(deltas[np.abs(deltas).argmax()]),
+                "units_placed": int(deltas.sum()),
+                "experts_changed": int((deltas != 0).sum()),
+                "largest_change": int(deltas[np.abs(deltas).argmax()]),
                 "unplaced": event.unplaced,
-                "mean rank": float(total) / experts,
+                "mean_rank": float(total) / experts,
             }
         )
     return rows

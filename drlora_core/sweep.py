@@ -37,7 +37,7 @@ class Sweep:
     def __str__(self) -> str:
         rows = self.rows()
         cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-        lines = [list(rows[0]), *cells]
+        lines = [[name.replace("_", " ") for name in rows[0]], *cells]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         return "\n".join([*text, CAVEAT])
@@ -120,11 +120,11 @@ def _describe(name: str, first: Replay, result: Replay) -> dict[str, Any]:
         "configuration": name,
         "policy": result.policy,
         "events": len(result.events),
-        "mean rank": float(ranks.mean()),
+        "mean_rank": float(ranks.mean()),
         "largest": int(ranks.max()),
         "gini": compared.mean("gini_b"),
         "entropy": compared.mean("entropy_b"),
         "unplaced": result.events[-1].unplaced if result.events else 0,
-        "overlap with first": compared.mean("overlap"),
-        "spearman with first": compared.mean("spearman"),
+        "overlap_with_first": compared.mean("overlap"),
+        "spearman_with_first": compared.mean("spearman"),
     }

@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
+from typer.core import TyperCommand
 
+from drlora_core.cli.console import soften_output
 from drlora_core.cli.plan import plan
 from drlora_core.cli.replay import replay_command
 from drlora_core.cli.report import report
+from drlora_core.cli.sections import SectionedCommand
+from drlora_core.cli.usage import describe_usage_error
 from drlora_core.errors import DRLoRAError, describe_validation_error
 from drlora_core.replay import CAVEAT
 
 ENTRY_POINTS = "drlora.commands"
-# Libraries that a command may find missing; the extra ``finetune`` brings them.
-FINETUNE = {"torch", "transformers", "safetensors", "accelerate", "datasets", "trl"}
+# Libraries that a command may find missing, and the extra that brings them.
+EXTRAS = dict.fromkeys(
+    ("torch", "transformers", "safetensors", "accelerate", "datasets", "trl", "psutil"), "finetune"
+) | {"bitsandbytes": "quantized"}
+VERSIONS = ("drlora", "numpy", "torch", "transformers")
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)
+# Its module is another one in typer 0.19, which uses click, than in versions with a copy of it.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def describe_error(error: Exception) -> str:
@@ -39,20 +51,49 @@ def describe_error(error: Exception) -> str:
 def build() -> tuple[typer.Typer, list[str]]:
     """Return the application with all commands that can be loaded, and why others cannot."""
     app = typer.Typer(
-        no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,
+        rich_markup_mode=None,  # see `SectionedCommand`
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.command()(plan)
     app.command("replay", epilog=CAVEAT)(replay_command)
     app.command()(report)
     missing = _register_others(app)
+    for command in app.registered_commands:
+        if command.cls is TyperCommand:
+            command.cls = SectionedCommand
     text = "Rank allocation for LoRA fine-tuning of mixture-of-experts models."
     if missing:
         text += "\n\nNot available here: " + "; ".join(missing) + "."
-    app.callback(help=text)(lambda: None)
+    app.callback(help=text)(_root)
     return app, missing
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=lambda given: _show_versions() if given else None,
+            help="Show the versions of drlora and of the libraries that it uses.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _show_versions() -> None:
+    """Print the versions of drlora, Python and what is installed beside them; import nothing."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    for name in ("drlora", "python", *VERSIONS[1:]):
+        typer.echo(f"{name} {found[name]}")
+    raise typer.Exit
 
 
 def _register_others(app: typer.Typer) -> list[str]:
@@ -77,28 +118,39 @@ def _register_others(app: typer.Typer) -> list[str]:
 
 
 def print_error(text: str) -> None:
-    typer.echo(f"drlora: {text}", err=True)
+    """Print a sentence to standard error."""
+    print(f"drlora: {text}", file=sys.stderr)
 
 
 def run(arguments: list[str] | None, show: Callable[[str], None] = print_error) -> None:
     """Run the application; show an error in one line; always end in SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    soften_output()
     app, missing = build()
-    command = next((word for word in arguments if not word.startswith("-")), None)
-    if command is not None and command not in typer.main.get_group(app).commands:
-        for reason in missing:
-            print_error(f"not available here: {reason}")
     try:
-        app(args=arguments, prog_name="drlora")
+        code = app(args=arguments or ["--help"], prog_name="drlora", standalone_mode=False)
+    except typer.Abort:
+        text, code = "interrupted", INTERRUPTED
+    except USAGE_ERROR as error:
+        text, code = describe_usage_error(error, arguments, missing), 2
     except Exception as error:
-        text, code = describe_error(error), 2
-        if isinstance(error, ModuleNotFoundError) and error.name in FINETUNE:
-            install = 'pip install -c constraints.txt "drlora[finetune]"'
-            text = f"{command} needs {error.name}, which is not installed: {install}"
-        elif os.environ.get("DRLORA_DEBUG"):
-            raise
-        elif not isinstance(error, USER_ERRORS):
-            text = f"internal error: {type(error).__name__}: {text}"
-            text, code = f"{text} (DRLORA_DEBUG=1 shows the traceback)", 1
-        show(text)
-        raise SystemExit(code) from None
+        command = next((word for word in arguments if not word.startswith("-")), "drlora")
+        text, code = _describe_failure(error, command)
+    else:  # an exit code where a command ended early
+        raise SystemExit(code if isinstance(code, int) else 0)
+    show(text)
+    raise SystemExit(code) from None
+
+
+def _describe_failure(error: Exception, command: str) -> tuple[str, int]:
+    """Return the sentence and the exit code; raise the error if the user wants the traceback."""
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        install = f'pip install -c constraints.txt "drlora[{EXTRAS[error.name]}]"'
+        return f"{command} needs {error.name}, which is not installed: {install}", 2
+    if os.environ.get("DRLORA_DEBUG"):
+        raise error
+    text = describe_error(error)
+    if isinstance(error, USER_ERRORS):
+        return text, 2
+    text = f"internal error: {type(error).__name__}: {text}"
+    return f"{text} (DRLORA_DEBUG=1 shows the traceback)", 1

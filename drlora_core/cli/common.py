@@ -1,9 +1,9 @@
-"""What the commands share: configurations from options, reading recordings, tables, JSON."""
+"""What the commands share: configurations from options, reading recordings, JSON."""
 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +11,21 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic_core
 import typer
-from rich.console import Console
-from rich.table import Table
+from pydantic import ValidationError
 
+from drlora_core.cli.console import is_unicode
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import DRLoRAError, LayoutError, near_misses
+from drlora_core.errors import (
+    DRLoRAError,
+    LayoutError,
+    describe_validation_error,
+    near_misses,
+)
 from drlora_core.recording import Recording, load_trace
 
+RANKS = ("r_init", "r_target", "r_max", "layer_ceiling")
+LARGEST, LARGEST_RANK = 10**12, 100_000  # of a setting; an engine has arrays as long as ranks
+MOST_EVENTS = 1_000_000
 HEADERS = ("recording.json", "zarr.json")  # of today, and of those that `Recording.open` refuses
 Settings = Annotated[
     list[str] | None,
@@ -38,7 +46,23 @@ def build_config(
     """Read a configuration from a JSON file (or the base) and apply ``NAME=VALUE`` settings."""
     values: dict[str, Any] = dict(base)
     if file is not None:
-        values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
+        try:
+            values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
+        except ValidationError as error:
+            raise DRLoRAError(f"--allocator {file}: {describe_validation_error(error)}") from error
+    return check_events(AllocatorConfig(**values | read_settings(settings)))
+
+
+def ten_events(steps: int) -> dict[str, int]:
+    """Spread ten events over the steps, after a tenth of them."""
+    interval = max(1, (steps - steps // 10) // 10)
+    warmup = max(0, steps - 10 * interval)
+    return {"warmup_steps": warmup, "growth_interval": interval, "growth_end": steps}
+
+
+def read_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` settings: values by field of :class:`AllocatorConfig`."""
+    values: dict[str, Any] = {}
     for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:
@@ -47,15 +71,28 @@ def build_config(
             hint = near_misses(name, AllocatorConfig.model_fields)
             raise DRLoRAError(f"--set {setting}: no such field; {hint}")
         values[name] = _parse_value(text)
-    return AllocatorConfig(**values)
+        most = LARGEST_RANK if name in RANKS else LARGEST
+        if isinstance(values[name], int) and values[name] > most:
+            raise DRLoRAError(f"--set {setting}: accepted: at most {most:,}")
+    return values
 
 
 def _parse_value(text: str) -> Any:
     """Read a setting as JSON if possible, else as a string."""
     try:
         return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
+
+
+def check_events(config: AllocatorConfig) -> AllocatorConfig:
+    """Refuse a timetable with more events than can be listed."""
+    if config.num_events > MOST_EVENTS:
+        raise DRLoRAError(
+            f"growth_interval {config.growth_interval} up to growth_end {config.growth_end} makes "
+            f"{config.num_events:,} growth events; accepted: at most {MOST_EVENTS:,}"
+        )
+    return config
 
 
 def choose(option: str, value: str, accepted: Iterable[str]) -> Any:
@@ -88,44 +125,23 @@ def find_recording(path: Path) -> Path:
     return found[0]
 
 
-def table(title: str, rows: Sequence[Mapping[str, Any]], note: str | None = None) -> None:
-    """Print rows as a table; numbers are right-aligned."""
-    if not rows:
-        return
-    made = Table(title=title, title_justify="left", title_style="bold", caption=note)
-    made.caption_justify = "left"
-    for name, value in rows[0].items():
-        made.add_column(name, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        made.add_row(*(format_cell(value) for value in row.values()))
-    _console().print(made)
-
-
-def say(text: str) -> None:
-    _console().print(text, markup=False, highlight=False)
-
-
-def _console() -> Console:
-    """Return a console for standard output; it cuts no lines if the output is not a terminal."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=200)
-
-
-def format_cell(value: Any) -> str:
-    """Format a table cell; - where there is no value."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def emit(values: Any) -> None:
-    """Print JSON; NaN and infinity become null."""
-    text = pydantic_core.to_json(values, indent=2, inf_nan_mode="null", fallback=np.ndarray.tolist)
-    print(text.decode())
+    """Print JSON; other characters than ASCII are escaped where the output cannot encode them."""
+    text = to_json(values)
+    print(text if is_unicode(sys.stdout) else json.dumps(json.loads(text), indent=2))
+
+
+def check_parent(output: Path) -> None:
+    """Refuse an output below a file, before anything is computed."""
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise DRLoRAError(f"{nearest} is a file, so that {output} cannot be written")
+
+
+def to_json(values: Any) -> str:
+    """Return JSON; NaN and infinity become null."""
+    made = pydantic_core.to_json(values, indent=2, inf_nan_mode="null", fallback=np.ndarray.tolist)
+    return made.decode()
 
 
 def format_bytes(size: int) -> str:

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from drlora_core.cli import common
+from drlora_core.cli import common, plan_tables
+from drlora_core.config import AllocatorConfig
 from drlora_core.errors import DRLoRAError, LayoutError
-from drlora_core.memory_forecast import (
-    BYTES,
-    KERNELS,
-    QUANTIZATIONS,
-    MemoryForecast,
-    RunOptions,
-)
+from drlora_core.memory_forecast import BYTES, KERNELS, QUANTIZATIONS, RunOptions
 from drlora_core.model_shape import ModelShape, read_json, read_model_config
-from drlora_core.plan import Plan, make_plan
+from drlora_core.plan import make_plan
+from drlora_core.timetable import TIMETABLES
 
-SHOWN_EVENTS = 12
-SIZES = ("weights", "gradients", "adam", "total")
 SHAPE_READERS = "drlora.shapes"
-
-
 DTYPES = ", ".join(BYTES)
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model's config.json, a folder with one, or (with Transformers) a hub id.",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=10**9,
+        help="Optimizer steps of the training: shows the timetable of drlora finetune --steps. "
+        "[default: the timetable of the paper]",
+    ),
+]
+Timetable = Annotated[
+    str | None,
+    typer.Option(help=f"With --steps: {' or '.join(TIMETABLES)}. [default: early]"),
+]
+RInit = Annotated[int | None, typer.Option(min=1, help="As -s r_init=N: rank at the start.")]
+RTarget = Annotated[int | None, typer.Option(min=1, help="As -s r_target=N: the mean at the end.")]
+RMax = Annotated[int | None, typer.Option(min=1, help="As -s r_max=N: largest rank of an expert.")]
 LoRADType = Annotated[str, typer.Option(help=f"Type of the LoRA: {DTYPES}.")]
 Storage = Annotated[
     str, typer.Option(help=f"How the experts are stored: {', '.join(QUANTIZATIONS)}.")
@@ -39,20 +55,23 @@ BaseDType = Annotated[
 KernelName = Annotated[
     str, typer.Option(help="Which code multiplies the experts: grouped (GPUs) or ragged (CPUs).")
 ]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of one forward and backward.")]
+Tokens = Annotated[int, typer.Option(min=1, max=10**9, help="Tokens of one forward and backward.")]
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing.")
 ]
 
 
+def _size(text: str) -> Any:
+    return typer.Option(min=1, help=text)
+
+
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG_JSON",
-            help="A model's config.json, a directory with one, or (with Transformers) a hub id.",
-        ),
-    ],
+    model: Model,
+    steps: Steps = None,
+    timetable: Timetable = None,
+    r_init: RInit = None,
+    r_target: RTarget = None,
+    r_max: RMax = None,
     settings: common.Settings = None,
     allocator: common.ConfigFile = None,
     dtype: LoRADType = "float32",
@@ -61,14 +80,14 @@ def plan(
     kernel: KernelName = "grouped",
     tokens: Tokens = 2048,
     checkpointing: Checkpointing = True,
-    num_experts: Annotated[int | None, typer.Option(help="Experts per MoE layer.")] = None,
-    moe_layers: Annotated[int | None, typer.Option(help="Number of MoE layers.")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="Input size of an expert.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Inner size of an expert.")] = None,
+    num_experts: Annotated[int | None, _size("Experts per MoE layer.")] = None,
+    moe_layers: Annotated[int | None, _size("Number of MoE layers.")] = None,
+    hidden_size: Annotated[int | None, _size("Input size of an expert.")] = None,
+    intermediate_size: Annotated[int | None, _size("Inner size of an expert.")] = None,
     gated: Annotated[bool | None, typer.Option(help="Whether experts have a gate.")] = None,
     as_json: common.AsJson = False,
 ) -> None:
-    """Show what a fine-tune of a model will need and when its ranks will grow.
+    """Forecast memory and growth of a fine-tune.
 
     No weights are loaded. Where Transformers is installed, every family that it knows can be
     planned; elsewhere those with the usual field names. The options about experts replace what the
@@ -82,22 +101,54 @@ def plan(
         tokens=tokens,
         checkpointing=checkpointing,
     )
-    options = {"num_experts": num_experts, "moe_layers": moe_layers, "hidden_size": hidden_size}
-    options |= {"intermediate_size": intermediate_size, "gated": gated}
-    given = {name: value for name, value in options.items() if value is not None}
-    made = make_plan(_read_shape(model, given), common.build_config({}, allocator, settings), run)
+    ranks = {"r_init": r_init, "r_target": r_target, "r_max": r_max}
+    config = _read_config(steps, timetable, _add_ranks(settings, ranks), allocator)
+    sizes = {"num_experts": num_experts, "moe_layers": moe_layers, "hidden_size": hidden_size}
+    sizes |= {"intermediate_size": intermediate_size, "gated": gated}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    made = make_plan(_read_shape(model, given), config, run)
     if as_json:
-        common.emit(made)
+        fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+        common.emit({"steps": steps, **fields})
     else:
-        _show(made)
+        plan_tables.show(made, steps, timetable or "early")
+
+
+def _add_ranks(settings: list[str] | None, ranks: dict[str, int | None]) -> list[str]:
+    """Add the options of their own to those of ``--set``."""
+    words = list(settings or ())
+    for name, value in ranks.items():
+        if value is None:
+            continue
+        if any(word.partition("=")[0] == name for word in words):
+            raise DRLoRAError(f"--{name.replace('_', '-')} and --set {name}: give one of them")
+        words.append(f"{name}={value}")
+    return words
+
+
+def _read_config(
+    steps: int | None, timetable: str | None, settings: list[str], allocator: Path | None
+) -> AllocatorConfig:
+    """Return the configuration; with ``steps``, that of a training with as many steps."""
+    if steps is None:
+        if timetable is not None:
+            raise DRLoRAError(f"--timetable {timetable} needs --steps, the length of the training")
+        return common.build_config({}, allocator, settings)
+    if allocator is not None:
+        raise DRLoRAError(
+            f"--steps chooses when ranks grow, and so does --allocator {allocator}; leave one out"
+        )
+    chosen = common.choose("timetable", timetable or "early", TIMETABLES)
+    fields = common.read_settings(settings)
+    return common.check_events(AllocatorConfig.for_training(steps, timetable=chosen, **fields))
 
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
-    path, reader = Path(model), _load_reader()
-    if reader is None or given:
+    path = Path(model)
+    if given or (reader := _load_reader()) is None:  # the reader imports Transformers
         return read_model_config(path, **given)
-    if not (path.exists() or path.suffix == ".json"):
-        return reader(model)  # a hub id
+    if not path.exists() and is_hub_id(model):
+        return reader(model)
     read_json(path)
     try:
         return reader(model)
@@ -110,6 +161,16 @@ def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
         return shape
 
 
+def is_hub_id(name: str) -> bool:
+    """Return True if a name may be that of a model on a hub: NAME or OWNER/NAME.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-30B-A3B"), is_hub_id("./models/mine"), is_hub_id("config.json")
+        (True, False, False)
+    """
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and name[-5:] != ".json"
+
+
 def _load_reader() -> Callable[[str], ModelShape] | None:
     """Load the reader that knows every family; None where its libraries are not installed."""
     for entry in importlib.metadata.entry_points(group=SHAPE_READERS):
@@ -119,90 +180,3 @@ def _load_reader() -> Callable[[str], ModelShape] | None:
             continue
         return reader
     return None
-
-
-def _show(made: Plan) -> None:
-    shape = made.shape
-    total = shape.total_parameters
-    common.say(
-        f"{shape.model_type}: {len(shape.layers)} MoE layers of {shape.num_layers}, "
-        f"{' or '.join(map(str, made.timetable))} experts each, "
-        f"{sum(layer.num_experts for layer in shape.layers):,} in all; "
-        f"{made.expert_parameters:,} parameters in them"
-        + (f", {total:,} in the model" if total else "")
-    )
-    adapted = {
-        ", ".join(f"{name} {i} -> {o}" for name, (i, o) in layer.projections.items())
-        + f"; {layer.slot_parameters:,} LoRA parameters per rank and expert"
-        for layer in shape.layers
-    }
-    for line in sorted(adapted):
-        common.say(f"adapted: {line}")
-    rows: list[dict[str, Any]] = [dataclasses.asdict(storage) for storage in made.storages]
-    for row in rows:
-        row |= {name: common.format_bytes(row[name]) for name in SIZES}
-    common.table(
-        f"Memory of the LoRA ({made.dtype})",
-        rows,
-        f"PEFT also builds the update of every expert at each forward: "
-        f"{common.format_bytes(made.peft_transient)} per layer.",
-    )
-    _show_memory(made.memory)
-    for size in made.timetable:
-        _show_timetable(made, size)
-
-
-def _show_memory(memory: MemoryForecast) -> None:
-    run = memory.options
-    at_once = "up to 1 GiB of weights" if run.kernel == "grouped" else "one expert"
-    recomputed = "with" if run.checkpointing else "without"
-    parts: dict[str, tuple[str, int | None]] = {
-        "expert weights": (_storage(run), memory.experts),
-        "rest of the base": (run.base_dtype, memory.rest),
-        "LoRA": (f"{run.lora_dtype}, layout pooled", memory.lora),
-        "gradients": (run.lora_dtype, memory.gradients),
-        "optimizer": (f"Adam, two moments in {run.lora_dtype}", memory.optimizer),
-        "unpacked experts": (f"kernel {run.kernel}: {at_once} at a time", memory.unpacked),
-        "activations": (
-            f"estimate, {run.tokens:,} tokens, {recomputed} gradient checkpointing",
-            memory.activations,
-        ),
-        "total": ("", memory.total),
-    }
-    if run.quantization == "none":
-        del parts["unpacked experts"]
-    rows = [
-        {"part": part, "how": how, "size": None if size is None else common.format_bytes(size)}
-        for part, (how, size) in parts.items()
-    ]
-    common.table("Memory of the run", rows, _left_out(memory))
-
-
-def _storage(run: RunOptions) -> str:
-    if run.quantization in ("nf4", "fp4"):
-        return f"{run.quantization}, double quantization"
-    return run.base_dtype if run.quantization == "none" else run.quantization
-
-
-def _left_out(memory: MemoryForecast) -> str:
-    notes = []
-    if memory.rest is None:
-        notes.append(
-            "The rest of the base is not counted: only the fields of config.json were read."
-        )
-    if memory.activations is None:
-        notes.append("Activations are not counted: the file does not say what a token takes.")
-    return " ".join([*notes, "What libraries and the allocator of the device take is not counted."])
-
-
-def _show_timetable(made: Plan, size: int) -> None:
-    rows = [dataclasses.asdict(event) for event in made.timetable[size]]
-    note = None
-    if (left_out := len(rows) - SHOWN_EVENTS) > 0:
-        rows = rows[: SHOWN_EVENTS // 2] + rows[-SHOWN_EVENTS // 2 :]
-        note = f"{left_out} events in the middle are left out; --json has all"
-    common.table(f"Growth of a layer of {size} experts (policy {made.config.policy})", rows, note)
-    target, met = made.config.r_target, made.budget_met[size]
-    special = {None: "never met with this quota", 0: "met from the start"}
-    when = special.get(met, f"met at step {met}")
-    common.say(f"the budget of {size * target:,} per layer (mean rank {target}) is {when}")

@@ -8,12 +8,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from drlora_core.cli import common
+from drlora_core.cli.console import say
+from drlora_core.cli.tables import header, show_table
 from drlora_core.comparison import compare
 from drlora_core.config import AllocatorConfig, PolicyName
 from drlora_core.diagnostics import diagnose
 from drlora_core.errors import DRLoRAError, near_misses
 from drlora_core.recording import Recording
-from drlora_core.replay import CAVEAT, Replay, first_difference, repeats_run, replay
+from drlora_core.replay import CAVEAT, Replay, first_difference, repeats_run, replay, why_no_prune
 from drlora_core.report import event_rows
 from drlora_core.sweep import sweep
 
@@ -25,8 +27,9 @@ def replay_command(
     recording: Annotated[
         Path,
         typer.Argument(
+            metavar="RECORDING",
             help="A recording, a run's directory with one, or a routing trace: an .npz file with "
-            "arrays weight_sum [steps, layers, experts] and tokens [steps]."
+            "arrays weight_sum [steps, layers, experts] and tokens [steps].",
         ),
     ],
     settings: common.Settings = None,
@@ -41,10 +44,12 @@ def replay_command(
     importance: Annotated[
         str, typer.Option(help="A trace has no importance: use 'ones' or 'sampled' (invented).")
     ] = "ones",
-    processes: Annotated[int | None, typer.Option(help="Worker processes for --policies.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Worker processes for --policies.")
+    ] = None,
     as_json: common.AsJson = False,
 ) -> None:
-    """Replay recorded statistics and show the decisions.
+    """Replay a recording and show the decisions.
 
     Without --set or --allocator the recording's own configuration is used and must repeat the
     run's decisions exactly. A recording without one gets ten events spread over its steps. With
@@ -57,7 +62,8 @@ def replay_command(
     diagnosis = diagnose(opened, config)
     values = _describe(opened, result) | {"diagnosis": diagnosis.to_dict()}
     if policies is not None:
-        configs = _vary_policy(opened, config, policies)
+        configs, left_out = _vary_policy(opened, config, policies)
+        values["policies_left_out"] = left_out
         values["policies"] = sweep(opened, configs, processes, progress=not as_json).rows()
     if against is not None:
         second = common.open_recording(against, importance)
@@ -67,32 +73,31 @@ def replay_command(
         common.emit(values)
     else:
         _show(opened, result, values)
-        common.say(f"{diagnosis}\n{CAVEAT}")
+        say(f"{diagnosis}\n{CAVEAT}")
 
 
 def _read_config(
     opened: Recording, allocator: Path | None, settings: list[str] | None
 ) -> AllocatorConfig:
     own = opened.config
-    base = ten_events(opened.steps) if own is None else own.model_dump()
+    base = common.ten_events(opened.steps) if own is None else own.model_dump()
     return common.build_config(base, allocator, settings)
-
-
-def ten_events(steps: int) -> dict[str, int]:
-    """Spread ten events over the steps, after a tenth of them."""
-    interval = max(1, (steps - steps // 10) // 10)
-    warmup = max(0, steps - 10 * interval)
-    return {"warmup_steps": warmup, "growth_interval": interval, "growth_end": steps}
 
 
 def _vary_policy(
     opened: Recording, config: AllocatorConfig, names: str
-) -> dict[str, AllocatorConfig]:
-    """Return the configuration with each policy, and ranks that the policy can start from."""
+) -> tuple[dict[str, AllocatorConfig], dict[str, str]]:
+    """Return the configuration with each policy, and why some of 'all' are left out.
+
+    Ranks are such that the policy can start from them.
+    """
     chosen = list(POLICIES) if names == "all" else [name.strip() for name in names.split(",")]
-    if names == "all" and opened.dimensions is None:
-        chosen.remove("prune")  # needs rank dimensions, which only runs with prune record
-    configs = {}
+    configs, left_out = {}, {}
+    if "prune" in chosen and (reason := why_no_prune(opened, config)):
+        if names != "all":
+            raise DRLoRAError(f"--policies {names}: {reason}")
+        chosen.remove("prune")
+        left_out["prune"] = reason
     for name in chosen:
         if name not in POLICIES:
             raise DRLoRAError(f"--policies: no policy {name!r}; {near_misses(name, POLICIES)}")
@@ -104,7 +109,7 @@ def _vary_policy(
         if name in ("prune", "uniform"):
             values["layer_ceiling"] = None
         configs[name] = AllocatorConfig(**values)
-    return configs
+    return configs, left_out
 
 
 def _describe(opened: Recording, result: Replay) -> dict[str, Any]:
@@ -127,28 +132,36 @@ def _describe(opened: Recording, result: Replay) -> dict[str, Any]:
 
 def _show(opened: Recording, result: Replay, values: dict[str, Any]) -> None:
     for note in opened.notes:
-        common.say(f"note: {note}")
+        say(f"note: {note}")
     config = result.config
-    common.say(
+    say(
         f"{opened.steps} steps, {len(opened.layers)} layers, {opened.num_experts:,} experts; "
         f"policy {result.policy}, rank {config.starting_rank} to {config.r_target} (at most "
         f"{config.r_max}), events after steps {config.warmup_steps} to {config.growth_end} every "
         f"{config.growth_interval}"
     )
-    common.table("Events", event_rows(result))
+    show_table("Events", event_rows(result), spare=("event",))
     rows = _rank_rows(result)
     note = f"{len(rows) - SHOWN_LAYERS} more layers; --json has all"
-    common.table("Final ranks", rows[:SHOWN_LAYERS], note if len(rows) > SHOWN_LAYERS else None)
+    show_table(
+        "Final ranks",
+        rows[:SHOWN_LAYERS],
+        note if len(rows) > SHOWN_LAYERS else None,
+        spare=("smallest", "largest"),
+    )
     if values["own_configuration"]:
         difference = values["difference"]
-        common.say(f"decisions identical to the recorded run: {'no' if difference else 'yes'}")
+        say(f"decisions identical to the recorded run: {'no' if difference else 'yes'}")
         if difference:
-            common.say(f"first difference (recorded, replayed): {difference}")
-    common.table("Policies on these statistics", values.get("policies", []))
+            say(f"first difference (recorded, replayed): {difference}")
+    spare = ("unplaced", "configuration", "largest", "entropy", "events")
+    show_table("Policies on these statistics", values.get("policies", []), spare=spare)
+    for name, reason in values.get("policies_left_out", {}).items():
+        say(f"policy {name} is left out: {reason}")
     if "against" in values:
         summary = values["against"]["summary"].items()
-        rows = [{"measure": name, "mean over layers": value} for name, value in summary]
-        common.table("This recording (a) against the other (b)", rows)
+        rows = [{"measure": header(name), "mean over layers": value} for name, value in summary]
+        show_table("This recording (a) against the other (b)", rows)
 
 
 def _rank_rows(result: Replay) -> list[dict[str, Any]]:

@@ -9,36 +9,75 @@ import typer
 
 from drlora_core.atomic import write_text
 from drlora_core.cli import common
+from drlora_core.cli.console import say
+from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import diagnose
-from drlora_core.errors import LayoutError
+from drlora_core.errors import DRLoRAError, LayoutError
+from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, render
 
 
 def report(
     run_dir: Annotated[
-        Path, typer.Argument(help="A run's directory with a recording, or the recording itself.")
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's folder with a recording, the recording, or a routing trace (.npz).",
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: report.html in RUN_DIR.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write, which must not exist. [default: report.html in RUN, which is "
+            "replaced; with --json, standard output]",
+        ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print events, ranks and findings; write no page.")
+        bool, typer.Option("--json", help="Events, ranks and findings as JSON instead of a page.")
     ] = False,
 ) -> None:
-    """Write a self-contained HTML page: events, rank maps and trajectories, diagnostics."""
+    """Write an HTML page about a recorded run.
+
+    The page needs no other file: events, rank maps and trajectories, diagnostics. A trace has no
+    configuration: its page shows ten events spread over its steps.
+    """
     path = common.find_recording(run_dir)
+    if output is not None:
+        _check_output(output)
     opened = common.open_recording(path)
-    if opened.config is None:
-        raise LayoutError(f"{path} has no configuration; look at it with: drlora replay {path}")
+    config = opened.config or _config_of_trace(path, opened)
     if as_json:
-        result = replay(opened)
-        values: dict[str, Any] = {"notes": opened.notes, "events": event_rows(result)}
-        values |= {"final_ranks": result.final_ranks, "diagnosis": diagnose(opened).to_dict()}
-        common.emit(values)
+        _write_json(opened, config, output)
         return
-    page = render(opened, title=f"Ranks of {run_dir.resolve().name}")
+    page = render(opened, config, title=f"Ranks of {run_dir.resolve().name}")
     target = output or (run_dir if path != run_dir else run_dir.parent) / "report.html"
     write_text(target, page)
-    common.say(f"wrote {target}")
-    common.say(str(diagnose(opened)))
+    say(f"wrote {target}")
+    say(str(diagnose(opened, config)))
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise DRLoRAError(f"{output} exists; use another --output")
+    common.check_parent(output)
+
+
+def _config_of_trace(path: Path, opened: Recording) -> AllocatorConfig:
+    """Return ten events for a trace; a recording of a run without a configuration is refused."""
+    if path.suffix != ".npz":
+        raise LayoutError(f"{path} has no configuration; look at it with: drlora replay {path}")
+    return AllocatorConfig.model_validate(common.ten_events(opened.steps))
+
+
+def _write_json(opened: Recording, config: AllocatorConfig, output: Path | None) -> None:
+    result = replay(opened, config)
+    values: dict[str, Any] = {"notes": opened.notes, "events": event_rows(result)}
+    values |= {"final_ranks": result.final_ranks, "diagnosis": diagnose(opened, config).to_dict()}
+    if output is None:
+        common.emit(values)
+    else:
+        write_text(output, common.to_json(values) + "\n")
+        say(f"wrote {output}")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
+from drlora_core.cli import common
+from drlora_core.cli.app import print_error
+from drlora_core.cli.console import say
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder
 
+LARGE_ERROR = 0.1
+Errors = Mapping[str, Mapping[str, NDArray[np.float64]]]
+
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of drlora finetune.")],
     output: Annotated[
         Path | None,
         typer.Option(help="Folder to write to. [default: peft in the folder of the run]"),
@@ -24,10 +33,14 @@ def export(
         bool, typer.Option("--per-expert", help="Write one LoRA per expert and projection.")
     ] = False,
 ) -> None:
-    """Write the adapter of a run as a PEFT directory."""
+    """Write the adapter of a run for PEFT.
+
+    Without --rank the export is exact.
+    """
     from drlora_torch.api import load
     from drlora_torch.finetune.model import load_base
     from drlora_torch.integrations.trainer import last_checkpoint
+    from drlora_torch.storage import adapter_file
 
     options = folder.read(run).options
     final = run / folder.ADAPTER
@@ -37,8 +50,33 @@ def export(
     target = output or run / folder.PEFT
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{str(target)!r} exists; use another --output")
+    common.check_parent(target)
+    adapter_file.read(Path(source))  # a damaged one is refused before the model is loaded
     adapter = load(load_base(options), source)
     report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
-    typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
+    say(f"{report.path}: rank {max(report.ranks.values())}")
     if rank is not None:
-        typer.echo(f"largest relative error of an expert: {report.largest_error:.2e}")
+        say(f"largest relative error of an expert: {report.largest_error:.2e}")
+        largest = max(int(ranks.max()) for ranks in adapter.ranks().values())
+        if (warning := describe_loss(report.errors, largest)) is not None:
+            print_error(f"warning: {warning}")
+
+
+def describe_loss(errors: Errors, largest: int) -> str | None:
+    """Name the expert that a compression changed most; None if it is changed by 10 % or less.
+
+    Args:
+        errors: relative errors by layer, projection and expert.
+        largest: rank at which nothing is lost.
+    """
+    error, layer, projection, expert = max(
+        (float(each.max()), layer, projection, int(each.argmax()))
+        for layer, by_projection in errors.items()
+        for projection, each in by_projection.items()
+    )
+    if error <= LARGE_ERROR:
+        return None
+    return (
+        f"{projection} of expert {expert} in layer {layer!r} has a relative error of "
+        f"{100 * error:.0f} %; use a higher --rank (at {largest} nothing is lost)"
+    )

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from drlora_core.cli.common import AsJson, emit
+from drlora_core.cli.console import make_console
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hugging Face id or local folder of a model.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Hugging Face id, local folder or config.json."),
+    ],
     rank: Annotated[
         int, typer.Option(min=1, help="Mean rank for which the size of the LoRA is shown.")
     ] = 16,
@@ -21,12 +24,16 @@ def inspect(
     ] = "none",
     as_json: AsJson = False,
 ) -> None:
-    """List the mixture-of-experts layers of a model, their storage and the size of the LoRA."""
-    from drlora_torch import inspection
-    from drlora_torch.finetune.model import load_model
+    """List a model's MoE layers and their size.
 
-    loaded = load_model(model, quantization=quantization)
+    No weights are loaded: the model is built from its configuration, in the data type that this
+    names, and takes no memory.
+    """
+    from drlora_torch import inspection
+    from drlora_torch.models.shapes import build_skeleton
+
+    built = build_skeleton(model, quantization)
     if as_json:
-        emit(inspection.inspect(loaded, rank))
+        emit(inspection.inspect(built, rank))
     else:
-        inspection.show(model, loaded, rank, Console())
+        inspection.show(model, built, rank, make_console())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from drlora_core import atomic
+from drlora_core.errors import describe_validation_error
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.recipe import Recipe, absolute, read_fields, to_yaml
 
@@ -59,4 +62,8 @@ def read(folder: Path) -> Recipe:
     path = folder / RECIPE
     if not path.is_file():
         raise RunError(f"{str(folder)!r} is not the folder of a run: it has no {RECIPE}")
-    return Recipe.model_validate(read_fields(path))
+    try:
+        return Recipe.model_validate(read_fields(path))
+    except ValidationError as error:
+        text = describe_validation_error(error)
+        raise RunError(f"{str(path)!r} cannot be read: {text}") from error

@@ -81,8 +81,8 @@ class Convention(Protocol):
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
         """Features by projection, in the order they are applied; only without an obstacle."""
 
-    def obstacle(self, module: Any) -> str | None:
-        """Say why a layer cannot be adapted, None if it can."""
+    def obstacle(self, module: Any, *, on_meta: bool = False) -> str | None:
+        """Say why a layer cannot be adapted, None if it can; ``on_meta`` allows the meta device."""
 
     def install(self, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
         """Let a layer run with a LoRA, a child of it; of several adapters only the active one."""

@@ -38,12 +38,24 @@ def count_parameters(model: nn.Module, layers: Sequence[MoELayer]) -> int:
     return count
 
 
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters; bitsandbytes packs its own only when they leave the meta device."""
+    return sum(
+        -(-parameter.numel() // 2) if _will_be_packed(parameter) else parameter.nbytes
+        for parameter in model.parameters()
+    )
+
+
+def _will_be_packed(parameter: Tensor) -> bool:
+    return parameter.is_meta and type(parameter).__name__ == "Params4bit"
+
+
 def _is_packed(parameter: Tensor) -> bool:
     """True for codes and their scales, but for scales that are floats of two bytes or more."""
     return not parameter.is_floating_point() or parameter.element_size() == 1
 
 
 def _size(parameter: Tensor) -> int:
-    """Elements of a parameter; the Linears of bitsandbytes hold two in each byte."""
-    packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    """Values of a parameter; bitsandbytes keeps the shape that two values a byte stand for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())

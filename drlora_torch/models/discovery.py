@@ -35,6 +35,11 @@ def discover(model: nn.Module) -> list[MoELayer]:
         >>> [(layer.name, layer.num_experts) for layer in discover(OlmoeForCausalLM(config))]
         [('model.layers.0.mlp.experts', 4)]
     """
+    return find_layers(model)
+
+
+def find_layers(model: nn.Module, *, on_meta: bool = False) -> list[MoELayer]:
+    """List the MoE layers as :func:`discover` does; ``on_meta`` takes the meta device as loaded."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
@@ -44,7 +49,8 @@ def discover(model: nn.Module) -> list[MoELayer]:
         if any(not layer.name or name.startswith(f"{layer.name}.") for layer in found):
             continue  # a part of a layer is no layer of its own
         if (convention := find_convention(module)) is not None:
-            found.append(_adaptable(model, name, module, convention, routers))
+            obstacle = convention.obstacle(module, on_meta=on_meta)
+            found.append(_adaptable(model, name, module, convention, obstacle, routers))
         elif (reason := refusal(model, name, module)) is not None:
             found.append(_refused(model, name, module, reason, routers))
     return found
@@ -85,9 +91,13 @@ def choose_layers(
 
 
 def _adaptable(
-    model: nn.Module, name: str, module: Any, convention: Convention, routers: set[type]
+    model: nn.Module,
+    name: str,
+    module: Any,
+    convention: Convention,
+    obstacle: str | None,
+    routers: set[type],
 ) -> MoELayer:
-    obstacle = convention.obstacle(module)
     inside = convention.router
     storage, nbytes = convention.storage(module)
     return MoELayer(

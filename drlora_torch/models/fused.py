@@ -125,18 +125,19 @@ class Fused:
             for projection in self.weights(module)
         }
 
-    def obstacle(self, module: Any) -> str | None:
+    def obstacle(self, module: Any, *, on_meta: bool = False) -> str | None:
         if (reason := self.unfit(module)) is not None:
             return f"its weight {reason}"
         for name, where in self.weights(module).items():
-            if (reason := self._unreadable(module.get_submodule(where.module), where)) is not None:
+            holder = module.get_submodule(where.module)
+            if (reason := self._unreadable(holder, where, on_meta)) is not None:
                 return f"its {name} {reason}"
         counts = [self.stored(module, projection).shape[0] for projection in self.weights(module)]
         if len(set(counts)) > 1:
             return f"its projections have {' and '.join(map(str, counts))} experts"
         return None
 
-    def _unreadable(self, holder: Any, where: ExpertParameter) -> str | None:
+    def _unreadable(self, holder: Any, where: ExpertParameter, on_meta: bool) -> str | None:
         """Say why a weight cannot be read, packed or not."""
         if (reason := holders.converted(holder, where.name)) is not None:
             return reason
@@ -144,7 +145,7 @@ class Fused:
         weight = getattr(holder, where.name, None) if packed is None else packed.tensors[0]
         if not isinstance(weight, Tensor) or (packed is None and weight.dim() != self.dims):
             return f"is not a {self.dims}-D tensor"
-        if weight.is_meta:
+        if weight.is_meta and not on_meta:
             return ON_META
         return unreadable(holder, where.name) if packed is None else None
 

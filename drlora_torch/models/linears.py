@@ -58,13 +58,13 @@ class PerExpertLinears:
             return 0
 
     def first_weight(self, module: Any) -> Tensor | None:
-        if self.obstacle(module) is not None:
+        if self.obstacle(module, on_meta=True) is not None:
             return None
         weight: Tensor = self.linears(module)[self.projections[0]][0].weight
         return weight
 
     def storage(self, module: Any) -> tuple[str, int]:
-        if self.obstacle(module) is not None:
+        if self.obstacle(module, on_meta=True) is not None:
             return "unknown", 0
         weights = [each.weight for linears in self.linears(module).values() for each in linears]
         state = getattr(weights[0], "quant_state", None)  # of bitsandbytes, in 4 bits
@@ -77,7 +77,7 @@ class PerExpertLinears:
     def projection_shapes(self, module: Any) -> dict[str, ProjectionShape]:
         return {name: _shape(each[0]) for name, each in self.linears(module).items()}
 
-    def obstacle(self, module: Any) -> str | None:
+    def obstacle(self, module: Any, *, on_meta: bool = False) -> str | None:
         try:
             if not self.container(module):
                 return f"{self.experts!r} is not a ModuleList or ModuleDict with experts"
@@ -88,7 +88,7 @@ class PerExpertLinears:
             return f"it is not as register_moe was told: {error}"
         for name, each in linears.items():
             for expert, linear in enumerate(each):
-                if (reason := _linear_obstacle(linear, each[0])) is not None:
+                if (reason := _linear_obstacle(linear, each[0], on_meta)) is not None:
                     return f"{name} of expert {expert} {reason}"
         return None
 
@@ -128,10 +128,10 @@ def _shape(linear: Any) -> ProjectionShape:
     return ProjectionShape(linear.in_features, linear.out_features)
 
 
-def _linear_obstacle(linear: nn.Module, first: nn.Module) -> str | None:
+def _linear_obstacle(linear: nn.Module, first: nn.Module, on_meta: bool) -> str | None:
     if not isinstance(linear, nn.Linear):
         return f"is a {type(linear).__name__}, not a Linear"
-    if linear.weight.is_meta:
+    if linear.weight.is_meta and not on_meta:
         return ON_META
     if _shape(linear) != _shape(first):
         return "has other features than that of expert 0"

@@ -1,21 +1,21 @@
-"""The MoE layers of a model from its configuration alone: every family, no weights.
+"""Models from their configuration alone: every family, no weights.
 
-The model is built on the meta device, so it takes no memory. This is the entry point of the group
-``drlora.shapes``, by which ``drlora plan`` finds it.
+They are built on the meta device, so they take no memory. ``read_shape`` is the entry point of the
+group ``drlora.shapes``, by which ``drlora plan`` finds it.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from drlora_core.model_shape import LayerShape, ModelShape, token_sizes
+from drlora_core.model_shape import LayerShape, ModelShape, read_json, token_sizes
 from drlora_torch.errors import ModelError
-from drlora_torch.models.conventions import find_convention
-from drlora_torch.models.discovery import discover
+from drlora_torch.models.discovery import find_layers
 
 
 def read_shape(source: str) -> ModelShape:
@@ -26,9 +26,10 @@ def read_shape(source: str) -> ModelShape:
             is downloaded).
 
     Raises:
-        ModelError: Transformers does not know the model, or cannot build it from this
-            configuration, or it has no MoE layer. Code that comes with a model is never run.
-        OSError: there is no such file or hub id.
+        ModelError: there is no such file or hub id, or Transformers does not know the model or
+            cannot build it from this configuration, or it has no MoE layer. Code that comes with a
+            model is never run.
+        LayoutError: the file is not JSON, or not a configuration.
 
     Example:
         >>> from drlora_torch.embedded import MODEL_DIR
@@ -36,18 +37,8 @@ def read_shape(source: str) -> ModelShape:
         >>> shape.model_type, shape.layers[0].num_experts
         ('olmoe', 16)
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = _build_on_meta(config)
-    except OSError:
-        raise
-    except Exception as error:  # every family checks its fields in its own way
-        lines = str(error).strip().splitlines() or [""]
-        raise ModelError(
-            f"Transformers cannot build the model of {source}: {type(error).__name__}: {lines[0]}"
-        ) from error
+    config = _read_config(source)
+    model = _build(source, config, None)
     layers = _layers(model)
     if not layers:
         raise ModelError(f"{source} has no MoE layer that drlora knows: {type(model).__name__}")
@@ -59,6 +50,103 @@ def read_shape(source: str) -> ModelShape:
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
         **token_sizes(text.to_dict()),
     )
+
+
+def build_skeleton(source: str, quantization: str = "none") -> nn.Module:
+    """Build a model on the meta device, with every tensor as ``from_pretrained`` would make it.
+
+    Args:
+        source: as of :func:`read_shape`.
+        quantization: how the experts are stored, as of ``drlora finetune --quantization``.
+
+    Returns:
+        The model, in the data type of its configuration.
+
+    Raises:
+        ModelError: as :func:`read_shape`; also a quantization that is not that of the checkpoint.
+    """
+    config = _read_config(source)
+    wanted: Any = None
+    if quantization in ("fp8", "mxfp4"):
+        config = _keep_packed(source, quantization)
+    elif quantization != "none":
+        from drlora_torch.models.quantization.quantizer import Experts4bitConfig
+
+        wanted = Experts4bitConfig(quantization)
+    stored = getattr(config, "quantization_config", None)
+    is_packed = wanted is not None or stored is not None
+    return _build(source, config, _quantizer(source, config, wanted) if is_packed else None)
+
+
+def _read_config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{source!r} is not the folder of a model: it has no config.json")
+    if path.exists():
+        read_json(path)
+    try:
+        return AutoConfig.from_pretrained(
+            str(path) if path.exists() else source, trust_remote_code=False
+        )
+    except OSError as error:
+        if path.exists():
+            raise ModelError(f"{source!r} cannot be read: {_first_sentence(error)}") from error
+        raise ModelError(
+            f"{source!r} is no file or folder here, and on the hub: {_first_sentence(error)}"
+        ) from error
+    except Exception as error:  # every family checks its fields in its own way
+        raise _cannot_build(source, error) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0]
+
+
+def _cannot_build(source: str, error: Exception) -> ModelError:
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return ModelError(
+        f"Transformers cannot build the model of {source}: {type(error).__name__}: {reason}"
+    )
+
+
+def _keep_packed(source: str, quantization: str) -> Any:
+    from drlora_torch.models.quantization.stored_quantizers import packed_config
+
+    config = packed_config(source)
+    found = config.quantization_config["stored"]["quant_method"]
+    if found != quantization:
+        raise ModelError(f"{source!r} is quantized with {found}; use --quantization {found}")
+    return config
+
+
+def _quantizer(source: str, config: Any, wanted: Any) -> Any:
+    """The quantizer with which Transformers would load; None if it knows none."""
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    try:
+        quantizer, *_ = get_hf_quantizer(config, wanted, None, True, {})
+    except ModelError:
+        raise
+    except Exception as error:  # of the libraries that quantize
+        raise _cannot_build(source, error) from error
+    return quantizer
+
+
+def _build(source: str, config: Any, quantizer: Any) -> nn.Module:
+    try:
+        if quantizer is not None:
+            config.dtype = quantizer.update_dtype(config.dtype)
+        model = _build_on_meta(config)
+        if quantizer is not None:
+            quantizer.preprocess_model(model, dtype=config.dtype, device_map=None)
+    except ModelError:
+        raise
+    except Exception as error:  # every family checks its fields in its own way
+        raise _cannot_build(source, error) from error
+    return model
 
 
 def _build_on_meta(config: Any) -> nn.Module:
@@ -77,17 +165,11 @@ def _build_on_meta(config: Any) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> tuple[LayerShape, ...]:
-    """Sizes come from the conventions: discovery counts weights on the meta device as obstacles."""
     found = []
-    for layer in discover(model):
-        module = model.get_submodule(layer.name)
-        convention = find_convention(module)  # None for experts that are refused
-        if convention is None or layer.only_on_request or layer.num_experts == 0:
+    for layer in find_layers(model, on_meta=True):
+        if layer.obstacle is not None or layer.only_on_request:
             continue
         number = re.search(r"\.(\d+)\.", f".{layer.name}.")
-        sizes = {
-            name: (shape.in_features, shape.out_features)
-            for name, shape in convention.projection_shapes(module).items()
-        }
+        sizes = {n: (s.in_features, s.out_features) for n, s in layer.projections.items()}
         found.append(LayerShape(int(number[1]) if number else 0, layer.num_experts, sizes))
     return tuple(found)

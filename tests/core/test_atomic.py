@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -78,3 +79,56 @@ def test_an_error_while_files_are_exchanged_undoes_all(
     assert len(calls) > call
     assert content(folder) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_windows_opens_no_folder_and_flushes_only_what_it_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("new")
+    opened, real = [], os.open
+
+    def windows_open(path: Path, flags: int) -> int:
+        if path.is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        opened.append(flags)
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "name", "nt")
+    atomic.sync(tmp_path)
+    atomic.sync(file)
+    monkeypatch.undo()
+    assert opened == [os.O_RDWR]
+
+
+@pytest.mark.parametrize("place", [".", "a.txt"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_only_folders_may_be_left_unflushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int
+) -> None:
+    """Some network file systems flush no folder; a real error is one, also there."""
+    (tmp_path / "a.txt").write_text("new")
+
+    def refuse(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if (place, number) == (".", errno.EINVAL):
+        atomic.sync(tmp_path)
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            atomic.sync(tmp_path / place)
+
+
+def test_a_file_that_may_not_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").touch()
+
+    def refuse(path: Path, flags: int) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError):
+        atomic.sync(tmp_path / "a.txt")

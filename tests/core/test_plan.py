@@ -158,7 +158,7 @@ def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:
         (OLMOE | {"num_experts": "many"}, "num_experts is 'many'"),
         (
             OLMOE | {"num_experts": [8, 8]},
-            r"num_experts is \[8, 8\]; accepted: whole numbers above 0",
+            r"num_experts is \[8, 8\]; accepted: whole numbers from 1 to",
         ),
         (OLMOE | {"hidden_size": -1}, "hidden_size is -1"),
         (OLMOE | {"hidden_size": True}, "hidden_size is True"),

@@ -61,8 +61,8 @@ def test_a_run_of_an_unknown_policy_is_not_drawn(recording: Recording) -> None:
 
 def test_event_rows_add_up(recording: Recording) -> None:
     rows = event_rows(replay(recording))
-    assert sum(row["units placed"] for row in rows) == 20
-    assert rows[-1]["mean rank"] == 4.0
+    assert sum(row["units_placed"] for row in rows) == 20
+    assert rows[-1]["mean_rank"] == 4.0
 
 
 def test_a_page_of_a_replay_under_other_settings_and_with_hostile_names() -> None:
@@ -107,14 +107,15 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 ) -> None:
     command = pytest.importorskip("drlora_core.cli.report")
     recorded.record(tmp_path / "run")
-    page = tmp_path / "page.html"
+    page = tmp_path / "run" / "report.html"
     page.write_text("old")
+    entries = sorted(tmp_path.rglob("*"))
 
     def refuse(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(OSError, match="No space left"):
-        command.report(tmp_path / "run", page)
+        command.report(tmp_path / "run")
     assert page.read_text() == "old"
-    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "page.html"}
+    assert sorted(tmp_path.rglob("*")) == entries

@@ -39,8 +39,8 @@ def test_a_sweep_is_replays_in_order(recording: Recording, processes: int) -> No
         expected = replay(recording, config)
         assert first_difference(expected.events, result.replays[name].events) is None
     table = result.rows()
-    assert [row["mean rank"] for row in table] == [4.0] * 5
-    assert table[0]["overlap with first"] == 1.0
+    assert [row["mean_rank"] for row in table] == [4.0] * 5
+    assert table[0]["overlap_with_first"] == 1.0
     assert table[3]["gini"] == 0.0
     lines = str(result).splitlines()
     assert lines[0].startswith("configuration")

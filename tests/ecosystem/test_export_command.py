@@ -53,7 +53,12 @@ def test_a_run_is_exported(
     assert call(str(finished)) == 0
     assert (finished / "peft" / "adapter_config.json").is_file()
     assert call(str(finished), "--output", str(tmp_path / "x"), "--rank", "2") == 0
-    assert re.search(r"rank 2\nlargest relative error of an expert: \d", capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert re.search(r"rank 2\nlargest relative error of an expert: \d", said.out)
+    warning = r"drlora: warning: \w+ of expert \d+ in layer .* error of \d\d %; use a higher --rank"
+    assert re.search(warning, said.err)
+    assert call(str(finished), "--output", str(tmp_path / "z"), "--rank", "64") == 0
+    assert "warning" not in capsys.readouterr().err
     assert call(str(finished), "--output", str(tmp_path / "y"), "--per-expert") == 0
     targets = json.loads((tmp_path / "y" / "adapter_config.json").read_text())["target_modules"]
     assert "gate_proj" in targets

@@ -149,7 +149,8 @@ def test_the_help_has_default_and_range_of_every_option(
     text = " ".join(capsys.readouterr().out.split())
     for name, field in FIELDS.items():
         assert field.description
-        described = text.partition(" ".join(field.description.split()))[2]
+        words = " ".join(field.description.split())
+        described = text.replace("- ", "-").partition(words.replace("- ", "-"))[2]
         assert described, name
         if not field.is_required() and field.default is not None and field.annotation is not bool:
             note = f" [default: {field.default}"

@@ -16,6 +16,7 @@ from drlora_core.cli import main
 from drlora_core.cli import plan as command
 from drlora_core.model_shape import LayerShape, read_model_config
 from drlora_torch.errors import ModelError
+from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.models.shapes import read_shape
 
 MOE = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 32}
@@ -179,3 +180,35 @@ def test_plan_gives_both_reasons_if_both_readers_fail(tmp_path: Path, plan: Any)
     assert "by its fields alone: " in err
     assert err.count("\n") == 1
     assert "No such file or directory" in plan(tmp_path / "none.json")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 1000}, ["--steps", 1000]),
+        ({"steps": 30, "timetable": "late"}, ["--steps", 30, "--timetable", "late"]),
+        (
+            {"steps": 400, "r_init": 2, "r_target": 4},
+            ["--steps", 400, "--r-init", 2, "-s", "r_target=4"],
+        ),
+        ({"steps": 200, "warmup_steps": 30}, ["--steps", 200, "-s", "warmup_steps=30"]),
+        (
+            {"steps": 64, "policy": "rescored", "max_growth": 4},
+            ["--steps", 64, "-s", "policy=rescored", "-s", "max_growth=4"],
+        ),
+    ],
+)
+def test_plan_has_the_timetable_of_finetune(
+    tmp_path: Path, plan: Any, options: dict[str, Any], words: list[object]
+) -> None:
+    path = write(tmp_path, "olmoe", **MOE, num_experts=4)
+    config = FinetuneOptions(model="m", data="d.jsonl", **options).allocator_config()
+    code, out, _ = plan(path, *words, "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["config"] == config.model_dump(mode="json")
+    assert [event["step"] for event in made["timetable"]["4"]] == list(config.growth_steps)
+    assert made["steps"] == options["steps"]
+    steps = f"{options['steps']:,}"
+    named = options.get("timetable", "early")
+    assert f"timetable {named} of {steps} steps, as of drlora finetune" in plan(path, *words)[1]

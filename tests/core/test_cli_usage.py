@@ -1,0 +1,174 @@
+"""What every command has: help, versions, completion, and a hint at what was meant."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import pytest
+
+pytest.importorskip("typer")
+
+from drlora_core.cli import app as application
+from drlora_core.cli import usage
+
+FINETUNE = "drlora_torch.cli:register"
+
+
+@pytest.fixture(params=["--help", "-h"])
+def help_option(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_help_has_a_short_form(drlora: Any, help_option: str) -> None:
+    for command in ([], ["plan"], ["replay"], ["report"]):
+        shown = drlora(*command, help_option)
+        assert (shown.code, shown.err) == (0, "")
+        assert shown.out.startswith(f"Usage: {' '.join(['drlora', *command])} ")
+    assert drlora().out == drlora("--help").out
+
+
+def test_versions_come_from_metadata(drlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"drlora": "1.2", "numpy": "3.4", "torch": "5.6"}
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(application.platform, "python_version", lambda: "3.9")
+    assert drlora("--version").out.splitlines() == [
+        "drlora 1.2",
+        "python 3.9",
+        "numpy 3.4",
+        "torch 5.6",
+        "transformers not installed",
+    ]
+
+
+def test_completion_is_typers(drlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    shown = drlora("--show-completion", "bash")
+    assert shown.code == 0
+    assert "_DRLORA_COMPLETE" in shown.out
+    assert "--install-completion" in drlora("--help").out
+
+
+MISTAKES = {
+    "plan --token 9": "no such option --token; did you mean --tokens? See drlora plan --help",
+    "plan --base_dtype float32": "no such option --base_dtype; did you mean --base-dtype? See",
+    "plan x --R-Max=9": "no such option --R-Max; did you mean --r-max? See",
+    "plan x --rank 9": "no such option --rank; did you mean --r-target? See",
+    "plan --max-steps 9": "no such option --max-steps; did you mean --steps? See",
+    "plan --config x": "no such option --config; did you mean --allocator? See",
+    "plan --model x": "no such option --model; MODEL is given without the name of an option; see",
+    "plan x --lr 1": "no such option --lr; see drlora plan --help",
+    "replay x -workers 3": "no such option -workers; did you mean --processes? See",
+    "report x --output-dir y": "no such option --output-dir; did you mean --output? See",
+    "plan": "missing argument 'MODEL'; see drlora plan --help",
+    "plan a b": "unexpected extra argument",
+    "plan a --tokens": "option '--tokens' requires an argument; see drlora plan --help",
+    "plan a --tokens x": "--tokens: ",
+    "plan a --tokens 1.5": "--tokens: ",
+    "plann a": "no such command plann; did you mean plan? See drlora --help",
+    "zzz": "no such command zzz; see drlora --help",
+    "--versoin": "no such option --versoin; did you mean --version? See drlora --help",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_sentence(drlora: Any, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
+    result = drlora(*line.split())
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("drlora: ")
+    assert MISTAKES[line] in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("lr", ["learning-rate", "layout"], "learning-rate"),
+        ("num-train-epochs", ["epochs", "steps"], "epochs"),
+        ("bs", ["batch-size"], "batch-size"),
+        ("gradient-accumulation-steps", ["accumulation", "steps"], "accumulation"),
+        ("output-dir", ["output"], "output"),
+        ("max-seq-length", ["max-length"], "max-length"),
+        ("lora-r", ["r-init", "r-target"], "r-target"),
+        ("lora-r", ["rank"], "rank"),
+        ("lora-alpha", ["alpha"], "alpha"),
+        ("load-in-4bits", ["load-in-4bit"], "load-in-4bit"),
+        ("lr", ["tokens"], None),
+    ],
+)
+def test_habits_of_other_tools(word: str, known: list[str], meant: str | None) -> None:
+    assert next(iter(usage.meanings(word, known)), None) == meant
+
+
+def test_a_wrong_option_of_finetune_imports_no_torch() -> None:
+    pytest.importorskip("torch")
+    code = (
+        "import sys, atexit; from drlora_core.cli import main; "
+        "atexit.register(lambda: print(sorted({'torch', 'transformers'} & set(sys.modules)))); "
+        "main(['finetune', '--lr', '1e-3'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    hint = "no such option --lr; did you mean --learning-rate? See drlora finetune --help"
+    assert done.stderr == f"drlora: {hint}\n"
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("library", application.EXTRAS)
+def test_a_missing_library_is_named(
+    drlora: Any, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register(app: Any) -> None:
+        def train() -> None:
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        app.command()(train)
+        app.command()(stop)
+
+    entry = importlib.metadata.EntryPoint("torch", "other:register", application.ENTRY_POINTS)
+    monkeypatch.setattr(type(entry), "load", lambda self: register)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [entry])
+    result = drlora("train")
+    assert result.code == 2
+    assert result.err == (
+        f"drlora: train needs {library}, which is not installed: "
+        f'pip install -c constraints.txt "drlora[{application.EXTRAS[library]}]"\n'
+    )
+    assert drlora("stop").code == 130
+
+
+def test_panels_are_sections_of_the_help(drlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets in help texts are no markup, and every word is there on 60 columns."""
+    import typer
+
+    steps_option = typer.Option("--steps", help="Steps. [x; at least 1]", rich_help_panel="Length")
+
+    def register(app: Any) -> None:
+        def train(steps: Annotated[int | None, steps_option] = None, output: str = "x") -> None:
+            raise AssertionError((steps, output))
+
+        train.__annotations__["steps"] = Annotated[int | None, steps_option]
+        app.command()(train)
+        app.command("other")(lambda: None)
+
+    entry = importlib.metadata.EntryPoint("torch", "other:register", application.ENTRY_POINTS)
+    monkeypatch.setattr(type(entry), "load", lambda self: register)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [entry])
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = drlora("train", "--help").out.splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["Length:", "Options:"]
+    assert any("Steps. [x; at least 1]" in line for line in lines)
+    assert max(map(len, lines)) <= 60
