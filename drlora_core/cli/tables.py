@@ -118,19 +118,6 @@ def _print_stripped(made: Table, console: Console) -> None:
         console.out(line.rstrip(), highlight=False)
 
 
-def _narrowest(rows: Sequence[Row], numbers: Collection[str]) -> int:
-    """Return the width of the table if only texts are folded, and those between words."""
-    width = 1
-    for name in rows[0]:
-        cells = [format_cell(row[name]) for row in rows]
-        words = header(name).split()
-        for cell in cells:
-            whole = name in numbers or "\n" in cell
-            words += cell.splitlines() if whole else cell.split()
-        width += max(map(len, words), default=0) + FRAME
-    return width
-
-
 def _show_blocks(rows: Sequence[Row], console: Console) -> None:
     """Print ``name: value`` lines; the first cell of a row is the headline of its block."""
     for row in rows:

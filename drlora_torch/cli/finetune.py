@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from drlora_core.cli.console import make_console
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, launch
 from drlora_torch.finetune.recipe import Recipe, combine
@@ -54,7 +54,7 @@ def finetune(
 
     from drlora_torch.finetune import job
 
-    job.run(recipe, target, Console(), resume=resume is not None)
+    job.run(recipe, target, make_console(), resume=resume is not None)
 
 
 def _resumed(path: Path, chosen: dict[str, Any], config: Path | None) -> Recipe:

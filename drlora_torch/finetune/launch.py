@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
-from rich.console import Console
-
 from drlora_core.cli.app import print_error
+from drlora_core.cli.console import make_console
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.folder import RECIPE
 from drlora_torch.finetune.sharding import Sharding
@@ -121,7 +120,7 @@ def launch(processes: int, arguments: list[str], folder: Path, sharding: Shardin
         raise SystemExit(0)
     finally:
         logging.disable(logging.NOTSET)
-    Console().show_cursor()  # the progress bar had no time to
+    make_console().show_cursor()  # the progress bar had no time to
     if code > 128 and (folder / RECIPE).is_file():
         options = " ".join([shlex.quote(str(folder)), f"--processes {processes}", *sharding.words])
         text += f"; go on with: drlora finetune --resume {options}"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.table import Column, Table
 
+from drlora_core.cli.console import blocks
+from drlora_core.cli.tables import show_table
 from drlora_torch.adapter import Adapter
 from drlora_torch.finetune import folder
 from drlora_torch.finetune.next_steps import next_steps
 from drlora_torch.finetune.watch.meter import Meter
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_BLOCKS = 64  # experts that fit on a line
 
 
@@ -101,20 +101,18 @@ def trained_parameters(adapter: Adapter) -> str:
 
 def show(console: Console, results: list[RunResult], output: Path) -> None:
     """Print the tables of a finished run, and what can be done with it."""
-    console.print(_summary(results))
+    _show_summary(console, results)
     for result in results:
         if len({rank for ranks in result.ranks.values() for rank in ranks}) > 1:
-            console.print(_ranks(result))
-    console.print(f"Files in {output}:")
+            _show_ranks(console, result)
+    console.print(f"Files in {output}:", markup=False, highlight=False, soft_wrap=True)
     for name in (name for result in results for name in result.files):
-        console.print(f"  {name}", highlight=False, soft_wrap=True)
+        console.print(f"  {name}", markup=False, highlight=False, soft_wrap=True)
     console.print(next_steps(output), highlight=False, soft_wrap=True, markup=False)
 
 
-def _summary(results: list[RunResult]) -> Table:
-    columns = [Column(method_name(result.method), justify="right") for result in results]
-    table = Table("", *columns, title="Fine-tuning")
-    rows = {
+def _show_summary(console: Console, results: list[RunResult]) -> None:
+    figures = {
         "held-out loss before": [f"{r.loss_before:.4f}" for r in results],
         "held-out loss after": [f"{r.loss_after:.4f}" for r in results],
         "total rank / budget": [f"{r.total_rank} / {r.budget}" for r in results],
@@ -125,38 +123,37 @@ def _summary(results: list[RunResult]) -> Table:
         ],
     }
     if any(r.skipped_steps for r in results):
-        rows["steps without statistics"] = [str(r.skipped_steps) for r in results]
-    for label, values in rows.items():
-        table.add_row(label, *values)
-    return table
+        figures["steps without statistics"] = [str(r.skipped_steps) for r in results]
+    methods = [method_name(result.method) for result in results]
+    rows = [
+        {"": label, **dict(zip(methods, values, strict=True))} for label, values in figures.items()
+    ]
+    show_table("Fine-tuning", rows, figures=methods, console=console)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _ranks(result: RunResult) -> Table:
-    figures = [Column(name, justify="right") for name in ("min", "mean", "max")]
-    table = Table(
-        "layer",
-        *figures,
-        "top experts",
-        "rank of each expert",
-        title=f"Ranks per layer, {method_name(result.method)}",
-    )
+def _show_ranks(console: Console, result: RunResult) -> None:
     highest = max(max(ranks) for ranks in result.ranks.values())
+    heights = blocks(console)
+    rows = []
     names = _distinct_parts(list(result.ranks))
     for name, ranks in zip(names, result.ranks.values(), strict=True):
         top = sorted(range(len(ranks)), key=lambda expert: -ranks[expert])[:3]
-        table.add_row(
-            name,
-            str(min(ranks)),
-            f"{sum(ranks) / len(ranks):.2f}",
-            str(max(ranks)),
-            ", ".join(f"{expert} ({ranks[expert]})" for expert in top),
-            _bars(ranks, highest),
+        rows.append(
+            {
+                "layer": name,
+                "min": min(ranks),
+                "mean": f"{sum(ranks) / len(ranks):.2f}",
+                "max": max(ranks),
+                "top experts": ", ".join(f"{expert} ({ranks[expert]})" for expert in top),
+                "rank of each expert": _bars(ranks, highest, heights),
+            }
         )
-    return table
+    title = f"Ranks per layer, {method_name(result.method)}"
+    show_table(title, rows, figures=["mean"], spare=["top experts", "mean"], console=console)
 
 
 def method_name(policy: str) -> str:
@@ -172,7 +169,7 @@ def _distinct_parts(names: list[str]) -> list[str]:
     return [".".join(part) for part in parts]
 
 
-def _bars(ranks: list[int], highest: int) -> str:
+def _bars(ranks: list[int], highest: int, heights: str) -> str:
     if len(ranks) > MOST_BLOCKS:
         return f"{len(ranks)} experts"
-    return "".join(BLOCKS[(len(BLOCKS) - 1) * rank // highest] for rank in ranks)
+    return "".join(heights[(len(heights) - 1) * rank // highest] for rank in ranks)

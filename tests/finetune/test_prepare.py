@@ -229,7 +229,7 @@ def test_the_summary_is_shown_in_narrow_windows(tmp_path: Path) -> None:
         "rows to train on",
         "ignored columns",
         "source",
-        "4.00 (10 steps of",
+        "4.00",
         "[[[bold]abc<eos>]]",
     ):
         assert part in text

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from drlora_core import atomic
+from drlora_core.cli.console import say
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.data.encode import NO_LOSS, Encoded
 
@@ -126,11 +126,7 @@ def show(console: Console, summary: Summary, steps: int, rows_per_step: int) -> 
     """Print a summary: what is trained on, and for how many epochs."""
     epochs = steps * rows_per_step / max(summary.rows, 1)
     first = "" if summary.complete else "first "
-    passes = f"{epochs:.2f} ({steps:,} steps of {rows_per_step:,})"
-    table = Table(title="Training data", title_justify="left", show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold", justify="right")
-    rows = {
+    figures = {
         "columns": summary.format,
         "ignored columns": ", ".join(summary.ignored),
         f"{first}rows to train on": f"{summary.rows:,}",
@@ -140,14 +136,14 @@ def show(console: Console, summary: Summary, steps: int, rows_per_step: int) -> 
         f"tokens of these {first}rows": f"{summary.tokens:,}",
         "of them bear loss": f"{summary.loss_tokens:,}",
         "longest row in tokens": f"{summary.longest:,}",
-        "epochs": passes if summary.complete else "",
+        "steps": f"{steps:,} of {rows_per_step:,} rows",
+        "epochs": f"{epochs:.2f}" if summary.complete else "",
     }
-    for label, value in rows.items():
-        if value:
-            table.add_row(Text(label), Text(value))
-    console.print(table)
+    width = max(map(len, figures))
+    lines = [f"  {name:{width}}  {value}" for name, value in figures.items() if value]
     example = summary.example
     if len(example) > SHOWN_CHARACTERS:
         example = example[:SHOWN_CHARACTERS] + "..."
-    console.print(f"An example; {OPEN}{CLOSE} holds what bears loss:", markup=False)
-    console.print(Text(example))
+    lines += [f"An example; {OPEN} {CLOSE} holds what bears loss:", example]
+    console.print(Text("Training data", style="bold"))
+    say("\n".join(lines), console)
