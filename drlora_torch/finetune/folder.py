@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,12 +21,8 @@ RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
 
 def create(folder: Path, recipe: Recipe) -> None:
     """Make the folder of a new run and write its recipe."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise _exists(folder) from None
-    except NotADirectoryError:
-        raise RunError(f"output folder {str(folder)!r}: a part of that path is a file") from None
+    refuse_existing(folder)
+    folder.mkdir(parents=True)
     write(folder, recipe)
 
 
@@ -46,15 +43,16 @@ def extend(folder: Path, recipe: Recipe) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Refuse what :func:`create` would refuse, before anything is loaded."""
-    if folder.exists():
-        raise _exists(folder)
-
-
-def _exists(folder: Path) -> RunError:
-    return RunError(
-        f"output folder {str(folder)!r} exists; use another --output, or --resume its run"
-    )
+    """Refuse a folder that exists or cannot be made, before anything is loaded."""
+    if os.path.lexists(folder):
+        raise RunError(
+            f"output folder {str(folder)!r} exists; use another --output, or --resume its run"
+        )
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise RunError(f"output folder {str(folder)!r}: {str(nearest)!r} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise RunError(f"output folder {str(folder)!r}: {str(nearest)!r} cannot be written to")
 
 
 def read(folder: Path) -> Recipe:

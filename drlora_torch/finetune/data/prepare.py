@@ -74,7 +74,11 @@ def _encode(
 ) -> list[dict[str, Any]]:
     rows = []
     for example, place in track(
-        found.examples, "tokenizing", console=console, transient=True, disable=console.quiet
+        found.examples,
+        "tokenizing",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ):
         whole = encoder.encode(example, place)
         kept = _kept(whole, options.max_length)
