@@ -13,6 +13,9 @@ from pydantic import ValidationError
 class DRLoRAError(ValueError):
     """Base class of every error of drlora."""
 
+    exit_code = 2
+    """Exit status of a command that ends with it."""
+
 
 class TimetableError(DRLoRAError):
     """The growth events do not fit into the training."""

@@ -151,6 +151,6 @@ def _describe_failure(error: Exception, command: str) -> tuple[str, int]:
         raise error
     text = describe_error(error)
     if isinstance(error, USER_ERRORS):
-        return text, 2
+        return text, getattr(error, "exit_code", 2)
     text = f"internal error: {type(error).__name__}: {text}"
     return f"{text} (DRLORA_DEBUG=1 shows the traceback)", 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from drlora_torch.finetune.data.prepare import Prepared, prepare
 from drlora_torch.finetune.data.splits import read
 from drlora_torch.finetune.model import load_config, load_tokenizer
 from drlora_torch.finetune.options import FinetuneOptions
+
+
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def load_data(
@@ -80,7 +84,7 @@ def read_template(file: Path) -> str:
     try:
         text = file.expanduser().read_text(encoding="utf-8")
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+            GENERATION.sub("", text)  # a tag of Transformers
         )
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"--chat-template {str(file)!r} cannot be read: {error}") from error

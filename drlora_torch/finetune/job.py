@@ -140,7 +140,8 @@ def _begin(job: Job, adapter: Adapter, resume: bool) -> None:
     job.everyone.wait_for_everyone()
     recipe, config = job.recipe, adapter.engine.config
     rows = recipe.batch_size * recipe.accumulation * recipe.different_batches
-    summary.show(job.console, job.data.summary, recipe.options.planned_steps, rows)
+    steps, sequences = recipe.options.planned_steps, job.data.sequences
+    summary.show(job.console, job.data.summary, steps, rows, sequences)
     job.console.print(
         f"{recipe.model}: {recipe.steps} steps, mean rank {config.starting_rank} to "
         f"{config.r_target} (largest {config.r_max}) in {config.num_events} events; "

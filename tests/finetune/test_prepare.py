@@ -222,7 +222,7 @@ def test_the_summary_is_shown_in_narrow_windows(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"text": "[bold]abc", "source": "x"}] * 5)
     made = prepared(file, eval_data=str(file)).summary
     screen = io.StringIO()
-    summary.show(Console(width=40, file=screen), made, steps=10, rows_per_step=2)
+    summary.show(Console(width=40, file=screen), made, steps=10, rows_per_step=2, sequences=5)
     text = screen.getvalue()
     assert "…" not in text
     for part in (

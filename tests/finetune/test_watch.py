@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 import drlora_torch
+from drlora_core.cli import main
 from drlora_core.recording import Recording
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, job
@@ -131,12 +132,18 @@ def test_a_diverged_run_stops_and_keeps_the_last_checkpoint(
     assert math.isfinite(result.loss_after)
 
 
-def test_weights_that_diverge_in_the_last_step_are_not_saved(
-    moe_folder: Path, sums: Path, tmp_path: Path
+def test_a_run_that_diverges_in_its_last_step_saves_nothing_and_exits_with_1(
+    moe_folder: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = options_for(moe_folder, sums, steps=3, learning_rate=1e38, max_grad_norm=0)
-    with pytest.raises(stopping.Diverged):
-        job.run(recipe, tmp_path / "run", QUIET)
+    options = "--steps 3 --learning-rate 1e38 --max-grad-norm 0 --r-init 1 --r-target 2 --r-max 4"
+    words = ["finetune", str(moe_folder), str(sums), "--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, *options.split()])
+    assert stopped.value.code == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("drlora: ")]
+    assert len(said) == 1
+    assert "diverged" in said[0]
+    assert "the last checkpoint is kept" in said[0]
     assert not (tmp_path / "run" / folder.ADAPTER).exists()
     assert not (tmp_path / "run" / folder.RESULT).exists()
 

@@ -122,9 +122,19 @@ def check_same(folder: Path, summary: Summary) -> None:
         )
 
 
-def show(console: Console, summary: Summary, steps: int, rows_per_step: int) -> None:
-    """Print a summary: what is trained on, and for how many epochs."""
-    epochs = steps * rows_per_step / max(summary.rows, 1)
+def show(
+    console: Console, summary: Summary, steps: int, rows_per_step: int, sequences: int | None
+) -> None:
+    """Print a summary: what is trained on, and for how many epochs.
+
+    Args:
+        console: where to.
+        summary: of the training data.
+        steps: optimizer steps.
+        rows_per_step: rows of a step; with packing, sequences.
+        sequences: those of an epoch; None for a stream.
+    """
+    epochs = steps * rows_per_step / (sequences or 1)
     first = "" if summary.complete else "first "
     figures = {
         "columns": summary.format,
@@ -136,8 +146,9 @@ def show(console: Console, summary: Summary, steps: int, rows_per_step: int) -> 
         f"tokens of these {first}rows": f"{summary.tokens:,}",
         "of them bear loss": f"{summary.loss_tokens:,}",
         "longest row in tokens": f"{summary.longest:,}",
-        "steps": f"{steps:,} of {rows_per_step:,} rows",
-        "epochs": f"{epochs:.2f}" if summary.complete else "",
+        "packed sequences": f"{sequences:,}" if sequences not in (None, summary.rows) else "",
+        "steps": f"{steps:,} of {rows_per_step:,}",
+        "epochs": "" if sequences is None else f"{epochs:.2f}",
     }
     width = max(map(len, figures))
     lines = [f"  {name:{width}}  {value}" for name, value in figures.items() if value]
