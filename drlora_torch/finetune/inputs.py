@@ -14,7 +14,6 @@ from drlora_torch.finetune.data.splits import read
 from drlora_torch.finetune.model import load_config, load_tokenizer
 from drlora_torch.finetune.options import FinetuneOptions
 
-
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
