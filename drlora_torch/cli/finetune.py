@@ -34,8 +34,9 @@ def finetune(
     ] = None,
     **options: Any,
 ) -> None:
-    """Fine-tune a mixture-of-experts model; without arguments, the small one that is shipped.
+    """Fine-tune an MoE model on your data.
 
+    Without arguments, it trains the small model that is shipped, on a task that it has not seen.
     Values come from the command line, then from --config, then from the defaults.
     """
     chosen = {name: value for name, value in options.items() if value is not None}
