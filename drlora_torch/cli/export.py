@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder
 
 
@@ -25,20 +24,11 @@ def export(
     ] = False,
 ) -> None:
     """Write the adapter of a run as a PEFT directory."""
-    from drlora_torch.api import load
-    from drlora_torch.finetune.model import load_base
-    from drlora_torch.integrations.trainer import last_checkpoint
+    from drlora_torch.finetune.after.found import target_of
+    from drlora_torch.finetune.after.opened import open_run
 
-    options = folder.read(run).options
-    final = run / folder.ADAPTER
-    source = final if final.is_dir() else last_checkpoint(run / folder.CHECKPOINTS)
-    if source is None:
-        raise RunError(f"the run in {str(run)!r} has saved no adapter yet")
-    target = output or run / folder.PEFT
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{str(target)!r} exists; use another --output")
-    adapter = load(load_base(options), source)
-    report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
+    target = target_of(run, output, folder.PEFT)
+    report = open_run(run).adapter.export_peft(target, rank=rank, per_expert=per_expert)
     typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
     if rank is not None:
         typer.echo(f"largest relative error of an expert: {report.largest_error:.2e}")
