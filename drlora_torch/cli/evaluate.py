@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from drlora_core.cli.common import AsJson, emit, table
+from drlora_core.cli.common import AsJson, emit, say, table
 
 
 def evaluate(
@@ -72,14 +72,15 @@ def evaluate(
     if as_json:
         emit(report.model_dump(exclude_defaults=True))
         return
+    if report.scores:
+        where = report.data or "rows that the run held out"
+        say(f"{where}: {report.rows:,} rows, {report.tokens:,} tokens that bear loss")
     rows = [
-        {"model": name, "loss": f"{scores.loss:.4f}", **scores.model_dump(exclude={"loss"})}
+        {"model": name, "loss": f"{scores.loss:.4f}", "perplexity": scores.perplexity}
+        | ({"exact match": scores.exact_match} if exact_match else {})
         for name, scores in report.scores.items()
     ]
-    for row in [] if exact_match else rows:
-        del row["exact_match"]
-    where = report.data or "the rows that the run held out"
-    table(f"{where}: {report.rows:,} rows, {report.tokens:,} tokens that bear loss", rows)
+    table("", rows)
     _show_tasks(report.tasks)
 
 

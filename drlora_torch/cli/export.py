@@ -26,9 +26,12 @@ def export(
     """Write the adapter of a run as a PEFT directory."""
     from drlora_torch.finetune.after.found import target_of
     from drlora_torch.finetune.after.opened import open_run
+    from drlora_torch.finetune.watch.progress import quiet_libraries
 
     target = target_of(run, output, folder.PEFT)
-    report = open_run(run).adapter.export_peft(target, rank=rank, per_expert=per_expert)
+    with quiet_libraries():
+        adapter = open_run(run).adapter
+    report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
     typer.echo(f"{report.path}: rank {max(report.ranks.values())}")
     if rank is not None:
         typer.echo(f"largest relative error of an expert: {report.largest_error:.2e}")
