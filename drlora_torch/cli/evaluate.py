@@ -11,43 +11,51 @@ from rich.console import Console
 from drlora_core.cli.common import AsJson, emit, say, table
 
 
+Run = Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")]
+Data = Annotated[
+    str | None,
+    typer.Argument(
+        help="Rows to evaluate on, as in drlora finetune: their validation or test split, or else "
+        "all of them. If not given, the rows that the run held out."
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Which columns to read, FIELD=COLUMN,... If not given, as the run."),
+]
+ExactMatch = Annotated[
+    bool,
+    typer.Option(
+        "--exact-match",
+        help="Also let the model answer, with the likeliest token each time, and count the answers "
+        "that are the right ones word by word.",
+    ),
+]
+Base = Annotated[bool, typer.Option("--base", help="Evaluate the base model too, to compare.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks of lm-eval (pip install lm-eval), such as gsm8k,arc_easy; without DATA, only "
+        "these."
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Rows of a forward pass. If not given, as the run.")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Evaluate on the first rows only, of each task too.")
+]
+
+
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")],
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            help="Rows to evaluate on, as in drlora finetune: their validation or test split, or "
-            "else all of them. If not given, the rows that the run held out."
-        ),
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="Which columns to read, FIELD=COLUMN,... If not given, as the run."),
-    ] = None,
-    exact_match: Annotated[
-        bool,
-        typer.Option(
-            "--exact-match",
-            help="Also let the model answer, with the likeliest token each time, and count the "
-            "answers that are the right ones word by word.",
-        ),
-    ] = False,
-    base: Annotated[
-        bool, typer.Option("--base", help="Evaluate the base model too, to compare.")
-    ] = False,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of lm-eval (pip install lm-eval), such as gsm8k,arc_easy; without DATA, "
-            "only these."
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Rows of a forward pass. If not given, as the run.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Evaluate on the first rows only, of each task too.")
-    ] = None,
+    run: Run,
+    data: Data = None,
+    columns: Columns = None,
+    exact_match: ExactMatch = False,
+    base: Base = False,
+    tasks: Tasks = None,
+    batch_size: BatchSize = None,
+    limit: Limit = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure what a run has trained: loss in nats per token, perplexity, exact match.

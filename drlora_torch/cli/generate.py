@@ -13,36 +13,41 @@ from rich.console import Console
 from drlora_core.cli.common import AsJson, emit
 from drlora_torch.errors import RunError
 
+Run = Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")]
+Prompts = Annotated[
+    list[str], typer.Argument(help="What to go on from; - reads one prompt a line from stdin.")
+]
+Length = Annotated[int, typer.Option(help="Longest text, in tokens.")]
+Temperature = Annotated[
+    float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")
+]
+TopP = Annotated[
+    float, typer.Option(help="Draw among the likeliest tokens of this probability, above 0 to 1.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of each text that is drawn.")]
+Base = Annotated[bool, typer.Option("--base", help="Show the text of the base model too.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--plain",
+        help="Use the chat template, or add nothing to a prompt. If neither is given, as the run "
+        "was trained: the template for messages, conversations, questions and instructions, if "
+        "there is one; nothing for prompt and completion, and for text.",
+    ),
+]
+System = Annotated[str | None, typer.Option(help="System message, for the chat template.")]
+
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")],
-    prompts: Annotated[
-        list[str], typer.Argument(help="What to go on from; - reads one prompt a line from stdin.")
-    ],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Draw among the likeliest tokens of this probability, above 0 to 1."),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of each text that is drawn.")] = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Show the text of the base model too.")
-    ] = False,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--plain",
-            help="Use the chat template, or add nothing to a prompt. If neither is given, as the "
-            "run was trained: the template for messages, conversations, questions and "
-            "instructions, if there is one; nothing for prompt and completion, and for text.",
-        ),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System message, for the chat template.")
-    ] = None,
+    run: Run,
+    prompts: Prompts,
+    max_new_tokens: Length = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    base: Base = False,
+    chat: Chat = None,
+    system: System = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what a trained model says, and its base model with --base.
