@@ -10,7 +10,6 @@ from rich.console import Console
 
 from drlora_core.cli.common import AsJson, emit, say, table
 
-
 Run = Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")]
 Data = Annotated[
     str | None,
