@@ -121,7 +121,8 @@ def evaluate_run(run: Path, wanted: Wanted, console: Console) -> Report:
         rows = _read(run, options, tokenizer, wanted) if wanted.rows else None
     with console.status("loading the model"):
         opened = open_run(run, tokenizer=tokenizer, on_gpu=True)
-    prompter = Prompter(tokenizer, trained_columns(run))
+    messages = rows is not None and rows.held_out.examples.needs_template
+    prompter = Prompter(tokenizer, trained_columns(run), chat=messages or None)
     batch_size = wanted.batch_size or options.batch_size
     report = Report(data=wanted.data)
     for name in _of_each(opened, wanted.base):
