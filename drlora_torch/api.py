@@ -161,8 +161,9 @@ def load(
 
     Args:
         model: the base model, without an adapter of this name.
-        path: the directory (or file) that ``adapter.save_pretrained`` wrote, or the id of a
-            repository on the Hugging Face hub that holds it.
+        path: the directory (or file) that ``adapter.save_pretrained`` wrote, the folder of a
+            finished run of ``drlora finetune``, or the id of a repository on the Hugging Face hub
+            that holds the adapter.
         adapter_name: as for :func:`attach`; the loaded adapter is the active one.
         policy: the callable that the run was made with, if it was: code is not saved, so without
             it the allocation goes on with ``config.policy``.

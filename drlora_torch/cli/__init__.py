@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import typer
 
+from drlora_torch.cli.evaluate import evaluate
 from drlora_torch.cli.export import export
 from drlora_torch.cli.finetune import finetune
+from drlora_torch.cli.generate import generate
 from drlora_torch.cli.inspect import inspect
+from drlora_torch.cli.merge import merge
+from drlora_torch.cli.push import push
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of the core."""
-    for command in (finetune, inspect, export):
+    for command in (finetune, inspect, generate, evaluate, merge, export, push):
         app.command()(command)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from drlora_core.cli import common
 from drlora_core.cli.app import print_error
 from drlora_core.cli.console import say
-from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder
 
 LARGE_ERROR = 0.1
@@ -37,22 +36,14 @@ def export(
 
     Without --rank the export is exact.
     """
-    from drlora_torch.api import load
-    from drlora_torch.finetune.model import load_base
-    from drlora_torch.integrations.trainer import last_checkpoint
-    from drlora_torch.storage import adapter_file
+    from drlora_torch.finetune.after.found import target_of
+    from drlora_torch.finetune.after.opened import open_run
+    from drlora_torch.finetune.watch.progress import quiet_libraries
 
-    options = folder.read(run).options
-    final = run / folder.ADAPTER
-    source = final if final.is_dir() else last_checkpoint(run / folder.CHECKPOINTS)
-    if source is None:
-        raise RunError(f"the run in {str(run)!r} has saved no adapter yet")
-    target = output or run / folder.PEFT
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{str(target)!r} exists; use another --output")
+    target = target_of(run, output, folder.PEFT)
     common.check_parent(target)
-    adapter_file.read(Path(source))  # a damaged one is refused before the model is loaded
-    adapter = load(load_base(options), source)
+    with quiet_libraries():
+        adapter = open_run(run).adapter
     report = adapter.export_peft(target, rank=rank, per_expert=per_expert)
     say(f"{report.path}: rank {max(report.ranks.values())}")
     if rank is not None:

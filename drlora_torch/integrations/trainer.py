@@ -18,6 +18,7 @@ from drlora_torch.integrations.metrics import rank_metrics
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.entering import save_beside
+from drlora_torch.storage.run_folder import newest_checkpoint
 
 HINT = "resume from last_checkpoint(output_dir), or use DRLoRACallback(adapter, resume_from=...)"
 
@@ -143,12 +144,8 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Unlike ``resume_from_checkpoint=True`` it skips a checkpoint that a crash has cut short: one
     without an adapter or without a readable Trainer state.
     """
-    complete = {
-        state.global_step: str(folder)
-        for folder in Path(output_dir).glob("checkpoint-*")
-        if (folder / FILE_NAME).is_file() and (state := _read_state(folder)) is not None
-    }
-    return complete[max(complete)] if complete else None
+    found = newest_checkpoint(Path(output_dir))
+    return None if found is None else str(found)
 
 
 def _folder(args: Any, state: TrainerState) -> Path:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 from huggingface_hub import errors
 
-from drlora_core import atomic
+from drlora_core import AllocatorEngine, atomic
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
+from drlora_torch.options import AdapterOptions
 from drlora_torch.storage.adapter_file import FILE_NAME
+from drlora_torch.storage.run_folder import adapter_in
 
 CARD_FILE = "README.md"
-RUN_ADAPTER = "adapter"
-"""Where a run of ``drlora finetune`` keeps its adapter, in its folder."""
 REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (
         errors.LocalEntryNotFoundError,
@@ -69,8 +70,8 @@ def find(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     The folder of a run stands for the adapter in it.
     """
     local = Path(path)
-    if not (local / FILE_NAME).is_file() and (local / RUN_ADAPTER / FILE_NAME).is_file():
-        return local / RUN_ADAPTER
+    if (in_run := adapter_in(local)) is not None:
+        return in_run
     if local.exists() or not is_repo_id(os.fspath(path)):
         return local
     try:
@@ -92,38 +93,82 @@ def upload(attached: Attached, folder: Path, repo_id: str, private: bool | None)
 
     A model card is written to the folder and uploaded too; one that is already there stays.
     """
+    upload_files(
+        folder,
+        repo_id,
+        private,
+        card=lambda repo: model_card(attached, repo),
+        patterns=[FILE_NAME, CARD_FILE],
+    )
+
+
+def upload_files(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    *,
+    card: Callable[[str], str],
+    patterns: list[str] | None = None,
+) -> str:
+    """Upload files of a folder, into a new repository if there is none of the name.
+
+    Args:
+        folder: that holds them.
+        repo_id: of the repository.
+        private: visibility of a new one; None: the account's default.
+        card: makes the model card for a repository, if the folder has none.
+        patterns: names of the files; None: all.
+
+    Returns:
+        The id of the repository, with its owner.
+
+    Raises:
+        CheckpointError: whatever the hub's client and the network object to.
+    """
     try:
         api = huggingface_hub.HfApi()
         repo = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if not (folder / CARD_FILE).exists():
-            atomic.write_text(folder / CARD_FILE, model_card(attached, repo))
+            atomic.write_text(folder / CARD_FILE, card(repo))
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            allow_patterns=[FILE_NAME, CARD_FILE],
-            commit_message="Upload drlora adapter",
+            allow_patterns=patterns,
+            commit_message="Upload drlora adapter" if patterns else "Upload model",
         )
     except Exception as error:  # whatever the hub's client and the network raise
         raise CheckpointError(
-            f"the adapter is in {folder}, but could not be uploaded to {repo_id!r}: "
+            f"the files are in {folder}, but could not be uploaded to {repo_id!r}: "
             f"{_first_line(error)}"
         ) from error
+    return repo
 
 
 def model_card(attached: Attached, repo: str) -> str:
     """How to load the adapter of a repository, its ranks, and how they were allocated."""
     base = str(getattr(getattr(attached.model, "config", None), "_name_or_path", "") or "")
-    if Path(base).exists() or not is_repo_id(base):
-        base = ""  # a local path says nothing to others
-    ranks = {name: layer.lora.table.ranks() for name, layer in attached.layers.items()}
-    fields = attached.engine.config.model_dump(mode="json")
-    fields |= attached.options.model_dump(mode="json", exclude={"layers"})
+    return adapter_card(base, attached.engine, attached.options, repo)
+
+
+def adapter_card(base: str, engine: AllocatorEngine, options: AdapterOptions, repo: str) -> str:
+    """Write the card of an adapter, from what its file says.
+
+    Args:
+        base: id of the base model; a local path is not named.
+        engine: that has allocated the ranks.
+        options: of the adapter.
+        repo: id of the repository that the card is for.
+    """
+    base = public_name(base)
+    ranks = {name: engine.ranks(name) for name in engine.layer_names}
+    fields = engine.config.model_dump(mode="json")
+    fields |= options.model_dump(mode="json", exclude={"layers"})
     return CARD.format(
         base_line=f"base_model: {base}\n" if base else "",
         title=repo.rpartition("/")[2],
         base=base or "the base model",
         repo=repo,
-        steps=attached.engine.step_count,
+        steps=engine.step_count,
         ranks="\n".join(
             f"| `{name}` | {r.size} | {r.sum()} | {r.min()} | {np.median(r):g} | {r.max()} | "
             f"{' '.join(map(str, r))} |"
@@ -131,6 +176,11 @@ def model_card(attached: Attached, repo: str) -> str:
         ),
         fields="\n".join(f"| `{field}` | {value} |" for field, value in fields.items()),
     )
+
+
+def public_name(model: str) -> str:
+    """Return the id of a model on the hub; nothing for a local path, which others cannot use."""
+    return "" if Path(model).exists() or not is_repo_id(model) else model
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""What comes after a run: generate, evaluate, merge, export and push what it has trained."""

@@ -1,0 +1,82 @@
+"""Find the files of a run; nothing is loaded."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from drlora_torch.errors import RunError
+from drlora_torch.finetune import folder
+from drlora_torch.finetune.data.summary import FILE as DATA_FILE
+from drlora_torch.finetune.data.summary import Summary
+from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.storage.adapter_file import FILE_NAME
+from drlora_torch.storage.run_folder import newest_checkpoint
+
+
+def adapter_of(run: Path) -> Path:
+    """Return the folder of a run's adapter, or its last complete checkpoint.
+
+    Raises:
+        RunError: it has saved neither.
+    """
+    final = run / folder.ADAPTER
+    source = final if (final / FILE_NAME).is_file() else newest_checkpoint(run / folder.CHECKPOINTS)
+    if source is None:
+        raise RunError(
+            f"the run in {str(run)!r} has saved no adapter yet; go on with it: drlora finetune "
+            f"--resume {shlex.quote(str(run))}"
+        )
+    return source
+
+
+def read_options(run: Path) -> FinetuneOptions:
+    """Return the options of a run; of static LoRA too, in the folder inside that of its run.
+
+    Raises:
+        RunError: the folder is not that of a run.
+    """
+    return folder.read(_home(run)).options
+
+
+def read_summary(run: Path) -> Summary | None:
+    """Return what a run was trained on, in figures; None if that is unknown."""
+    try:
+        return Summary.model_validate_json((_home(run) / DATA_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def trained_columns(run: Path) -> str:
+    """Return the first column that a run read, such as ``messages``; nothing if that is unknown."""
+    summary = read_summary(run)
+    return "" if summary is None else summary.format.partition(",")[0]
+
+
+def target_of(run: Path, output: Path | None, name: str) -> Path:
+    """Return the folder that a command writes to, once it is clear that it can.
+
+    Args:
+        run: folder of the run.
+        output: as the user has it.
+        name: in the folder of the run, if the user does not say.
+
+    Raises:
+        RunError: there is no run or no adapter, or the target is a file or not empty.
+    """
+    read_options(run)
+    adapter_of(run)
+    target = output or run / name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(f"{str(target)!r} exists; use another --output")
+    return target
+
+
+def _home(run: Path) -> Path:
+    """The folder with the recipe: ``RUN`` for ``RUN/uniform``, which --compare has made."""
+    path = run.expanduser().resolve()
+    beside = (path / folder.ADAPTER).is_dir() or (path / folder.CHECKPOINTS).is_dir()
+    own = (path / folder.RECIPE).is_file()
+    return path.parent if beside and not own and (path.parent / folder.RECIPE).is_file() else run
