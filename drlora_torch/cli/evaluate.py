@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from drlora_core.cli.common import AsJson, emit, say, table
+from drlora_core.cli.common import AsJson, emit
+from drlora_core.cli.console import make_console, say
+from drlora_core.cli.tables import show_table
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")]
 Data = Annotated[
@@ -75,7 +76,7 @@ def evaluate(
         limit=limit,
     )
     with quiet_libraries():
-        report = evaluate_run(run, wanted, Console(stderr=True))
+        report = evaluate_run(run, wanted, make_console(stderr=True))
     if as_json:
         emit(report.model_dump(exclude_defaults=True))
         return
@@ -87,7 +88,7 @@ def evaluate(
         | ({"exact match": scores.exact_match} if exact_match else {})
         for name, scores in report.scores.items()
     ]
-    table("", rows)
+    show_table("Evaluation", rows, figures=["loss"])
     _show_tasks(report.tasks)
 
 
@@ -98,4 +99,4 @@ def _show_tasks(tasks: dict[str, dict[str, dict[str, float]]]) -> None:
         for task, metrics in found.items()
         for metric, value in metrics.items()
     ]
-    table("lm-eval", rows)
+    show_table("lm-eval", rows)
