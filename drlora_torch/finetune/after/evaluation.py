@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 
+from drlora_core.validation import reword_errors
 from drlora_torch.finetune.after.found import (
     adapter_of,
     read_options,
@@ -61,6 +62,8 @@ class Wanted(BaseModel):
         if self.columns is not None and self.data is None:
             raise ValueError("--columns needs DATA: the run knows those of its own")
         return self
+
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     @property
     def rows(self) -> bool:

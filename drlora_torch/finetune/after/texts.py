@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from drlora_core.validation import reword_errors
+
 
 class Sampling(BaseModel):
     """How the next token is chosen, and how many are.
@@ -37,6 +39,8 @@ class Sampling(BaseModel):
         if self.top_p < 1.0 and not self.temperature:
             raise ValueError("top_p needs a temperature above 0")
         return self
+
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
 
     def config(self, stop: Sequence[int], pad: int) -> GenerationConfig:
         """Return it as Transformers takes it.
