@@ -29,9 +29,9 @@ class RunResult(BaseModel):
     method: str
     """Name of the policy."""
     loss_before: float
-    """Held-out loss of the base model, in nats per token."""
+    """Held-out loss of the base model, in nats per token: the Trainer's mean over batches."""
     loss_after: float
-    """Held-out loss after the training, in nats per token."""
+    """Held-out loss after the training, likewise. ``drlora evaluate`` has the mean over tokens."""
     tokens_per_second: float | None
     """Training tokens per second, without padding; None if there was nothing left to train."""
     seconds: float

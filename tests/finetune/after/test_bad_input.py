@@ -37,7 +37,7 @@ GENERATE = {
     "top": (["run", "hi", "--top-p", "1.5", "--temperature", "1"], "top_p: must be"),
     "greedy": (["run", "hi", "--top-p", "0.9"], "top_p needs a temperature above 0"),
     "length": (["run", "hi", "--max-new-tokens", "0"], "max_new_tokens: must be at least 1, got 0"),
-    "seed": (["run", "hi", "--seed", "-1"], "seed: must be at least 0, got -1"),
+    "seed": (["run", "hi", "--seed", "-1"], "seed: must be at least 0 and below"),
     "stdin": (["run", "-"], "standard input is not utf-8"),
 }
 MERGE = {
