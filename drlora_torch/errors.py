@@ -29,6 +29,10 @@ class CheckpointError(DRLoRAError):
     """A saved adapter is damaged, foreign, or does not fit the model."""
 
 
+class NotFiniteError(CheckpointError):
+    """Weights are not finite, so that nothing was saved: the training has diverged."""
+
+
 class DataError(DRLoRAError):
     """Training data that is missing, empty or in no known format."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,8 +23,12 @@ RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
 def create(folder: Path, recipe: Recipe) -> None:
     """Make the folder of a new run and write its recipe."""
     refuse_existing(folder)
-    folder.mkdir(parents=True)
-    write(folder, recipe)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        new = Path(place, "run")  # renamed at once: a folder without a recipe cannot go on
+        new.mkdir()
+        write(new, recipe)
+        new.rename(folder)
 
 
 def write(folder: Path, recipe: Recipe) -> None:

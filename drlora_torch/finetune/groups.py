@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from drlora_core.config import PolicyName, ScopeName, TimetableName
 from drlora_torch.finetune.words import parse_names, parse_pairs
 
+Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names), Field(min_length=1)]
 Pairs = Annotated[dict[str, str], BeforeValidator(parse_pairs)]
 
@@ -31,9 +32,9 @@ class ModelGroup(Group):
 
     panel: ClassVar[str] = "Model"
 
-    model: str
+    model: Text
     """Hugging Face id or local folder of a mixture-of-experts model."""
-    adapter: str | None = None
+    adapter: Text | None = None
     """Start from this adapter: a run, a folder of drlora with its ranks, or one of PEFT."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the base model; auto is float32 on a CPU and that of the checkpoint on a GPU."""
@@ -49,19 +50,21 @@ class DataGroup(Group):
 
     panel: ClassVar[str] = "Data"
 
-    data: str
+    data: Text
     """Training data: a file (.jsonl, .json, .csv, .parquet, .txt, each also .gz), a folder of such
     files, or a dataset id. Columns: text; prompt and completion; messages; conversations; question
     and answer; instruction, input and output; for --method dpo: chosen and rejected, with or
     without prompt. In a .txt file, blank lines separate the rows."""
-    eval_data: str | None = None
+    eval_data: Text | None = None
     """Held-out data, in the same formats as DATA. If not given, the validation or test split of
     DATA, or a random part of it."""
+    split: Text = "train"
+    """Split of DATA to train on, where it has several."""
     eval_fraction: float = Field(0.05, gt=0.0, lt=1.0)
     """Fraction of DATA to hold out if it has no split for it."""
     columns: Pairs | None = None
     """Which columns to read, FIELD=COLUMN,...: prompt=question,completion=answer."""
-    chat_template: str | None = None
+    chat_template: Text | None = None
     """File with the chat template (Jinja) to use instead of the tokenizer's."""
     train_on: Literal["answers", "all"] = "answers"
     """Tokens that bear loss: completions and assistant turns (answers), or all."""
@@ -141,7 +144,7 @@ class TrainingGroup(Group):
     """Optimizer steps. If neither steps nor epochs are given, 200. With --resume: to this step."""
     epochs: float | None = Field(None, gt=0.0)
     """Passes over DATA, instead of steps."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=2**20)
     """Rows per device and forward pass."""
     accumulation: int = Field(1, ge=1)
     """Forward passes per optimizer step."""
@@ -158,7 +161,7 @@ class TrainingGroup(Group):
     ] = "cosine"
     """How the learning rate changes after its warmup."""
     warmup_ratio: float = Field(0.05, ge=0.0, lt=1.0)
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps in which the learning rate rises; not with constant."""
     weight_decay: float = Field(0.0, ge=0.0)
     """Weight decay of the optimizer."""
     optimizer: Literal[
@@ -178,7 +181,7 @@ class TrainingGroup(Group):
     """Clip the norm of the gradients at this; 0 does not."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the data order, the rows of A and the policy."""
 
 
@@ -191,10 +194,10 @@ class WatchGroup(Group):
     """Optimizer steps between evaluations. If not given, before and after the training only."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a lower held-out loss, and keep the best; needs
-    --eval-every."""
+    --eval-every, at which checkpoints are written then."""
     save_every: int | None = Field(None, ge=1)
     """Optimizer steps between checkpoints. If not given, a quarter of the steps."""
     report_to: Names | None = None
     """Where metrics go beside the run's folder, by the Trainer's names: tensorboard, wandb, ..."""
-    run_name: str | None = None
+    run_name: Text | None = None
     """Name of the run there. If not given, that of its folder."""

@@ -35,7 +35,8 @@ def load_data(
         ModelError: no configuration or tokenizer, or one that does not fit the other.
         RunError: no chat template where one is needed.
     """
-    check_window(options)
+    if options.epochs is None:  # else it is known later
+        check_window(options)
     config = load_config(options.model)
     tokenizer = load_tokenizer(options.model)
     check_tokenizer(tokenizer, options.model)
@@ -52,7 +53,9 @@ def load_data(
     data = prepare(found, options, tokenizer, console)
     check_vocabulary(config, tokenizer, data.largest_id, options.model)
     rows = None if data.sequences is None else -(-data.sequences // batches)
-    return options.resolved(rows), tokenizer, data
+    resolved = options.resolved(rows)
+    check_window(resolved)
+    return resolved, tokenizer, data
 
 
 def check_window(options: FinetuneOptions) -> None:
@@ -62,13 +65,11 @@ def check_window(options: FinetuneOptions) -> None:
         RunError: names the last event, the last step and the fix.
         pydantic.ValidationError: as :class:`drlora_core.AllocatorConfig`.
     """
-    resolved = options.resolved(None)
-    events = resolved.allocator_config().growth_steps
-    known = options.epochs is None and options.adapter is None
-    if known and events and events[-1] > resolved.planned_steps:
+    events = options.allocator_config().growth_steps
+    if options.adapter is None and events and events[-1] > options.planned_steps:
         raise RunError(
             f"ranks would grow last after step {events[-1]}, but the training ends after step "
-            f"{resolved.planned_steps}, so the budget would not be met; use a lower --growth-end"
+            f"{options.planned_steps}, so the budget would not be met; use a lower --growth-end"
         )
 
 

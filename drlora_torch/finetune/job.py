@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
 from drlora_core import atomic
-from drlora_torch.adapter import Adapter
-from drlora_torch.errors import CheckpointError
+from drlora_core.cli.console import say
+from drlora_torch.adapter import Adapter, state_of
+from drlora_torch.errors import NotFiniteError, RunError
 from drlora_torch.finetune import folder, result, starting
 from drlora_torch.finetune.data import summary
 from drlora_torch.finetune.data.prepare import Prepared
@@ -36,8 +38,18 @@ from drlora_torch.finetune.training import (
 from drlora_torch.finetune.watch.meter import Meter
 from drlora_torch.finetune.watch.metrics_file import MetricsFile
 from drlora_torch.finetune.watch.progress import RichProgress, quiet_libraries
-from drlora_torch.finetune.watch.stopping import Diverged, StopOnSignal, StopWhenDiverged
+from drlora_torch.finetune.watch.stopping import (
+    Diverged,
+    StopOnSignal,
+    Stopped,
+    StopWhenDiverged,
+)
 from drlora_torch.integrations.trainer import last_checkpoint
+from drlora_torch.storage.checkpoint import check_restorable
+from drlora_torch.storage.checkpoint import read as read_adapter
+
+LOCK = ".lock"
+"""In the folder of a run, while a process trains into it."""
 
 
 class Job(NamedTuple):
@@ -94,7 +106,7 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
         options = options.shared_by(recipe.different_batches, saved.different_batches)
     else:
         folder.refuse_existing(output)
-    options = starting.adopt(options)
+        options = starting.adopt(options)
     check_reporters(options.report_to)
     with quiet_libraries():
         options, tokenizer, data = load_data(options, recipe.different_batches, console)
@@ -105,7 +117,7 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
         stop = StopOnSignal(everyone.num_processes, everyone.device)
         recipe = recipe.model_copy(update=options.model_dump())
         job = Job(recipe, output, console, everyone, tokenizer, data, stop)
-        with stop.listening():
+        with stop.listening(), _leave_nothing(job, resume):
             results = _train_all(job, model, options, resume)
     if everyone.is_main_process:
         text = json.dumps([each.model_dump() for each in results], indent=2)
@@ -114,41 +126,89 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
     return results
 
 
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Refuse to train into a folder into which another process trains."""
+    lock = filelock.FileLock(output / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(
+            f"another process trains into {str(output)!r}; wait until it has ended"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (output / LOCK).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _leave_nothing(job: Job, resume: bool) -> Iterator[None]:
+    """If a new run fails before its training begins, remove its folder."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
+        new = not resume and not job.stop.began
+        if new and job.everyone.is_main_process and (job.output / folder.RECIPE).is_file():
+            shutil.rmtree(job.output, ignore_errors=True)
+        raise
+
+
 def _train_all(
     job: Job, model: nn.Module, options: FinetuneOptions, resume: bool
 ) -> list[RunResult]:
     """Train the method of the recipe, and the one to compare it with."""
-    with _attached(model, options) as adapter:
-        _begin(job, adapter, resume)
-        results = [_train(job, options, adapter, job.output)]
-    if job.recipe.compare is not None:
-        static = options.uniform()
-        with _attached(model, static) as adapter:
-            results.append(_train(job, static, adapter, job.output / job.recipe.compare))
-    return results
+    with contextlib.ExitStack() as whole:
+        with _attached(model, options) as adapter:
+            _open_folder(job, adapter, resume, whole)
+            _tell(job, adapter)
+            results = [_train(job, options, adapter, job.output)]
+        if job.recipe.compare is not None:
+            static = options.uniform()
+            with _attached(model, static) as adapter:
+                results.append(_train(job, static, adapter, job.output / job.recipe.compare))
+        return results
 
 
-def _begin(job: Job, adapter: Adapter, resume: bool) -> None:
-    """Make the folder of a new run, now that nothing stands in its way, and say what is trained."""
+def _open_folder(job: Job, adapter: Adapter, resume: bool, whole: contextlib.ExitStack) -> None:
+    """Make the folder of a new run, now that nothing stands in its way, or take up an old one."""
     job.everyone.wait_for_everyone()  # each has looked whether the folder exists
     if job.everyone.is_main_process:
-        if resume:
-            folder.extend(job.output, job.recipe)
-        else:
+        if not resume:
             folder.create(job.output, job.recipe)
+        whole.enter_context(_alone(job.output))
+        if resume:
+            _check_restorable(job, adapter)
+            folder.extend(job.output, job.recipe)
         summary.write(job.output, job.data.summary)
     job.everyone.wait_for_everyone()
+
+
+def _tell(job: Job, adapter: Adapter) -> None:
+    """Say what is trained on, and what is trained."""
     recipe, config = job.recipe, adapter.engine.config
     rows = recipe.batch_size * recipe.accumulation * recipe.different_batches
     steps, sequences = recipe.options.planned_steps, job.data.sequences
     summary.show(job.console, job.data.summary, steps, rows, sequences)
-    job.console.print(
+    if recipe.method == "dpo" and recipe.adapter is not None:
+        say("the reference of dpo is the base model, not the adapter to start from", job.console)
+    say(
         f"{recipe.model}: {recipe.steps} steps, mean rank {config.starting_rank} to "
         f"{config.r_target} (largest {config.r_max}) in {config.num_events} events; "
         f"{adapter.storage}\n{result.trained_parameters(adapter)}",
-        soft_wrap=True,
-        markup=False,
+        job.console,
     )
+
+
+def _check_restorable(job: Job, adapter: Adapter) -> None:
+    """Refuse a checkpoint that does not fit, before anything in the folder changes."""
+    checkpoint = last_checkpoint(job.output / folder.CHECKPOINTS)
+    if checkpoint is not None and not adapter.is_sharded:
+        saved = read_adapter(Path(checkpoint))
+        check_restorable(state_of(adapter), saved, check_base=True)
 
 
 @contextlib.contextmanager
@@ -181,9 +241,8 @@ def _train(job: Job, options: FinetuneOptions, adapter: Adapter, output: Path) -
             job.console.print("no recording: this run starts from the ranks of an adapter")
         state = read_state(checkpoint)
         output.mkdir(exist_ok=True)
-        metrics = MetricsFile(output / folder.METRICS, state.log_history if state else ())
-        metrics.resumed = state is not None
-        callbacks.append(metrics)
+        step = None if state is None else state.global_step
+        callbacks.append(MetricsFile(output / folder.METRICS, step))
     trainer = build_trainer(
         options, adapter, job.tokenizer, job.data, checkpoints, output / folder.LOGS, callbacks
     )
@@ -198,8 +257,6 @@ def _train(job: Job, options: FinetuneOptions, adapter: Adapter, output: Path) -
             after = trainer.evaluate()
         if first or adapter.is_sharded:
             adapter.save_pretrained(output / folder.ADAPTER)
-    except CheckpointError as error:
-        if "not finite" in str(error):
-            raise Diverged(f"{error}; the last checkpoint is kept") from error
-        raise
+    except NotFiniteError as error:
+        raise Diverged(f"{error}; the last checkpoint is kept") from error
     return result.collect(options.policy, adapter, meter, before, after["eval_loss"], output)

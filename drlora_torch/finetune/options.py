@@ -49,9 +49,8 @@ class FinetuneOptions(
             (self.streaming and not self.steps, "streaming needs steps: DATA is not counted first"),
             (self.patience and not self.eval_every, "patience needs eval_every"),
             (
-                self.patience and (self.save_every or 0) % (self.eval_every or 1),
-                f"with patience, save_every {self.save_every} must be a multiple of eval_every "
-                f"{self.eval_every}",
+                self.patience and self.save_every,
+                "with patience, checkpoints are written at every evaluation; leave save_every out",
             ),
             (
                 self.attention_rank is None and (self.attention_alpha or self.attention_targets),
@@ -87,7 +86,7 @@ class FinetuneOptions(
     def steps_between_checkpoints(self) -> int:
         """As given, or a quarter of the steps; with ``patience``, at every evaluation."""
         if self.patience and self.eval_every:
-            return self.save_every or self.eval_every
+            return self.eval_every
         return self.save_every or max(self.planned_steps // 4, 1)
 
     def allocator_config(self) -> AllocatorConfig:

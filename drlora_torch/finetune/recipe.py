@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from drlora_core.errors import near_misses
 from drlora_torch.embedded import MODEL_DIR, TEST_FILE, TRAIN_FILE
@@ -48,6 +48,13 @@ class Recipe(RunGroup, Sharding, FinetuneOptions):
     """
 
     panel: ClassVar[str] = ""
+
+    @model_validator(mode="after")
+    def _check_comparison(self) -> Recipe:
+        if self.compare and (self.adapter or self.policy == "uniform"):
+            what = "an adapter to start from" if self.adapter else "policy uniform"
+            raise ValueError(f"compare {self.compare} with {what} would train the same twice")
+        return self
 
     @property
     def options(self) -> FinetuneOptions:
@@ -111,18 +118,26 @@ def read_fields(file: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _OneOfEach)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise RunError(f"{str(file)!r} cannot be read: {reason}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise RunError(f"{str(file)!r} must hold options, one NAME: VALUE in a line")
-    fields = {str(name).replace("-", "_"): value for name, value in content.items()}
-    for name in fields:
+    fields: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
         if name not in Recipe.model_fields:
             hint = near_misses(name, Recipe.model_fields)
             raise RunError(f"{str(file)!r}: no option {name!r}; {hint}")
+        if name in fields:
+            raise RunError(f"{str(file)!r}: option {name!r} is there twice")
+        if isinstance(value, bool) and Recipe.model_fields[name].annotation is not bool:
+            raise RunError(
+                f"{str(file)!r}: {name} cannot be {value} (YAML reads yes, no, on and off so)"
+            )
+        fields[name] = value
     return fields
 
 

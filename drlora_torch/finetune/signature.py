@@ -7,7 +7,6 @@ from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_args
 
 import typer
-from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from drlora_torch.finetune.groups import Group
@@ -76,7 +75,7 @@ def help_text(name: str, field: FieldInfo) -> str:
         shipped = shipped_run().get(name)
         notes = [f"default: {field.default}" + (f", shipped model: {shipped}" if shipped else "")]
     limits = [
-        f"{words} {value:g}"
+        f"{words} {value:,}".removesuffix(".0")
         for bound, words in BOUNDS.items()
         for constraint in field.metadata
         if (value := getattr(constraint, bound, None)) is not None
@@ -87,7 +86,6 @@ def help_text(name: str, field: FieldInfo) -> str:
 
 def _word_type(field: FieldInfo) -> Any:
     """The type of a parameter: that of the field, or text for what :mod:`.words` parses."""
-    parts = get_args(field.annotation)
-    if any(isinstance(each, BeforeValidator) for part in parts for each in get_args(part)):
+    if any(hasattr(part, "__metadata__") for part in get_args(field.annotation)):
         return str | None
     return field.annotation | None  # type: ignore[operator]

@@ -42,7 +42,21 @@ class _AdapterFiles(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_distributed_loading_by_transformers:
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(None)
+            return
+        try:
+            self._load_state_of(checkpoint)
+        except CheckpointError:
+            raise
+        except Exception as error:  # torch and pickle raise kinds of their own
+            raise _damaged(checkpoint, f"its optimizer cannot be read ({error})") from error
+
+    def _load_state_of(self, checkpoint: str) -> None:
+        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+            if not Path(checkpoint, name).is_file():
+                raise _damaged(checkpoint, f"it has no {name}")
+        if not self.is_distributed_loading_by_transformers:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state, schedule = (
@@ -87,6 +101,13 @@ class _AdapterFiles(Trainer):
             raise CheckpointError(
                 f"could not write a checkpoint to {self.args.output_dir}: {error}"
             ) from error
+
+
+def _damaged(checkpoint: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint!r} is damaged: {reason}; delete that folder to go on from the "
+        "checkpoint before it"
+    )
 
 
 class SFT(_AdapterFiles, SFTTrainer):

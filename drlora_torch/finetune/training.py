@@ -169,11 +169,26 @@ def read_state(checkpoint: str | None) -> TrainerState | None:
 def train(trainer: Trainer, adapter: Adapter, checkpoint: str | None) -> None:
     """Train to the last step, from a checkpoint if there is one.
 
-    A checkpoint of the last step is only restored: the Trainer would make one more step from it.
+    A checkpoint of a training that has ended is only restored, or the best one in its place: the
+    Trainer would make one more step from it.
     """
     state = read_state(checkpoint)
-    if state is not None and checkpoint and state.global_step >= trainer.args.max_steps:
-        adapter.restore(checkpoint)
-        trainer.state = state
+    if state is None or checkpoint is None or not _has_ended(state, trainer.args.max_steps):
+        trainer.train(resume_from_checkpoint=checkpoint)
         return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    best = Path(checkpoint).parent / f"checkpoint-{state.best_global_step}"
+    keeps_best = trainer.args.load_best_model_at_end and best.is_dir()
+    adapter.restore(best if keeps_best else checkpoint)
+    trainer.state = state
+
+
+def _has_ended(state: TrainerState, steps: int) -> bool:
+    """True at the last step, or where early stopping has run out of patience."""
+    if state.global_step >= steps:
+        return True
+    stopping: Any = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if stopping is None:
+        return False
+    waited: int = stopping["attributes"]["early_stopping_patience_counter"]
+    patience: int = stopping["args"]["early_stopping_patience"]
+    return waited >= patience

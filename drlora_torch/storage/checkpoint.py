@@ -27,7 +27,7 @@ from torch import Tensor
 
 from drlora_core import AllocatorConfig, AllocatorEngine, GrowthEvent, LayoutError, Policy
 from drlora_torch.attached import Attached
-from drlora_torch.errors import CheckpointError
+from drlora_torch.errors import CheckpointError, NotFiniteError
 from drlora_torch.lifecycle.residents import tracker_of
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora import parts
@@ -290,7 +290,7 @@ def commit(attached: Attached, checked: Checked) -> None:
 def _check_finite(key: str, values: Tensor) -> None:
     """Refuse to replace a good file by one that ``load`` would refuse."""
     if not torch.isfinite(values).all():
-        raise CheckpointError(
+        raise NotFiniteError(
             f"{key} holds values that are not finite: the training has diverged; nothing was "
             "written, and what was there before is untouched"
         )

@@ -65,7 +65,7 @@ EXAMPLES: list[tuple[dict[str, Any], list[str]]] = [
     ({"messages": TALK}, ["1<eos>", "22<eos>"]),
     ({"messages": [SYSTEM, *TALK[:2]]}, ["1<eos>"]),
     ({"messages": [*TALK, {"role": "user", "content": "bye"}]}, ["1<eos>", "22<eos>"]),
-    ({"messages": [{"role": "assistant", "content": "hi"}]}, ["<assistant>hi<eos>"]),
+    ({"messages": [{"role": "assistant", "content": "hi"}]}, ["hi<eos>"]),
 ]
 
 

@@ -90,6 +90,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "a.csv, row 2: has another number of columns",
     ),
     "too few cells": ("a.csv", b"a,b\n1\n", "a.csv, row 1: has another number of columns"),
+    "twice": ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: a column is there twice in a, b, a"),
     "open quote": ("a.csv", b'a,b\n"1,2\n', "not CSV"),
     "no parquet": ("a.parquet", b"PAR1", "a.parquet: not Parquet"),
 }
@@ -111,6 +112,11 @@ def test_a_folder_is_read_by_the_names_of_its_files(tmp_path: Path) -> None:
         "test_x.parquet",
         "trainer.txt",
         "notes.md",
+        ".hidden.jsonl",
+        ".ipynb_checkpoints/a.jsonl",
+        "run/run.yaml",
+        "run/data.json",
+        "test/c.jsonl",
     )
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -119,7 +125,7 @@ def test_a_folder_is_read_by_the_names_of_its_files(tmp_path: Path) -> None:
     assert found == {
         "train": ["b.jsonl", "train-1.csv", "trainer.txt"],
         "validation": ["valid.json"],
-        "test": ["test_x.parquet"],
+        "test": ["c.jsonl", "test_x.parquet"],
     }
 
 
@@ -131,7 +137,8 @@ def test_a_folder_is_read_by_the_names_of_its_files(tmp_path: Path) -> None:
         (["a.parquet.gz"], "a.parquet.gz", "must end in one of"),
         (["a"], "a", "must end in one of"),
         (["folder/a.md"], "folder", "the folder holds no file that ends in"),
-        (["folder/test.jsonl"], "folder", r"only held-out files \(test.jsonl\)"),
+        (["folder/.a.jsonl"], "folder", "the folder holds no file that ends in"),
+        (["folder/run.yaml", "folder/data.json"], "folder", "the folder holds no file"),
     ],
 )
 def test_what_is_no_data_is_refused(

@@ -65,6 +65,10 @@ BAD_FILES = {
     "steps: 1\nsteps: 2": "option 'steps' is there twice",
     "[1, 2]": "must hold options",
     "a: [": "cannot be read",
+    "learning_rate: 1\nlearning-rate: 2": "option 'learning_rate' is there twice",
+    "steps: yes": "steps cannot be True",
+    "run_name: 2001-13-45": "cannot be read",
+    "[" * 3000: "cannot be read",
     "!!python/object/apply:os.system ['true']": "cannot be read",
 }
 
@@ -89,7 +93,11 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"steps": "many"}, "steps"),
     ({"streaming": True}, "streaming needs steps"),
     ({"patience": 2}, "patience needs eval_every"),
-    ({"patience": 2, "eval_every": 4, "save_every": 6}, "must be a multiple of eval_every 4"),
+    ({"patience": 2, "eval_every": 4, "save_every": 4}, "leave save_every out"),
+    ({"compare": "uniform", "adapter": "a"}, "would train the same twice"),
+    ({"compare": "uniform", "policy": "uniform"}, "would train the same twice"),
+    ({"data": ""}, "data"),
+    ({"seed": 2**32}, "seed"),
     ({"attention_targets": "q_proj"}, "need attention_rank"),
     ({"method": "dpo", "packing": True}, "dpo takes neither packing nor streaming"),
     ({"method": "dpo", "train_on": "all"}, "leave train_on out"),

@@ -76,14 +76,17 @@ class Encoder:
 
     def _of_text(self, text: str) -> list[int]:
         ended = text if self._end and text.endswith(self._end) else text + self._end
-        return list(self._tokenizer(ended)["input_ids"])
+        tokens = list(self._tokenizer(ended)["input_ids"])
+        if self._end and tokens[-2:] == [self._tokenizer.eos_token_id] * 2:
+            tokens.pop()  # the tokenizer adds one itself
+        return tokens
 
     def _pair(self, prompt: Any, answer: Any, example: Example) -> Encoded:
         if isinstance(answer, str):
             asked, both = self._tokenizer(prompt)["input_ids"], self._of_text(prompt + answer)
         else:
-            asked = self._render(prompt, example, add_generation_prompt=True)
             both = self._render([*prompt, *answer], example)
+            asked = self._before(prompt, both, example)
         start = 0 if self._all else _same_beginning(asked, both)
         return Encoded(both, _labels(both, [(start, len(both))]))
 
@@ -99,16 +102,37 @@ class Encoder:
         spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._render(messages[:number], example, add_generation_prompt=True)
+                before = self._before(messages[:number], tokens, example)
                 until = self._render(messages[: number + 1], example)
                 if tokens[: len(until)] != until and number + 1 < len(messages):
-                    raise DataError(
-                        f"the chat template renders messages[{number}] differently when others "
-                        "follow, so its tokens cannot be found; use --train-on all, or a "
-                        "--chat-template that marks them with {% generation %}"
-                    )
-                spans.append((_same_beginning(before, tokens), len(until)))
+                    raise self._hidden(number)
+                start = _same_beginning(before, tokens)
+                if not number:
+                    start = self._header(message, tokens, example)
+                spans.append((start, len(until)))
         return Encoded(tokens, _labels(tokens, spans))
+
+    def _before(self, messages: Sequence[Any], tokens: list[int], example: Example) -> list[int]:
+        """Tokens before an answer: messages, which must begin the dialogue, and its header."""
+        if not messages:
+            return []
+        bare = self._render(messages, example)
+        if tokens[: len(bare)] != bare:
+            raise self._hidden(len(messages) - 1)
+        return self._render(messages, example, add_generation_prompt=True)
+
+    def _header(self, message: dict[str, Any], tokens: list[int], example: Example) -> int:
+        """Tokens before the text of a first message, found by writing another text."""
+        other = "x" if str(message.get("content")).startswith("y") else "y"
+        return _same_beginning(self._render([{**message, "content": other}], example), tokens)
+
+    @staticmethod
+    def _hidden(number: int) -> DataError:
+        return DataError(
+            f"the chat template renders messages[{number}] differently when others follow, so the "
+            "answers cannot be found; use --train-on all, or a --chat-template that marks them "
+            "with {% generation %}"
+        )
 
     def _render(self, messages: Sequence[Any], example: Example, **options: Any) -> list[int]:
         if not messages:  # a template renders no empty dialogue, so its header is not known

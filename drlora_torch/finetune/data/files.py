@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from drlora_core.errors import near_misses
 from drlora_torch.errors import DataError
 
+RUN_FILE = "run.yaml"
+"""A folder that holds it is that of a run."""
+LONGEST_CELL = 2**31 - 1
 SPLITS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -29,7 +33,9 @@ class Row(NamedTuple):
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """Return the files of each split: of a folder, by how their names begin, or one file.
+    """Return the files of each split: of a folder, by the names in it, or one file.
+
+    Hidden files and folders, and the folders of runs, are left out.
 
     Raises:
         DataError: there is no such file, none in the folder, or its ending is not known.
@@ -40,15 +46,24 @@ def find_files(path: Path) -> dict[str, list[Path]]:
             raise DataError(f"data {str(path)!r}: there is no such file")
         return {"train": [path]}
     found: dict[str, list[Path]] = {}
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _ending(file) in READERS)
-    if not files:
+    for file in _walk(path):
+        found.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    if not found:
         raise DataError(f"data {str(path)!r}: the folder holds no file that ends in {_endings()}")
-    for file in files:
-        found.setdefault(_split_of(file), []).append(file)
-    if "train" not in found:
-        names = ", ".join(file.name for file in files[:3])
-        raise DataError(f"data {str(path)!r}: the folder holds only held-out files ({names})")
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder that can be read; not what is hidden, nor what a run wrote."""
+    if (folder / RUN_FILE).is_file():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        elif _ending(path) in READERS:
+            yield path
 
 
 def read_file(file: Path) -> Iterator[Row]:
@@ -66,10 +81,12 @@ def read_file(file: Path) -> Iterator[Row]:
 
 
 def _split_of(file: Path) -> str:
-    stem = file.name.partition(".")[0].lower()
-    for split, names in SPLITS.items():
-        if any(stem == name or stem.startswith((f"{name}-", f"{name}_")) for name in names):
-            return split
+    """The split that the name of a file says, or else that of a folder around it."""
+    for part in reversed(file.parts):
+        stem = part.partition(".")[0].lower()
+        for split, names in SPLITS.items():
+            if any(stem == name or stem.startswith((f"{name}-", f"{name}_")) for name in names):
+                return split
     return "train"
 
 
@@ -122,14 +139,18 @@ def _read_array(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Any]]:
     with _open(file) as content:
-        lines = _decode(content.read(), file, 1).splitlines(keepends=True)
-    rows = csv.DictReader(lines, strict=True)
+        text = io.StringIO(_decode(content.read(), file, 1), newline="")
+    csv.field_size_limit(LONGEST_CELL)
+    rows = csv.DictReader(text, strict=True)
     try:
+        names = list(rows.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise DataError(f"{file.name}: a column is there twice in {', '.join(names)}")
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():
                 raise DataError(
                     f"{file.name}, row {number}: has another number of columns than the header "
-                    f"({', '.join(rows.fieldnames or ())})"
+                    f"({', '.join(names)})"
                 )
             yield f"row {number}", dict(row)
     except csv.Error as error:

@@ -37,8 +37,11 @@ def _text(row: Mapping[str, Any], chat: bool) -> Example:
 
 def _pair(row: Mapping[str, Any], chat: bool) -> Example:
     if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
-        prompt, completion = (values.messages(row, name) for name in ("prompt", "completion"))
-        return {"prompt": prompt, "completion": completion, **values.chat_extras(row)}
+        prompt = values.messages(row, "prompt")
+        answer = values.after(prompt, {"completion": values.dialogue(row, "completion")})
+        return {"prompt": prompt, **answer, **values.chat_extras(row)}
+    if extra := next((name for name in EXTRAS if row.get(name)), None):
+        raise FieldError(extra, "needs messages: prompt and completion are texts")
     return {
         "prompt": values.text(row, "prompt", empty=True),
         "completion": values.text(row, "completion"),
@@ -51,7 +54,7 @@ def _messages(row: Mapping[str, Any], chat: bool) -> Example:
 
 def _conversations(row: Mapping[str, Any], chat: bool) -> Example:
     turns = values.share_gpt(row, "conversations")
-    if row.get("system") is not None and turns[0]["role"] != "system":
+    if row.get("system") not in (None, "") and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": values.text(row, "system")}, *turns]
     return {"messages": turns, **values.chat_extras(row)}
 
@@ -87,12 +90,14 @@ def _preference(row: Mapping[str, Any], chat: bool) -> Example:
         if row.get("prompt") is None:
             return values.split_prompt(both["chosen"], both["rejected"])
         if isinstance(row["prompt"], str):
-            return {"prompt": [{"role": "user", "content": values.text(row, "prompt")}], **both}
-        return {"prompt": values.messages(row, "prompt"), **both}
+            prompt = [{"role": "user", "content": values.text(row, "prompt")}]
+        else:
+            prompt = values.messages(row, "prompt")
+        return {"prompt": prompt, **values.after(prompt, both)}
     if row.get("prompt") is None:
         raise FieldError("prompt", "is missing: chosen and rejected are texts, not messages")
-    prompt = {"prompt": values.text(row, "prompt", empty=True)}
-    return prompt | {name: values.text(row, name) for name in ("chosen", "rejected")}
+    asked = {"prompt": values.text(row, "prompt", empty=True)}
+    return asked | {name: values.text(row, name) for name in ("chosen", "rejected")}
 
 
 EXTRAS = ("tools", "chat_template_kwargs")
@@ -177,6 +182,6 @@ class Reader:
 
 
 def _suggestion(columns: Iterable[str], formats: tuple[Format, ...]) -> str:
-    names = [*columns, "COLUMN", "COLUMN"]
+    names = [*filter(None, columns), "COLUMN", "COLUMN"]
     fields = ("chosen", "rejected") if formats is DPO else ("prompt", "completion")
     return ",".join(f"{field}={name}" for field, name in zip(fields, names, strict=False))

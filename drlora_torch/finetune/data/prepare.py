@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
+import numpy as np
+import pyarrow
 import trl
 from rich.console import Console
 from rich.progress import track
@@ -19,6 +22,7 @@ from drlora_torch.finetune.options import FinetuneOptions
 
 SHUFFLED = 1000
 """Streamed rows among which the next one is drawn."""
+Row = TypeVar("Row")
 
 
 class Prepared(NamedTuple):
@@ -57,8 +61,10 @@ def prepare(read: Read, options: FinetuneOptions, tokenizer: Any, console: Conso
         loss_tokens=counter.loss_tokens,
         longest=counter.longest,
         held_out=others.rows,
+        held_out_read=others.read,
+        tokens_cut=counter.tokens_cut,
         complete=not options.streaming,
-        digest=counter.digest,
+        digest=counter.digest + others.digest + read.train.digest,
         example=mark(tokenizer, first),
     )
     made = _stream(read, encoder, options) if options.streaming else _dataset(train)
@@ -116,15 +122,35 @@ def _first(found: Examples, encoder: Encoder, options: FinetuneOptions) -> Encod
 
 
 def _dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    return datasets.Dataset.from_list(rows)
+    try:
+        return datasets.Dataset.from_list(rows)
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"the messages of some rows have fields of other kinds than those of others: {error}"
+        ) from error
 
 
 def _stream(read: Read, encoder: Encoder, options: FinetuneOptions) -> datasets.IterableDataset:
-    def encoded() -> Iterator[dict[str, Any]]:
-        for row in read.source():
-            kept = _kept(encoder.encode(read.train.reader.read(row), row.place), options.max_length)
-            if kept:
-                yield kept[0]._asdict()
+    """Rows without an end, pass after pass: a Trainer can only skip within one."""
 
-    stream = datasets.IterableDataset.from_generator(encoded)
-    return stream.shuffle(seed=options.seed, buffer_size=SHUFFLED)
+    def encoded() -> Iterator[dict[str, Any]]:
+        for passes in itertools.count():
+            generator = np.random.default_rng((options.seed, passes))
+            for row in shuffled(read.source(), generator):
+                example = read.train.reader.read(row)
+                if kept := _kept(encoder.encode(example, row.place), options.max_length):
+                    yield kept[0]._asdict()
+
+    return datasets.IterableDataset.from_generator(encoded)
+
+
+def shuffled(rows: Iterable[Row], generator: np.random.Generator) -> Iterator[Row]:
+    """Yield the rows, each drawn among the next ``SHUFFLED``."""
+    waiting: list[Row] = []
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == SHUFFLED:
+            place = int(generator.integers(SHUFFLED))
+            waiting[place], waiting[-1] = waiting[-1], waiting[place]
+            yield waiting.pop()
+    yield from (waiting[place] for place in generator.permutation(len(waiting)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +28,14 @@ class Examples(NamedTuple):
     examples: list[tuple[Example, str]]
     """Each with its place."""
     reader: Reader
+    digest: str
+    """Hash of all rows, also of those of a stream that are not kept."""
 
     @property
     def needs_template(self) -> bool:
         """True if the rows are messages."""
-        return any(isinstance(value, list) for value in self.examples[0][0].values())
+        lists = ("messages", "prompt", "completion", "chosen")
+        return any(isinstance(e.get(name), list) for e, _ in self.examples for name in lists)
 
     def some(self, numbers: Iterable[int]) -> Examples:
         """Return those of some numbers."""
@@ -52,7 +57,14 @@ def read(options: FinetuneOptions, chat: bool) -> Read:
         DataError: nothing there, unreadable, or a row that cannot be used: names file, row, field.
     """
     splits = _splits(options.data, options.streaming)
-    train = splits.get("train", next(iter(splits.values())))
+    train = splits.get(options.split)
+    if train is None:
+        known = ", ".join(splits)
+        raise DataError(
+            f"data {options.data!r} has no split {options.split!r} to train on (it has {known}); "
+            "use --split"
+        )
+    splits = {name: rows for name, rows in splits.items() if name != options.split}
     others = splits if options.eval_data is None else _splits(options.eval_data, False)
     held_out = others.get("validation", others.get("test"))
     if held_out is None and options.eval_data is not None:
@@ -78,15 +90,18 @@ def _examples(
 ) -> Examples:
     reader = Reader(name, options.method, options.columns, chat)
     kept: list[tuple[Example, str]] = []
+    digest = hashlib.sha256()
     for row in rows():
         example = reader.read(row)
+        if streaming:
+            digest.update(json.dumps(example, sort_keys=True).encode())
         if not streaming or len(kept) < LOOKED_AT:
             kept.append((example, row.place))
         elif not is_local(name):
             break
     if not kept:
         raise DataError(f"data {name!r} has no rows")
-    return Examples(kept, reader)
+    return Examples(kept, reader, digest.hexdigest())
 
 
 def _splits(name: str, streaming: bool) -> dict[str, Rows]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.text import Text
 
@@ -38,19 +39,23 @@ class Summary(BaseModel):
     cut: int
     """Rows that ``max_length`` shortens."""
     dropped: int
-    """Rows that are left out: ``max_length`` cuts off all that bears loss."""
+    """Rows that are left out: nothing in them bears loss, within ``max_length``."""
     tokens: int
     """Tokens of an epoch."""
+    tokens_cut: int
+    """Tokens that ``max_length`` cuts off, dropped rows included."""
     loss_tokens: int
     """Tokens of an epoch that bear loss."""
     longest: int
     """Tokens of the longest row, before it is cut."""
     held_out: int
     """Rows to evaluate on."""
+    held_out_read: int
+    """The same before rows without a token that bears loss are left out."""
     complete: bool = True
     """False for streamed data: rows and tokens are those of the first rows."""
     digest: str
-    """Hash of the tokens and labels."""
+    """Hash of the tokens and labels, and of all rows of a stream."""
     example: str
     """The first row as text, with what bears loss in ``[[ ]]``."""
 
@@ -60,13 +65,15 @@ class Counter:
 
     def __init__(self) -> None:
         self.read = self.rows = self.cut = self.dropped = 0
-        self.tokens = self.loss_tokens = self.longest = self.largest_id = 0
+        self.tokens = self.loss_tokens = self.longest = self.largest_id = self.tokens_cut = 0
         self._hash = hashlib.sha256()
 
     def add(self, whole: list[Encoded], kept: list[Encoded]) -> None:
         """Count a row: its sequences before ``max_length``, and after (none if it is dropped)."""
         self.read += 1
         self.longest = max(self.longest, *(len(each.input_ids) for each in whole))
+        lengths = (sum(len(each.input_ids) for each in some) for some in (whole, kept))
+        self.tokens_cut += next(lengths) - next(lengths)
         if not kept:
             self.dropped += 1
             return
@@ -113,7 +120,10 @@ def check_same(folder: Path, summary: Summary) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    before = Summary.model_validate_json(path.read_bytes())
+    try:
+        before = Summary.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise RunError(f"{str(path)!r} is damaged; delete it to go on without a check") from error
     if before.digest != summary.digest:
         raise RunError(
             f"the training data has changed since the run in {str(folder)!r} began "
@@ -134,15 +144,19 @@ def show(
         rows_per_step: rows of a step; with packing, sequences.
         sequences: those of an epoch; None for a stream.
     """
-    epochs = steps * rows_per_step / (sequences or 1)
+    epochs = steps / math.ceil((sequences or 1) / rows_per_step)
     first = "" if summary.complete else "first "
+    left_out = ""
+    if summary.held_out < summary.held_out_read:
+        left_out = f" of {summary.held_out_read:,}, the others without loss"
     figures = {
         "columns": summary.format,
         "ignored columns": ", ".join(summary.ignored),
         f"{first}rows to train on": f"{summary.rows:,}",
+        "tokens cut off": f"{summary.tokens_cut:,}" if summary.tokens_cut else "",
         "rows cut by max_length": f"{summary.cut:,}" if summary.cut else "",
-        "rows dropped by max_length": f"{summary.dropped:,}" if summary.dropped else "",
-        "rows held out": f"{summary.held_out:,}",
+        "rows without loss, left out": f"{summary.dropped:,}" if summary.dropped else "",
+        "rows held out": f"{summary.held_out:,}{left_out}",
         f"tokens of these {first}rows": f"{summary.tokens:,}",
         "of them bear loss": f"{summary.loss_tokens:,}",
         "longest row in tokens": f"{summary.longest:,}",

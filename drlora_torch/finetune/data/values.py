@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 Message = dict[str, Any]
+OURS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
+    "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "tokenize", "tools", "truncation",
+}  # fmt: skip
+"""Arguments of ``apply_chat_template`` that a row must not change."""
 SHARE_GPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -143,6 +149,8 @@ def chat_extras(row: Mapping[str, Any]) -> dict[str, Any]:
             name = "a list" if kind is list else "an object"
             raise FieldError(field, f"must be {name}, got {_describe(given)}")
         extras[field] = given
+    if taken := sorted(OURS & extras.get("chat_template_kwargs", {}).keys()):
+        raise FieldError("chat_template_kwargs", f"sets {taken[0]!r}, which drlora sets itself")
     return extras
 
 
@@ -156,11 +164,22 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> dict[str, li
     return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
+def after(prompt: list[Message], answers: Mapping[str, list[Message]]) -> dict[str, list[Message]]:
+    """Return answers without the prompt that they may begin with."""
+    found = {}
+    for field, messages in answers.items():
+        given = messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+        if not given or given[0]["role"] == "user":
+            raise FieldError(field, "must be the answer to the prompt, or both")
+        found[field] = given
+    return found
+
+
 def _from_json(value: object) -> object:
     """Lists and objects come as JSON text in CSV files and in some data sets."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,48 @@ from transformers import TrainerCallback
 
 from drlora_core import atomic
 
+WRONG = ("num_tokens", "train_tokens_per_second")
+"""Figures that start anew when a run goes on, and speeds with evaluations in them."""
+
 
 class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to a file.
 
     Args:
-        path: of the file, which is made anew.
-        rows: logs that it begins with: those until the checkpoint that a run goes on from.
+        path: of the file; of one that is there, rows of later steps are taken out.
+        step: of the checkpoint that a run goes on from; None for a run that begins.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, path: Path, step: int | None) -> None:
         self._path = path
-        self.resumed = False
-        """True until the training goes on: what is logged before was logged already."""
-        atomic.write_text(path, "".join(map(_line, rows)))
+        self._resumed = step is not None  # until the training goes on: logged already
+        kept = "" if step is None else "".join(map(_line, _rows_until(path, step)))
+        atomic.write_text(path, kept)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.resumed = False
+        self._resumed = False
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if logs and not self.resumed:
+        if logs and not self._resumed:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line({**logs, "step": state.global_step}))
 
 
+def _rows_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a crash
+            continue
+        if row.get("step", 0) <= step and "train_loss" not in row:
+            yield row
+
+
 def _line(row: Mapping[str, Any]) -> str:
     """A row as JSON; numbers that are not finite become null."""
-    return pydantic_core.to_json(dict(row), inf_nan_mode="null").decode() + "\n"
+    kept = {name: value for name, value in row.items() if name not in WRONG}
+    return pydantic_core.to_json(kept, inf_nan_mode="null").decode() + "\n"

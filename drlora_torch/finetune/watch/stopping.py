@@ -38,7 +38,7 @@ class Stopped(RunError):
 class StopOnSignal(TrainerCallback):
     """Ends the training after the current step when Ctrl-C is pressed or SIGTERM comes.
 
-    All processes of a run stop after the same step. The same signal once more ends at once.
+    All processes of a run stop after the same step. Another signal, a second later, ends at once.
 
     Args:
         processes: those that train together.
@@ -49,6 +49,8 @@ class StopOnSignal(TrainerCallback):
         self._processes, self._device = processes, device
         self._received: int = 0
         self._moment = 0.0
+        self.began = False
+        """True once a training has begun."""
         self.step: int | None = None
         """The step after which the training ended; None if it was not in a training."""
 
@@ -66,11 +68,13 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again = self._received == number and time.monotonic() - self._moment > IMPATIENT_AFTER
-        if again:
-            raise KeyboardInterrupt
         if not self._received:
             self._received, self._moment = number, time.monotonic()
+        elif time.monotonic() - self._moment > IMPATIENT_AFTER:
+            raise SystemExit(128 + number)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._processes > 1:
