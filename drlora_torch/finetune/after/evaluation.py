@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 
+from drlora_core.cli.console import say
 from drlora_core.validation import reword_errors
 from drlora_torch.finetune.after.found import (
     adapter_of,
@@ -125,8 +126,7 @@ def evaluate_run(run: Path, wanted: Wanted, console: Console) -> Report:
         rows = _read(run, options, tokenizer, wanted, console) if wanted.rows else None
     with console.status("loading the model"):
         opened = open_run(run, tokenizer=tokenizer, on_gpu=True)
-    messages = rows is not None and rows.held_out.examples.needs_template
-    prompter = Prompter(tokenizer, trained_columns(run), chat=messages or None)
+    prompter = Prompter(tokenizer, trained_columns(run), chat=_chat(run, rows, wanted, console))
     batch_size = wanted.batch_size or options.batch_size
     report = Report(data=wanted.data)
     for name in _of_each(opened, wanted.base):
@@ -146,6 +146,18 @@ def evaluate_run(run: Path, wanted: Wanted, console: Console) -> Report:
         report.rows, report.tokens = len(rows.held_out.rows), rows.held_out.loss_tokens
         report.questions = len(rows.asked or ())
     return report
+
+
+def _chat(run: Path, rows: _Rows | None, wanted: Wanted, console: Console) -> bool | None:
+    """True to use the chat template, False to do without; None: as the run was trained."""
+    if rows is not None and rows.held_out.examples.needs_template:
+        return True
+    if trained_columns(run):
+        return None
+    if wanted.tasks:
+        text = f"{str(run)!r} does not tell how its prompts were made: tasks get no chat template"
+        say(text, console)
+    return False
 
 
 def _read(

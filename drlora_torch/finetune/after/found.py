@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from drlora_core.cli.common import check_output
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder
 from drlora_torch.finetune.data.summary import FILE as DATA_FILE
@@ -70,11 +71,10 @@ def target_of(run: Path, output: Path | None, name: str) -> Path:
         name: in the folder of the run, if the user does not say.
 
     Raises:
-        RunError: there is no run or no adapter, or the target is a file or not empty.
+        DRLoRAError: there is no run or no adapter, or the target cannot be written.
     """
     read_options(run)
     adapter_of(run)
     target = output or run / name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{str(target)!r} exists; use another --output")
+    check_output(target, folder=True)
     return target

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.after import opened
@@ -63,6 +63,16 @@ def test_a_failed_merge_leaves_nothing(
     monkeypatch.setattr(saving, "compare_logits", fail)
     said = call("merge", run, "--output", tmp_path / "merged")
     assert (said.code, said.err.count("\n")) == (2, 1)
+    assert list(tmp_path.iterdir()) == []
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "tokenizer.json")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", no_space)
+    said = call("merge", run, "--output", tmp_path / "new" / "merged")
+    assert (said.code, said.err) == (2, "drlora: No space left on device: tokenizer.json\n"), (
+        said.err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
