@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from drlora_core import atomic
+from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.after.opened import Opened
 from drlora_torch.merge.report import MergeReport
 
@@ -26,7 +27,10 @@ def write_merged(opened: Opened, target: Path, *, quantize: bool, compare: bool)
     """
     with atomic.replaced_files(target) as part:
         opened.tokenizer.save_pretrained(part)
-        report = opened.adapter.merge_and_save(part, quantize=quantize, compare=compare)
+        try:
+            report = opened.adapter.merge_and_save(part, quantize=quantize, compare=compare)
+        except CheckpointError as error:  # it knows the temporary folder alone
+            raise CheckpointError(str(error).replace(str(part), str(target))) from error
     return dataclasses.replace(report, path=target)
 
 
