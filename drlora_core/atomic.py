@@ -57,17 +57,24 @@ def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
 
     Older entries of the same names give way, and so do those that match the pattern ``stale`` (a
     checkpoint may have had more shards). They are deleted only once everything new is in place: on
-    any error they come back, and ``folder`` is as it was.
+    any error they come back, and ``folder`` is as it was: where it was missing, it and those around
+    it are gone again.
     """
     part = _beside(folder, ".part")
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         part.mkdir(parents=True)
         yield part
         for file in part.rglob("*"):
             sync(file)
         _exchange(part, folder, stale)
-    finally:
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        for each in new:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -45,6 +45,9 @@ def _text(cls: type[BaseModel], error: ErrorDetails) -> str:
         return f"no field {name!r}; {near_misses(name, cls.model_fields)}"
     if kind in OUT_OF_RANGE:
         return f"must be {_range(cls, error)}, got {value!r}"
+    if kind == "too_short":
+        least = error["ctx"]["min_length"]
+        return f"must name at least {'one' if least == 1 else least}, got {value!r}"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
     if kind in ("literal_error", "enum"):
         hint = near_misses(str(value), re.findall(r"'([^']+)'", error["ctx"]["expected"]))

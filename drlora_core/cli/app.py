@@ -28,9 +28,8 @@ from drlora_core.replay import CAVEAT
 
 ENTRY_POINTS = "drlora.commands"
 # Libraries that a command may find missing, and the extra that brings them.
-EXTRAS = dict.fromkeys(
-    ("torch", "transformers", "safetensors", "accelerate", "datasets", "trl", "psutil"), "finetune"
-) | {"bitsandbytes": "quantized"}
+FINETUNE = "torch transformers safetensors accelerate datasets trl psutil peft yaml pyarrow pandas"
+EXTRAS = dict.fromkeys(FINETUNE.split(), "finetune") | {"bitsandbytes": "quantized"}
 VERSIONS = ("drlora", "numpy", "torch", "transformers")
 USER_ERRORS = (DRLoRAError, ValidationError, OSError)
 # Its module is another one in typer 0.19, which uses click, than in versions with a copy of it.
@@ -108,7 +107,8 @@ def _register_others(app: typer.Typer) -> list[str]:
             reason = f"{type(error).__name__}: {describe_error(error)}"
             if isinstance(error, ModuleNotFoundError):
                 reason = f"the missing library {error.name}"
-            hint = f' (pip install "drlora[{entry.name}]")' if entry.name == "torch" else ""
+            extra = EXTRAS.get(getattr(error, "name", ""), "finetune")
+            hint = f' (pip install "drlora[{extra}]")' if entry.name == "torch" else ""
             module = entry.value.split(":")[0]
             missing.append(f"the commands of {module}, because of {reason}{hint}")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,11 +132,21 @@ def emit(values: Any) -> None:
     print(text if is_unicode(sys.stdout) else json.dumps(json.loads(text), indent=2))
 
 
-def check_parent(output: Path) -> None:
-    """Refuse an output below a file, before anything is computed."""
-    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+def check_output(output: Path, *, folder: bool = False) -> None:
+    """Refuse an output that exists or cannot be made, before anything is loaded.
+
+    Args:
+        output: a new file, or a new or empty folder.
+        folder: it is a folder.
+    """
+    empty = folder and output.is_dir() and not any(output.iterdir())
+    if os.path.lexists(output) and not empty:
+        raise DRLoRAError(f"{str(output)!r} exists; use another --output")
+    nearest = next(parent for parent in (*output.parents, Path.cwd()) if os.path.lexists(parent))
     if not nearest.is_dir():
-        raise DRLoRAError(f"{nearest} is a file, so that {output} cannot be written")
+        raise DRLoRAError(f"{str(nearest)!r} is a file, so that {str(output)!r} cannot be written")
+    if not os.access(nearest, os.W_OK):
+        raise DRLoRAError(f"{str(nearest)!r} cannot be written to; use another --output")
 
 
 def to_json(values: Any) -> str:

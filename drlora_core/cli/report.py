@@ -12,7 +12,7 @@ from drlora_core.cli import common
 from drlora_core.cli.console import say
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import diagnose
-from drlora_core.errors import DRLoRAError, LayoutError
+from drlora_core.errors import LayoutError
 from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, render
@@ -46,7 +46,7 @@ def report(
     """
     path = common.find_recording(run_dir)
     if output is not None:
-        _check_output(output)
+        common.check_output(output)
     opened = common.open_recording(path)
     config = opened.config or _config_of_trace(path, opened)
     if as_json:
@@ -57,12 +57,6 @@ def report(
     write_text(target, page)
     say(f"wrote {target}")
     say(str(diagnose(opened, config)))
-
-
-def _check_output(output: Path) -> None:
-    if output.exists():
-        raise DRLoRAError(f"{output} exists; use another --output")
-    common.check_parent(output)
 
 
 def _config_of_trace(path: Path, opened: Recording) -> AllocatorConfig:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from typer.core import TyperCommand
+
+FOLDED = 4
 
 
 class SectionedCommand(TyperCommand):
@@ -27,4 +30,13 @@ class SectionedCommand(TyperCommand):
             if not records:
                 continue
             with formatter.section(heading):
-                formatter.write_dl(records)
+                room = formatter.width - formatter.current_indent
+                formatter.write_dl([(_fold(name, room), text) for name, text in records])
+
+
+def _fold(name: str, room: int) -> str:
+    """Fold an option with a long list of choices, ``--what [a|b|c]``."""
+    if len(name) <= room:
+        return name
+    lines = textwrap.wrap(name.replace("|", "| "), room - FOLDED, break_on_hyphens=False)
+    return f"\n{' ' * 2 * FOLDED}".join(line.replace("| ", "|") for line in lines)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from drlora_core.errors import near_misses
+
+OTHERS = ("finetune", "inspect", "generate", "evaluate", "merge", "export", "push")
+"""Commands of drlora_torch, which may not be there."""
+LIMITS = {"greater than or equal to": "at least", "less than or equal to": "at most"}
 # What other tools call an option; only those that the command has are suggested.
 HABITS = {
     "accumulation": ("gradient-accumulation-steps", "gradient-accumulation", "grad-accum"),
@@ -60,7 +66,7 @@ def describe_usage_error(error: Any, arguments: Sequence[str], missing: Sequence
         word = next((a for a in arguments if not a.startswith("-")), "")
         text = _no_such_command(word, list(context.command.commands), missing)
     else:
-        text = _sentence(error.format_message())
+        text = _wrong_value(error, arguments)
     return f"{text}{' See' if text.endswith('?') else '; see'} {context.command_path} --help"
 
 
@@ -70,11 +76,36 @@ def _sentence(text: str) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
+def _wrong_value(error: Any, arguments: Sequence[str]) -> str:
+    """Say which value is wrong, what is accepted, and what is close to it."""
+    text = _sentence(error.format_message()).replace(": Value error, ", ": ", 1)
+    if found := re.search(r": '(.*?)' is not one of (.*)", text):
+        hint = near_misses(found[1], re.findall(r"'([^']*)'", found[2]))
+        return f"{text}; {hint}" if hint.endswith("?") else text
+    if ": Input should be " not in text:
+        return text
+    for words, ours in LIMITS.items():
+        text = text.replace(words, ours)
+    names, given = getattr(error.param, "opts", ()), ""
+    for word, following in itertools.pairwise([*arguments, ""]):
+        name, equals, value = word.partition("=")
+        if name in names:
+            given = f", got {value if equals else following}"
+    return text.replace("Input should be", "must be", 1) + given
+
+
 def _no_such_command(word: str, known: Iterable[str], missing: Sequence[str]) -> str:
-    text = f"no such command {word}"
-    if close := difflib.get_close_matches(word, list(known), n=1):
-        return f"{text}; did you mean {close[0]}?"
-    return "; ".join([text, *(f"not available here: {reason}" for reason in missing)])
+    text, names = f"no such command {word}", list(known)
+    others = [name for name in OTHERS if missing and name not in names]
+    close = difflib.get_close_matches(word, [*names, *others], n=1)
+    if close and close[0] != word:
+        text += f"; did you mean {close[0]}?"
+    if close and close[0] in names:
+        return text
+    reasons = "; ".join(f"not available here: {reason}" for reason in missing)
+    if text.endswith("?") and reasons:
+        return f"{text} {reasons[0].upper()}{reasons[1:]}"
+    return f"{text}; {reasons}" if reasons else text
 
 
 def _no_such_option(option: str, command: Any, arguments: Sequence[str]) -> str:

@@ -78,11 +78,12 @@ def evaluate(
     with quiet_libraries():
         report = evaluate_run(run, wanted, make_console(stderr=True))
     if as_json:
-        emit(report.model_dump(exclude_defaults=True))
+        emit(report.model_dump())
         return
     if report.scores:
         where = report.data or "rows that the run held out"
-        say(f"{where}: {report.rows:,} rows, {report.tokens:,} tokens that bear loss")
+        asked = f", {report.questions:,} questions" if exact_match else ""
+        say(f"{where}: {report.rows:,} rows, {report.tokens:,} tokens that bear loss{asked}")
     rows = [
         {"model": name, "loss": f"{scores.loss:.4f}", "perplexity": scores.perplexity}
         | ({"exact match": scores.exact_match} if exact_match else {})

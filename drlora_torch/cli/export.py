@@ -10,7 +10,6 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from drlora_core.cli import common
 from drlora_core.cli.app import print_error
 from drlora_core.cli.console import say
 from drlora_torch.finetune import folder
@@ -41,7 +40,6 @@ def export(
     from drlora_torch.finetune.watch.progress import quiet_libraries
 
     target = target_of(run, output, folder.PEFT)
-    common.check_parent(target)
     with quiet_libraries():
         adapter = open_run(run).adapter
     report = adapter.export_peft(target, rank=rank, per_expert=per_expert)

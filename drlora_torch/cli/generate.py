@@ -13,6 +13,7 @@ from rich.console import Console
 from drlora_core.cli.common import AsJson, emit
 from drlora_torch.errors import RunError
 
+BYTE_ORDER_MARK = "\ufeff"
 Run = Annotated[Path, typer.Argument(help="Folder of a run of drlora finetune.")]
 Prompts = Annotated[
     list[str], typer.Argument(help="What to go on from; - reads one prompt a line from stdin.")
@@ -93,6 +94,9 @@ def _each(prompts: Iterable[str]) -> Iterator[str]:
             yield prompt
             continue
         try:
-            yield from (text for line in sys.stdin if (text := line.rstrip("\r\n")))
+            for number, line in enumerate(sys.stdin):
+                text = line.rstrip("\r\n")
+                if text := text if number else text.removeprefix(BYTE_ORDER_MARK):
+                    yield text
         except UnicodeDecodeError as error:
             raise RunError(f"standard input is not {error.encoding}: {error.reason}") from error

@@ -26,8 +26,8 @@ def push(
 ) -> None:
     """Upload what a run has trained to the Hugging Face hub, with a model card.
 
-    Log in with hf auth login first. No model is loaded. A README.md that is already in the folder
-    is the card. The adapter of an unfinished run is that of its last checkpoint.
+    Log in with hf auth login first. No model is loaded. A README.md that you wrote stays
+    the card. The adapter of an unfinished run is that of its last checkpoint.
     """
     from drlora_torch.finetune.after.pushing import push_run
 

@@ -45,3 +45,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(description, dict):
         raise CheckpointError(f"{source} is not a drlora adapter: it has no description of one")
     return tensors, description
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read the description alone, from the header of the file; nothing if it is damaged."""
+    try:
+        with safe_open(str(path / FILE_NAME), framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get(KEY, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -19,6 +19,7 @@ from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.run_folder import adapter_in
 
 CARD_FILE = "README.md"
+MARK = "<!-- Written by drlora for each upload; without this line, the card is yours. -->"
 REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (
         errors.LocalEntryNotFoundError,
@@ -91,7 +92,7 @@ def is_repo_id(name: str) -> bool:
 def upload(attached: Attached, folder: Path, repo_id: str, private: bool | None) -> None:
     """Upload the adapter saved in a folder, into a new repository if there is none of the name.
 
-    A model card is written to the folder and uploaded too; one that is already there stays.
+    A model card is written to the folder and uploaded too; one that the user wrote stays.
     """
     upload_files(
         folder,
@@ -116,7 +117,7 @@ def upload_files(
         folder: that holds them.
         repo_id: of the repository.
         private: visibility of a new one; None: the account's default.
-        card: makes the model card for a repository, if the folder has none.
+        card: makes the model card for a repository, if the folder has none of the user's own.
         patterns: names of the files; None: all.
 
     Returns:
@@ -128,8 +129,8 @@ def upload_files(
     try:
         api = huggingface_hub.HfApi()
         repo = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
-        if not (folder / CARD_FILE).exists():
-            atomic.write_text(folder / CARD_FILE, card(repo))
+        if _may_write(folder / CARD_FILE):
+            atomic.write_text(folder / CARD_FILE, f"{card(repo).rstrip()}\n\n{MARK}\n")
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -142,6 +143,11 @@ def upload_files(
             f"{_first_line(error)}"
         ) from error
     return repo
+
+
+def _may_write(card: Path) -> bool:
+    """True if there is no card, or one of an earlier upload."""
+    return not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(attached: Attached, repo: str) -> str:

@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 
 from drlora_torch.errors import CheckpointError
-from drlora_torch.storage.adapter_file import FILE_NAME
+from drlora_torch.storage.adapter_file import FILE_NAME, read_description
 
 RUN_ADAPTER, RUN_CHECKPOINTS = "adapter", "checkpoints"
+RUN_RECIPE, RUN_RESULT = "run.yaml", "result.json"
 TRAINER_STATE = "trainer_state.json"
 """Last file that the Trainer writes into a checkpoint."""
 
@@ -22,8 +23,8 @@ def adapter_in(run: Path) -> Path | None:
     """
     if (run / FILE_NAME).is_file():
         return None
-    if (run / RUN_ADAPTER / FILE_NAME).is_file():
-        return run / RUN_ADAPTER
+    if (final := final_adapter(run)) is not None:
+        return final
     if not (run / RUN_CHECKPOINTS).is_dir():
         return None
     last = newest_checkpoint(run / RUN_CHECKPOINTS)
@@ -32,6 +33,23 @@ def adapter_in(run: Path) -> Path | None:
         f"the run in {str(run)!r} is not finished: {state}; finish it with: drlora finetune "
         f"--resume {shlex.quote(str(run))}"
     )
+
+
+def final_adapter(run: Path) -> Path | None:
+    """Return the folder of the adapter that a run ended with; None if it has not ended.
+
+    A finished run that goes on with more steps keeps its old adapter until it ends again: a
+    checkpoint of a later step is newer. (A finished run may have one too: it keeps the best.)
+    """
+    final = run / RUN_ADAPTER
+    if not (final / FILE_NAME).is_file():
+        return None
+    # The static LoRA of a comparison has its recipe and result in the folder around its own.
+    home = run if (run / RUN_RECIPE).is_file() else run.resolve().parent
+    if (home / RUN_RESULT).is_file():
+        return final
+    last = newest_checkpoint(run / RUN_CHECKPOINTS)
+    return final if last is None or _steps_in(last) <= _steps_in(final) else None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -54,3 +72,10 @@ def _step_of(checkpoint: Path) -> int | None:
         return None
     step = state.get("global_step", 0) if isinstance(state, dict) else None
     return step if isinstance(step, int) else None
+
+
+def _steps_in(folder: Path) -> int:
+    """Optimizer steps that an adapter has seen; 0 if its file is damaged."""
+    engine = read_description(folder).get("engine")
+    steps = engine.get("step") if isinstance(engine, dict) else None
+    return steps if isinstance(steps, int) else 0

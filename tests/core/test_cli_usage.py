@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import re
 import subprocess
 import sys
 from typing import Annotated, Any
@@ -74,6 +76,7 @@ MISTAKES = {
     "plan a --tokens x": "--tokens: ",
     "plan a --tokens 1.5": "--tokens: ",
     "plann a": "no such command plann; did you mean plan? See drlora --help",
+    "plan a --steps 0": "--steps: ",
     "zzz": "no such command zzz; see drlora --help",
     "--versoin": "no such option --versoin; did you mean --version? See drlora --help",
 }
@@ -88,6 +91,44 @@ def test_a_mistake_is_one_sentence(drlora: Any, line: str, monkeypatch: pytest.M
     assert result.err.startswith("drlora: ")
     assert MISTAKES[line] in result.err
     assert result.err.count("\n") == 1
+    assert "Value error" not in result.err
+    assert "Input should" not in result.err
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--steps=0"]])
+def test_a_number_out_of_range_is_named(drlora: Any, words: list[str]) -> None:
+    said = drlora("plan", "a", *words).err
+    assert re.search(r"--steps: (must be at least 1, got 0|0 is not in the range x>=1); see", said)
+
+
+def test_a_command_that_is_not_available_has_near_misses(drlora: Any) -> None:
+    missing = ["the commands of x, because of the missing library yaml"]
+    assert usage._no_such_command("evalute", ["plan"], missing) == (
+        "no such command evalute; did you mean evaluate? Not available here: " + missing[0]
+    )
+    assert usage._no_such_command("push", ["plan"], missing) == (
+        "no such command push; not available here: " + missing[0]
+    )
+    assert usage._no_such_command("plna", ["plan"], missing).endswith("; did you mean plan?")
+
+
+def test_the_other_commands_are_those_of_torch() -> None:
+    pytest.importorskip("torch")
+    from drlora_torch.cli import register
+
+    app = application.typer.Typer()
+    register(app)
+    assert {str(each.callback.__name__) for each in app.registered_commands if each.callback} == {
+        *usage.OTHERS
+    }
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
+def test_long_choices_are_folded(drlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in ("plan", "finetune", "push"):
+        lines = drlora(command, "--help").out.splitlines()
+        assert [line for line in lines if len(line) > 60] == []
 
 
 @pytest.mark.parametrize(

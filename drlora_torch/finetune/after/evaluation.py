@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 
+from drlora_core.cli.console import say
 from drlora_core.validation import reword_errors
 from drlora_torch.finetune.after.found import (
     adapter_of,
     read_options,
-    read_summary,
     trained_columns,
 )
 from drlora_torch.finetune.after.harness import check_tasks, run_tasks
@@ -92,6 +92,8 @@ class Report(BaseModel):
     rows: int = 0
     tokens: int = 0
     """Tokens that bear loss."""
+    questions: int = 0
+    """Prompts whose answers were compared for ``exact_match``."""
     scores: dict[str, Scores] = {}
     """By model: ``base`` and ``trained``."""
     tasks: dict[str, dict[str, dict[str, float]]] = {}
@@ -121,11 +123,10 @@ def evaluate_run(run: Path, wanted: Wanted, console: Console) -> Report:
         check_tasks(wanted.tasks)
     tokenizer = open_tokenizer(options)
     with console.status("reading the data"):
-        rows = _read(run, options, tokenizer, wanted) if wanted.rows else None
+        rows = _read(run, options, tokenizer, wanted, console) if wanted.rows else None
     with console.status("loading the model"):
         opened = open_run(run, tokenizer=tokenizer, on_gpu=True)
-    messages = rows is not None and rows.held_out.examples.needs_template
-    prompter = Prompter(tokenizer, trained_columns(run), chat=messages or None)
+    prompter = Prompter(tokenizer, trained_columns(run), chat=_chat(run, rows, wanted, console))
     batch_size = wanted.batch_size or options.batch_size
     report = Report(data=wanted.data)
     for name in _of_each(opened, wanted.base):
@@ -143,12 +144,27 @@ def evaluate_run(run: Path, wanted: Wanted, console: Console) -> Report:
             )
     if rows is not None:
         report.rows, report.tokens = len(rows.held_out.rows), rows.held_out.loss_tokens
+        report.questions = len(rows.asked or ())
     return report
 
 
-def _read(run: Path, options: FinetuneOptions, tokenizer: object, wanted: Wanted) -> _Rows:
+def _chat(run: Path, rows: _Rows | None, wanted: Wanted, console: Console) -> bool | None:
+    """True to use the chat template, False to do without; None: as the run was trained."""
+    if rows is not None and rows.held_out.examples.needs_template:
+        return True
+    if trained_columns(run):
+        return None
+    if wanted.tasks:
+        text = f"{str(run)!r} does not tell how its prompts were made: tasks get no chat template"
+        say(text, console)
+    return False
+
+
+def _read(
+    run: Path, options: FinetuneOptions, tokenizer: object, wanted: Wanted, console: Console
+) -> _Rows:
     if wanted.data is None:
-        held_out = read_own(options, tokenizer, read_summary(run))
+        held_out = read_own(run, tokenizer, console)
     else:
         held_out = read_other(options, tokenizer, wanted.data, wanted.columns)
     if wanted.limit is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from drlora_core.cli.console import say
 from drlora_torch.errors import DataError, RunError
+from drlora_torch.finetune.after.found import home_of, read_options, read_summary
 from drlora_torch.finetune.data.encode import NO_LOSS, Encoded, Encoder
 from drlora_torch.finetune.data.prepare import prepare
 from drlora_torch.finetune.data.splits import Examples, Read, read
-from drlora_torch.finetune.data.summary import Summary
+from drlora_torch.finetune.data.summary import FILE as DATA_FILE
+from drlora_torch.finetune.data.summary import Summary, check_same
 from drlora_torch.finetune.options import FinetuneOptions
 
 
@@ -20,13 +24,13 @@ class HeldOut(NamedTuple):
     rows: list[Encoded]
     """Cut at the run's ``max_length``, without those that then bear no loss."""
     examples: Examples
-    """As they were read."""
+    """The same rows as they were read."""
     summary: Summary
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens that are predicted and bear loss; the first of a row is never predicted."""
-        return sum(len(row.labels) - 1 - row.labels[1:].count(NO_LOSS) for row in self.rows)
+        """Tokens of all rows that bear loss."""
+        return sum(map(_predicted, self.rows))
 
     def first(self, limit: int) -> HeldOut:
         """Return the first rows."""
@@ -43,31 +47,40 @@ class Question(NamedTuple):
     answer: str
 
 
-def read_own(options: FinetuneOptions, tokenizer: Any, before: Summary | None) -> HeldOut:
+def read_own(run: Path, tokenizer: Any, console: Console) -> HeldOut:
     """Read and tokenize the rows that a run held out.
 
     Args:
-        options: of the run.
+        run: folder of the run.
         tokenizer: of the run.
-        before: figures of its data; None if they are unknown.
+        console: is told if nobody knows whether the data is still the same.
 
     Raises:
         RunError: they were pairs, or the data has changed: trained rows could be among them.
         DataError: the data is missing, or has rows that cannot be used.
     """
+    options, before = read_options(run), read_summary(run)
     if options.method == "dpo":
         raise RunError(
             "this run held out pairs of a chosen and a rejected answer, and evaluate takes the "
             "loss of one: give it DATA with texts, messages, or prompts and completions"
         )
-    found = read(options, _has_template(tokenizer))
-    rows = _tokenize(found.held_out, options, tokenizer)
-    trained = len(found.train.examples)
-    if before is not None and (rows.summary.rows, trained) != (before.held_out, before.read):
+    rows = _tokenize(read(options, _has_template(tokenizer)), options, tokenizer)
+    if before is None:
+        say(
+            f"{str(run)!r} has no {DATA_FILE} that can be read: rows that it trained on are among "
+            "those of the evaluation if its data has changed since",
+            console,
+        )
+        return rows
+    try:
+        check_same(home_of(run), rows.summary)
+    except RunError as error:
+        raise RunError(f"{error}; or give evaluate the DATA") from error
+    if rows.summary.held_out != before.held_out:
         raise RunError(
-            f"the data has changed since the run: {before.read:,} rows to train on and "
-            f"{before.held_out:,} held out then, {trained:,} and {rows.summary.rows:,} now; give "
-            "evaluate the DATA"
+            f"the data has changed since the run: {before.held_out:,} rows held out then, "
+            f"{rows.summary.held_out:,} now; give evaluate the DATA"
         )
     return rows
 
@@ -88,23 +101,32 @@ def read_other(options: FinetuneOptions, tokenizer: Any, data: str, columns: str
     if columns is not None:
         changes["columns"] = columns
     asked = FinetuneOptions.model_validate({**options.model_dump(), **changes})
-    return _tokenize(read(asked, _has_template(tokenizer)).held_out, asked, tokenizer)
+    rows = read(asked, _has_template(tokenizer)).held_out
+    return _tokenize(Read(rows, rows, lambda: iter(())), asked, tokenizer)
 
 
 def _has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _tokenize(rows: Examples, options: FinetuneOptions, tokenizer: Any) -> HeldOut:
+def _tokenize(found: Read, options: FinetuneOptions, tokenizer: Any) -> HeldOut:
+    rows = found.held_out
     if rows.needs_template and not _has_template(tokenizer):
         raise DataError(
             "the data has messages, and the tokenizer of this run no chat template; use prompt and "
             "completion"
         )
     plain = options.model_copy(update={"streaming": False, "packing": False})
-    made = prepare(Read(rows, rows, lambda: iter(())), plain, tokenizer, Console(quiet=True))
-    encoded = [Encoded(row["input_ids"], row["labels"]) for row in made.held_out]
-    return HeldOut(encoded, rows, made.summary)
+    summary = prepare(found, plain, tokenizer, Console(quiet=True)).summary
+    encoder = Encoder(tokenizer, options.train_on)
+    cut = [encoder.encode(*each)[0].cut(options.max_length) for each in rows.examples]
+    kept = [number for number, row in enumerate(cut) if _predicted(row)]
+    return HeldOut([cut[number] for number in kept], rows.some(kept), summary)
+
+
+def _predicted(row: Encoded) -> int:
+    """Tokens of a row that bear loss; the first one is never predicted."""
+    return len(row.labels) - 1 - row.labels[1:].count(NO_LOSS)
 
 
 def questions(held_out: HeldOut, tokenizer: Any) -> list[Question]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
+from drlora_core import atomic
+from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.after.opened import Opened
 from drlora_torch.merge.report import MergeReport
 
@@ -19,11 +22,16 @@ def write_merged(opened: Opened, target: Path, *, quantize: bool, compare: bool)
         compare: run the written model beside the trained one.
 
     Raises:
-        DRLoRAError: as :meth:`drlora_torch.Adapter.merge_and_save`; nothing is written then.
+        DRLoRAError: as :meth:`drlora_torch.Adapter.merge_and_save`, or the tokenizer cannot be
+            written; nothing is written then.
     """
-    report = opened.adapter.merge_and_save(target, quantize=quantize, compare=compare)
-    opened.tokenizer.save_pretrained(target)
-    return report
+    with atomic.replaced_files(target) as part:
+        opened.tokenizer.save_pretrained(part)
+        try:
+            report = opened.adapter.merge_and_save(part, quantize=quantize, compare=compare)
+        except CheckpointError as error:  # it knows the temporary folder alone
+            raise CheckpointError(str(error).replace(str(part), str(target))) from error
+    return dataclasses.replace(report, path=target)
 
 
 def describe(report: MergeReport, packed: bool) -> str:

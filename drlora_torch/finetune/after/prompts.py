@@ -19,17 +19,23 @@ class Prompter:
 
     Args:
         tokenizer: of the run.
-        columns: first column that the run read.
+        columns: first column that the run read; empty if that is unknown.
         chat: True to use the chat template, False to add nothing to a prompt; None: as trained.
         system: text of a system message.
 
     Raises:
-        RunError: a chat template is asked for, and there is none.
+        RunError: a chat template is asked for, and there is none; or neither the columns nor
+            ``chat`` tell how to make a prompt.
     """
 
     def __init__(
         self, tokenizer: Any, columns: str, chat: bool | None = None, system: str | None = None
     ) -> None:
+        if not columns and chat is None:
+            raise RunError(
+                "the run has no data.json that can be read, which tells the form of its prompts; "
+                "add --chat to use the chat template, or --plain to add nothing"
+            )
         self._tokenizer, self._columns, self._system = tokenizer, columns, system
         self._as_trained = chat is None
         template = bool(getattr(tokenizer, "chat_template", None))
@@ -39,13 +45,15 @@ class Prompter:
         if system is not None and not self.chat:
             hint = "add --chat" if template else "the tokenizer of this run has none"
             raise RunError(f"--system needs the chat template: {hint}")
+        _check_text("--system", system or "")
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt.
 
         Raises:
-            RunError: there are none, or the chat template refuses the messages.
+            RunError: there are none, the prompt is no UTF-8, or the chat template refuses it.
         """
+        _check_text("the prompt", prompt)
         if self.chat:
             tokens = self._render(prompt)
         else:
@@ -89,3 +97,11 @@ class Prompter:
         special = set(self._tokenizer.all_special_ids)
         after = (token for token in reversed(turn[len(before) :]) if token in special)
         return next(after, None)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse bytes that are not UTF-8, which Python keeps as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RunError(f"{name} is not UTF-8: {text!r}") from error

@@ -38,17 +38,20 @@ GENERATE = {
     "greedy": (["run", "hi", "--top-p", "0.9"], "top_p needs a temperature above 0"),
     "length": (["run", "hi", "--max-new-tokens", "0"], "max_new_tokens: must be at least 1, got 0"),
     "seed": (["run", "hi", "--seed", "-1"], "seed: must be at least 0 and below"),
+    "argument": (["run", "\udcff"], "the prompt is not UTF-8: '\\udcff'"),
+    "unknown form": (["untold", "hi"], "add --chat to use the chat template, or --plain"),
     "stdin": (["run", "-"], "standard input is not utf-8"),
 }
 MERGE = {
     "taken": (["run", "--output", "taken"], "'taken' exists; use another --output"),
     "a file": (["run", "--output", "file"], "'file' exists; use another --output"),
-    "inside": (["run", "--output", "file/x"], "could not write a merged model to file/x"),
+    "inside": (["run", "--output", "file/x"], "'file' is a file, so that 'file/x' cannot"),
     "packed": (["run", "--quantize"], "--quantize packs experts again, and this run did not"),
 }
 EXPORT = {
     "taken": (["run", "--output", "taken"], "'taken' exists; use another --output"),
     "a file": (["run", "--output", "file"], "'file' exists; use another --output"),
+    "inside": (["run", "--output", "file/x"], "'file' is a file, so that 'file/x' cannot"),
 }
 EVALUATE = {
     "no data": (["run", "no.jsonl"], "data 'no.jsonl': there is no such file"),
@@ -101,6 +104,7 @@ def place(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a run, and with much that is none."""
     path = tmp_path_factory.mktemp("place")
     shutil.copytree(run, path / "run")
+    shutil.copytree(run, path / "untold", ignore=shutil.ignore_patterns("data.json"))
     recipe = (run / "run.yaml").read_text()
     for name in ("empty", "taken", "broken", "other", "young", "damaged/adapter", "moved/adapter"):
         (path / name).mkdir(parents=True)
@@ -110,6 +114,8 @@ def place(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "other" / "run.yaml").write_text("learning_rat: 1")
     (path / "young" / "run.yaml").write_text(recipe)
     (path / "damaged" / "run.yaml").write_text(recipe)
+    for name in ("damaged", "moved"):
+        shutil.copy(run / "data.json", path / name)
     content = (run / "adapter" / FILE).read_bytes()
     (path / "damaged" / "adapter" / FILE).write_bytes(content[:-9])
     (path / "moved" / "adapter" / FILE).write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import shutil
 import sys
 import types
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.after import harness, scores
@@ -19,6 +21,9 @@ from drlora_torch.finetune.after.held_out import Question, questions, read_other
 from drlora_torch.finetune.after.opened import Opened, open_run
 from drlora_torch.finetune.after.scores import Loss, measure_loss, measure_matches
 from drlora_torch.finetune.data.encode import NO_LOSS
+from drlora_torch.finetune.folder import read as read_recipe
+from drlora_torch.finetune.folder import write as write_recipe
+from drlora_torch.finetune.recipe import Recipe
 from tests.finetune.after.conftest import Call
 from tests.finetune.after.test_generate import with_template
 from tests.finetune.conftest import make_tokenizer
@@ -92,14 +97,43 @@ def test_other_rows_are_read_with_their_columns(run: Path, call: Call, tmp_path:
     assert (first["rows"], first["tokens"]) == (1, 2)
 
 
-def test_changed_data_is_not_taken_for_the_runs_own(opened: Opened) -> None:
-    options, tokenizer = opened.options, opened.tokenizer
-    before = read_own(options, tokenizer, None).summary
-    assert before.rows == 5
-    with pytest.raises(RunError, match=r"changed since the run: 90 rows .* 95 and 5 now"):
-        read_own(options, tokenizer, before.model_copy(update={"read": 90, "held_out": 5}))
+def test_changed_data_is_not_taken_for_the_runs_own(
+    run: Path, opened: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, tokenizer = shutil.copytree(run, tmp_path / "run"), opened.tokenizer
+    lines = Path(str(opened.options.data)).read_text().splitlines()
+    data = tmp_path / "sums.jsonl"
+
+    def held_out(*rows: str, **changes: Any) -> int:
+        data.write_text("\n".join(rows))
+        options = opened.options.model_copy(update={"data": str(data), **changes})
+        write_recipe(mine, Recipe.model_validate({**recipe, **options.model_dump()}))
+        return len(read_own(mine, tokenizer, Console(stderr=True)).rows)
+
+    recipe = read_recipe(mine).model_dump()
+    assert held_out(*lines) == 5
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RunError, match=r"data has changed .*; or give evaluate the DATA"):
+        held_out(*reversed(lines))  # as many rows, and others of them held out
+    eval_data = write(tmp_path / "eval.jsonl", [{"prompt": "1+1=", "completion": "2"}])
     with pytest.raises(RunError, match="pairs of a chosen and a rejected"):
-        read_own(options.model_copy(update={"method": "dpo"}), tokenizer, None)
+        held_out(*lines, method="dpo")
+    with pytest.raises(RunError, match="changed"):
+        held_out(*lines, eval_data=str(eval_data))
+    (mine / "data.json").unlink()
+    assert held_out(*reversed(lines)) == 5
+    assert "has no data.json that can be read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_questions_are_those_of_the_rows_with_a_loss(opened: Opened, tmp_path: Path) -> None:
+    texts = [{"prompt": "p" * n, "completion": "c"} for n in (1, 900, 2, 3)]
+    data = write(tmp_path / "d.jsonl", texts)
+    options = opened.options.model_copy(update={"max_length": 64})
+    rows = read_other(options, opened.tokenizer, str(data), None)
+    first = rows.first(2)
+    for held_out, lengths in ((rows, [1, 2, 3]), (first, [1, 2])):
+        assert [len(row.input_ids) - 2 for row in held_out.rows] == lengths
+        assert [len(one.prompt) for one in questions(held_out, opened.tokenizer)] == lengths
 
 
 CHAT = [
@@ -171,11 +205,11 @@ def test_exact_match_is_the_share_of_the_rows(
 
     monkeypatch.setattr(scores, "generate", answer)
     found = figures(call, run, "--exact-match")
-    assert found["scores"]["trained"]["exact_match"] == 3 / 5
+    assert (found["questions"], found["scores"]["trained"]["exact_match"]) == (5, 3 / 5)
     monkeypatch.undo()
     said = call("evaluate", run, "--exact-match", "--base", "--batch-size", 2)
     assert said.code == 0
-    assert "rows that the run held out: 5 rows, 12 tokens" in said.out
+    assert "rows that the run held out: 5 rows, 12 tokens that bear loss, 5 questions" in said.out
     assert "exact match" in said.out
 
 
@@ -216,7 +250,12 @@ def test_tasks_are_those_of_the_harness(
 ) -> None:
     found = figures(call, run, "--tasks", "gsm8k", "--base", "--limit", 4)
     assert found == {
-        "tasks": {n: {"gsm8k": {"exact_match,strict": 0.25}} for n in ("base", "trained")}
+        "data": None,
+        "rows": 0,
+        "tokens": 0,
+        "questions": 0,
+        "scores": {},
+        "tasks": {n: {"gsm8k": {"exact_match,strict": 0.25}} for n in ("base", "trained")},
     }
     assert [each["tasks"] for each in lm_eval] == [["gsm8k"], ["gsm8k"]]
     assert [each["limit"] for each in lm_eval] == [4, 4]

@@ -75,7 +75,7 @@ def test_a_seed_repeats_and_leaves_the_generators_alone(run: Path, call: Call) -
 def test_prompts_come_from_standard_input(
     run: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("3+4=\n\n1+\r\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff3+4=\n\n1+\r\n"))
     said = call("generate", run, "-", "--max-new-tokens", 2)
     heads = [line for line in said.out.splitlines() if line.startswith("> ")]
     assert heads == ["> 3+4=", "> 1+"]
@@ -133,7 +133,7 @@ HI = "<|user|>hi<end>\n<|assistant|>"
         (True, "instruction", {"system": "s"}, "<|system|>s<end>\n" + HI),
         (True, "prompt", {}, "hi"),
         (True, "text", {}, "hi"),
-        (True, "", {}, "hi"),
+        (True, "", {"chat": False}, "hi"),
         (True, "prompt", {"chat": True}, HI),
         (True, "messages", {"chat": False}, "hi"),
         (False, "question", {}, QUESTION.format(question="hi")),
@@ -164,3 +164,9 @@ def test_what_a_template_refuses_is_a_sentence() -> None:
         Prompter(tokenizer, "messages").encode("hi")
     with pytest.raises(RunError, match="has no tokens"):
         Prompter(tokenizer, "text").encode("")
+    with pytest.raises(RunError, match=r"add --chat to use .* or --plain"):
+        Prompter(tokenizer, "")
+    with pytest.raises(RunError, match=r"^the prompt is not UTF-8: 'a\\udcff'$"):
+        Prompter(tokenizer, "text").encode("a\udcff")
+    with pytest.raises(RunError, match=r"^--system is not UTF-8"):
+        Prompter(tokenizer, "messages", system="\udcff")

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from drlora_torch.errors import CheckpointError
 from drlora_torch.finetune.after import opened
 from drlora_torch.finetune.after.merged import describe
 from drlora_torch.merge import saving
@@ -58,11 +57,22 @@ def test_a_failed_merge_leaves_nothing(
     run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise CheckpointError("the written model does not compute what the adapted one does")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving, "compare_logits", fail)
     said = call("merge", run, "--output", tmp_path / "merged")
     assert (said.code, said.err.count("\n")) == (2, 1)
+    assert f"could not write a merged model to {tmp_path / 'merged'}: [Errno 28]" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "tokenizer.json")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", no_space)
+    said = call("merge", run, "--output", tmp_path / "new" / "merged")
+    assert (said.code, said.err) == (2, "drlora: No space left on device: tokenizer.json\n"), (
+        said.err
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 def test_storage_knows_the_folder_of_a_run() -> None:
     assert run_folder.RUN_ADAPTER == folder.ADAPTER
     assert run_folder.RUN_CHECKPOINTS == folder.CHECKPOINTS
+    assert (run_folder.RUN_RECIPE, run_folder.RUN_RESULT) == (folder.RECIPE, folder.RESULT)
 
 
 def test_load_takes_the_folder_of_a_run(run: Path, moe_folder: Path) -> None:
@@ -61,6 +62,27 @@ def test_every_command_takes_the_last_checkpoint_of_an_unfinished_run(
     ):
         said = call(*words)
         assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("finished", "later", "taken"),
+    [(True, True, "adapter"), (False, True, "checkpoints/checkpoint-8"), (False, False, "adapter")],
+)
+def test_a_run_that_goes_on_is_not_taken_from_its_old_adapter(
+    finished: bool, later: bool, taken: str, run: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(run, tmp_path / "run")
+    if not finished:
+        (mine / folder.RESULT).unlink()
+    if later:  # the adapter is that of an earlier end
+        name = "drlora_adapter.safetensors"
+        shutil.copy(mine / folder.CHECKPOINTS / "checkpoint-4" / name, mine / folder.ADAPTER / name)
+    assert adapter_of(mine) == mine / taken
+    if taken == "adapter":
+        assert run_folder.adapter_in(mine) == mine / taken
+        return
+    with pytest.raises(drlora_torch.CheckpointError, match=r"its last checkpoint is .*point-8;"):
+        run_folder.adapter_in(mine)
 
 
 def test_the_static_lora_of_a_comparison_is_a_run_too(run: Path, tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_other_folders_go_up_once_they_are_there(
     assert calls[1]["allow_patterns"] is None
     card = huggingface_hub.ModelCard((mine / what / "README.md").read_text())
     assert card.data.library_name == library
+    assert call("push", mine, "me/others", "--what", what).code == 0
+    assert "# others" in (mine / what / "README.md").read_text()
     (mine / what / "README.md").write_text("my own words")
     assert call("push", mine, "me/sums", "--what", what).code == 0
     assert (mine / what / "README.md").read_text() == "my own words"
