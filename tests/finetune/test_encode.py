@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 from trl import SFTConfig, SFTTrainer
 
 from drlora_torch.errors import DataError
@@ -137,3 +138,35 @@ def test_cutting_keeps_the_beginning() -> None:
     encoded = Encoded([5, 6, 7], [NO_LOSS, 6, 7])
     assert encoded.cut(2) == ([5, 6], [NO_LOSS, 6])
     assert encoded.cut(9) == encoded
+
+
+SYSTEM_LAST = (  # as Mistral's: the system prompt stands before the last message only
+    "{% for m in messages %}{% if m['role'] != 'system' %}"
+    "{% if loop.last and messages[0]['role'] == 'system' %}"
+    "<{{ messages[0]['content'] }}>{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% endif %}{% endfor %}"
+)
+ADDS_SYSTEM = "<sys>You are kind" + PLAIN
+
+
+def test_a_prompt_that_the_template_renders_differently_alone_is_refused() -> None:
+    dialogue = [SYSTEM, *TALK[:2]]
+    examples = ({"messages": dialogue}, {"prompt": dialogue[:2], "completion": dialogue[2:]})
+    for example in examples:
+        with pytest.raises(DataError, match=r"messages\[1\] differently .*--train-on all"):
+            encode(example, SYSTEM_LAST)
+
+
+def test_a_default_system_prompt_bears_no_loss() -> None:
+    first = {"messages": [{"role": "assistant", "content": "hi"}, *TALK[:2]]}
+    assert learned(encode(first, ADDS_SYSTEM)) == ["hi<eos>", "1<eos>"]
+    assert learned(encode({"messages": TALK}, ADDS_SYSTEM)) == ["1<eos>", "22<eos>"]
+
+
+def test_a_tokenizer_that_adds_the_end_itself_adds_one() -> None:
+    made = tokenizer()
+    made._tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", made.eos_token_id)]
+    )
+    (encoded,) = Encoder(made).encode({"prompt": "1+1=", "completion": "2"}, "")
+    assert encoded.input_ids.count(made.eos_token_id) == 1

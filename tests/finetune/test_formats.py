@@ -118,7 +118,25 @@ def test_columns_are_renamed_and_what_is_left_is_named() -> None:
     assert reader.ignored == ("id",)
 
 
+def test_a_prompt_is_not_repeated_in_its_answers() -> None:
+    other = {"role": "assistant", "content": "b"}
+    whole = {"chosen": TALK, "rejected": [USER, other]}
+    answers = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [other]}
+    assert read({"prompt": "q", **whole}, "dpo") == answers
+    assert read({"prompt": [USER], **whole}, "dpo") == answers
+    assert read({"prompt": [USER], "completion": TALK}) == {
+        "prompt": [USER],
+        "completion": [ASSISTANT],
+    }
+    with pytest.raises(DataError, match="chosen must be the answer to the prompt, or both"):
+        read({"prompt": "another", **whole}, "dpo")
+
+
 BAD: list[tuple[Values, str]] = [
+    ({"prompt": "p", "completion": "c", "tools": [{"name": "f"}]}, "tools needs messages"),
+    ({"messages": TALK, "chat_template_kwargs": {"tokenize": False}}, "sets 'tokenize', which"),
+    ({"messages": "[" * 100_000}, "messages must be a list of messages"),
+    ({"prompt": [USER], "completion": [USER]}, "completion has no message with role assistant"),
     ({"text": None}, "f.jsonl, line 1: text must be a text, got null"),
     ({"text": 5}, "text must be a text, got the number 5"),
     ({"text": True}, "text must be a text, got the truth value true"),

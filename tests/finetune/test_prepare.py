@@ -64,6 +64,38 @@ def test_the_held_out_split_is_used_and_never_the_training_split(
     assert loaded(data="own/data", eval_data="only/train") == [["a", "b"], ["g"]]
 
 
+def test_a_dataset_without_the_split_to_train_on_is_refused(
+    hub: dict[str, datasets.DatasetDict],
+) -> None:
+    hub["odd/data"] = datasets.DatasetDict(test=rows("a"), train_sft=rows("b", "c"))
+    with pytest.raises(DataError, match=r"no split 'train' .*it has test, train_sft.*--split"):
+        loaded(data="odd/data")
+    assert loaded(data="odd/data", split="train_sft") == [["b", "c"], ["a"]]
+
+
+def test_held_out_files_alone_can_be_evaluated_on(tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    write(tmp_path / "held" / "validation.jsonl", [{"text": "v"}])
+    file = write(tmp_path / "a.jsonl", [{"text": "a"}] * 2)
+    assert loaded(data=str(file), eval_data=str(tmp_path / "held")) == [["a", "a"], ["v"]]
+    with pytest.raises(DataError, match="no split 'train'"):
+        loaded(data=str(tmp_path / "held"))
+
+
+def test_a_change_far_into_a_stream_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drlora_torch.finetune.data.splits.LOOKED_AT", 2)
+    texts = [{"text": letter} for letter in "abcdef"]
+    held = str(write(tmp_path / "held.jsonl", texts[:2]))
+    digests = set()
+    for last in "fg":
+        file = write(tmp_path / "a.jsonl", [*texts[:-1], {"text": last}])
+        made = prepared(file, streaming=True, steps=1, eval_data=held)
+        digests.add(made.summary.digest)
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.5, 2), (0.99, 3)])
 def test_at_least_one_row_is_left_on_either_side(
     tmp_path: Path, fraction: float, held_out: int

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -286,3 +288,79 @@ def test_losses_that_are_not_finite_are_noticed(name: str) -> None:
     for bad in (math.nan, math.inf):
         with pytest.raises(stopping.Diverged, match=f"{name} is {bad} at step 0"):
             watch.on_log(None, TrainerState(), TrainerControl(), {name: bad})
+
+
+def test_a_resume_after_early_stopping_keeps_the_best(
+    moe_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    """Also where only the result and the adapter were not written yet."""
+    given = {"steps": 40, "eval_every": 2, "patience": 2, "learning_rate": 0.5, "save_every": None}
+    run = tmp_path / "run"
+    (first,) = job.run(options_for(moe_folder, sums, **given), run, QUIET)
+    steps = losses(run).keys()
+    (run / folder.RESULT).unlink()
+    shutil.rmtree(run / folder.ADAPTER)
+    (again,) = job.run(folder.read(run), run, QUIET, resume=True)
+    assert losses(run).keys() == steps
+    assert (again.loss_after, again.ranks) == (first.loss_after, first.ranks)
+
+
+def test_two_processes_do_not_train_into_one_folder(
+    moe_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job.run(options_for(moe_folder, sums, steps=2, save_every=2), run, QUIET)
+    assert not (run / job.LOCK).exists()
+    before = (run / folder.RECIPE).read_bytes()
+    longer = folder.read(run).model_copy(update={"steps": 4})
+    with (
+        filelock.FileLock(run / job.LOCK),
+        pytest.raises(RunError, match="another process trains into"),
+    ):
+        job.run(longer, run, QUIET, resume=True)
+    assert (run / folder.RECIPE).read_bytes() == before
+    assert (run / folder.RESULT).exists()
+
+
+def test_a_failure_before_the_training_leaves_no_folder(
+    moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("no")
+
+    monkeypatch.setattr(job, "build_trainer", fail)
+    with pytest.raises(RunError, match="no"):
+        job.run(options_for(moe_folder, sums), tmp_path / "run", QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(
+    moe_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job.run(options_for(moe_folder, sums, steps=2, save_every=2), run, QUIET)
+    before = {name: (run / name).read_bytes() for name in (folder.RECIPE, folder.RESULT)}
+    other = folder.read(run).model_copy(update={"steps": 4, "dropout": 0.5})
+    with pytest.raises(drlora_torch.CheckpointError, match="other options"):
+        job.run(other, run, QUIET, resume=True)
+    assert before == {name: (run / name).read_bytes() for name in before}
+    (run / "checkpoints" / "checkpoint-2" / "optimizer.pt").unlink()
+    longer = folder.read(run).model_copy(update={"steps": 4})
+    with pytest.raises(drlora_torch.CheckpointError, match=r"it has no optimizer.pt; delete"):
+        job.run(longer, run, QUIET, resume=True)
+
+
+def test_speed_and_seconds_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    meter, state = Meter(), TrainerState()
+    meter.on_train_begin(None, state, None)
+    for _ in range(2):
+        clock[0] += 3.0
+        state.num_input_tokens_seen += 60
+        meter.on_step_end(None, state, None)
+        clock[0] += 100.0
+        meter.on_evaluate(None, state, None)
+        clock[0] += 100.0
+        meter.on_save(None, state, None)
+    assert (meter.seconds, meter.tokens, meter.tokens_per_second) == (6.0, 120, 20.0)
