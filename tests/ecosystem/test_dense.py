@@ -118,7 +118,7 @@ def test_one_lora_per_expert_takes_one_rank_and_scaling(tmp_path: Path) -> None:
     )
     other.import_peft(tmp_path)
     torch.testing.assert_close(logits(other.model), logits(adapter.model), rtol=1e-4, atol=1e-4)
-    with pytest.raises(CheckpointError, match="rank=2 .* at least attention_rank=4"):
+    with pytest.raises(CheckpointError, match=r"rank=2 .* at least attention_rank=4"):
         adapter.export_peft(tmp_path, per_expert=True, rank=2)
 
 
