@@ -367,7 +367,8 @@ class Adapter:
             The ranks written, and the relative error of every expert.
 
         Raises:
-            CheckpointError: nothing could be written, or PEFT cannot adapt these experts (DBRX).
+            CheckpointError: nothing could be written, PEFT cannot adapt these experts (DBRX), or
+                ``rank`` is below ``attention_rank`` with ``per_expert``.
             ModelError: experts declared by ``register_moe`` have no name in their block.
         """
         check_attached(self._attached)

@@ -85,8 +85,9 @@ def attach(
             ``lm_head``, ``embed_tokens``; everything else of the base is frozen). They are in
             the adapter's file, in ``merge``, and in ``export_peft``.
         attention_rank: also add LoRA of this fixed rank to all dense Linears: attention, shared
-            experts, dense layers. Routers, the output head, what shares its weight with the
-            embeddings, and Linears with a side of at most this rank are left alone.
+            experts, dense layers. Routers, heads, what is used or shared at several places,
+            indexers, Linears with a forward or a computed weight of their own, and those with a
+            side of at most this rank are left out; the log says how many (INFO).
         attention_alpha: their scaling is alpha / attention_rank; default 2 * attention_rank.
         attention_targets: narrows them to these names, as in PEFT (``q_proj``, ``v_proj``).
         auto_step: False if you call ``adapter.step()`` yourself after each optimizer step.

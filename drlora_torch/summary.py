@@ -18,7 +18,7 @@ def line(attached: Attached) -> str:
     ranks = _ranks(attached)
     parts = [repr(attached.name), _state(attached), notebook.describe_layers(ranks)]
     parts += [f"total rank {notebook.total_rank(ranks):,}"] if ranks else []
-    parts += [notebook.count(len(attached.dense), "dense Linear")] if attached.dense else []
+    parts += [_dense(attached)] if attached.dense else []
     parts += [notebook.count(len(attached.events), "event")]
     parts += [_storage(attached)] if ranks else []
     return f"Adapter({', '.join(parts)})"
@@ -41,6 +41,7 @@ def table(attached: Attached) -> str:
 
 def _facts(attached: Attached) -> dict[str, str]:
     events, pending = attached.events, attached.engine.pending
+    rank = attached.options.attention_rank
     last = f", the last after step {events[-1].step}" if events else ""
     return {
         "adapter": f"{attached.name}, {_state(attached)}",
@@ -48,6 +49,7 @@ def _facts(attached: Attached) -> dict[str, str]:
         "storage": _storage(attached),
         "layers": notebook.describe_layers(_ranks(attached)),
         "ranks": _describe_ranks(attached),
+        **({"dense": f"{_dense(attached)} of rank {rank}"} if attached.dense else {}),
         "parameters": describe_trainable(attached.model),
         "events": f"{len(events)} of {attached.engine.config.num_events}{last}",
         "skipped steps": f"{attached.skipped_steps:,}" + (", one step pending" * pending),
@@ -59,11 +61,17 @@ def _state(attached: Attached) -> str:
         return "merged"
     if not attached.layers:
         return "detached"
-    return "active" if is_active(attached) else "inactive"
+    if not is_active(attached):
+        return "inactive"
+    return "active" if attached.enabled else "disabled"
 
 
 def _storage(attached: Attached) -> str:
     return describe_storage(layer.record for layer in attached.layers.values())
+
+
+def _dense(attached: Attached) -> str:
+    return notebook.count(len(attached.dense), "dense Linear")
 
 
 def _ranks(attached: Attached) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from drlora_core import AllocatorEngine
 from drlora_torch.attached import AdaptedLayer, Attached
-from drlora_torch.lifecycle.dense import adapt_linears, choose_linears
+from drlora_torch.lifecycle.dense import adapt_linears
+from drlora_torch.lifecycle.dense_choice import choose_linears
 from drlora_torch.lifecycle.modules import choose_modules
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.lora.slots import IntArray, SlotTable

@@ -26,6 +26,7 @@ LARGEST_ERROR = 0.1
 """Of the logits, where the adapter itself changes less: more than rounding makes."""
 VISIBLE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 """Relative change of logits from which on a projection tells something."""
+FULL = "it does not fit into memory beside this one"
 Compared = tuple[float | None, float | None]
 
 
@@ -39,15 +40,9 @@ def compare_logits(attached: Attached, folder: Path, quantized: bool) -> Compare
     if (obstacle := _obstacle(model, folder)) is not None:
         return _skip(obstacle)
     try:
-        adapted = checkpoints.probe(model)
-    except Exception as reason:  # a model that wants more than token ids says so in its own way
-        return _skip(f"it does not run on token ids alone ({reason})")
-    with disabled(attached):
-        base = checkpoints.probe(model)
-    try:
-        written = checkpoints.probe(checkpoints.reload(model, folder))
-    except (MemoryError, torch.OutOfMemoryError):
-        return _skip("it does not fit into memory beside this one")
+        base, adapted, written = _run(attached, folder)
+    except _NotRunError as reason:
+        return _skip(str(reason))
     size = float(adapted.norm().clamp(min=1e-30))
     error, effect = (float((each - adapted).norm()) / size for each in (written, base))
     share = _share(base, adapted, written)
@@ -66,6 +61,33 @@ def compare_logits(attached: Attached, folder: Path, quantized: bool) -> Compare
             100 * share,
         )
     return error, effect
+
+
+class _NotRunError(Exception):
+    """A model cannot be run, for the reason it gives."""
+
+
+def _run(attached: Attached, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of the base, of the adapted and of the written model."""
+    model = attached.model
+    # A model that wants more than token ids says so in its own way.
+    adapted = _probe(model, "it does not run on token ids alone")
+    with disabled(attached):  # torch's grouped product takes no float64, the adapter's does
+        base = _probe(model, "the model does not run without the adapter")
+    try:
+        reloaded = checkpoints.reload(model, folder)
+    except (MemoryError, torch.OutOfMemoryError) as full:
+        raise _NotRunError(FULL) from full
+    return base, adapted, _probe(reloaded, "it does not run on the CPU")
+
+
+def _probe(model: torch.nn.Module, failure: str) -> Tensor:
+    try:
+        return checkpoints.probe(model)
+    except (MemoryError, torch.OutOfMemoryError) as full:
+        raise _NotRunError(FULL) from full
+    except Exception as reason:
+        raise _NotRunError(f"{failure} ({reason})") from reason
 
 
 def _share(base: Tensor, adapted: Tensor, written: Tensor) -> float:

@@ -7,7 +7,7 @@ through the conversion that saves weights, and the numbers tell which row went w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -62,6 +62,17 @@ def unfused(model: nn.Module, fused: Mapping[str, Fused]) -> dict[str, list[Plac
         if (part := _part(rows, fused[parameter].outputs)) is not None:
             places[parameter].append(Place(name.removesuffix(".weight"), first // 4, part))
     return {name: found for name, found in places.items() if _is_whole(found, fused[name])}
+
+
+def revert_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
+    """Names of Linears in the model's checkpoints, by their names in the model."""
+    names = list(modules)
+    weights = {f"{name}.weight": torch.tensor(index) for index, name in enumerate(names)}
+    try:
+        saved = revert_weight_conversion(model, weights)
+    except (RuntimeError, ValueError, LookupError, AttributeError):
+        return dict(zip(names, names, strict=True))
+    return {names[int(index)]: name.removesuffix(".weight") for name, index in saved.items()}
 
 
 def _marker(parameter: Fused, index: int) -> Tensor:

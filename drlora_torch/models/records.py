@@ -37,5 +37,7 @@ class MoELayer:
 def describe_storage(layers: Iterable[MoELayer]) -> str:
     """How experts are stored, in words, and the bytes they take."""
     layers = list(layers)
-    kinds = " and ".join(sorted({layer.dtype for layer in layers})) or "none"
+    if not layers:
+        return "no adapted experts"
+    kinds = " and ".join(sorted({layer.dtype for layer in layers}))
     return f"experts in {kinds} ({sum(layer.nbytes for layer in layers) / 1e9:.2f} GB)"

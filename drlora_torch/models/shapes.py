@@ -153,6 +153,10 @@ def _build_on_meta(config: Any) -> nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto import modeling_auto
 
+    if (own := _architecture(config)) is not None:
+        with torch.device("meta"):
+            built: nn.Module = own._from_config(config)
+        return built
     if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         builder = AutoModelForCausalLM
     elif type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
@@ -162,6 +166,21 @@ def _build_on_meta(config: Any) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = builder.from_config(config, trust_remote_code=False)
     return model
+
+
+def _architecture(config: Any) -> Any:
+    """The class of the checkpoint, as its configuration names it; None if it names none.
+
+    Classes of models with a vision tower are not those that AutoModelForCausalLM builds.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        found: Any = getattr(transformers, name, None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and found.config_class is type(config):
+            return found
+    return None
 
 
 def _layers(model: nn.Module) -> tuple[LayerShape, ...]:

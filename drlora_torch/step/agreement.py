@@ -30,7 +30,9 @@ APART = (
     "right:\n"
     "    adapter = attach(model, engine)\n"
     "    parallel = DistributedDataParallel(model)\n"
-    "and train through `parallel`"
+    "and train through `parallel`. If you do that already, it may wait in vain for the gradients "
+    "of Linears that the loss does not depend on: name the others with attention_targets=, or pass "
+    "find_unused_parameters=True to DistributedDataParallel"
 )
 
 

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import drlora_torch
+from drlora_torch import CheckpointError
+from drlora_torch.models import spelling
 from tests.ecosystem import test_export_peft as exports
 from tests.ecosystem import trainers
 from tests.torch import helpers, models
+from tests.torch.conformance import tiny
 from tests.torch.conventions import families
 from tests.torch.dense import RANK, adapted, fill, linears, logits
 
@@ -74,6 +77,28 @@ def test_experts_that_are_linears_and_dense_linears_are_one_directory(tmp_path: 
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_names_that_transformers_renames_are_those_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("laguna").eval()
+    adapter = fill(helpers.attach(model, attention_rank=2))
+    adapter.export_peft(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any(".shared_expert." in key for key in keys)  # "shared_experts" in the model
+    ours = tiny.output(model, tiny.inputs("laguna"))
+    theirs = peft.PeftModel.from_pretrained(tiny.build("laguna").eval(), tmp_path)
+    found = tiny.output(theirs.base_model.model, tiny.inputs("laguna"))
+    torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-4)
+    again = {"r_init": 7, "r_target": 7, "r_max": 7}
+    other = helpers.attach(tiny.build("laguna"), config=again, attention_rank=2)
+    assert linears(other).keys() < other.import_peft(tmp_path).keys()
+    monkeypatch.setattr(spelling, "_renaming", lambda model: lambda name: f"other.{name}")
+    with pytest.raises(CheckpointError, match="PEFT would not find the LoRA of 16 Linears"):
+        adapter.export_peft(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
 def test_one_lora_per_expert_takes_one_rank_and_scaling(tmp_path: Path) -> None:
     adapter = uneven("qwen2_moe")
     adapter.export_peft(tmp_path, per_expert=True)
@@ -93,7 +118,7 @@ def test_one_lora_per_expert_takes_one_rank_and_scaling(tmp_path: Path) -> None:
     )
     other.import_peft(tmp_path)
     torch.testing.assert_close(logits(other.model), logits(adapter.model), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="rank=2 with per_expert=True must be at least attention_"):
+    with pytest.raises(CheckpointError, match=r"rank=2 .* at least attention_rank=4"):
         adapter.export_peft(tmp_path, per_expert=True, rank=2)
 
 

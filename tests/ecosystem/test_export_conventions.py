@@ -16,7 +16,7 @@ from torch import nn
 
 import drlora_torch
 from tests.ecosystem.in_peft import CASES, CONVENTIONS, Case
-from tests.torch import helpers
+from tests.torch import dense, helpers
 from tests.torch.conformance.table import FAMILIES
 from tests.torch.conventions import handwritten
 
@@ -54,11 +54,17 @@ def assert_same_deltas(have: drlora_torch.Adapter, want: drlora_torch.Adapter) -
 
 
 @pytest.mark.parametrize("name", IN_PEFT)
-def test_peft_computes_what_we_do(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_peft_computes_what_we_do(tmp_path: Path, name: str, rank: int | None) -> None:
+    """With ``attention_rank`` too, where a model has Linears for it."""
     skip_unknown(name)
+    if rank is not None and name not in FAMILIES:
+        pytest.skip("see tests/ecosystem/test_dense.py")
     case = CASES[name]
     with case.context():
-        adapter = case.uneven(alpha=3.0)
+        adapter = case.uneven(alpha=3.0, attention_rank=rank)
+        if rank is not None:
+            dense.fill(adapter)
         adapter.export_peft(tmp_path)
         ours = case.outputs(adapter.model)
         with adapter.disabled():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from drlora_core import UnknownLayerError
 from drlora_torch import AttachError
-from drlora_torch.lifecycle import dense
+from drlora_torch.lifecycle import dense_choice
 from tests.torch import helpers, models
 from tests.torch.dense import RANK, adapted, fill, linears, logits, train
 from tests.torch.test_life import Picture
@@ -124,8 +125,65 @@ def test_shared_weights_are_left_alone() -> None:
         helpers.attach(model, attention_rank=RANK, attention_targets=["q_proj"])
 
 
+class Twice(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2 * super().forward(inputs)
+
+
+class TinyIndexer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq_b = nn.Linear(32, 32)
+
+
+def _change(model: Any, what: str) -> None:
+    attention = model.model.layers[0].self_attn
+    if what == "forward":
+        attention.q_proj = Twice(32, 32, bias=False)
+    elif what == "parametrized":
+        nn.utils.parametrizations.weight_norm(attention.q_proj)
+    elif what == "pruned":
+        prune.random_unstructured(attention.q_proj, "weight", 0.3)
+    elif what == "repeated":
+        model.model.layers[1].self_attn.q_proj = attention.q_proj
+    elif what == "indexer":
+        attention.indexer = TinyIndexer()
+    elif what == "score":
+        model.model.score = nn.Sequential(nn.Linear(32, 16))
+    elif what == "head":
+        model.reward = nn.Linear(32, 16)
+
+
+UNUSUAL = {
+    "forward": (7, "self_attn.q_proj", "Twice has a forward of its own"),
+    "parametrized": (7, "self_attn.q_proj", "computed from other parameters"),
+    "pruned": (7, "self_attn.q_proj", "computed from other parameters"),
+    "repeated": (6, "self_attn.q_proj", "uses it at several places"),
+    "score": (8, "score.0", "a head beside the base model"),
+    "head": (8, "reward", "a head beside the base model"),
+    "indexer": (8, "", "in an indexer"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_unusual_linears_are_left_out(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    count, target, why = UNUSUAL[what]
+    model = models.build()
+    _change(model, what)
+    with caplog.at_level(logging.INFO):
+        adapter = helpers.attach(model, attention_rank=RANK)
+    assert len(linears(adapter)) == count
+    assert why in caplog.text
+    adapter.detach()
+    if target:
+        with pytest.raises(AttachError, match=why):
+            helpers.attach(model, attention_rank=RANK, attention_targets=[target])
+    else:
+        helpers.attach(model, attention_rank=RANK, attention_targets=["indexer.wq_b"])
+
+
 def test_a_spread_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "is_spread", lambda model: True)
+    monkeypatch.setattr(dense_choice, "is_spread", lambda model: True)
     with pytest.raises(AttachError, match="load the whole model in each process"):
         helpers.attach(models.build(), attention_rank=RANK)
     helpers.attach(models.build())
@@ -133,12 +191,12 @@ def test_a_spread_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_linears_that_are_never_called_are_told(caplog: pytest.LogCaptureFixture) -> None:
     model = models.build()
-    model.unused = nn.Linear(32, 16)
+    model.model.unused = nn.Linear(32, 16)
     adapter = helpers.attach(model, attention_rank=RANK)
     with caplog.at_level(logging.WARNING):
         train(model, adapter, range(2))
     assert caplog.text.count("1 of 9 Linears that attention_rank adapts got no gradient") == 1
-    assert "(unused)" in caplog.text
+    assert "(model.unused)" in caplog.text
 
 
 # -- the function ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import drlora_torch
 from drlora_torch import AttachError
+from drlora_torch.step import agreement
 from tests.torch import helpers, models
 from tests.torch.dense import RANK, adapted, linears, logits, train
 
@@ -48,6 +50,12 @@ def test_each_of_several_adapters_has_its_own(tmp_path: Path) -> None:
 
 
 # -- wrappers ----------------------------------------------------------------------------------
+
+
+def test_processes_that_differ_hear_of_linears_without_a_gradient() -> None:
+    agreement.check(np.array([2.0, 4.0, 8.0]))  # 2 and 2
+    with pytest.raises(AttachError, match=r"attention_targets=.*find_unused_parameters=True"):
+        agreement.check(np.array([2.0, 4.0, 10.0]))  # 1 and 3
 
 
 @pytest.fixture

@@ -48,6 +48,18 @@ def test_an_adapter_is_shown_in_every_state() -> None:
         assert f"default, {state}" in adapter.summary()
 
 
+def test_dense_linears_and_a_disabled_adapter_are_shown() -> None:
+    adapter = helpers.attach(models.build(), attention_rank=4)
+    with adapter.disabled():
+        assert "'default', disabled, " in repr(adapter)
+        assert "default, disabled" in read_html(adapter)
+    assert "8 dense Linears of rank 4" in adapter.summary()
+    assert "8 dense Linears of rank 4" in read_html(adapter)
+    adapter.detach()
+    assert adapter.storage == "no adapted experts"
+    assert "dense" not in adapter.summary()
+
+
 def test_a_summary_has_the_numbers() -> None:
     _, adapter = trained()
     ranks = np.concatenate(list(adapter.ranks().values()))

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
+import drlora_torch
 from drlora_core.cli import main
 from drlora_core.cli import plan as command
 from drlora_core.model_shape import LayerShape, read_model_config
 from drlora_torch.errors import ModelError
 from drlora_torch.finetune.options import FinetuneOptions
-from drlora_torch.models.shapes import read_shape
+from drlora_torch.models.discovery import find_layers
+from drlora_torch.models.shapes import build_skeleton, read_shape
 
 MOE = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 32}
 
@@ -111,6 +113,26 @@ def test_all_parameters_are_counted(tmp_path: Path) -> None:
     model = OlmoeForCausalLM(OlmoeConfig(**fields))
     shape = read_shape(str(write(tmp_path, "olmoe", **fields)))
     assert shape.total_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_class_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text = sizes | heads | {"vocab_size": 64, "num_hidden_layers": 2, "num_experts": 4}
+    text |= {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    vision = sizes | {"depth": 1, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    built = build_skeleton(str(tmp_path))
+    assert type(built) is type(model)
+    assert read_shape(str(tmp_path)).total_parameters == model.num_parameters()
+    names = [layer.name for layer in find_layers(built, on_meta=True)]
+    assert names == [layer.name for layer in drlora_torch.discover(model)]
+    config.architectures = ["unheard_of", "OlmoeForCausalLM", "AutoConfig"]
+    config.save_pretrained(tmp_path)
+    assert type(build_skeleton(str(tmp_path))).__name__ == "Qwen3VLMoeModel"
 
 
 @pytest.mark.parametrize(

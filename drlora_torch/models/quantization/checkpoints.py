@@ -24,6 +24,8 @@ from drlora_torch.quantized.scaled import FP8, ScaledWeight
 
 PROBE = 16
 """Tokens by which two models are compared."""
+ON_CPU = {"eager", "batched_mm", "grouped_mm"}
+"""Ways in which Transformers computes experts on a CPU."""
 
 
 def write(
@@ -175,10 +177,17 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def reload(model: Any, folder: Path) -> Any:
-    """Load what was written, on the CPU; of a quantized model, bitsandbytes would choose a GPU."""
+    """Load what was written, on the CPU; of a quantized model, bitsandbytes would choose a GPU.
+
+    Its experts are computed as those of the model are, where a CPU can do that.
+    """
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
     options = {"device_map": "cpu"} if quantized else {}
-    return type(model).from_pretrained(folder, dtype=float_dtype(model), **options).eval()
+    written = type(model).from_pretrained(folder, dtype=float_dtype(model), **options).eval()
+    if hasattr(model, "get_experts_implementation"):
+        chosen = model.get_experts_implementation()
+        written.set_experts_implementation({k: v for k, v in chosen.items() if v in ON_CPU})
+    return written
 
 
 def can_reload(model: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
+from drlora_torch.models.spelling import spellings
 from drlora_torch.storage.peft.factors import Expert, FloatArray, resize
 from drlora_torch.storage.peft.files import (
     PREFIX,
@@ -39,13 +40,14 @@ def common_rank(attached: Attached, wanted: int | None, largest: int) -> int:
     """The one rank of a directory for serving engines, where experts have at most ``largest``.
 
     Raises:
-        ValueError: the wanted one is smaller than that of the Linears.
+        CheckpointError: the wanted one is smaller than that of the Linears.
     """
     own = attached.options.attention_rank or 1
     if wanted is not None and wanted < own:
-        raise ValueError(
+        raise CheckpointError(
             f"rank={wanted} with per_expert=True must be at least attention_rank={own}: the "
-            "experts are compressed, other Linears are not, and serving engines take one rank"
+            "experts are compressed, other Linears are not, and serving engines take one rank; "
+            f"use rank={own}"
         )
     return max(own, largest)
 
@@ -57,14 +59,20 @@ def export(attached: Attached, config: dict[str, Any], separate: bool) -> Tensor
     """
     tensors: Tensors = {}
     scaling = config["lora_alpha"] / config["r"]
+    spelled = spellings(attached.model, map(own_name, attached.dense))
+    if lost := [name for name, spelling in spelled.items() if spelling is None]:
+        raise CheckpointError(
+            f"PEFT would not find the LoRA of {len(lost)} Linears ({lost[0]}), since Transformers "
+            "renames their keys; use merge_and_save(), or attach without attention_rank"
+        )
     for name, each in attached.dense.items():
         lora_A, lora_B = (matrix.detach().cpu() for matrix in each.lora.parameters())
         if separate:
             missing = config["r"] - each.lora.rank
             lora_A = nn.functional.pad(lora_A, (0, 0, 0, missing))
             lora_B = nn.functional.pad(lora_B * (each.lora.scaling / scaling), (0, missing))
-        tensors[f"{PREFIX}{own_name(name)}.lora_A.weight"] = lora_A.clone()
-        tensors[f"{PREFIX}{own_name(name)}.lora_B.weight"] = lora_B.clone()
+        tensors[f"{PREFIX}{spelled[own_name(name)]}.lora_A.weight"] = lora_A.clone()
+        tensors[f"{PREFIX}{spelled[own_name(name)]}.lora_B.weight"] = lora_B.clone()
     if tensors:
         _add_to(config, attached, separate)
     return tensors
@@ -97,8 +105,12 @@ def take(
 ) -> dict[str, tuple[Expert, float]]:
     """Take the LoRA of the Linears out of ``held``, at their rank and scaling, with its error."""
     found = {}
+    spelled = spellings(attached.model, map(own_name, attached.dense))
     for name, each in attached.dense.items():
-        keys = [f"{PREFIX}{own_name(name)}.lora_{part}.weight" for part in "AB"]
+        for key in (spelled[own_name(name)], own_name(name)):
+            keys = [f"{PREFIX}{key}.lora_{part}.weight" for part in "AB"]
+            if held.keys() & keys:
+                break
         if not held.keys() & keys:
             continue
         try:

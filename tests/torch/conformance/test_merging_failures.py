@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import drlora_torch
 from drlora_torch.lifecycle.residents import Residents
 from drlora_torch.merge import in_place
-from tests.torch import helpers
+from drlora_torch.models.quantization import checkpoints
+from tests.torch import helpers, models
 from tests.torch.conformance.test_merging import adapted
 
 
@@ -127,3 +129,38 @@ def test_an_unmerge_that_was_interrupted_can_be_repeated(monkeypatch: pytest.Mon
             adapter.unmerge()
     adapter.unmerge()
     assert all(helpers.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_the_written_model_runs_as_the_model_does(
+    implementation: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch's grouped product takes no float64."""
+    model = models.build("olmoe", torch.float64)
+    model.set_experts_implementation(implementation)
+    adapter = helpers.attach(model)
+    helpers.uneven(adapter, scale=0.5)
+    report = adapter.merge_and_save(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    if implementation == "eager":
+        assert report.logits_error is not None
+        assert report.logits_error < 1e-6
+    else:
+        assert report.logits_error is None
+        assert "was not run to compare it: the model does not run without" in caplog.text
+
+
+def test_a_written_model_that_does_not_run_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, adapter = adapted("olmoe")
+    reload = checkpoints.reload
+
+    def no_head(model: Any, folder: Path) -> Any:
+        written = reload(model, folder)
+        written.lm_head = None
+        return written
+
+    monkeypatch.setattr(checkpoints, "reload", no_head)
+    assert adapter.merge_and_save(tmp_path).logits_error is None
+    assert "it does not run on the CPU" in caplog.text
