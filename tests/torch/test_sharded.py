@@ -35,7 +35,7 @@ REFUSED = {
     "pipeline": "AttachError: the model is cut into stages of a pipeline (pp_size=2)",
     "other tables": "CheckpointError: save_pretrained: the processes hold an adapter together, but",
     "no folder": "CheckpointError: ",
-    "not finite": "CheckpointError: model.layers.0.mlp.experts/gate_up_proj/lora_A holds values",
+    "not finite": "NotFiniteError: model.layers.0.mlp.experts/gate_up_proj/lora_A holds values",
 }
 
 

@@ -25,6 +25,10 @@ LEVELS = {
 }
 
 
+WIDE = 100
+"""Columns that all figures and the bar take; on fewer, there are loss, rank and time."""
+
+
 class RichProgress(TrainerCallback):
     """Shows step, loss, total rank, speed, memory, skipped steps and the time left.
 
@@ -34,9 +38,10 @@ class RichProgress(TrainerCallback):
 
     def __init__(self, label: str, steps: int, console: Console, meter: Meter) -> None:
         self._label, self._meter = label, meter
+        self._narrow = console.is_terminal and console.width < WIDE
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            *([] if self._narrow else [BarColumn(bar_width=20)]),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
@@ -59,12 +64,14 @@ class RichProgress(TrainerCallback):
 
     def _figures(self, logs: dict[str, Any]) -> str:
         figures = [f"loss {float(logs['loss']):.4f}", f"rank {logs['total_rank']}"]
+        if logs["skipped_steps"]:
+            figures.append(f"{logs['skipped_steps']} steps skipped")
+        if self._narrow:
+            return "  ".join(figures)
         if (speed := self._meter.tokens_per_second) is not None:
             figures.append(f"{speed:,.0f} tokens/s")
         if (memory := self._meter.peak_memory_mb) is not None:
             figures.append(f"{memory / 1024:.1f} GiB")
-        if logs["skipped_steps"]:
-            figures.append(f"{logs['skipped_steps']} steps skipped")
         return "  ".join(figures)
 
 
