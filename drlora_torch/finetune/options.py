@@ -57,6 +57,14 @@ class FinetuneOptions(
                 "attention_alpha and attention_targets need attention_rank",
             ),
             (
+                self.method != "dpo" and self.beta != self._default("beta"),
+                "beta needs method dpo",
+            ),
+            (
+                self.eval_data and self.eval_fraction != self._default("eval_fraction"),
+                "eval_fraction is of DATA; with eval_data, leave it out",
+            ),
+            (
                 self.method == "dpo" and (self.packing or self.streaming),
                 "dpo takes neither packing nor streaming",
             ),
@@ -70,6 +78,10 @@ class FinetuneOptions(
         return self
 
     _reword_errors = model_validator(mode="wrap")(reword_errors)
+
+    @classmethod
+    def _default(cls, name: str) -> object:
+        return cls.model_fields[name].default
 
     @property
     def planned_steps(self) -> int:

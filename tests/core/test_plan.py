@@ -13,14 +13,8 @@ from drlora_core import AllocatorConfig, LayoutError
 from drlora_core.memory_forecast import RunOptions
 from drlora_core.model_shape import LayerShape, ModelShape, read_model_config
 from drlora_core.plan import make_plan, planned_events, step_of_budget
+from tests.core.conftest import OLMOE
 
-OLMOE = {
-    "model_type": "olmoe",
-    "num_experts": 64,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-}
 KIMI = {
     "model_type": "kimi_k2",
     "n_routed_experts": 384,

@@ -24,7 +24,7 @@ OTHER: dict[str, Any] = {
     "model": "m",
     "data": "d.jsonl",
     "eval_data": "e.jsonl",
-    "eval_fraction": 0.5,
+    "eval_fraction": 0.05,  # excluded by eval_data
     "steps": 60,
     "batch_size": 3,
     "accumulation": 2,
@@ -63,7 +63,7 @@ OTHER: dict[str, Any] = {
     "attention_targets": ("q_proj", "v_proj"),
     "modules_to_save": ("lm_head",),
     "method": "sft",
-    "beta": 0.2,
+    "beta": 0.1,  # needs dpo
     "epochs": None,  # excludes steps
     "lr_scheduler": "linear",
     "warmup_ratio": 0.1,

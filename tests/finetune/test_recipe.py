@@ -101,6 +101,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"attention_targets": "q_proj"}, "need attention_rank"),
     ({"method": "dpo", "packing": True}, "dpo takes neither packing nor streaming"),
     ({"method": "dpo", "train_on": "all"}, "leave train_on out"),
+    ({"beta": 0.5}, "beta needs method dpo"),
+    ({"eval_data": "e.jsonl", "eval_fraction": 0.5}, "with eval_data, leave it out"),
     ({"columns": "prompt"}, "write FIELD=COLUMN"),
     ({"columns": "prompt=a,prompt=b"}, "'prompt' is given twice"),
     ({"modules_to_save": ""}, "modules_to_save"),
