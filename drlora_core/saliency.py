@@ -5,6 +5,8 @@ Shapes: N experts, R = r_max rank dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,5 +41,36 @@ def mask_inactive(dimension_importance: FloatArray, ranks: IntArray) -> FloatArr
 
 def mean_over_active(masked_importance: FloatArray, ranks: IntArray) -> FloatArray:
     """Mean of s_j over each expert's active dimensions, [N, R] -> [N]; the others hold 0."""
-    mean: FloatArray = masked_importance.sum(axis=1) / ranks
+    mean: FloatArray = masked_importance.sum(axis=1) / np.maximum(ranks, 1)
     return mean
+
+
+def importance_at_zero(
+    routing: FloatArray, importance: FloatArray, known: NDArray[np.bool_], sizes: Sequence[int]
+) -> FloatArray:
+    """Give experts without a rank dimension an importance: their share of f, as others have it.
+
+    g_i = f_i * (sum of g / sum of f over the experts of the layer whose g is known), so that g per
+    unit of f is their mean, weighted by f; g_i = f_i where nothing is known of a layer.
+
+    Args:
+        routing: f, [E].
+        importance: g, [E]; not read where it is not known.
+        known: False for experts of rank 0, and for those without a sample since they grew, [E].
+        sizes: experts of each layer.
+
+    Returns:
+        g of every expert as if it had rank 0, [E].
+
+    Example:
+        >>> f, g = np.array([0.5, 0.25, 0.25]), np.array([3.0, 1.5, 0.0])
+        >>> importance_at_zero(f, g, np.array([True, True, False]), [3]).tolist()
+        [3.0, 1.5, 1.5]
+    """
+    starts: IntArray = np.cumsum(sizes) - np.array(sizes)
+    of_known = [np.where(known, values, 0.0) for values in (importance, routing)]
+    total, visits = (np.add.reduceat(values, starts) for values in of_known)
+    comparable = (total > 0.0) & (visits > 0.0)
+    unit = np.divide(total, visits, out=np.ones_like(total), where=comparable)
+    of_zero: FloatArray = routing * np.repeat(unit, sizes)
+    return of_zero

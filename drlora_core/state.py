@@ -20,7 +20,12 @@ from drlora_core import ema
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import StatisticError
-from drlora_core.saliency import mask_inactive, mean_over_active, saliency
+from drlora_core.saliency import (
+    importance_at_zero,
+    mask_inactive,
+    mean_over_active,
+    saliency,
+)
 
 
 class Place(NamedTuple):
@@ -126,7 +131,7 @@ def observe(state: State, config: AllocatorConfig, place: Place, sample: Sample)
         state.routing_count[layer] += 1
     if sample.importance is not None:
         ema.update(state.importance[experts], sample.importance, config.importance_decay)
-        state.importance_count[experts] += 1
+        state.importance_count[experts] += state.ranks[experts] > 0
     if state.dimensions is not None and sample.dimensions is not None:
         ema.update(state.dimensions[experts], sample.dimensions, config.importance_decay)
     state.observed[layer] = True
@@ -149,6 +154,8 @@ def _check_importance(
             f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
             f"dimension, shape {per_dimension} = (num_experts, r_max)"
         )
+    if sample.shape == ranks.shape:
+        sample = np.where(ranks > 0, sample, 0.0)  # without a dimension there is nothing to measure
     return _check("importance", sample, [ranks.shape, per_dimension]), None
 
 
@@ -186,9 +193,24 @@ def routing_frequency(
 
 
 def rank_importance(state: State, config: AllocatorConfig, place: Place = EVERYWHERE) -> FloatArray:
-    """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample."""
-    counts = state.importance_count[place.experts]
-    return ema.correct_bias(state.importance[place.experts], counts, config.importance_decay)
+    """g_i = average / (1 - beta_g^n_i), float64 [N]; 0 before the first sample.
+
+    That of an expert of rank 0 is :func:`drlora_core.saliency.importance_at_zero`.
+    """
+    ranks, counts = state.ranks[place.experts], state.importance_count[place.experts]
+    measured = ema.correct_bias(state.importance[place.experts], counts, config.importance_decay)
+    if ranks.all():
+        return measured
+    sizes = list(state.sizes.values()) if place is EVERYWHERE else [ranks.size]
+    routing = used_routing(state, config, place)
+    return np.where(ranks > 0, measured, importance_at_zero(routing, measured, counts > 0, sizes))
+
+
+def used_routing(state: State, config: AllocatorConfig, place: Place = EVERYWHERE) -> FloatArray:
+    """f as the saliency uses it, float64 [N]: 1 where the configuration switches it off."""
+    if not config.use_routing:
+        return np.ones(state.ranks[place.experts].size)
+    return routing_frequency(state, config, place)
 
 
 def dimension_importance(state: State, config: AllocatorConfig) -> FloatArray:
@@ -203,9 +225,10 @@ def signals(
     state: State, config: AllocatorConfig, place: Place = EVERYWHERE
 ) -> tuple[FloatArray, FloatArray]:
     """Return f and g as the saliency uses them: 1 where the configuration switches one off."""
-    one = np.ones(state.ranks[place.experts].size)
-    routing = routing_frequency(state, config, place) if config.use_routing else one
-    return routing, rank_importance(state, config, place) if config.use_importance else one
+    routing = used_routing(state, config, place)
+    if not config.use_importance:
+        return routing, np.ones_like(routing)
+    return routing, rank_importance(state, config, place)
 
 
 def expert_saliency(state: State, config: AllocatorConfig, place: Place = EVERYWHERE) -> FloatArray:

@@ -61,7 +61,7 @@ def make_request(
     return AllocationRequest(
         step=step,
         quota=quota,
-        ranks=_check_array("ranks", ranks, size, np.int64, 1),
+        ranks=_check_array("ranks", ranks, size, np.int64),
         limits=_check_array("limits", limits, size, np.int64),
         routing=_check_array("routing", routing, size),
         importance=_check_array("importance", importance, size),
@@ -72,14 +72,14 @@ def make_request(
 
 
 def _check_array(
-    name: str, values: ArrayLike | None, size: int, dtype: type = np.float64, least: int = 0
+    name: str, values: ArrayLike | None, size: int, dtype: type = np.float64
 ) -> NDArray[Any]:
     whole = dtype is np.int64
     array = np.ones(size) if values is None else np.array(values, None if whole else dtype)
     valid = array.size and (not whole or array.dtype.kind in "iu")
-    if not valid or not (np.isfinite(array).all() and (array >= least).all()):
+    if not valid or not (np.isfinite(array).all() and (array >= 0).all()):
         kind = "whole" if whole else "finite"
-        raise ValueError(f"{name} must be a list of {kind} numbers >= {least}, got {values!r}")
+        raise ValueError(f"{name} must be a list of {kind} numbers >= 0, got {values!r}")
     if array.shape != (size,):
         raise ValueError(f"{name} has shape {array.shape}; ranks have ({size},)")
     return array.astype(dtype)
@@ -149,7 +149,7 @@ def _draw_request(draw: Any) -> tuple[AllocationRequest, bool]:
     from hypothesis import strategies as st
 
     size = draw(st.integers(1, 8))
-    ranks = draw(st.lists(st.integers(1, 6), min_size=size, max_size=size))
+    ranks = draw(st.lists(st.integers(0, 6), min_size=size, max_size=size))
     limits = draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
     quota = draw(st.integers(0, sum(limits) + 3))
     gamma = draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))

@@ -51,6 +51,8 @@ class Layer:
         if importance is not None:
             beta = self.options["importance_decay"]
             for i, value in enumerate(importance):
+                if self.ranks[i] == 0:
+                    continue  # nothing to measure
                 active = value[: self.ranks[i]] if isinstance(value, list) else [value]
                 if isinstance(value, list):
                     for j, s_j in enumerate(active):
@@ -65,8 +67,14 @@ class Layer:
         return [f / (1 - beta**self.n) if self.n else 0.0 for f in self.f]
 
     def rank_importance(self) -> list[float]:
+        """Of experts of rank 0: what one unit of f is worth in this layer, times f."""
         beta = self.options["importance_decay"]
-        return [g / (1 - beta**n) if n else 0.0 for g, n in zip(self.g, self.n_i, strict=True)]
+        measured = [g / (1 - beta**n) if n else 0.0 for g, n in zip(self.g, self.n_i, strict=True)]
+        f = self.routing_frequency() if self.options["use_routing"] else [1.0] * len(measured)
+        known = [i for i in range(len(f)) if self.n_i[i] > 0]
+        total, visits = sum(measured[i] for i in known), sum(f[i] for i in known)
+        unit = total / visits if total > 0 and visits > 0 else 1.0
+        return [unit * f[i] if rank == 0 else measured[i] for i, rank in enumerate(self.ranks)]
 
     def dimension_importance(self) -> list[list[float]]:
         beta = self.options["importance_decay"]

@@ -25,6 +25,8 @@ def options(
     """Arguments of a feasible AllocatorConfig, small enough to run to the end."""
     policy = draw(st.sampled_from(policies))
     small, extra = draw(st.integers(1, 3)), draw(st.integers(0, 4))
+    small -= policy not in ("uniform", "prune") and draw(st.booleans())  # may start at rank 0
+    extra += not small
     large = small + extra
     events, interval = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     warmup = draw(st.integers(0, 3))

@@ -62,7 +62,7 @@ class LayerRecord:
             values, given = getattr(self, name), (self.presence & files.BITS[name]) > 0
             found[name] = given[:, None] & ~((values >= 0.0) & (values < np.inf))
         if self.ranks is not None:
-            found["ranks"] = (self.ranks < 1) | (self.ranks > r_max)
+            found["ranks"] = (self.ranks < 0) | (self.ranks > r_max)
         if self.dimensions is not None:
             found["dimensions"] = (self.dimensions < 0.0) | np.isinf(self.dimensions)
         return found

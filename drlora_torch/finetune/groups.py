@@ -82,7 +82,7 @@ class RankGroup(Group):
 
     panel: ClassVar[str] = "Ranks of the experts"
 
-    r_init: int = Field(8, ge=1)
+    r_init: int = Field(8, ge=0)
     """Rank of every expert at the start."""
     r_target: int = Field(16, ge=1)
     """Mean rank at the end, which is the budget."""

@@ -21,6 +21,7 @@ from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import FREE, Born, IntArray, SlotTable
 from drlora_torch.lora.spread import Spread
 from drlora_torch.lora.stored import Stored
+from drlora_torch.lora.tie import tie
 
 
 class ProjectionShape(NamedTuple):
@@ -118,6 +119,15 @@ class ExpertLoRA(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """A and B of each projection: what ``parameters()`` gives, without its search."""
         return [each for _, slots in self.items() for each in (slots.lora_A, slots.lora_B)]
+
+    @property
+    def is_idle(self) -> bool:
+        """True while no expert has a rank dimension, so that the layer runs as without LoRA."""
+        return self.spread is None and self.table.is_empty
+
+    def tie(self, values: Tensor) -> Tensor:
+        """Make values depend on A and B, which the product beside them may not use."""
+        return tie(values, self.matrices())
 
     @property
     def device(self) -> torch.device:

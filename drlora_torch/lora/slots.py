@@ -60,6 +60,11 @@ class SlotTable:
     def num_slots(self) -> int:
         return self.owner.size
 
+    @property
+    def is_empty(self) -> bool:
+        """True if no slot has an owner."""
+        return bool((self.owner == FREE).all())
+
     def ranks(self) -> IntArray:
         """r_i, slots that each expert owns, int64 [N]."""
         return np.bincount(self.owner[self.owner != FREE], minlength=self.num_experts)

@@ -78,10 +78,12 @@ class BlockHooks:
                 handles.append(linear.register_forward_hook(hook))
         return handles
 
-    def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._running.call = None  # of a forward that was interrupted
         if not self.observer.enabled:
-            return
+            return None
         names = [projection for projection, _ in self.lora.items()]
         call = _Call(
             factors={name: _split(self.lora, name) for name in names},
@@ -90,6 +92,9 @@ class BlockHooks:
         if self.router is None:
             call.routing = self._routing(block, *args, **kwargs)
         self._running.call = call
+        if not self.lora.table.ranks().all():  # experts without rank may be all that is used
+            return _tie_first(self.lora, args, kwargs)
+        return None
 
     @torch.no_grad()
     def _remember(self, block: Any, router: Any, args: object, output: Any) -> None:
@@ -158,6 +163,16 @@ class BlockHooks:
         if output.dim() == 2 and output.dtype == low.dtype == lora_B.dtype:
             return torch.addmm(output, low, lora_B, alpha=lora.scaling)
         return output + (lora.scaling * low @ lora_B).to(output.dtype)
+
+
+def _tie_first(
+    lora: ExpertLoRA, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tie the hidden states that a block is given, its first argument, to the LoRA."""
+    if args:
+        return (lora.tie(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: lora.tie(kwargs[name])}
 
 
 def _split(lora: ExpertLoRA, projection: str) -> list[Factors]:

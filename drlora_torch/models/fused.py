@@ -44,6 +44,8 @@ Install = Callable[["Fused", Any, ExpertLoRA, Observer], Undo]
 """Let a layer (the module) run with a LoRA; return what undoes that."""
 Project = Callable[..., Tensor]
 """From the name of a projection and its inputs to its outputs; options of ``expert_linear``."""
+Forward = Callable[..., Tensor]
+"""What a module runs without LoRA."""
 Run = Callable[[Any, Project, Tensor, Tensor, Tensor], Tensor]
 """Experts of a layer on tokens [T, H] and their routing [T, K] (index, weights); gives [T, H]."""
 
@@ -201,11 +203,12 @@ def routed(run: Run) -> Install:
     """Adapt experts that are called as ``experts(hidden_states, top_k_index, top_k_weights)``."""
 
     def install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observer) -> Undo:
-        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            output = _routed(
-                convention, run, module, lora, hidden_states, top_k_index, top_k_weights
-            )
-            return observer.routed(lora, output, top_k_index, top_k_weights)
+        def forward(own: Forward, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            if lora.is_idle:
+                output = lora.tie(own(states, index, weights))
+            else:
+                output = _routed(convention, run, module, lora, states, index, weights)
+            return observer.routed(lora, output, index, weights)
 
         return undo_all(give_lora(module, lora, observer), run_instead(module, forward, observer))
 
@@ -284,7 +287,7 @@ def compute_dtype(weight: Stored, inputs: Tensor) -> torch.dtype:
 
 
 def run_instead(module: nn.Module, adapted: Callable[..., Tensor], observer: Observer) -> Undo:
-    """Run ``adapted`` in place of the forward of a module.
+    """Run ``adapted`` in place of the forward of a module, which it gets before the inputs.
 
     Accelerate, which moves inputs to the device of a module, keeps the module's own forward under
     another name: that one is replaced then, so that inputs are still moved.
@@ -296,7 +299,7 @@ def run_instead(module: nn.Module, adapted: Callable[..., Tensor], observer: Obs
     adapted = torch.compiler.disable(adapted)  # type: ignore[no-untyped-call]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (adapted if observer.enabled else own)(*args, **kwargs)
+        return adapted(own, *args, **kwargs) if observer.enabled else own(*args, **kwargs)
 
     vars(module)[place] = forward
 

@@ -97,18 +97,26 @@ def experts_forward(
     """
     lora, observer = getattr(module, ATTACHMENT)
     if not observer.enabled:
-        own = type(module).forward.__wrapped__
-        chosen = vars(module)[BASE_CONFIG]._experts_implementation
-        base: Callable[..., Tensor] = _registry(module).get_interface(chosen, own)
-        return base(module, hidden_states, top_k_index, top_k_weights)
-    run = _run
-    if torch.compiler.is_compiling() and not lora.fits_in_graph(INTERFACE.weights(module)):
-        run = _run_outside
-    output = run(module, lora, hidden_states, top_k_index, top_k_weights)
+        return _run_base(module, hidden_states, top_k_index, top_k_weights)
+    if torch.compiler.is_compiling():  # a graph must not change with the ranks
+        run = _run if lora.fits_in_graph(INTERFACE.weights(module)) else _run_outside
+        output = run(module, lora, hidden_states, top_k_index, top_k_weights)
+    elif lora.is_idle:
+        output = lora.tie(_run_base(module, hidden_states, top_k_index, top_k_weights))
+    else:
+        output = _run(module, lora, hidden_states, top_k_index, top_k_weights)
     if is_expert_parallel(module):  # it is counted before the tokens travel
         return output
     counted: Tensor = observer.routed(lora, output, top_k_index, top_k_weights)
     return counted
+
+
+def _run_base(module: Any, *inputs: Tensor) -> Tensor:
+    """The experts as the model itself runs them."""
+    own = type(module).forward.__wrapped__
+    chosen = vars(module)[BASE_CONFIG]._experts_implementation
+    base: Callable[..., Tensor] = _registry(module).get_interface(chosen, own)
+    return base(module, *inputs)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

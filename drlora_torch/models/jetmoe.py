@@ -20,7 +20,14 @@ from torch import Tensor
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, is_a, multiply_packed, packed_by_class, run_instead
+from drlora_torch.models.fused import (
+    Forward,
+    Fused,
+    is_a,
+    multiply_packed,
+    packed_by_class,
+    run_instead,
+)
 from drlora_torch.models.location import ExpertParameter
 
 FIRST, LAST = "input_linear", "output_linear"
@@ -32,10 +39,13 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
     def remember(router: Any, args: object, output: Any) -> None:
         last.routing = _routing(output)
 
-    def forward(projection: str, inputs: Tensor, expert_size: list[int]) -> Tensor:
-        experts = _experts(expert_size, inputs.device)
-        dispatch = Dispatch.sort(experts.unsqueeze(1), lora.table.num_experts)
-        output = convention.projector(module, lora, dispatch)(projection, inputs)
+    def forward(projection: str, own: Forward, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        if lora.is_idle:
+            output = lora.tie(own(inputs, expert_size))
+        else:
+            experts = _experts(expert_size, inputs.device)
+            dispatch = Dispatch.sort(experts.unsqueeze(1), lora.table.num_experts)
+            output = convention.projector(module, lora, dispatch)(projection, inputs)
         if projection == LAST:
             observer.routed(lora, output, *last.routing)
         return output

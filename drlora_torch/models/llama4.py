@@ -20,7 +20,14 @@ from drlora_torch.errors import ModelError
 from drlora_torch.lora.dispatch import Dispatch
 from drlora_torch.lora.layers import ExpertLoRA
 from drlora_torch.models.convention import Observer, Undo, give_lora, undo_all
-from drlora_torch.models.fused import Fused, is_a, multiply_packed, packed_by_class, run_instead
+from drlora_torch.models.fused import (
+    Forward,
+    Fused,
+    is_a,
+    multiply_packed,
+    packed_by_class,
+    run_instead,
+)
 from drlora_torch.models.location import ExpertParameter
 
 
@@ -32,19 +39,25 @@ def _install(convention: Fused, module: Any, lora: ExpertLoRA, observer: Observe
         index = logits.topk(router.top_k, dim=1).indices  # as the router itself chose
         last.routing = index, scores.detach().gather(1, index)
 
-    def forward(hidden_states: Tensor) -> Tensor:  # [N * T, H]; rows that are not chosen give 0
+    def forward(own: Forward, hidden_states: Tensor) -> Tensor:
+        # [N * T, H]; rows that are not chosen give 0
         routing, last.routing = getattr(last, "routing", None), None
         if routing is None:
             raise ModelError(f"{lora.name}: its experts were called without their router")
-        index = routing[0]
+        if lora.is_idle:
+            output = lora.tie(own(hidden_states))
+        else:
+            output = chosen_rows(hidden_states, routing[0])
+        observer.routed(lora, output, *routing)
+        return output
+
+    def chosen_rows(hidden_states: Tensor, index: Tensor) -> Tensor:
         dispatch = Dispatch.sort(index, lora.table.num_experts)
         project = convention.projector(module, lora, dispatch)
         chosen = index.reshape(-1)[dispatch.order] * index.shape[0] + dispatch.tokens  # [S]
         gate, up = project("gate_up_proj", hidden_states[chosen]).chunk(2, dim=-1)
         rows = project("down_proj", up * module.experts.act_fn(gate)).to(hidden_states.dtype)
-        output = torch.zeros_like(hidden_states).index_copy(0, chosen, rows)
-        observer.routed(lora, output, *routing)
-        return output
+        return torch.zeros_like(hidden_states).index_copy(0, chosen, rows)
 
     return undo_all(
         give_lora(module, lora, observer),

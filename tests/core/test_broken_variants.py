@@ -73,6 +73,18 @@ def penalty_without_one(routing: Any, importance: Any, ranks: Any, gamma: float)
     return routing * importance / ranks**gamma
 
 
+def importance_of_zero_is_zero(routing: Any, importance: Any, known: Any, sizes: Any) -> Any:
+    return np.zeros_like(routing)
+
+
+def mean_over_all_layers(routing: Any, importance: Any, known: Any, sizes: Any) -> Any:
+    return importance_at_zero(routing, importance, known, [sum(sizes)])
+
+
+def mean_over_all_experts(routing: Any, importance: Any, known: Any, sizes: Any) -> Any:
+    return importance_at_zero(routing, importance, np.ones_like(known), sizes)
+
+
 def mean_over_r_max(sample: Any, ranks: Any) -> Any:
     return sample.mean(axis=1)
 
@@ -132,6 +144,7 @@ def rescored_in_one_walk(request: AllocationRequest) -> Any:
     return policies_walk(request.saliency, request)
 
 
+importance_at_zero = equations.importance_at_zero
 timetable_event_index = timetable.event_index
 events_decide = events.decide
 policies_walk = policies.walk
@@ -145,6 +158,9 @@ BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("greedy", states, "grow", resets_everybody),
     ("greedy", states, "saliency", penalty_without_one),
     ("greedy", states, "mean_over_active", mean_over_r_max),
+    ("greedy", states, "importance_at_zero", importance_of_zero_is_zero),
+    ("proportional", states, "importance_at_zero", mean_over_all_layers),
+    ("greedy", states, "importance_at_zero", mean_over_all_experts),
     ("greedy", timetable, "event_index", event_one_step_late),
     ("greedy", timetable, "event_index", event_at_the_end_of_warmup),
     ("greedy", timetable, "event_index", event_not_at_growth_end),
@@ -295,7 +311,7 @@ def test_check_policy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     ("arguments", "message"),
     [
         ({"quota": -1}, "quota must be >= 0, got -1"),
-        ({"ranks": [0, 1]}, "ranks must be a list of whole numbers >= 1"),
+        ({"ranks": [-1, 1]}, "ranks must be a list of whole numbers >= 0"),
         ({"ranks": [1.0, 1.0]}, "ranks must be a list of whole numbers"),
         ({"limits": [-1, 1]}, "limits must be a list of whole numbers >= 0"),
         ({"limits": [1]}, r"limits has shape \(1,\); ranks have \(2,\)"),

@@ -336,9 +336,9 @@ NAN = np.array([[0.5, 0.5], [0.5, np.nan], [0.5, 0.5]])
             "is inf",
         ),
         (
-            {"ranks": {"a": np.ones((3, 2)), "b": np.zeros((3, 3))}},
+            {"ranks": {"a": np.ones((3, 2)), "b": -np.ones((3, 3))}},
             StatisticError,
-            r"'b', step 1: ranks\[0\] is 0",
+            r"'b', step 1: ranks\[0\] is -1",
         ),
         (
             {"ranks": {"a": np.full((3, 2), 1.5), "b": np.ones((3, 3))}},
