@@ -28,11 +28,8 @@ def test_decisions_equal_those_of_the_reference(
 def random_run(seed: int, policy: str, style: str) -> tuple[dict[str, Any], dict[str, int], Any]:
     """A configuration of a more realistic size than hypothesis draws, with its samples."""
     draw = random.Random(f"{seed} {policy} {style}")
-    low, events, interval = (
-        draw.randint(0 if policy != "prune" else 1, 4),
-        draw.randint(1, 6),
-        draw.randint(1, 4),
-    )
+    least = 1 if policy == "prune" else 0
+    low, events, interval = draw.randint(least, 4), draw.randint(1, 6), draw.randint(1, 4)
     high = low + draw.randint(1, 6)
     warmup = draw.randint(0, 5)
     options: dict[str, Any] = {

@@ -10,6 +10,7 @@ import pytest
 
 from drlora_core import (
     AllocationRequest,
+    AllocatorConfig,
     LayoutError,
     PolicyError,
     StatisticError,
@@ -151,3 +152,17 @@ def test_prune_on_arrays_keeps_the_important_dimensions() -> None:
             order[expert] = np.concatenate([order[expert][~cut], order[expert][cut]])
     assert kept[0, ::2].all()
     assert kept.sum() == 8
+
+
+def test_experts_without_rank_are_replayed_with_their_share() -> None:
+    """A run from rank 0 measured no importance of theirs; another configuration needs one."""
+    config = AllocatorConfig(
+        r_init=0, r_target=1, r_max=4, warmup_steps=0, growth_interval=1, growth_end=2
+    )
+    f, g = [[0.6, 0.3, 0.1]] * 2, [[0.0, 0.0, 0.0], [4.0, 2.0, 0.0]]
+    ranks = [[0, 0, 0], [1, 1, 0]]
+    recording = Recording.from_arrays({"a": f}, {"a": g}, ranks={"a": ranks}, config=config)
+    other = AllocatorConfig(r_init=1, r_target=2, warmup_steps=1, growth_interval=5, growth_end=6)
+    engine = replay(recording, other).engine  # its event comes later
+    first, second = np.array([0.6, 0.3, 0.1]), np.array([4.0, 2.0, 6.0 / 0.9 * 0.1])
+    np.testing.assert_allclose(engine.rank_importance("a"), (0.9 * first + second) / 1.9)

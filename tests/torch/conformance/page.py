@@ -42,6 +42,9 @@ suite in `tests/torch/conformance`:
   for bit.
 - Merged outputs equal adapted outputs (1e-11), `unmerge` restores every bit, and
   `from_pretrained` reads a checkpoint of `merge_and_save` bit for bit.
+- From rank 0 (`r_init=0`), outputs are those of the base model, routing is counted, A and B have
+  gradients of 0, and events give experts rank that learns; with rank in some experts of one layer
+  only, outputs and gradients are those of W + s B A (1e-11).
 - `discover` finds every layer and its router.
 - With its experts in 4 bits (NF4 or FP4, with or without double quantization), a model computes
   bit for bit what the same model computes after `dequantize_experts`, whose weights are those

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import drlora_torch
@@ -13,6 +14,7 @@ from tests.torch import helpers, reference
 from tests.torch.conformance import tiny
 from tests.torch.conformance.test_table import ROUNDING, distance, table
 
+pytestmark = pytest.mark.slow
 ZERO = {"r_init": 0}
 
 
