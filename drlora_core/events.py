@@ -55,8 +55,9 @@ class GrowthEvent:
 
     def __repr__(self) -> str:
         layers, growth = notebook.count(len(self.ranks), "layer"), notebook.total_rank(self.deltas)
-        total = notebook.total_rank(self.ranks)
-        return f"GrowthEvent(step={self.step}, {layers}, {growth:+d} ranks, total {total})"
+        total, cuts = notebook.total_rank(self.ranks), notebook.total_rank(self.cut)
+        change = f"{growth:+d} ranks" + (f", {cuts} moved" if cuts and growth > -cuts else "")
+        return f"GrowthEvent(step={self.step}, {layers}, {change}, total {total})"
 
     def _repr_html_(self) -> str:
         return notebook.layers_table(f"{self!r}, ranks after it", self.ranks)
