@@ -26,7 +26,7 @@ def _whole_number(value: object) -> int:
 
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune"]
+PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune", "move"]
 ScopeName = Literal["layer", "global"]
 TimetableName = Literal["early", "late"]
 
@@ -77,7 +77,11 @@ class AllocatorConfig(BaseModel):
     use_importance: bool = True
     """False replaces the rank importance g by 1 (an ablation)."""
     policy: PolicyName = "greedy"
-    """Built-in policy that spreads a quota over the experts."""
+    """Built-in policy that spreads a quota over the experts, or cuts dimensions, or does both."""
+    move_share: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Policy ``move`` only: largest share of a layer's rank that the first event may move."""
+    r_min: Count = 1
+    """Policies ``prune`` and ``move`` only: least rank that a cut may leave an expert."""
     scope: ScopeName = "layer"
     """``layer``: a quota per layer; ``global``: one quota over all layers."""
     layer_floor: float = Field(default=0.25, ge=0.0, le=1.0)
@@ -132,6 +136,21 @@ class AllocatorConfig(BaseModel):
         return self.r_target if self.policy == "uniform" else self.r_init
 
     @property
+    def cuts(self) -> bool:
+        """True for the policies that cut single rank dimensions, ``prune`` and ``move``."""
+        return self.policy in ("prune", "move")
+
+    @property
+    def ranks_change(self) -> bool:
+        """False for static LoRA: every event would leave the ranks as they are."""
+        return self.policy == "move" or self.starting_rank != self.r_target
+
+    @property
+    def least_rank(self) -> int:
+        """Least rank that an expert can ever have."""
+        return min(self.r_min, self.starting_rank) if self.cuts else self.starting_rank
+
+    @property
     def growth_steps(self) -> tuple[int, ...]:
         """The optimizer steps, counted from 1, after which an event happens (T_grow)."""
         return tuple(self._events())
@@ -183,7 +202,12 @@ class AllocatorConfig(BaseModel):
         self._check_ranks()
         if self.scope == "global" and self.layer_ceiling is not None:
             self._check_ceiling(self.layer_ceiling)
-        if self.starting_rank != self.r_target:
+        if self.policy == "move" and self.scope == "global":
+            raise ValueError(
+                "policy 'move' moves rank within a layer, so it cannot be combined with scope "
+                "'global'; use scope 'layer'"
+            )
+        if self.ranks_change:
             self._check_window()
         return self
 
@@ -204,6 +228,12 @@ class AllocatorConfig(BaseModel):
                 f"r_init <= {self.r_target}, or policy 'prune'"
             )
 
+        if self.cuts and self.r_min > self.r_target:
+            raise ValueError(
+                f"r_min {self.r_min} > r_target {self.r_target}: the budget has no room for it; "
+                f"use r_min <= {self.r_target}"
+            )
+
     def _check_ceiling(self, ceiling: int) -> None:
         if self.policy in ("uniform", "prune"):
             raise ValueError(
@@ -217,10 +247,11 @@ class AllocatorConfig(BaseModel):
 
     def _check_window(self) -> None:
         if (events := self.num_events) == 0:
+            static = "policy 'uniform'" if self.policy == "move" else "r_init = r_target"
             raise ValueError(
                 f"no growth event: none of the steps {self.warmup_steps} < t <= {self.growth_end} "
                 f"is warmup_steps plus a multiple of growth_interval {self.growth_interval}; use "
-                f"growth_end >= {self.warmup_steps + self.growth_interval}, or r_init = r_target"
+                f"growth_end >= {self.warmup_steps + self.growth_interval}, or {static}"
             )
         if self.policy == "prune" or self.quota is not None or self.max_growth is None:
             return

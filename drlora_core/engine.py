@@ -58,8 +58,10 @@ class AllocatorEngine:
         if not isinstance(config, AllocatorConfig):
             raise LayoutError(f"config must be an AllocatorConfig, got {type(config).__name__}")
         check_callable(policy)
-        if policy is not None and config.policy == "prune":
-            raise LayoutError("policy 'prune' cuts rank and cannot be combined with a callable")
+        if policy is not None and config.cuts:
+            raise LayoutError(
+                f"policy {config.policy!r} cuts rank and cannot be combined with a callable"
+            )
         self.config = config
         self._policy = GROWTH_POLICIES.get(config.policy) if policy is None else policy
         self._starts: dict[str, IntArray] = {}  # starting ranks by layer, [N]

@@ -1,4 +1,4 @@
-"""One growth (or pruning) event: from the state to a decision, as pure functions.
+"""One event, which grows ranks or cuts them: from the state to a decision, as pure functions.
 
 Shapes: L layers, E experts of all layers, one layer after the other.
 """
@@ -13,12 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drlora_core import notebook, pruning, timetable
+from drlora_core import moving, notebook, pruning, timetable
 from drlora_core import state as states
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.policies import AllocationRequest, Policy
-from drlora_core.pools import Pool, allocate, layer_means, make_pools, pool_sums, run_on_pools
+from drlora_core.pools import (
+    Pool,
+    allocate,
+    layer_means,
+    make_pools,
+    pool_sums,
+    request_of,
+    run_on_pools,
+)
 from drlora_core.saliency import saliency
 from drlora_core.state import Place, State
 
@@ -34,7 +42,7 @@ class GrowthEvent:
     index: int
     """k, the number of the event, counted from 1."""
     deltas: Mapping[str, IntArray]
-    """Change of each expert's rank, int64; negative with policy ``prune``."""
+    """Change of each expert's rank, int64; negative where dimensions were cut."""
     ranks: Mapping[str, IntArray]
     """Ranks after the event, int64."""
     saliency: Mapping[str, FloatArray]
@@ -42,12 +50,14 @@ class GrowthEvent:
     unplaced: int
     """Rank units that limits left over, carried to the next event (all layers)."""
     cut: Mapping[str, NDArray[np.bool_]]
-    """Policy ``prune`` only: the dimensions cut, bool [N, r_max], numbered as before the event."""
+    """The dimensions cut, bool [N, r_max], numbered as before the event; empty unless
+    ``config.cuts``. An expert gains ``deltas`` plus its cuts; none has both gains and cuts."""
 
     def __repr__(self) -> str:
         layers, growth = notebook.count(len(self.ranks), "layer"), notebook.total_rank(self.deltas)
-        total = notebook.total_rank(self.ranks)
-        return f"GrowthEvent(step={self.step}, {layers}, {growth:+d} ranks, total {total})"
+        total, cuts = notebook.total_rank(self.ranks), notebook.total_rank(self.cut)
+        change = f"{growth:+d} ranks" + (f", {cuts} moved" if cuts and growth > -cuts else "")
+        return f"GrowthEvent(step={self.step}, {layers}, {change}, total {total})"
 
     def _repr_html_(self) -> str:
         return notebook.layers_table(f"{self!r}, ranks after it", self.ranks)
@@ -62,9 +72,9 @@ def decide(
 ) -> tuple[GrowthEvent | None, State, tuple[int, ...]]:
     """Decide the event after optimizer step ``step`` (from 1), if there is one.
 
-    The policy is None for ``prune``; ``carry`` holds the units that each pool carried over. Returns
-    the event or None, the new state, and the units that each pool carries over. A pool of which no
-    sample has been seen waits: its units are carried over, nothing is cut.
+    The policy is None if ``config.cuts``; ``carry`` holds the units that each pool carried over.
+    Returns the event or None, the new state, and the units that each pool carries over. A pool of
+    which no sample has been seen waits: its units are carried over, nothing is cut.
     """
     index = timetable.event_index(
         step, config.warmup_steps, config.growth_interval, config.growth_end
@@ -76,15 +86,19 @@ def decide(
     signals = states.signals(state, config)
     scores = saliency(*signals, state.ranks, config.gamma)
     cut: NDArray[np.bool_] | None = None
-    if policy is None:
+    if policy is None and config.policy == "prune":
         cut = _choose_cuts(config, state, pools, seen, index)
-        after, left_over = _prune(state, cut), (0,) * len(pools)
+        after, left_over = _cut(state, cut), (0,) * len(pools)
     else:
         quotas = _quotas(config, state, pools, carry, index)
         request = _make_request(config, state, signals, scores, step)
-        growth = _spread(config, policy, pools, request, quotas, seen, index)
-        after = states.grow(state, growth)
-        left_over = tuple((quotas - pool_sums(growth, pools)).tolist())
+        if policy is None:
+            growth, cut = _move(config, state, pools, request, quotas, seen, index)
+            after = states.grow(_cut(state, cut), growth)
+        else:
+            growth = _spread(config, policy, pools, request, quotas, seen, index)
+            after = states.grow(state, growth)
+        left_over = tuple((quotas - pool_sums(after.ranks - state.ranks, pools)).tolist())
     event = GrowthEvent(
         step=step,
         index=index,
@@ -199,13 +213,49 @@ def _choose_cuts(
     for pool, due in zip(pools, seen, strict=True):
         ranks = state.ranks[pool.experts]
         excess = int(ranks.sum()) - config.scheduled_total(ranks.size, index if due else 0)
-        cut[pool.experts] = pruning.least_important(averages[pool.experts], ranks, excess)
+        cut[pool.experts] = pruning.least_important(
+            averages[pool.experts], ranks, excess, config.r_min
+        )
     return cut
 
 
-def _prune(state: State, cut: NDArray[np.bool_]) -> State:
-    """Cut dimensions, bool [E, R]."""
+def _move(
+    config: AllocatorConfig,
+    state: State,
+    pools: Sequence[Pool],
+    request: AllocationRequest,
+    quotas: IntArray,
+    seen: NDArray[np.bool_],
+    index: int,
+) -> moving.Exchange:
+    """Choose what the experts of each pool receive and give, [E] and [E, R]."""
+    averages = states.dimension_importance(state, config)
+    growth, cut = np.zeros_like(state.ranks), np.zeros(averages.shape, dtype=np.bool_)
+    # g restarts with growth, so its count tells which experts grew at the last event.
+    may_give = state.importance_count > (config.growth_interval if index > 1 else 0)
+    for number in np.flatnonzero(seen).tolist():
+        pool = pools[number]
+        part, total = pool.experts, int(state.ranks[pool.experts].sum())
+        growth[part], cut[part] = moving.exchange(
+            request_of(request, pool, number, quotas),
+            averages[part],
+            may_give[part],
+            config.r_min,
+            timetable.moved_units(index, config.num_events, config.move_share, total),
+        )
+    return moving.Exchange(growth, cut)
+
+
+def _cut(state: State, cut: NDArray[np.bool_]) -> State:
+    """Cut dimensions, bool [E, R]; g and its count restart for experts that have none left."""
     if state.dimensions is None:
-        raise AssertionError("only policy 'prune' averages single dimensions")
-    dimensions = pruning.compact(state.dimensions, cut)
-    return dataclasses.replace(state, ranks=state.ranks - cut.sum(axis=1), dimensions=dimensions)
+        raise AssertionError("only policies that cut average single dimensions")
+    ranks = state.ranks - cut.sum(axis=1)
+    emptied = (ranks == 0) & cut.any(axis=1)
+    return dataclasses.replace(
+        state,
+        ranks=ranks,
+        importance=np.where(emptied, 0.0, state.importance),
+        importance_count=np.where(emptied, 0, state.importance_count),
+        dimensions=pruning.compact(state.dimensions, cut),
+    )

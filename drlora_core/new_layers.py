@@ -29,13 +29,13 @@ def check_layer(name: object, num_experts: int, taken: Container[str]) -> None:
 def check_ranks(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) -> IntArray:
     """Check starting ranks that were given, [N]; return them as int64."""
     given = np.asarray(ranks)
-    least, budget = config.starting_rank, default.size * config.r_target
+    least, budget = config.least_rank, default.size * config.r_target
     if given.shape != default.shape or not np.issubdtype(given.dtype, np.integer):
         raise LayoutError(
             f"ranks must be integers of shape {default.shape}, got {given.dtype}{given.shape}"
         )
-    if config.policy == "prune" and (given != least).any():
-        raise LayoutError(f"policy 'prune' starts every expert at r_init = {least}")
+    if config.policy == "prune" and (given != config.r_init).any():
+        raise LayoutError(f"policy 'prune' starts every expert at r_init = {config.r_init}")
     if given.min() < least or given.max() > config.r_max:
         found = f"{given.min()}..{given.max()}"
         raise LayoutError(f"starting ranks lie in {found}, not {least}..{config.r_max}")

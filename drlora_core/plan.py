@@ -19,6 +19,7 @@ from drlora_core.memory_forecast import (
     lora_parameters,
 )
 from drlora_core.model_shape import ModelShape
+from drlora_core.timetable import moved_units
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class PlannedEvent:
     quota: int  # rank units placed (policy ``prune``: cut, negative)
     total: int  # total rank of the layer after the event
     mean: float  # mean rank of its experts after the event
+    most_moved: int  # rank units that move between experts at most (policy ``move``)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,8 +113,16 @@ def planned_events(config: AllocatorConfig, num_experts: int) -> list[PlannedEve
     With scope ``global`` this is the layer's even share.
     """
     totals = [config.scheduled_total(num_experts, k) for k in range(config.num_events + 1)]
+    share, events = config.move_share if config.policy == "move" else 0.0, config.num_events
     return [
-        PlannedEvent(k, step, totals[k] - totals[k - 1], totals[k], totals[k] / num_experts)
+        PlannedEvent(
+            index=k,
+            step=step,
+            quota=totals[k] - totals[k - 1],
+            total=totals[k],
+            mean=totals[k] / num_experts,
+            most_moved=moved_units(k, events, share, totals[k - 1]),
+        )
         for k, step in enumerate(config.growth_steps, 1)
     ]
 

@@ -239,7 +239,7 @@ def check_callable(policy: object) -> None:
         PolicyError: it is a name, or no callable.
     """
     if isinstance(policy, str):
-        known = [*GROWTH_POLICIES, "prune"]
+        known = [*GROWTH_POLICIES, "prune", "move"]
         if policy not in known:
             raise PolicyError(f"no policy {policy!r}; {near_misses(policy, known)}")
         raise PolicyError(

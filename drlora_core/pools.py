@@ -99,11 +99,18 @@ def run_on_pools(
     growth = np.zeros_like(request.ranks)
     for number in np.flatnonzero(seen).tolist():
         pool = pools[number]
-        arrays = {name: getattr(request, name)[pool.experts] for name in REQUEST_ARRAYS}
-        seed = (*request.seed, number)
-        own = dataclasses.replace(request, quota=int(quotas[number]), seed=seed, **arrays)
+        own = request_of(request, pool, number, quotas)
         growth[pool.experts] = run_policy(policy, own, pool.describe())
     return growth
+
+
+def request_of(
+    request: AllocationRequest, pool: Pool, number: int, quotas: IntArray
+) -> AllocationRequest:
+    """Make the request of one pool, by its number, from that of all."""
+    arrays = {name: getattr(request, name)[pool.experts] for name in REQUEST_ARRAYS}
+    seed = (*request.seed, number)
+    return dataclasses.replace(request, quota=int(quotas[number]), seed=seed, **arrays)
 
 
 def _run_on_stacks(

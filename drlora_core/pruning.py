@@ -1,8 +1,10 @@
-"""Policy ``prune``: start large and cut the least important rank dimensions (after AdaLoRA).
+"""Cut the least important rank dimensions (after AdaLoRA): policies ``prune`` and ``move``.
 
-The kept dimensions close the gaps, so an engine renumbers them at every event; a recording numbers
-the dimensions of an expert as at the start. An order [N, R] translates: dimension j of expert i in
-the engine is dimension ``order[i, j]`` of the recording.
+The kept dimensions close the gaps, so an engine renumbers them at every event; in a recording, a
+dimension keeps the number that it started with. An order [N, R] translates: dimension j of expert
+i in the engine is dimension ``order[i, j]`` of the recording. The first r_i entries of a row are
+the active dimensions; a dimension that grows takes the next entry. So it has a number that was
+never used as long as there is one, and then that of the dimension that was cut first.
 
 Shapes: N experts, R = r_max rank dimensions; the first r_i columns of row i are active.
 """
@@ -16,17 +18,23 @@ from drlora_core.ema import FloatArray, IntArray
 from drlora_core.saliency import active_dimensions
 
 
-def least_important(scores: FloatArray, ranks: IntArray, count: int) -> NDArray[np.bool_]:
-    """Choose exactly ``count`` active dimensions to cut, every expert keeping at least one.
+def least_important(
+    scores: FloatArray, ranks: IntArray, count: int, keep: int | IntArray = 1
+) -> NDArray[np.bool_]:
+    """Choose exactly ``count`` active dimensions to cut; every expert keeps its best ``keep``.
 
     The lowest scores are cut first. Ties are cut in this order: larger rank of the expert, later
     dimension, later expert. (AdaLoRA compares with a threshold instead: when all scores tie, it
-    keeps 0 of a budget of 6.) ``scores`` are float64 [N, R], ``count`` is at most
-    ``ranks.sum() - N``. Returns bool [N, R], True where a dimension is cut.
+    keeps 0 of a budget of 6.) ``scores`` are float64 [N, R], ``keep`` is a number for
+    all or int64 [N], and ``count`` is at most the number of the other dimensions. Returns bool
+    [N, R], True where a dimension is cut.
     """
-    candidates = active_dimensions(ranks, scores.shape[1])
-    best = np.where(candidates, scores, -np.inf).argmax(axis=1)
-    candidates[np.arange(ranks.size), best] = False
+    active = active_dimensions(ranks, scores.shape[1])
+    best_first = np.argsort(np.where(active, -scores, np.inf), axis=1, kind="stable")
+    candidates = np.empty_like(active)
+    others = ~active_dimensions(np.broadcast_to(keep, ranks.shape), scores.shape[1])
+    np.put_along_axis(candidates, best_first, others, axis=1)
+    candidates &= active
     experts, dimensions = np.nonzero(candidates)
     order = np.lexsort((-experts, -dimensions, -ranks[experts], scores[experts, dimensions]))
     first = order[:count]

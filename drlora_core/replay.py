@@ -86,8 +86,7 @@ def replay(
     """
     if (config := config or recording.config) is None:
         raise LayoutError("the recording has no configuration of its own; give one to replay it")
-    prunes = config.policy == "prune" and policy is None
-    if prunes and (reason := why_no_prune(recording, config)):
+    if config.cuts and policy is None and (reason := why_no_cuts(recording, config)):
         raise LayoutError(reason)
     engine = AllocatorEngine(config, policy=policy)
     for name, size in recording.layers.items():
@@ -104,17 +103,23 @@ def replay(
     )
 
 
-def why_no_prune(recording: Recording, config: AllocatorConfig) -> str | None:
-    """Say why policy ``prune`` cannot be replayed from a recording; None if it can."""
-    if recording.dimensions is None:
+def why_no_cuts(recording: Recording, config: AllocatorConfig) -> str | None:
+    """Say why a policy that cuts cannot be replayed from a recording; None if it can."""
+    name, dimensions, run = config.policy, recording.dimensions, recording.config
+    if dimensions is None:
         return (
-            "policy 'prune' needs the importance of every rank dimension, which only runs with "
-            "policy 'prune' record (or Recording.from_arrays(dimensions=...))"
+            f"policy {name!r} needs the importance of every rank dimension, which only runs with "
+            f"policy {name!r} record (or Recording.from_arrays(dimensions=...))"
         )
-    if (recorded := recording.dimensions.shape[2]) != config.r_max:
+    if (recorded := dimensions.shape[2]) != config.r_max:
         return (
             f"the recording has {recorded} rank dimensions, r_max is {config.r_max}; replay policy "
-            f"'prune' with the recorded r_max"
+            f"{name!r} with the recorded r_max"
+        )
+    if run is not None and run.cuts and run.policy != name:
+        return (
+            f"the run had other rank dimensions than policy {name!r} needs: it used policy "
+            f"{run.policy!r}"
         )
     return None
 
@@ -130,7 +135,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
                 engine.skip(record.name)
                 continue
             importance = _measured(record, row)
-            if config.policy == "prune":
+            if config.cuts:
                 importance = _read_dimensions(record, row, engine, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
         if (event := engine.step()) is not None:
@@ -152,7 +157,7 @@ def _measured(record: LayerRecord, row: int) -> FloatArray | None:
 def _read_dimensions(
     record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
 ) -> FloatArray | None:
-    """Return the importance of the dimensions that the replay kept, in its numbering, [N, R]."""
+    """Return the importance of the dimensions that the replay has, in its numbering, [N, R]."""
     if record.dimensions is None or record.importance_at(row) is None:
         return None
     sample: FloatArray = np.take_along_axis(record.dimensions[row], order, axis=1)
@@ -161,7 +166,7 @@ def _read_dimensions(
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])
         raise StatisticError(
             f"layer {record.name!r}, step {row + 1}: dimension {int(order[expert, dimension])} of "
-            f"expert {expert} was not recorded: the run had cut it, but this replay keeps it"
+            f"expert {expert} was not recorded: the run did not have it, but this replay does"
         )
     return sample
 

@@ -65,11 +65,13 @@ def event_rows(result: Replay) -> list[dict[str, Any]]:
     rows = []
     for event, total in zip(result.events, result.total_rank()[1:], strict=True):
         deltas = np.concatenate(list(event.deltas.values()))
+        cut = {"units_cut": sum(int(marked.sum()) for marked in event.cut.values())}
         rows.append(
             {
                 "event": event.index,
                 "step": event.step,
                 "units_placed": int(deltas.sum()),
+                **(cut if result.config.cuts else {}),
                 "experts_changed": int((deltas != 0).sum()),
                 "largest_change": int(deltas[np.abs(deltas).argmax()]),
                 "unplaced": event.unplaced,

@@ -139,10 +139,11 @@ def check_layout(loaded: Mapping[str, int], own: Mapping[str, int]) -> None:
 
 def _check_config(saved: dict[str, Any], config: AllocatorConfig) -> None:
     own = config.model_dump(mode="json")
+    saved = AllocatorConfig().model_dump(mode="json") | saved  # it may be older than some fields
     differing = [
-        f"{field} {saved.get(field)!r} (here {own.get(field)!r})"
-        for field in sorted(own.keys() | saved.keys())
-        if saved.get(field) != own.get(field)
+        f"{field} {saved[field]!r} (here {own.get(field)!r})"
+        for field in sorted(saved)
+        if saved[field] != own.get(field)
     ]
     if differing:
         raise LayoutError(
@@ -158,13 +159,12 @@ def _check_layer(name: str, values: LayerValues, config: AllocatorConfig) -> Non
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(
         ("routing", "importance", "importance_count"), ranks.shape
     )
-    prunes = config.policy == "prune"
-    shapes["dimensions"] = (ranks.size, config.r_max) if prunes else None
+    shapes["dimensions"] = (ranks.size, config.r_max) if config.cuts else None
     for field, shape in shapes.items():
         found = getattr(getattr(values, field), "shape", None)
         if found != shape:
             raise LayoutError(f"layer {name!r}: {field} has shape {found}, not {shape}")
-    least = 1 if prunes else config.starting_rank
+    least = config.least_rank
     if ranks.min() < least or ranks.max() > config.r_max:
         found = f"{ranks.min()}..{ranks.max()}"
         raise LayoutError(f"layer {name!r}: ranks lie in {found}, not {least}..{config.r_max}")

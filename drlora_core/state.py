@@ -51,7 +51,7 @@ class State:
     routing_count: IntArray  # [L], updates of `routing`
     importance: FloatArray  # [E], moving average of mean s_j, not bias-corrected
     importance_count: IntArray  # [E], updates of `importance` since start or reset
-    dimensions: FloatArray | None  # [E, R], moving average of s_j; policy `prune` only
+    dimensions: FloatArray | None  # [E, R], moving average of s_j; if config.cuts
     observed: NDArray[np.bool_]  # [L], the current step's sample was taken or skipped
 
     @property
@@ -65,7 +65,7 @@ class Sample(NamedTuple):
 
     phi: FloatArray | None  # [N]
     importance: FloatArray | None  # [N], mean over the active dimensions
-    dimensions: FloatArray | None  # [N, R]; policy `prune` only
+    dimensions: FloatArray | None  # [N, R]; if config.cuts
 
 
 def place_layers(sizes: Mapping[str, int]) -> dict[str, Place]:
@@ -81,7 +81,7 @@ def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
     """Make the first state from the starting ranks of each layer, [N]: every average is 0."""
     places = place_layers({name: start.size for name, start in ranks.items()})
     joined = np.concatenate([*ranks.values(), np.zeros(0, dtype=np.int64)])
-    size, prunes = joined.size, config.policy == "prune"
+    size = joined.size
     return State(
         places=places,
         ranks=joined,
@@ -89,7 +89,7 @@ def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
         routing_count=np.zeros(len(places), dtype=np.int64),
         importance=np.zeros(size),
         importance_count=np.zeros(size, dtype=np.int64),
-        dimensions=np.zeros((size, config.r_max)) if prunes else None,
+        dimensions=np.zeros((size, config.r_max)) if config.cuts else None,
         observed=np.zeros(len(places), dtype=np.bool_),
     )
 
@@ -118,7 +118,7 @@ def check_sample(
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
     if importance is not None:
         mean, dimensions = _check_importance(ranks, config, importance)
-    elif config.use_importance or config.policy == "prune":
+    elif config.use_importance or config.cuts:
         raise StatisticError("importance is missing; it may be None only with use_importance=False")
     return Sample(phi, mean, dimensions)
 
@@ -140,7 +140,7 @@ def observe(state: State, config: AllocatorConfig, place: Place, sample: Sample)
 def _check_importance(
     ranks: IntArray, config: AllocatorConfig, importance: ArrayLike
 ) -> tuple[FloatArray, FloatArray | None]:
-    """Return the mean over each expert's dimensions, [N]; for ``prune`` the dimensions as well."""
+    """Return the mean over each expert's dimensions, [N]; if ranks are cut, the dimensions too."""
     per_dimension = (ranks.size, config.r_max)
     sample = _to_floats("importance", importance)
     if sample.shape == per_dimension:
@@ -148,11 +148,11 @@ def _check_importance(
         with np.errstate(over="ignore"):
             mean = mean_over_active(sample, ranks)
         _check("mean importance", mean, [mean.shape])
-        return mean, sample if config.policy == "prune" else None
-    if config.policy == "prune":
+        return mean, sample if config.cuts else None
+    if config.cuts:
         raise StatisticError(
-            f"importance has shape {sample.shape}; policy 'prune' needs that of every rank "
-            f"dimension, shape {per_dimension} = (num_experts, r_max)"
+            f"importance has shape {sample.shape}; policy {config.policy!r} needs that of every "
+            f"rank dimension, shape {per_dimension} = (num_experts, r_max)"
         )
     if sample.shape == ranks.shape:
         sample = np.where(ranks > 0, sample, 0.0)  # without a dimension there is nothing to measure
@@ -214,9 +214,9 @@ def used_routing(state: State, config: AllocatorConfig, place: Place = EVERYWHER
 
 
 def dimension_importance(state: State, config: AllocatorConfig) -> FloatArray:
-    """s_j averaged like g and bias-corrected, float64 [E, R]; policy ``prune`` only."""
+    """s_j averaged like g and bias-corrected, float64 [E, R]; if ``config.cuts``."""
     if state.dimensions is None:
-        raise AssertionError("only policy 'prune' averages single dimensions")
+        raise AssertionError("only policies that cut average single dimensions")
     counts = state.importance_count[:, None]  # layers may have skipped different steps
     return ema.correct_bias(state.dimensions, counts, config.importance_decay)
 
@@ -237,11 +237,17 @@ def expert_saliency(state: State, config: AllocatorConfig, place: Place = EVERYW
 
 
 def grow(state: State, growth: IntArray) -> State:
-    """Add growth [E] to the ranks; g and its count restart for the experts that grew, f stays."""
-    unchanged = growth == 0
+    """Add growth [E] to the ranks; g and its count restart for the experts that grew, f stays.
+
+    The averages of their single dimensions restart too: they share the count.
+    """
+    unchanged, dimensions = growth == 0, state.dimensions
+    if dimensions is not None:
+        dimensions = np.where(unchanged[:, None], dimensions, 0.0)
     return dataclasses.replace(
         state,
         ranks=state.ranks + growth,
         importance=np.where(unchanged, state.importance, 0.0),
         importance_count=np.where(unchanged, state.importance_count, 0),
+        dimensions=dimensions,
     )

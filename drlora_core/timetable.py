@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from types import MappingProxyType
 
 
@@ -36,6 +38,19 @@ def cubic_total(event: int, num_events: int, start: int, target: int) -> int:
     (arXiv 2303.10512, eq. 12) between warmup_steps and growth_end.
     """
     return target + (start - target) * (num_events - event) ** 3 // num_events**3
+
+
+def moved_units(event: int, num_events: int, share: float, total: int) -> int:
+    """Most units that event k = 1..K of policy ``move`` moves: floor(share * total * (K-k+1)/K).
+
+    ``total`` is the rank of the layer before the event. The share is taken as the decimal number
+    that it prints as, so that floor is exact.
+
+    Example:
+        >>> [moved_units(k, 4, 0.2, 100) for k in (1, 2, 3, 4)]
+        [20, 15, 10, 5]
+    """
+    return math.floor(Fraction(repr(share)) * total * (num_events - event + 1) / num_events)
 
 
 # By name: the growth events lie between these shares of the training steps.

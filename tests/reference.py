@@ -23,6 +23,7 @@ class Event:
         self.step = step
         self.saliency = saliency
         self.deltas: dict[str, list[int]] = {}
+        self.cut: dict[str, set[tuple[int, int]]] = {}
         self.unplaced = 0
         self.undecided = False  # rounding may decide otherwise: scores differ by a few ulp only
 
@@ -39,7 +40,6 @@ class Layer:
         self.g = [0.0] * num_experts
         self.n_i = [0] * num_experts
         self.s = [[0.0] * options["r_max"] for _ in range(num_experts)]
-        self.s_n = 0
         self.observed = False
 
     def observe(self, routing: Sequence[float] | None, importance: Sequence[Any] | None) -> None:
@@ -57,9 +57,8 @@ class Layer:
                 if isinstance(value, list):
                     for j, s_j in enumerate(active):
                         self.s[i][j] = beta * self.s[i][j] + (1 - beta) * s_j
-                self.g[i] = beta * self.g[i] + (1 - beta) * sum(active) / len(active)
+                self.g[i] = beta * self.g[i] + (1 - beta) * sum(active) / max(len(active), 1)
                 self.n_i[i] += 1
-            self.s_n += 1
         self.observed = True
 
     def routing_frequency(self) -> list[float]:
@@ -78,7 +77,10 @@ class Layer:
 
     def dimension_importance(self) -> list[list[float]]:
         beta = self.options["importance_decay"]
-        return [[s / (1 - beta**self.s_n) if self.s_n else 0.0 for s in row] for row in self.s]
+        return [
+            [s / (1 - beta**n) if n else 0.0 for s in row]
+            for row, n in zip(self.s, self.n_i, strict=True)
+        ]
 
     def saliency(self, ranks: Sequence[int] | None = None) -> list[float]:
         ranks = self.ranks if ranks is None else ranks
@@ -97,8 +99,12 @@ class Layer:
         for i, delta in enumerate(deltas):
             self.ranks[i] += delta
             if delta > 0:
-                self.g[i] = 0.0
-                self.n_i[i] = 0
+                self.forget(i)
+
+    def forget(self, i: int) -> None:
+        self.g[i] = 0.0
+        self.n_i[i] = 0
+        self.s[i] = [0.0] * self.options["r_max"]
 
     def cut(self, removed: set[tuple[int, int]]) -> list[int]:
         deltas = []
@@ -107,6 +113,8 @@ class Layer:
             deltas.append(len(kept) - self.ranks[i])
             self.s[i] = kept + [0.0] * (self.options["r_max"] - len(kept))
             self.ranks[i] = len(kept)
+            if deltas[-1] and not kept:
+                self.forget(i)
         return deltas
 
 
@@ -154,14 +162,25 @@ class Engine:
             scores = layer.dimension_importance()
             event.undecided |= near_tie([s for row in scores for s in row])
             count = sum(layer.ranks) - cubic_total(k, num_events, start, target)
-            event.deltas[name] = layer.cut(prune(scores, layer.ranks, count))
+            spare = [max(r - self.options["r_min"], 0) for r in layer.ranks]
+            event.cut[name] = prune(scores, layer.ranks, count, spare)
+            event.deltas[name] = layer.cut(event.cut[name])
             return
         quota = self._quota(name, k, num_events)
         size = len(layer.ranks)
-        deltas, undecided = ([0] * size, False) if waits else self._allocate(layer, quota)
-        event.undecided |= undecided
+        if self.options["policy"] == "move":
+            growth, event.cut[name] = [0] * size, set()
+            if not waits:
+                event.undecided |= hangs_on_rounding(layer)
+                growth, event.cut[name] = move(layer, quota, k, num_events)
+            cuts = layer.cut(event.cut[name])
+            layer.grow(growth)
+            deltas = [more + less for more, less in zip(growth, cuts, strict=True)]
+        else:
+            deltas, undecided = ([0] * size, False) if waits else self._allocate(layer, quota)
+            event.undecided |= undecided
+            layer.grow(deltas)
         event.deltas[name] = deltas
-        layer.grow(deltas)
         self.carry[name] = quota - sum(deltas)
         event.unplaced += self.carry[name]
 
@@ -270,23 +289,72 @@ def cubic_total(k: int, num_events: int, start: int, target: int) -> int:
 
 
 def prune(
-    scores: Sequence[Sequence[float]], ranks: Sequence[int], count: int
+    scores: Sequence[Sequence[float]], ranks: Sequence[int], count: int, spare: Sequence[int]
 ) -> set[tuple[int, int]]:
-    """One dimension at a time, the least important that is not its expert's best.
+    """One dimension at a time, the least important of the experts that can spare one more.
 
     On ties: of the expert that was larger before the event, then the later dimension, then the
     later expert.
     """
-    best = {(i, max(range(r), key=lambda j: (scores[i][j], -j))) for i, r in enumerate(ranks)}
-    candidates = [(i, j) for i, r in enumerate(ranks) for j in range(r) if (i, j) not in best]
+    left = list(spare)
+    candidates = [(i, j) for i, r in enumerate(ranks) for j in range(r)]
     removed: set[tuple[int, int]] = set()
     for _ in range(count):
         worst = min(
-            candidates, key=lambda ij: (scores[ij[0]][ij[1]], -ranks[ij[0]], -ij[1], -ij[0])
+            (ij for ij in candidates if left[ij[0]]),
+            key=lambda ij: (scores[ij[0]][ij[1]], -ranks[ij[0]], -ij[1], -ij[0]),
         )
         candidates.remove(worst)
+        left[worst[0]] -= 1
         removed.add(worst)
     return removed
+
+
+def move(
+    layer: Layer, quota: int, k: int, num_events: int
+) -> tuple[list[int], set[tuple[int, int]]]:
+    """Of all numbers of units that could move, from the largest down, the first that can."""
+    o, ranks = layer.options, layer.ranks
+    share = Fraction(str(o["move_share"])) * (num_events - k + 1) / num_events
+    room = max(sum(layer.limits()) - quota, 0)
+    for moved in range(min(math.floor(share * sum(ranks)), room), -1, -1):
+        growth = rescored(layer.saliency, ranks, layer.limits(), quota + moved)
+        spare = spare_units(layer, growth, 1 if k == 1 else o["growth_interval"] + 1)
+        if sum(spare) >= moved:
+            return growth, prune(layer.dimension_importance(), ranks, moved, spare)
+    raise AssertionError("no unit at all can always move")
+
+
+def spare_units(layer: Layer, growth: Sequence[int], old_enough: int) -> list[int]:
+    """How many units each expert can give, one after the other, while others get ``growth``."""
+    spare = [0] * len(growth)
+    if not any(growth):
+        return spare
+    received = layer.saliency([r + max(d - 1, 0) for r, d in zip(layer.ranks, growth, strict=True)])
+    last_worth = min(worth for worth, d in zip(received, growth, strict=True) if d)
+    for i, d in enumerate(growth):
+        if d or layer.n_i[i] < old_enough:
+            continue
+        while layer.ranks[i] - spare[i] > layer.options["r_min"]:
+            given = layer.saliency([max(r - spare[i] - 1, 0) for r in layer.ranks])[i]
+            if 1.1 * given >= last_worth:
+                break
+            spare[i] += 1
+    return spare
+
+
+def hangs_on_rounding(layer: Layer) -> bool:
+    """Whether two numbers that an exchange compares are too close to order them."""
+    limits, lowest, gained, given = layer.limits(), layer.options["r_min"], [], []
+    for rank in range(layer.options["r_max"] + 1):
+        for i, worth in enumerate(layer.saliency([rank] * len(limits))):
+            if layer.ranks[i] <= rank < layer.ranks[i] + limits[i]:
+                gained.append(worth)
+            if lowest <= rank < layer.ranks[i]:
+                given.append(1.1 * worth)
+    close = any(0 < abs(a - b) <= 1e-12 * b for a in gained for b in given)
+    scores = [s for row in layer.dimension_importance() for s in row]
+    return close or near_tie(gained) or near_tie(scores)
 
 
 def all_allocations(limits: Sequence[int], quota: int) -> Iterator[tuple[int, ...]]:

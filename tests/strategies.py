@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 GROWTH_POLICIES = ("greedy", "rescored", "proportional", "random")
-POLICIES = (*GROWTH_POLICIES, "uniform", "prune")
+POLICIES = (*GROWTH_POLICIES, "uniform", "prune", "move")
 STYLES = ("generic", "ties", "zeros", "constant")
 Samples = list[dict[str, tuple[list[float] | None, list[Any] | None]]]
 
@@ -48,7 +48,11 @@ def options(
         "policy": policy,
         "scope": draw(st.sampled_from(scopes)),
         "seed": draw(st.integers(0, 3)),
+        "move_share": draw(st.sampled_from([0.2, 0.5, 1.0])),
+        "r_min": draw(st.integers(0, small)),
     }
+    if policy == "move":
+        values["scope"] = "layer"
     if values["scope"] == "global":
         values["layer_floor"] = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
         if policy in GROWTH_POLICIES:
@@ -99,7 +103,7 @@ def make_samples(
     for _ in range(steps):
         step: dict[str, tuple[list[float] | None, list[Any] | None]] = {}
         for name, size in layers.items():
-            wide = options["policy"] == "prune" or generator.random() < 0.5
+            wide = options["policy"] in ("prune", "move") or generator.random() < 0.5
             shape = (size, options["r_max"]) if wide else (size,)
             routing = _numbers(generator, style, (size,)) * visited[name]
             importance = _numbers(generator, style, shape)

@@ -25,7 +25,7 @@ FILE_LINES, FUNCTION_LINES = 400, 50
 # not named (replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
     {"errors", "validation", "notebook", "atomic", "timetable", "ema", "saliency"},
-    {"config", "policies", "pruning", "pools", "state"},
+    {"config", "policies", "pruning", "moving", "pools", "state"},
     {"events", "frames", "new_layers", "samples", "snapshot"},
     {"recording"},
     {"engine"},

@@ -104,6 +104,8 @@ def _describe_timetable(made: Plan, steps: int | None, timetable: str) -> str:
 
 def _show_timetable(made: Plan, size: int) -> None:
     rows = [dataclasses.asdict(event) for event in made.timetable[size]]
+    if made.config.policy != "move":
+        rows = [{name: row[name] for name in row if name != "most_moved"} for row in rows]
     note = None
     if (left_out := len(rows) - SHOWN_EVENTS) > 0:
         rows = rows[: SHOWN_EVENTS // 2] + rows[-SHOWN_EVENTS // 2 :]

@@ -15,7 +15,7 @@ from drlora_core.config import AllocatorConfig, PolicyName
 from drlora_core.diagnostics import diagnose
 from drlora_core.errors import DRLoRAError, near_misses
 from drlora_core.recording import Recording
-from drlora_core.replay import CAVEAT, Replay, first_difference, repeats_run, replay, why_no_prune
+from drlora_core.replay import CAVEAT, Replay, first_difference, repeats_run, replay, why_no_cuts
 from drlora_core.report import event_rows
 from drlora_core.sweep import sweep
 
@@ -89,15 +89,10 @@ def _vary_policy(
 ) -> tuple[dict[str, AllocatorConfig], dict[str, str]]:
     """Return the configuration with each policy, and why some of 'all' are left out.
 
-    Ranks are such that the policy can start from them.
+    Ranks and scope are such that the policy can start from them.
     """
     chosen = list(POLICIES) if names == "all" else [name.strip() for name in names.split(",")]
     configs, left_out = {}, {}
-    if "prune" in chosen and (reason := why_no_prune(opened, config)):
-        if names != "all":
-            raise DRLoRAError(f"--policies {names}: {reason}")
-        chosen.remove("prune")
-        left_out["prune"] = reason
     for name in chosen:
         if name not in POLICIES:
             raise DRLoRAError(f"--policies: no policy {name!r}; {near_misses(name, POLICIES)}")
@@ -106,9 +101,17 @@ def _vary_policy(
             values["r_init"] = max(config.r_init, min(config.r_max, 2 * config.r_target))
         elif config.policy == "prune":
             values["r_init"] = max(1, config.r_target // 2)
-        if name in ("prune", "uniform"):
+        if name in ("prune", "move", "uniform"):
             values["layer_ceiling"] = None
-        configs[name] = AllocatorConfig(**values)
+        if name == "move":
+            values["scope"] = "layer"
+        wanted = AllocatorConfig(**values)
+        if wanted.cuts and (reason := why_no_cuts(opened, wanted)):
+            if names != "all":
+                raise DRLoRAError(f"--policies {names}: {reason}")
+            left_out[name] = reason
+        else:
+            configs[name] = wanted
     return configs, left_out
 
 

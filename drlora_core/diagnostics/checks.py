@@ -27,6 +27,8 @@ def saturated_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     """A few experts took all the growth and reached r_max."""
     subject.need_growth(limits.progress)
     config = subject.config
+    if config.policy == "move":
+        raise NotCheckedError("policy 'move' cuts ranks too, so growth is not what ranks show")
     growth = np.concatenate([subject.growth(name) for name in subject.layers])
     ranks = np.concatenate([subject.ranks[name] for name in subject.layers])
     served = float((growth > 0).mean())
@@ -160,8 +162,9 @@ def never_routed(subject: Subject, limits: Thresholds) -> Finding | None:
     count, total = sum(map(len, unused.values())), sum(subject.layers.values())
     return Finding(
         f"{count} of {total} experts were never routed to in {subject.step} steps",
-        "nothing for a narrow task: these experts keep r_init, and a smaller r_init or policy "
-        "'prune' saves their rank; otherwise check the router and the attention mask",
+        "nothing for a narrow task: these experts keep r_init, and a smaller r_init or the "
+        "policies 'prune' and 'move' save their rank; otherwise check the router and the "
+        "attention mask",
         {"experts": unused, "share": count / total},
     )
 

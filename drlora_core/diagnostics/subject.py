@@ -85,8 +85,19 @@ class Subject:
             raise NotCheckedError(f"policy {self.config.policy!r} does not grow")
 
     def need_growth(self, share: float) -> None:
-        """Need a policy that grows, and at least this share of the growth to be placed."""
+        """Need a policy that grows, and at least this share of the growth to be placed.
+
+        With policy ``move``, growth goes on when the budget is met: this share of the events.
+        """
         self.need_growth_policy()
+        if self.config.policy == "move":
+            past = sum(step <= self.step for step in self.config.growth_steps)
+            if past < share * self.config.num_events:
+                raise NotCheckedError(
+                    f"{past} of {self.config.num_events} events are past; this check needs "
+                    f"{share:.0%}"
+                )
+            return
         planned = sum(self.layers.values()) * (self.config.r_target - self.config.r_init)
         if not planned:
             raise NotCheckedError("r_init = r_target: nothing grows")

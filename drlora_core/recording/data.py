@@ -32,7 +32,7 @@ class LayerRecord:
     name: str
     routing: FloatArray  # phi, [T, N]; NaN where it was not given
     importance: FloatArray  # mean of s_j over the active dimensions, [T, N]; NaN likewise
-    dimensions: FloatArray | None  # s_j, [T, N, R], numbered as at the start; NaN where cut
+    dimensions: FloatArray | None  # s_j, [T, N, R], see drlora_core.pruning; NaN where inactive
     ranks: IntArray | None  # when the samples were taken, [T, N]; None if unknown
     tokens: IntArray  # counted tokens, [T]; -1 where unknown
     presence: NDArray[np.uint8]  # [T]; 0: skipped, else 1 + 2 (routing) + 4 (importance) + 8 (s_j)
@@ -55,14 +55,14 @@ class LayerRecord:
         """Likewise the mean importance."""
         return self.importance[row] if self.presence[row] & files.BITS["importance"] else None
 
-    def find_impossible(self, r_max: int) -> dict[str, NDArray[np.bool_]]:
+    def find_impossible(self, least: int, r_max: int) -> dict[str, NDArray[np.bool_]]:
         """Find the values of each array that no run can have."""
         found = {"tokens": self.tokens < files.UNKNOWN["i"]}
         for name in ("routing", "importance"):
             values, given = getattr(self, name), (self.presence & files.BITS[name]) > 0
             found[name] = given[:, None] & ~((values >= 0.0) & (values < np.inf))
         if self.ranks is not None:
-            found["ranks"] = (self.ranks < 0) | (self.ranks > r_max)
+            found["ranks"] = (self.ranks < least) | (self.ranks > r_max)
         if self.dimensions is not None:
             found["dimensions"] = (self.dimensions < 0.0) | np.isinf(self.dimensions)
         return found
@@ -97,9 +97,10 @@ class Recording:
     path: Path | None = None
 
     def __post_init__(self) -> None:
-        r_max = self.config.r_max if self.config else 2**31 - 1
+        config = self.config
+        bounds = (config.least_rank, config.r_max) if config else (0, 2**31 - 1)
         for layer in map(self.layer, self.layers):
-            for name, wrong in layer.find_impossible(r_max).items():
+            for name, wrong in layer.find_impossible(*bounds).items():
                 if wrong.any():
                     row, *index = (int(number) for number in np.argwhere(wrong)[0])
                     value = getattr(layer, name)[(row, *index)]
@@ -210,7 +211,8 @@ class Recording:
             importance: g's samples by layer, float [T, N]; likewise.
             tokens: counted tokens of each step, int [T].
             ranks: ranks when the samples were taken, int [T, N] by layer.
-            dimensions: s_j by layer, float [T, N, R], NaN where inactive; for policy ``prune``.
+            dimensions: s_j by layer, float [T, N, R], NaN where inactive; for the policies
+                ``prune`` and ``move``.
             config: configuration of the run.
 
         Raises:

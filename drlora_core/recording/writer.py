@@ -95,7 +95,7 @@ class RecordingWriter:
         if importance is not None:
             values = np.array(importance, dtype=np.float64)
             if values.ndim == 2:
-                if self._engine.config.policy == "prune":
+                if self._engine.config.cuts:
                     arrays["dimensions"] = values
                 ranks = self._engine.ranks(name)
                 values = mean_over_active(mask_inactive(values, ranks), ranks)
@@ -148,7 +148,7 @@ class RecordingWriter:
                 f"a recording starts with rank {config.starting_rank} for every expert; engines "
                 "whose layers were added with ranks=... cannot be recorded"
             )
-        depth = config.r_max if config.policy == "prune" else None
+        depth = config.r_max if config.cuts else None
         header = files.Header(layers=layers, config=config, policy=self._policy, dimensions=depth)
         if self._header is None:
             files.check_folder(self.path, header, steps)

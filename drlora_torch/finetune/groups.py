@@ -105,7 +105,11 @@ class RankGroup(Group):
     """Most ranks that an expert gains per event. If not given, an expert that wins every event
     reaches r_max at the last one."""
     policy: PolicyName = "greedy"
-    """How the new ranks go to the experts."""
+    """How the new ranks go to the experts; move also takes ranks from experts, prune only takes."""
+    move_share: float = Field(0.2, ge=0.0, le=1.0)
+    """Policy move: largest share of a layer's ranks that the first event moves."""
+    r_min: int = Field(1, ge=0)
+    """Policies prune and move: least rank that they leave an expert."""
     scope: ScopeName = "layer"
     """Whether each layer has a quota of its own or all layers share one."""
     layout: Literal["pooled", "masked"] = "pooled"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from drlora_core import AllocatorEngine
+from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_torch.adapter import Adapter
 from drlora_torch.api import attach, load
 from drlora_torch.errors import RunError
@@ -36,7 +36,8 @@ def adopt(options: FinetuneOptions) -> FinetuneOptions:
     if source is None:
         return options
     saved = checkpoint.read(source)
-    own = {**saved.options.model_dump(mode="json"), **saved.state["config"]}
+    newer = AllocatorConfig().model_dump(mode="json")  # fields that the file may be too old for
+    own = {**newer, **saved.options.model_dump(mode="json"), **saved.state["config"]}
     kept: dict[str, Any] = {}
     for group in (RankGroup, RestGroup):
         for name, field in group.model_fields.items():

@@ -1,7 +1,8 @@
 """Initial rows of A: Kaiming uniform, each drawn from a generator of its own.
 
 A row depends on (seed, layer, projection, expert, rank dimension) and on nothing else, so both
-layouts, resumed and distributed runs agree, and the user's random streams are never touched.
+layouts, resumed and distributed runs agree, and the user's random streams are never touched. Rank
+dimensions are numbered in the order in which an expert got them, those that were cut included.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ class SlotTable:
         if self.layout is Layout.POOLED:
             slots = np.flatnonzero(self.owner == FREE)[: experts.size]
         else:
-            slots = experts * self.r_max + positions
+            free = (self.owner == FREE).reshape(self.num_experts, self.r_max)
+            slots = np.flatnonzero(free & (np.cumsum(free, axis=1) <= growth[:, None]))
         assert slots.size == experts.size, "the budget never exceeds the slots"
         assert (self.owner[slots] == FREE).all(), "a new slot is free"
         self.owner[slots], self.position[slots] = experts, positions
@@ -95,8 +96,8 @@ class SlotTable:
     def cut(self, dimensions: NDArray[np.bool_]) -> IntArray:
         """Free the slots of the rank dimensions marked in [N, R]; later dimensions move down.
 
-        With layout ``masked`` the kept dimensions keep their slots, so a slot's rank dimension is
-        then no longer its offset in the expert's range.
+        Kept dimensions keep their slots, so with layout ``masked`` a slot's rank dimension is then
+        no longer its offset in the expert's range.
         """
         owned = self.owner != FREE
         freed = np.zeros(self.num_slots, dtype=np.bool_)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch.optim import Optimizer
 
 from drlora_core import GrowthEvent
 from drlora_torch.attached import Attached
 from drlora_torch.lora import parts
+from drlora_torch.lora.slots import Born
 from drlora_torch.step.hooks import count_held
 from drlora_torch.step.newborn import OLD
 from drlora_torch.step.optimizers.codes import is_quantized
@@ -21,15 +23,16 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
     held = {id(parameter) for group in groups for parameter in group["params"]}
     for name, layer in attached.layers.items():
         lora, ages = layer.lora, attached.ages[name]
+        freed, growth = np.zeros(0, dtype=np.int64), event.deltas[name]
         if name in event.cut:
-            changed = lora.table.cut(event.cut[name])
-            lora.clear(changed)
-            ages[changed] = OLD
-        else:
-            born = lora.table.grow(event.deltas[name])
-            lora.birth(born)
-            changed = born.slots
-            ages[changed] = 0
+            freed = lora.table.cut(event.cut[name])
+            lora.clear(freed)
+            ages[freed] = OLD
+            growth = growth + event.cut[name].sum(axis=1)
+        born = lora.table.grow(growth)
+        lora.birth(_number(attached, name, born, event))
+        ages[born.slots] = 0
+        changed = np.union1d(freed, born.slots)  # a slot may be freed and given to another
         if not changed.size:
             continue
         rows = parts.HeldRows(changed)
@@ -39,6 +42,18 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
             if id(parameter) not in held:
                 attached.missed.append((parameter, changed))
     attached.events.append(event)
+
+
+def _number(attached: Attached, name: str, born: Born, event: GrowthEvent) -> Born:
+    """Number newborn dimensions by how many their expert has had before, cut ones included.
+
+    Its row of A is drawn by this number. By its position it could be the row that a dimension which
+    has moved down still holds.
+    """
+    cuts = [past.cut[name].sum(axis=1) for past in (*attached.events, event) if name in past.cut]
+    if not cuts:
+        return born
+    return born._replace(positions=born.positions + sum(cuts)[born.experts])
 
 
 def meet_optimizer(attached: Attached, optimizer: Optimizer) -> None:
@@ -77,7 +92,10 @@ def hold_free_slots(attached: Attached, optimizer: Optimizer) -> None:
 
 def check_optimizer(attached: Attached, optimizer: Optimizer) -> None:
     """Refuse state that no event could reset, as long as an event is to come."""
-    if _ranks_change(attached) and attached.engine.step_count < _growth_steps(attached)[-1]:
+    if (
+        attached.engine.config.ranks_change
+        and attached.engine.step_count < _growth_steps(attached)[-1]
+    ):
         check_state(optimizer, lora_parameters(attached))
 
 
@@ -93,12 +111,8 @@ def check_event(attached: Attached) -> None:
 
 def may_follow(attached: Attached) -> bool:
     """True if the step that is not closed yet may end with an event."""
-    return _ranks_change(attached) and attached.engine.step_count + 1 in _growth_steps(attached)
-
-
-def _ranks_change(attached: Attached) -> bool:
-    config = attached.engine.config
-    return config.starting_rank != config.r_target
+    changes = attached.engine.config.ranks_change
+    return changes and attached.engine.step_count + 1 in _growth_steps(attached)
 
 
 def _growth_steps(attached: Attached) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ engine's arrays as ``{layer}/engine/{field}``; routers that learn as ``router/{p
 ``modules_to_save`` as ``module/{parameter}``; the LoRA of other Linears (``attention_rank``), which
 the description lists, as ``dense/{Linear}/lora_A`` [R, I] and ``lora_B`` [O, R]; the partial state
 of the current optimizer step as ``pending/...``, see :mod:`drlora_torch.step.pending`. Of K growth
-events, also ``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with policy
-``prune`` ``cut`` bool [K, N, R]; ranks follow from the deltas.
+events, also ``{layer}/events/deltas`` int64 [K, N], ``saliency`` float64 [K, N], and with the
+policies ``prune`` and ``move`` ``cut`` bool [K, N, R]; ranks follow from the deltas.
 
 Shape letters: P rank slots, I and O input and output features, N experts, R = r_max, or the rank of
 Linears.

@@ -174,7 +174,7 @@ def _event_keys(saved: Saved, engine: AllocatorEngine) -> dict[str, tuple[str, s
         f"{name}/events/{field}": (name, field)
         for name in (engine.layer_names if saved.events else ())
         for field in EVENT_FIELDS
-        if field != "cut" or engine.config.policy == "prune"
+        if field != "cut" or engine.config.cuts
     }
 
 

@@ -134,12 +134,12 @@ def pack(attached: Attached, base: dict[str, Any] | None) -> Tensor:
 def _capacity(attached: Attached) -> int:
     """Bytes that an adapter may need, once all its events have happened."""
     config = attached.engine.config
-    events, prunes = config.num_events, config.policy == "prune"
+    events, dimensions = config.num_events, config.r_max * config.cuts
     size = JSON_BYTES + events * JSON_BYTES_OF_AN_EVENT + len(attached.options.model_dump_json())
     for name, layer in attached.layers.items():
         experts, slots = layer.record.num_experts, layer.lora.table.num_slots
-        of_engine = experts * 8 * (4 + config.r_max * prunes)  # ranks, f, g, counts; s of prune
-        of_event = experts * (8 * 3 + config.r_max * prunes)
+        of_engine = experts * 8 * (4 + dimensions)  # ranks, f, g, counts; s_j where they are cut
+        of_event = experts * (8 * 3 + dimensions)
         size += 3 * 8 * slots + of_engine + events * of_event + JSON_BYTES + 16 * len(name)
     size += len(json.dumps(list(attached.dense))) + len(attached.dense)
     for value in trained_values(attached).values() if not attached.trained_shown else ():

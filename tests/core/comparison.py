@@ -89,6 +89,8 @@ def assert_same_event(
     for name, deltas in expected.deltas.items():
         assert event.deltas[name].tolist() == deltas, f"step {event.step}, {name}"
         assert event.ranks[name].tolist() == plain.layers[name].ranks
+        if name in expected.cut:
+            assert set(map(tuple, np.argwhere(event.cut[name]).tolist())) == expected.cut[name]
         assert_close(event.saliency[name], expected.saliency[name])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drlora_core import ema, events, policies, pools, pruning, timetable
+from drlora_core import ema, events, moving, policies, pools, pruning, timetable
 from drlora_core import saliency as equations
 from drlora_core import state as states
 from drlora_core.policies import AllocationRequest
@@ -125,7 +125,7 @@ def ties_to_the_later_expert(scores: Any, request: AllocationRequest) -> Any:
     return policies_walk(scores[..., ::-1], backwards)[..., ::-1].copy()
 
 
-def cut_by_threshold(scores: Any, ranks: Any, count: int) -> Any:
+def cut_by_threshold(scores: Any, ranks: Any, count: int, keep: int) -> Any:
     """AdaLoRA's way: everything up to the count-th smallest score goes, ties and all."""
     active = equations.active_dimensions(ranks, scores.shape[1])
     if count == 0:
@@ -144,12 +144,44 @@ def rescored_in_one_walk(request: AllocationRequest) -> Any:
     return policies_walk(request.saliency, request)
 
 
+def keeps_the_averages_of_dimensions(state: State, growth: Any) -> State:
+    return dataclasses.replace(states_grow(state, growth), dimensions=state.dimensions)
+
+
+def gives_whatever_it_is_worth(request: Any, growth: Any, may_give: Any, r_min: int) -> Any:
+    return np.where(may_give & (growth == 0), np.maximum(request.ranks - r_min, 0), 0)
+
+
+def gives_right_after_growth(request: Any, growth: Any, may_give: Any, r_min: int) -> Any:
+    return moving_spare_units(request, growth, np.ones_like(may_give), r_min)
+
+
+def gives_all(request: Any, growth: Any, may_give: Any, r_min: int) -> Any:
+    return moving_spare_units(request, growth, may_give, 0)
+
+
+def gives_and_receives(request: Any, growth: Any, may_give: Any, r_min: int) -> Any:
+    one = np.where(growth == growth.max(), growth, 0)
+    return moving_spare_units(request, one, may_give, r_min)
+
+
+def moves_one_less(*arguments: Any) -> int:
+    return max(timetable_moved_units(*arguments) - 1, 0)
+
+
+def moves_as_much_at_every_event(event: int, *arguments: Any) -> int:
+    return timetable_moved_units(1, *arguments)
+
+
 importance_at_zero = equations.importance_at_zero
 timetable_event_index = timetable.event_index
+timetable_moved_units = timetable.moved_units
+moving_spare_units = moving.spare_units
+states_grow = states.grow
 events_decide = events.decide
 policies_walk = policies.walk
 
-BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
+BUGS: list[tuple[str, Any, str, Any]] = [
     ("greedy", ema, "correct_bias", no_bias_correction),
     ("greedy", ema, "update", swapped_decay),
     ("greedy", states, "grow", no_reset),
@@ -172,14 +204,25 @@ BUGS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("prune", pruning, "least_important", cut_by_threshold),
     ("prune", pruning, "compact", cut_without_compaction),
     ("prune", ema, "correct_bias", no_bias_correction),
+    ("move", pruning, "compact", cut_without_compaction),
+    ("move", states, "grow", keeps_the_averages_of_dimensions),
+    ("move", moving, "GAIN", 1.0),
+    ("move", moving, "spare_units", gives_whatever_it_is_worth),
+    ("move", moving, "spare_units", gives_right_after_growth),
+    ("move", moving, "spare_units", gives_all),
+    ("move", moving, "spare_units", gives_and_receives),
+    ("move", timetable, "moved_units", moves_one_less),
+    ("move", timetable, "moved_units", moves_as_much_at_every_event),
 ]
 
 
 @pytest.mark.parametrize(
-    ("policy", "module", "name", "bug"), BUGS, ids=[f"{row[0]}-{row[3].__name__}" for row in BUGS]
+    ("policy", "module", "name", "bug"),
+    BUGS,
+    ids=[f"{row[0]}-{getattr(row[3], '__name__', row[2])}" for row in BUGS],
 )
 def test_an_engine_with_a_bug_is_rejected(
-    policy: str, module: Any, name: str, bug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    policy: str, module: Any, name: str, bug: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, name, bug)
     with pytest.raises(AssertionError):

@@ -48,6 +48,10 @@ def test_plan(drlora: Any, model: Path) -> None:
     never = drlora("plan", model, "--set", "quota=1")
     assert "is never met with this quota" in never.out
     assert "is met from the start" in drlora("plan", model, "--set", "policy=uniform").out
+    moving = drlora("plan", model, "--set", "policy=move", "-s", "r_init=16").out
+    assert "is met from the start" in moving
+    assert "most moved" in moving
+    assert "most moved" not in result.out
 
 
 def test_plan_with_an_allocator_file(drlora: Any, model: Path, tmp_path: Path) -> None:
@@ -103,7 +107,19 @@ def test_replay_of_a_prune_run_under_all_policies(drlora: Any, tmp_path: Path) -
     assert values["identical_to_recorded"] is True
     assert {row["policy"]: row["mean_rank"] for row in values["policies"]}["prune"] == 4.0
     assert len(values["policies"]) == 6
-    assert values["policies_left_out"] == {}
+    assert list(values["policies_left_out"]) == ["move"]
+    assert "it used policy 'prune'" in values["policies_left_out"]["move"]
+
+
+def test_replay_of_a_move_run_under_all_policies(drlora: Any, tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run", policy="move", r_init=4, move_share=1.0)
+    values = drlora("replay", tmp_path / "run", "--policies", "all", "--json").json
+    assert values["identical_to_recorded"] is True
+    assert [event["units_placed"] for event in values["events"]] == [0, 0, 0]
+    assert min(event["units_cut"] for event in values["events"]) > 0
+    assert {row["policy"]: row["mean_rank"] for row in values["policies"]}["move"] == 4.0
+    assert list(values["policies_left_out"]) == ["prune"]
+    assert "it used policy 'move'" in values["policies_left_out"]["prune"]
 
 
 def test_replay_of_a_trace(drlora: Any, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"use_routing": 1}, ("use_routing", "valid boolean")),
     ({"use_importance": "yes"}, ("use_importance", "valid boolean")),
-    ({"policy": "gready"}, ("policy", "'prune', got 'gready'", "did you mean 'greedy'?")),
+    ({"policy": "gready"}, ("policy", "'move', got 'gready'", "did you mean 'greedy'?")),
     ({"scope": "model"}, ("scope", "'layer' or 'global'")),
     ({"layer_floor": 1.5}, ("layer_floor", "must be at least 0.0 and at most 1.0, got 1.5")),
     ({"layer_ceiling": 0, "scope": "global"}, ("layer_ceiling", "must be at least 1")),
@@ -59,6 +59,16 @@ INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"r_traget": 4}, ("no field 'r_traget'; did you mean 'r_target'?",)),
     ({"{r_max}": 4}, ("no field '{r_max}'; did you mean 'r_max'",)),
     ({"r_target": 40}, ("r_target 40 > r_max 32", "use r_max >= 40")),
+    ({"move_share": 1.5}, ("move_share", "must be at least 0.0 and at most 1.0, got 1.5")),
+    ({"r_min": -1}, ("r_min", "must be at least 0")),
+    ({"policy": "move", "r_min": 17}, ("r_min 17 > r_target 16", "use r_min <= 16")),
+    ({"policy": "prune", "r_init": 20, "r_min": 17}, ("r_min 17 > r_target 16",)),
+    ({"policy": "move", "r_init": 20}, ("r_init 20 > r_target 16", "r_init <= 16")),
+    ({"policy": "move", "scope": "global"}, ("within a layer", "use scope 'layer'")),
+    (
+        {"policy": "move", "r_init": 16, "growth_end": 399},
+        ("no growth event", "growth_end >= 400, or policy 'uniform'"),
+    ),
     ({"policy": "prune", "r_init": 40}, ("r_init 40 > r_max 32", "use r_max >= 40")),
     ({"r_init": 20}, ("r_init 20 > r_target 16", "r_init <= 16", "policy 'prune'")),
     ({"policy": "prune"}, ("r_init 8 < r_target 16", "use r_init >= 16", "e.g. 32")),
@@ -128,6 +138,7 @@ def test_defaults_are_those_of_the_paper() -> None:
         **{"routing_decay": 0.9, "importance_decay": 0.9},
         **{"use_routing": True, "use_importance": True},
         **{"policy": "greedy", "scope": "layer", "layer_floor": 0.25, "layer_ceiling": None},
+        **{"move_share": 0.2, "r_min": 1},
         "seed": 0,
     }
     assert config.growth_steps == tuple(range(400, 2201, 200))

@@ -216,6 +216,19 @@ def test_what_cannot_be_judged_yet_is_said() -> None:
     assert "does not grow" in uniform.not_checked["even_growth"]
 
 
+def test_a_run_that_moves_rank_is_judged_by_its_events(tmp_path: Path) -> None:
+    changes = {"policy": "move", "r_init": 4, "move_share": 1.0}
+    recorded.record(tmp_path / "half", steps=8, **changes)
+    early = diagnose(Recording.open(tmp_path / "half"))
+    assert early.not_checked["even_growth"] == "1 of 3 events are past; this check needs 50%"
+    recorded.record(tmp_path / "whole", **changes)
+    whole = diagnose(Recording.open(tmp_path / "whole"))
+    assert "even_growth" not in whole.not_checked
+    assert "policy 'move' cuts ranks too" in whole.not_checked["saturated_growth"]
+    recorded.record(tmp_path / "still", **changes | {"move_share": 0.0})
+    assert find(diagnose(Recording.open(tmp_path / "still")), "even_growth") is not None
+
+
 def test_thresholds_can_be_changed() -> None:
     strict = Thresholds(even_distance=1.0)
     assert find(diagnose(make(), settings(), thresholds=strict), "even_growth") is not None

@@ -226,7 +226,7 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("version", changed("version", 2), "has version 2; this drlora reads version 1"),
     ("no carry", removed("carry"), "not an engine state: carry: Field required"),
     ("config", changed("config/gamma", 2.0), r"another configuration: gamma 2.0 \(here 1.0\)"),
-    ("config field", removed("config", "seed"), r"seed None \(here 0\)"),
+    ("config field", removed("config", "r_target"), r"r_target 16 \(here 2\)"),
     ("config type", changed("config", 3), "config: Input should be a valid dictionary, got 3"),
     ("layers type", changed("layers", [1]), "layers: Input should be a valid dictionary"),
     ("renamed", renamed, "has a layer 'layers.0.moe'; did you mean 'layers.0.mlp'"),

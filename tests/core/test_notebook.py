@@ -88,6 +88,13 @@ def test_pruning_shows_what_it_cuts(tmp_path: Path) -> None:
     check_line(events[0], r"GrowthEvent\(step=8, 2 layers, -\d+ ranks, total \d+\)")
 
 
+def test_moving_shows_what_it_moves(tmp_path: Path) -> None:
+    _, events = recorded.record(tmp_path / "run", policy="move", r_init=4, move_share=1.0)
+    moved = sum(int(cut.sum()) for cut in events[0].cut.values())
+    assert moved > 0
+    check_line(events[0], rf"GrowthEvent\(step=8, 2 layers, \+0 ranks, {moved} moved, total 40\)")
+
+
 def test_an_engine_without_layers_is_shown() -> None:
     engine = AllocatorEngine(AllocatorConfig(growth_interval=1, growth_end=10**15))
     check_line(engine, r"AllocatorEngine\(greedy, step 0, 0 layers, 0 experts\)")

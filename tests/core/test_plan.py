@@ -97,12 +97,13 @@ def test_pooled_storage_follows_scope_and_policy(tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {
         "global": {"scope": "global", "layer_ceiling": 20},
         "prune": {"policy": "prune", "r_init": 24},
+        "move": {"policy": "move"},
     }
     pooled = {
         name: make_plan(shape, AllocatorConfig(**changes)).storages[0].rank
         for name, changes in cases.items()
     }
-    assert pooled == {"global": 20, "prune": 24}
+    assert pooled == {"global": 20, "prune": 24, "move": 16}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,8 @@ def test_pooled_storage_follows_scope_and_policy(tmp_path: Path) -> None:
         ({"policy": "uniform"}, [12, 12], 0),
         ({"policy": "prune", "r_init": 8}, [13, 12], 10),
         ({"r_init": 4}, [12, 12], 0),
+        ({"policy": "move", "r_init": 4}, [12, 12], 0),
+        ({"policy": "move"}, [9, 12], 10),
     ],
 )
 def test_the_timetable(changes: dict[str, Any], totals: list[int], met: int | None) -> None:
@@ -124,6 +127,10 @@ def test_the_timetable(changes: dict[str, Any], totals: list[int], met: int | No
     assert [event.total for event in events] == totals
     assert [event.step for event in events] == [5, 10]
     assert step_of_budget(config, 3) == met
+    moves = config.policy == "move"
+    starts = [3 * config.starting_rank, totals[0]]
+    most = [2 * starts[0] // 10, starts[1] // 10] if moves else [0, 0]  # 20 %, then half of that
+    assert [event.most_moved for event in events] == most
 
 
 def test_values_by_hand_replace_the_file(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_prune_ends_exactly_at_the_budget(
     for event in feed(engine, samples):
         if event is not None:
             totals.append(sum(int(ranks.sum()) for ranks in event.ranks.values()))
-            assert all((ranks >= 1).all() for ranks in event.ranks.values())
+            assert all((ranks >= options["r_min"]).all() for ranks in event.ranks.values())
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] == sum(layers.values()) * options["r_target"]
     if options["scope"] == "layer":

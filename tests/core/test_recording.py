@@ -166,10 +166,11 @@ def test_slow_steps_are_written_before_the_segment_is_full(
     assert Recording.open(tmp_path / "run").steps == 6
 
 
-@pytest.mark.parametrize("policy", ["greedy", "prune"])
+@pytest.mark.parametrize("policy", ["greedy", "prune", "move"])
 @pytest.mark.parametrize("stop", [3, 8, 13])
 def test_a_resumed_engine_continues_its_recording(tmp_path: Path, stop: int, policy: str) -> None:
     changes: dict[str, Any] = {"policy": policy, "r_init": 8 if policy == "prune" else 2}
+    changes["move_share"] = 1.0
     recorded.record(tmp_path / "reference", **changes)
     engine = recorded.build(recorded.config(**changes))
     engine.record_to(RecordingWriter(tmp_path / "run", engine, chunk_steps=4))

@@ -35,6 +35,9 @@ ARRAYS = {"experts": np.array([[0.9, 0.1]] * 20)}
         {"policy": "uniform"},
         {"policy": "prune", "r_init": 8},
         {"policy": "prune", "r_init": 6, "scope": "global"},
+        {"policy": "prune", "r_init": 6, "r_min": 0},
+        {"policy": "move", "r_init": 4, "move_share": 0.5},
+        {"policy": "move", "r_min": 0, "importance_decay": 0.5, "move_share": 1.0},
         {"scope": "global", "max_growth": 2},
         {"use_importance": False},
         {"quota": 3},
@@ -135,6 +138,20 @@ def test_prune_is_replayed_by_the_identity_of_dimensions(tmp_path: Path) -> None
         replay(recording, recorded.config(policy="prune", r_init=8, r_target=6))
     greedy = replay(recording, recorded.config())
     assert greedy.total_rank()[-1] == 10 * 4
+
+
+def test_move_is_replayed_only_with_the_dimensions_of_its_run(tmp_path: Path) -> None:
+    moving = {"policy": "move", "r_init": 4, "move_share": 1.0}
+    _, events = recorded.record(tmp_path / "run", **moving)
+    assert sum(cut.sum() for event in events for cut in event.cut.values()) > 0
+    recording = Recording.open(tmp_path / "run")
+    with pytest.raises(StatisticError, match="was not recorded: the run did not have it, but this"):
+        replay(recording, recorded.config(**moving, gamma=0.0))
+    with pytest.raises(LayoutError, match="than policy 'prune' needs: it used policy 'move'"):
+        replay(recording, recorded.config(policy="prune", r_init=4))
+    with pytest.raises(LayoutError, match="needs the importance of every rank dimension"):
+        replay(Recording.from_arrays(ARRAYS, ARRAYS), recorded.config(**moving))
+    assert replay(recording, recorded.config()).total_rank()[-1] == 10 * 4
 
 
 def test_prune_on_arrays_keeps_the_important_dimensions() -> None:

@@ -32,7 +32,8 @@ class EngineMachine(RuleBasedStateMachine):
     plain: reference.Engine
 
     @initialize(
-        options=options(policies=("greedy", "rescored", "uniform", "prune")), layers=layers(most=2)
+        options=options(policies=("greedy", "rescored", "uniform", "prune", "move")),
+        layers=layers(most=2),
     )
     def start(self, options: dict[str, Any], layers: dict[str, int]) -> None:
         self.engine = build(options, layers)
@@ -48,7 +49,7 @@ class EngineMachine(RuleBasedStateMachine):
         size, r_max = len(self.plain.layers[name].ranks), self.plain.options["r_max"]
         routing = data.draw(st.lists(value, min_size=size, max_size=size))
         numbers: st.SearchStrategy[Any] = value
-        if self.plain.options["policy"] == "prune" or data.draw(st.booleans()):
+        if self.plain.options["policy"] in ("prune", "move") or data.draw(st.booleans()):
             numbers = st.lists(value, min_size=r_max, max_size=r_max)
         return routing, data.draw(st.lists(numbers, min_size=size, max_size=size))
 
@@ -138,9 +139,11 @@ class EngineMachine(RuleBasedStateMachine):
             if self.plain.options["policy"] == "prune":
                 assert (delta <= 0).all()
                 assert event.cut[name].sum() == -delta.sum()
+            elif self.plain.options["policy"] == "move":
+                assert (event.cut[name].sum(axis=1) == np.maximum(-delta, 0)).all()
             else:
                 assert (delta >= 0).all()
-                assert (self.engine.rank_importance(name)[delta > 0] == 0).all()
+            assert (self.engine.rank_importance(name)[delta > 0] == 0).all()
 
     @rule(knows_layers=st.booleans())
     def stop_and_resume(self, knows_layers: bool) -> None:
@@ -164,12 +167,15 @@ class EngineMachine(RuleBasedStateMachine):
             assert ranks.dtype == np.int64
             assert ranks.shape == (self.engine.num_experts(name),)
             assert ranks.max() <= config.r_max
+            assert ranks.min() >= config.least_rank
             if config.policy == "prune":
-                assert ranks.min() >= 1
                 assert (ranks <= self.before[name]).all()
                 assert ranks.sum() >= self.engine.budget(name)
             else:
                 assert ranks.sum() <= self.engine.budget(name)
+            if config.policy == "move":
+                assert ranks.sum() >= self.before[name].sum()
+            elif config.policy != "prune":
                 assert (ranks >= self.before[name]).all()
 
 

@@ -141,7 +141,7 @@ def test_paths_become_absolute_and_ids_stay(
     assert absolute(combine({"model": "org/model", "data": "org/data"})).data == "org/data"
 
 
-@pytest.mark.parametrize("policy", ["greedy", "uniform", "prune"])
+@pytest.mark.parametrize("policy", ["greedy", "uniform", "prune", "move"])
 @pytest.mark.parametrize(
     "given", [{}, {"timetable": "late"}, {"warmup_steps": 9, "growth_end": 40}]
 )

@@ -115,6 +115,7 @@ def test_rows_are_independent_and_spread_evenly() -> None:
         {"policy": "random"},
         {"policy": "uniform"},
         {"policy": "prune", "r_init": 6},
+        {"policy": "move", "move_share": 0.5},
         {"scope": "global"},
         {"scope": "global", "layer_ceiling": 5, "policy": "proportional"},
         {"scope": "global", "policy": "prune", "r_init": 6},
@@ -140,7 +141,9 @@ def test_layouts_agree_bit_for_bit(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["pooled", "masked"])
-@pytest.mark.parametrize("config", [{}, {"policy": "prune", "r_init": 6}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"policy": "prune", "r_init": 6}, {"policy": "move"}], ids=str
+)
 def test_free_slots_are_exactly_zero(layout: str, config: dict[str, Any]) -> None:
     model = models.build()
     adapter = helpers.attach(model, layout=layout, config=config)

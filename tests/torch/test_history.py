@@ -14,7 +14,7 @@ from tests.torch import helpers, models
 from tests.torch.test_checkpoint import LAYER, _at, _drop, _put, _set, refused, rewrite, trained
 
 
-@pytest.mark.parametrize("policy", ["greedy", "prune"])
+@pytest.mark.parametrize("policy", ["greedy", "prune", "move"])
 def test_events_come_back(tmp_path: Path, policy: str) -> None:
     adapter = trained(7, config={"policy": policy, "r_init": 6 if policy == "prune" else 2})
     assert len(adapter.events) == 2

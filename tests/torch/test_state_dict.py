@@ -18,6 +18,7 @@ from drlora_torch import CheckpointError
 from tests.torch import helpers, models
 
 PRUNE = {"policy": "prune", "r_init": 6}
+MOVE = {"policy": "move", "r_init": 4, "move_share": 1.0}
 State = dict[str, Tensor]
 EXTRA = "model.layers.0.mlp.experts.drlora.adapter_state._extra_state"
 ROWS = "model.layers.1.mlp.experts.drlora.projections.down_proj.lora_B"
@@ -138,7 +139,7 @@ def test_all_that_learns_keeps_its_identity_with_assign() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(values, adapter.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("config", [{}, PRUNE], ids=["grow", "prune"])
+@pytest.mark.parametrize("config", [{}, PRUNE, MOVE], ids=["grow", "prune", "move"])
 def test_the_size_never_changes(config: Any) -> None:
     """Checkpoints of torch.distributed are read into the state of a fresh adapter, in place."""
     model, adapter, optimizer = started(config=config)

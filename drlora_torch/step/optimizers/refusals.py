@@ -15,7 +15,7 @@ from drlora_torch.step.optimizers.names import class_names
 _DEPTH = 4  # of containers and objects that are looked into
 _ELSE = (
     "or use an optimizer that drlora knows (docs/ecosystem.md, Optimizers); or keep the ranks "
-    "fixed (r_init = r_target)"
+    "fixed (policy 'uniform')"
 )
 
 
