@@ -36,7 +36,7 @@ LEVELS: tuple[set[str], ...] = (
 UNNAMED = 5
 # Likewise the parts of drlora_torch, from the ground up; a part imports from lower floors alone.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "lora", "embedded"},
+    {"errors", "lora", "embedded", "signals"},
     {"quantized"},
     {"models", "options"},
     {"attached"},
