@@ -40,8 +40,11 @@ def observe(
         for name, layer in attached.layers.items()
         if totals[name][-1] != 0
     }
-    _refuse_negative(attached, samples)
-    if attached.options.importance.is_per_token:
+    options = attached.options
+    for name, (phi, s) in samples.items():
+        _refuse_negative(name, options.routing, phi)
+        _refuse_negative(name, options.importance, s)
+    if options.importance.is_per_token:
         samples = {name: (phi, _per_token(s, phi)) for name, (phi, s) in samples.items()}
     if not samples:
         _skip(attached, "no token was counted: no backward pass reached the adapted experts")
@@ -65,17 +68,13 @@ def _per_token(importance: Array, phi: Array) -> Array:
     return shares
 
 
-def _refuse_negative(attached: Attached, samples: Mapping[str, tuple[Array, Array]]) -> None:
+def _refuse_negative(layer: str, signal: Routing | Importance, values: Array) -> None:
     """Signals write -inf for numbers below 0, see :mod:`drlora_torch.signals`."""
-    signals: tuple[Routing | Importance, ...]
-    signals = attached.options.routing, attached.options.importance
-    for layer, pair in samples.items():
-        for signal, negative in zip(signals, map(np.isneginf, pair), strict=True):
-            if signal.own and negative.any():
-                raise StatisticError(
-                    f"layer {layer!r}: {signal.kind} signal {signal.name!r} gave a negative number "
-                    f"for expert {np.argwhere(negative)[0][0]}; accepted: finite numbers >= 0"
-                )
+    if signal.own and (negative := np.isneginf(values)).any():
+        raise StatisticError(
+            f"layer {layer!r}: {signal.kind} signal {signal.name!r} gave a negative number for "
+            f"expert {np.argwhere(negative)[0][0]}; accepted: finite numbers >= 0"
+        )
 
 
 def _skip(attached: Attached, reason: str) -> None:
