@@ -49,7 +49,7 @@ class AllocatorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    r_init: PositiveCount = 8
+    r_init: Count = 8
     """Rank of every expert at the start (policy ``prune``: the larger rank it cuts down from)."""
     r_target: PositiveCount = 16
     """Mean rank per expert at the end: the budget of a layer is ``num_experts * r_target``."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core import events, frames, new_layers, notebook, samples, snapshot
+from drlora_core import events, frames, new_layers, notebook, profiles, samples, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
@@ -69,6 +69,32 @@ class AllocatorEngine:
         self._recorder: Recorder | None = None
         self._close_step: Callable[[], None] | None = None
 
+    @classmethod
+    def from_profile(
+        cls,
+        config: AllocatorConfig,
+        statistics: profiles.Statistics,
+        policy: str | Policy = "sieve",
+    ) -> AllocatorEngine:
+        """Make an engine whose experts start with the ranks that a profile gives them.
+
+        :mod:`drlora_core.profiles` describes both. Ranks of policy ``uniform`` stay; growing ones
+        need ``r_init=0`` and place what is left.
+
+        Raises:
+            LayoutError, PolicyError, StatisticError: the profile or its ranks do not fit.
+
+        Example:
+            >>> config = AllocatorConfig(r_init=0, r_target=4, r_max=16, policy="uniform")
+            >>> engine = AllocatorEngine.from_profile(config, {"a": ([0.1, 0.5, 0.4], None)})
+            >>> engine.ranks("a").tolist()
+            [0, 12, 0]
+        """
+        engine = cls(config)
+        for name, ranks in profiles.starting_ranks(config, statistics, policy).items():
+            engine.add_layer(name, ranks.size, ranks=ranks)
+        return engine
+
     def __repr__(self) -> str:
         return f"AllocatorEngine({self._describe()})"
 
@@ -81,8 +107,8 @@ class AllocatorEngine:
         Args:
             name: the layer.
             num_experts: N.
-            ranks: starting ranks, integers [N], say those that another run ended with; default
-                ``config.starting_rank`` for every expert.
+            ranks: starting ranks, integers [N] from ``r_init`` (policy ``uniform``: 0), say those
+                that another run ended with; default ``config.starting_rank`` for every expert.
 
         Raises:
             LayoutError: the name is taken or not a str, ``num_experts`` is not a whole number

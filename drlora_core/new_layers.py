@@ -26,10 +26,15 @@ def check_layer(name: object, num_experts: int, taken: Container[str]) -> None:
         raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
 
 
+def least_rank(config: AllocatorConfig) -> int:
+    """Smallest starting rank: ranks only grow, and those of policy ``uniform`` are any."""
+    return 0 if config.policy == "uniform" else config.r_init
+
+
 def check_ranks(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) -> IntArray:
     """Check starting ranks that were given, [N]; return them as int64."""
     given = np.asarray(ranks)
-    least, budget = config.starting_rank, default.size * config.r_target
+    least, budget = least_rank(config), default.size * config.r_target
     if given.shape != default.shape or not np.issubdtype(given.dtype, np.integer):
         raise LayoutError(
             f"ranks must be integers of shape {default.shape}, got {given.dtype}{given.shape}"

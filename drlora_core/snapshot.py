@@ -14,6 +14,7 @@ from drlora_core import timetable
 from drlora_core.config import AllocatorConfig, Count
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, describe_validation_error, near_misses
+from drlora_core.new_layers import least_rank
 from drlora_core.pools import make_pools
 from drlora_core.state import State, make_state
 
@@ -164,7 +165,7 @@ def _check_layer(name: str, values: LayerValues, config: AllocatorConfig) -> Non
         found = getattr(getattr(values, field), "shape", None)
         if found != shape:
             raise LayoutError(f"layer {name!r}: {field} has shape {found}, not {shape}")
-    least = 1 if prunes else config.starting_rank
+    least = 1 if prunes else least_rank(config)
     if ranks.min() < least or ranks.max() > config.r_max:
         found = f"{ranks.min()}..{ranks.max()}"
         raise LayoutError(f"layer {name!r}: ranks lie in {found}, not {least}..{config.r_max}")

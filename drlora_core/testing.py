@@ -61,7 +61,7 @@ def make_request(
     return AllocationRequest(
         step=step,
         quota=quota,
-        ranks=_check_array("ranks", ranks, size, np.int64, 1),
+        ranks=_check_array("ranks", ranks, size, np.int64),
         limits=_check_array("limits", limits, size, np.int64),
         routing=_check_array("routing", routing, size),
         importance=_check_array("importance", importance, size),

@@ -31,7 +31,7 @@ PLAN = {
     "good.json -s gama=1": "no such field; did you mean 'gamma'?",
     "good.json -s gamma=NaN": "gamma: must be a finite number",
     "good.json -s gamma=1e999": "gamma: must be a finite number",
-    "good.json -s r_init=-1": "r_init: must be at least 1, got -1",
+    "good.json -s r_init=-1": "r_init: must be at least 0, got -1",
     "good.json -s growth_end=9999999999999": "accepted: at most 1,000,000,000,000",
     "good.json -s growth_end=999999999 -s growth_interval=1": "growth events; accepted: at most",
     "good.json --allocator list.json": "--allocator list.json: must be a valid dictionary",

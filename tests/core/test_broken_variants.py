@@ -295,7 +295,7 @@ def test_check_policy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     ("arguments", "message"),
     [
         ({"quota": -1}, "quota must be >= 0, got -1"),
-        ({"ranks": [0, 1]}, "ranks must be a list of whole numbers >= 1"),
+        ({"ranks": [-1, 1]}, "ranks must be a list of whole numbers >= 0"),
         ({"ranks": [1.0, 1.0]}, "ranks must be a list of whole numbers"),
         ({"limits": [-1, 1]}, "limits must be a list of whole numbers >= 0"),
         ({"limits": [1]}, r"limits has shape \(1,\); ranks have \(2,\)"),

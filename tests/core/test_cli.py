@@ -166,7 +166,7 @@ def test_report_of_a_trace(drlora: Any, tmp_path: Path) -> None:
     [
         (["plan", "{tmp}/none.json"], "No such file or directory: "),
         (["plan", "{model}", "--set", "r_target=99"], "r_target 99 > r_max 32"),
-        (["plan", "{model}", "--set", "r_init=0"], "r_init: must be at least 1, got 0"),
+        (["plan", "{model}", "--set", "r_init=-1"], "r_init: must be at least 0, got -1"),
         (["plan", "{model}", "--set", "r_tarrget=9"], "did you mean 'r_target'?"),
         (["plan", "{model}", "--set", "gamma"], "write NAME=VALUE"),
         (["plan", "{model}", "--dtype", "int8"], "--dtype int8: accepted: float32"),

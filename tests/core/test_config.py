@@ -29,7 +29,7 @@ WHOLE += ("quota", "max_growth", "layer_ceiling")
 
 # (arguments, fragments that the message must hold: the name, the value or range, the fix)
 INVALID: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"r_init": 0}, ("r_init", "must be at least 1, got 0", "input_value=0")),
+    ({"r_init": -1}, ("r_init", "must be at least 0, got -1", "input_value=-1")),
     ({"r_target": 0}, ("r_target", "must be at least 1")),
     ({"r_max": -1}, ("r_max", "must be at least 1, got -1", "input_value=-1")),
     ({"warmup_steps": -1}, ("warmup_steps", "must be at least 0")),

@@ -242,7 +242,7 @@ def test_foreign_folders_are_refused(copy: Path, tmp_path: Path) -> None:
         ("layers", {"first": 0}, r"layers\.first: Input should be greater than or equal to 1"),
         ("layers", {}, "layers: .* at least 1 item"),
         ("layers", {"first": 5}, r"segment .* is damaged .*steps are .*\(10,\)"),
-        ("config", {"r_init": 0}, "config"),
+        ("config", {"r_init": -1}, "config"),
         ("more", 0, "more: Extra inputs"),
     ]:
         (copy / HEADER).write_text(json.dumps(header | {field: value}))
