@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike
 from drlora_core import events, frames, new_layers, notebook, profiles, samples, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
+from drlora_core.errors import LayoutError, StepOrderError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy, check_callable, policy_name
+from drlora_core.profiles import Statistics
 from drlora_core.recording.writer import Recorder, RecordingWriter
 from drlora_core.samples import Given, Tokens
 from drlora_core.state import (
@@ -26,7 +27,6 @@ from drlora_core.state import (
     Place,
     Sample,
     State,
-    check_sample,
     expert_saliency,
     make_state,
     observe,
@@ -71,10 +71,7 @@ class AllocatorEngine:
 
     @classmethod
     def from_profile(
-        cls,
-        config: AllocatorConfig,
-        statistics: profiles.Statistics,
-        policy: str | Policy = "sieve",
+        cls, config: AllocatorConfig, statistics: Statistics, policy: str | Policy = "sieve"
     ) -> AllocatorEngine:
         """Make an engine whose experts start with the ranks that a profile gives them.
 
@@ -394,9 +391,5 @@ class AllocatorEngine:
             )
 
     def _check(self, name: str, routing: ArrayLike | None, importance: ArrayLike | None) -> Sample:
-        state = self._state
-        ranks = state.ranks[state.places[name].experts]
-        try:
-            return check_sample(ranks, self.config, routing, importance)
-        except StatisticError as error:
-            raise StatisticError(f"layer {name!r}, step {self._step + 1}: {error}") from None
+        where = f"layer {name!r}, step {self._step + 1}"
+        return samples.check_one(where, self.ranks(name), self.config, routing, importance)
