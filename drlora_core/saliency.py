@@ -38,6 +38,9 @@ def mask_inactive(dimension_importance: FloatArray, ranks: IntArray) -> FloatArr
 
 
 def mean_over_active(masked_importance: FloatArray, ranks: IntArray) -> FloatArray:
-    """Mean of s_j over each expert's active dimensions, [N, R] -> [N]; the others hold 0."""
-    mean: FloatArray = masked_importance.sum(axis=1) / ranks
+    """Mean of s_j over each expert's active dimensions, [N, R] -> [N]; the others hold 0.
+
+    An expert without rank has mean 0.
+    """
+    mean: FloatArray = masked_importance.sum(axis=1) / np.maximum(ranks, 1)
     return mean

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from drlora_torch.models.quantization.quantizer import Experts4bitConfig
     from drlora_torch.models.quantization.stored_quantizers import packed_config
     from drlora_torch.models.records import MoELayer
+    from drlora_torch.profiling import profile
     from drlora_torch.signals import ImportanceSignal, ProjectionRows, RoutingSignal
     from drlora_torch.step.optimizers.meanings import register_optimizer_state
 
@@ -38,6 +39,7 @@ _HOMES = {
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
     "packed_config": "drlora_torch.models.quantization.stored_quantizers",
+    "profile": "drlora_torch.profiling",
     "quantize_experts": "drlora_torch.models.quantization.in_memory",
     "register_moe": "drlora_torch.models.declaration",
     "register_optimizer_state": "drlora_torch.step.optimizers.meanings",
@@ -60,6 +62,7 @@ __all__ = [
     "discover",
     "load",
     "packed_config",
+    "profile",
     "quantize_experts",
     "register_moe",
     "register_optimizer_state",

@@ -47,7 +47,7 @@ FLOORS: tuple[set[str], ...] = (
     {"merge", "summary"},
     {"adapter"},
     {"api"},
-    {"integrations", "inspection"},
+    {"integrations", "inspection", "profiling"},
     {"finetune"},
     {"cli"},
     {"__init__"},

@@ -78,6 +78,10 @@ class StepTracker:
 
     __reduce__ = refuse_copy
 
+    def silence(self, notice: str) -> None:
+        """Leave out a notice of :class:`~drlora_torch.step.notices.Notices`."""
+        self._notices.silence(notice)
+
     def forget(self) -> None:
         """Forget what the step has gathered so far."""
         self._sums.clear()
