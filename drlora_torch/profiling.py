@@ -13,17 +13,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, Recording, StatisticError
+from drlora_core.ema import FloatArray
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.api import adapters, attach
 from drlora_torch.errors import AttachError, ModelError, explain_keywords
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.signals import ImportanceSignal, RoutingSignal, choose_importance
 from drlora_torch.step.processes import is_first_process
+from drlora_torch.weight_gradients import WeightGradients
+
+WEIGHT_GRADIENT = "weight_gradient"
 
 ZERO_AT_START = ("sensitivity", "sensitivity_per_token", "update_norm")
 """Signals with a factor B, which is 0 in a profile."""
@@ -55,7 +60,9 @@ def profile(
             ``drlora replay`` and ``drlora report``.
         layers: name patterns, as for ``attach``.
         importance: a signal, as for ``attach``: ``gradient`` or ``fisher``, or your own. Others are
-            0 where B is 0.
+            0 where B is 0. ``weight_gradient`` is the Frobenius norm of the gradient of an expert's
+            weights, all projections together: a second pass, without the LoRA, and memory for
+            the gradient of one parameter; not for packed or spread weights.
         routing: a signal, as for ``attach``.
         seed: of A.
 
@@ -81,7 +88,8 @@ def profile(
         >>> int(adapter.ranks()["model.layers.0.mlp.experts"].sum())
         16
     """
-    _check(model, importance, output)
+    whole = importance == WEIGHT_GRADIENT
+    _check(model, "gradient" if whole else importance, output)
     config = AllocatorConfig(
         r_init=1, r_target=1, r_max=1, policy="uniform", warmup_steps=0, growth_end=0, seed=seed
     )
@@ -93,22 +101,26 @@ def profile(
             alpha=1.0,
             auto_step=False,
             layers=layers,
-            importance=importance,
+            importance="gradient" if whole else importance,
             routing=routing,
         )
         try:
             engine.record_to(Path(folder, "profile"))
-            steps = _measure(model, adapter, batches)
-            engine.record_to(None)
+            gradients = WeightGradients(adapter.layers) if whole else None
+            steps, norms = _measure(model, adapter, batches, gradients)
         finally:
+            engine.record_to(None)
             adapter.detach()
         if not steps:
             raise ModelError("there are no batches to profile the model on")
         measured = Recording.open(Path(folder, "profile"))
+    importance_of = measured.importance
+    if whole:  # a batch that was skipped has no importance
+        importance_of = np.where(np.isnan(importance_of), np.nan, np.stack(norms))
     recording = Recording(
         layers=measured.layers,
         routing=measured.routing,
-        importance=measured.importance,
+        importance=importance_of,
         presence=measured.presence,
         tokens=measured.tokens,
     )
@@ -136,25 +148,42 @@ def _check(model: nn.Module, importance: object, output: str | os.PathLike[str] 
             raise LayoutError(f"{path} is not empty; choose a new path for the profile")
 
 
-def _measure(model: nn.Module, adapter: Adapter, batches: Iterable[Mapping[str, Any]]) -> int:
-    """Run forward and backward on each batch; return how many there were."""
+def _measure(
+    model: nn.Module,
+    adapter: Adapter,
+    batches: Iterable[Mapping[str, Any]],
+    gradients: WeightGradients | None,
+) -> tuple[int, list[FloatArray]]:
+    """Run forward and backward on each batch.
+
+    Returns:
+        How many there were, and the norms of ``gradients`` in each, over the experts of all layers.
+    """
     active_tracker(state_of(adapter)).silence("evaluation")  # nothing is trained
-    parameters, steps = adapter.parameters(), 0
+    parameters, steps, norms = adapter.parameters(), 0, []
     device = parameters[0].device
     for batch in tqdm(batches, desc="profile", disable=None):  # a bar on terminals
+        steps += 1
         given = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-        with torch.enable_grad():
-            loss = getattr(model(**given), "loss", None)
-        if not isinstance(loss, Tensor):
-            raise ModelError(
-                f"batch {steps + 1} gives no loss: batches need labels beside {sorted(given)}"
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
+        _backward(model, given, steps)
         adapter.step()
         for parameter in parameters:
             parameter.grad = None
-        steps += 1
-    return steps
+        if gradients is not None:
+            with adapter.disabled(), gradients:
+                _backward(model, given, steps)
+                norms.append(torch.cat(list(gradients.take().values())).numpy())
+    return steps, norms
+
+
+def _backward(model: nn.Module, batch: Mapping[str, Any], number: int) -> None:
+    with torch.enable_grad():
+        loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ModelError(
+            f"batch {number} gives no loss: batches need labels beside {sorted(batch)}"
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

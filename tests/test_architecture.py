@@ -41,6 +41,7 @@ FLOORS: tuple[set[str], ...] = (
     {"quantized"},
     {"models", "options"},
     {"attached"},
+    {"weight_gradients"},
     {"step"},
     {"lifecycle"},
     {"storage"},

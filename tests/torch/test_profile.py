@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from drlora_core.cli import main
 from drlora_torch import signals
 from drlora_torch.adapter import Adapter
 from tests.torch import helpers, models
+from tests.torch.conventions import handwritten
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -81,6 +84,56 @@ def test_routing_and_gradients_of_the_experts() -> None:
     compare()
 
 
+class WithLoss(nn.Module):
+    """A model with a Linear for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        handwritten.register()
+        self.inner = handwritten.Model(dtype=torch.float32)
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Any:
+        logits = self.inner(**inputs)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return types.SimpleNamespace(loss=loss)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "linears"])
+def test_gradients_of_the_weights_themselves(family: str) -> None:
+    """Against a backward pass of the plain model, all of whose parameters learn."""
+    make: Any = WithLoss if family == "linears" else functools.partial(models.build, family)
+    plain, model = make(), make()
+    recording = drlora_torch.profile(model, batches(), importance="weight_gradient")
+    for step, batch in enumerate(batches()):
+        plain.zero_grad()
+        plain(**batch).loss.backward()
+        for name, experts in recording.layers.items():
+            layer = plain.get_submodule(name)
+            squares = np.zeros(experts)
+            for expert in range(experts):
+                for key, parameter in layer.named_parameters():
+                    if key in ("gate_up_proj", "down_proj"):
+                        squares[expert] += parameter.grad[expert].double().square().sum().item()
+                    elif f"experts.{expert}." in key and key.endswith("weight"):
+                        squares[expert] += parameter.grad.double().square().sum().item()
+            found = recording.layer(name).importance[step]
+            np.testing.assert_allclose(found, np.sqrt(squares), rtol=1e-4, atol=1e-7)
+            assert squares.any()
+    own = drlora_torch.profile(model, batches())
+    assert np.array_equal(own.routing, recording.routing)
+
+
+def test_packed_weights_have_no_gradients() -> None:
+    model = models.build("qwen3_moe")
+    drlora_torch.quantize_experts(model)
+    with pytest.raises(
+        drlora_torch.ModelError, match=r"is packed \(nf4\): only weights in a float"
+    ):
+        drlora_torch.profile(model, batches(), importance="weight_gradient")
+    assert drlora_torch.profile(model, batches()).importance.any()
+    assert drlora_torch.adapters(model) == {}
+
+
 def test_gradients_that_pile_up_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = Adapter.parameters
     detached = [nn.Parameter(torch.zeros(1))]
@@ -100,23 +153,29 @@ def snapshot(model: Any) -> list[Any]:
     return parts
 
 
+@pytest.mark.parametrize("importance", ["gradient", "weight_gradient"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_as_before(fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_model_is_as_before(
+    importance: str, fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Parameters, gradients, modes, hooks and random state; when it fails, too."""
     model: Any = models.build(attention_dropout=0.5, output_router_logits=False)
     model.train()
     model.model.layers[1].eval()
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.weight.grad = torch.full((models.HIDDEN,), 3.0)
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj.grad = torch.ones_like(experts.down_proj)
+    experts.gate_up_proj.requires_grad_(False)
     torch.manual_seed(7)
     before, given = snapshot(model), batches()
     if fails:
         del given[2]["labels"]
         with pytest.raises(drlora_torch.ModelError, match=r"batch 3 gives no loss: batches need l"):
-            drlora_torch.profile(model, given)
+            drlora_torch.profile(model, given, importance=importance)
     else:
         with caplog.at_level(logging.WARNING):
-            drlora_torch.profile(model, given)
+            drlora_torch.profile(model, given, importance=importance)
         assert "evaluation mode" not in caplog.text
     assert snapshot(model) == before
     assert drlora_torch.adapters(model) == {}
