@@ -147,8 +147,10 @@ class AllocatorConfig(BaseModel):
 
     @property
     def least_rank(self) -> int:
-        """Least rank that an expert can ever have."""
-        return min(self.r_min, self.starting_rank) if self.cuts else self.starting_rank
+        """Least rank that an expert can ever have; those given to policy ``uniform`` are any."""
+        if self.policy == "uniform":
+            return 0
+        return min(self.r_min, self.r_init) if self.cuts else self.r_init
 
     @property
     def growth_steps(self) -> tuple[int, ...]:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drlora_core import events, frames, new_layers, notebook, samples, snapshot
+from drlora_core import events, frames, new_layers, notebook, profiles, samples, snapshot
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import LayoutError, StatisticError, StepOrderError, check_layer
+from drlora_core.errors import LayoutError, StepOrderError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy, check_callable, policy_name
+from drlora_core.profiles import Statistics
 from drlora_core.recording.writer import Recorder, RecordingWriter
 from drlora_core.samples import Given, Tokens
 from drlora_core.state import (
@@ -26,7 +27,6 @@ from drlora_core.state import (
     Place,
     Sample,
     State,
-    check_sample,
     expert_saliency,
     make_state,
     observe,
@@ -71,6 +71,29 @@ class AllocatorEngine:
         self._recorder: Recorder | None = None
         self._close_step: Callable[[], None] | None = None
 
+    @classmethod
+    def from_profile(
+        cls, config: AllocatorConfig, statistics: Statistics, policy: str | Policy = "sieve"
+    ) -> AllocatorEngine:
+        """Make an engine whose experts start with the ranks that a profile gives them.
+
+        :mod:`drlora_core.profiles` describes both. Ranks of policy ``uniform`` stay; growing ones
+        need ``r_init=0`` and place what is left.
+
+        Raises:
+            LayoutError, PolicyError, StatisticError: the profile or its ranks do not fit.
+
+        Example:
+            >>> config = AllocatorConfig(r_init=0, r_target=4, r_max=16, policy="uniform")
+            >>> engine = AllocatorEngine.from_profile(config, {"a": ([0.1, 0.5, 0.4], None)})
+            >>> engine.ranks("a").tolist()
+            [0, 12, 0]
+        """
+        engine = cls(config)
+        for name, ranks in profiles.starting_ranks(config, statistics, policy).items():
+            engine.add_layer(name, ranks.size, ranks=ranks)
+        return engine
+
     def __repr__(self) -> str:
         return f"AllocatorEngine({self._describe()})"
 
@@ -83,8 +106,8 @@ class AllocatorEngine:
         Args:
             name: the layer.
             num_experts: N.
-            ranks: starting ranks, integers [N], say those that another run ended with; default
-                ``config.starting_rank`` for every expert.
+            ranks: starting ranks, integers [N] from ``r_init`` (policy ``uniform``: 0), say those
+                that another run ended with; default ``config.starting_rank`` for every expert.
 
         Raises:
             LayoutError: the name is taken or not a str, ``num_experts`` is not a whole number
@@ -370,9 +393,5 @@ class AllocatorEngine:
             )
 
     def _check(self, name: str, routing: ArrayLike | None, importance: ArrayLike | None) -> Sample:
-        state = self._state
-        ranks = state.ranks[state.places[name].experts]
-        try:
-            return check_sample(ranks, self.config, routing, importance)
-        except StatisticError as error:
-            raise StatisticError(f"layer {name!r}, step {self._step + 1}: {error}") from None
+        where = f"layer {name!r}, step {self._step + 1}"
+        return samples.check_one(where, self.ranks(name), self.config, routing, importance)

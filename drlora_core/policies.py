@@ -77,8 +77,9 @@ class Policy(Protocol):
 
 
 def policy_name(policy: Policy) -> str:
-    """Return the name of a policy: that of its function or class."""
-    return str(getattr(policy, "__name__", type(policy).__name__))
+    """Return the name of a policy: that of its function (inside ``functools.partial``) or class."""
+    inner = getattr(policy, "func", policy)
+    return str(getattr(inner, "__name__", type(inner).__name__))
 
 
 def walk(scores: FloatArray, request: AllocationRequest) -> IntArray:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from drlora_core.config import AllocatorConfig
+from drlora_core.ema import IntArray
 from drlora_core.errors import StatisticError, check_layer
 from drlora_core.state import Sample, State, check_sample
 
@@ -74,6 +75,20 @@ def pair(
                 None if importance is None else importance[name],
             )
     return pairs
+
+
+def check_one(
+    where: str,
+    ranks: IntArray,
+    config: AllocatorConfig,
+    routing: ArrayLike | None,
+    importance: ArrayLike | None,
+) -> Sample:
+    """Check the sample of one layer; errors begin with ``where``."""
+    try:
+        return check_sample(ranks, config, routing, importance)
+    except StatisticError as error:
+        raise StatisticError(f"{where}: {error}") from None
 
 
 def check_together(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from drlora_torch.models.quantization.quantizer import Experts4bitConfig
     from drlora_torch.models.quantization.stored_quantizers import packed_config
     from drlora_torch.models.records import MoELayer
+    from drlora_torch.profiling import profile
+    from drlora_torch.signals import ImportanceSignal, ProjectionRows, RoutingSignal
     from drlora_torch.step.optimizers.meanings import register_optimizer_state
 
 from drlora_torch.models.quantization.registering import register_quantizers
@@ -26,14 +28,18 @@ _HOMES = {
     "AttachError": "drlora_torch.errors",
     "CheckpointError": "drlora_torch.errors",
     "Experts4bitConfig": "drlora_torch.models.quantization.quantizer",
+    "ImportanceSignal": "drlora_torch.signals",
     "ModelError": "drlora_torch.errors",
     "MoELayer": "drlora_torch.models.records",
+    "ProjectionRows": "drlora_torch.signals",
+    "RoutingSignal": "drlora_torch.signals",
     "adapters": "drlora_torch.api",
     "attach": "drlora_torch.api",
     "dequantize_experts": "drlora_torch.models.quantization.in_memory",
     "discover": "drlora_torch.api",
     "load": "drlora_torch.api",
     "packed_config": "drlora_torch.models.quantization.stored_quantizers",
+    "profile": "drlora_torch.profiling",
     "quantize_experts": "drlora_torch.models.quantization.in_memory",
     "register_moe": "drlora_torch.models.declaration",
     "register_optimizer_state": "drlora_torch.step.optimizers.meanings",
@@ -45,14 +51,18 @@ __all__ = [
     "AttachError",
     "CheckpointError",
     "Experts4bitConfig",
+    "ImportanceSignal",
     "MoELayer",
     "ModelError",
+    "ProjectionRows",
+    "RoutingSignal",
     "adapters",
     "attach",
     "dequantize_experts",
     "discover",
     "load",
     "packed_config",
+    "profile",
     "quantize_experts",
     "register_moe",
     "register_optimizer_state",

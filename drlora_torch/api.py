@@ -25,11 +25,12 @@ from drlora_torch.models.records import MoELayer
 from drlora_torch.models.sharding import check_sharding, is_sharded, reshard
 from drlora_torch.models.wrappers import check_parts, check_wrappers, unwrapped
 from drlora_torch.options import AdapterOptions
+from drlora_torch.signals import ImportanceSignal, RoutingSignal, refuse_named_only
 from drlora_torch.step.notices import advise_against_balancing, tell_storage
 from drlora_torch.step.processes import is_first_process, several_processes
 from drlora_torch.step.sharded import meeting
 from drlora_torch.storage import checkpoint, hub
-from drlora_torch.storage.checkpoint_checks import Saved
+from drlora_torch.storage.checkpoint_checks import Saved, find_signals
 from drlora_torch.storage.entering import enter
 
 __all__ = ["adapters", "attach", "discover", "load", "set_adapter"]
@@ -56,6 +57,8 @@ def attach(
     newborn: Literal["corrected", "plain"] = "corrected",
     rslora: bool = False,
     kernel: Literal["auto", "ragged", "grouped"] = "auto",
+    importance: str | ImportanceSignal = "sensitivity",
+    routing: str | RoutingSignal = "weight",
     process_group: Any = None,
     record: str | os.PathLike[str] | None = None,
 ) -> Adapter:
@@ -97,6 +100,10 @@ def attach(
         rslora: scale by alpha / sqrt(r_target) instead.
         kernel: ``ragged`` loops over experts and takes all dtypes; ``grouped`` uses torch's
             ``grouped_mm``; ``auto`` takes ``grouped`` on GPUs. Results are equal to rounding.
+        importance: what g averages: ``sensitivity``, ``sensitivity_per_token``, ``fisher``,
+            ``gradient``, ``update_norm``, or your own :class:`~drlora_torch.ImportanceSignal`.
+        routing: what f averages: ``weight``, ``margin``, ``count``, or your own
+            :class:`~drlora_torch.RoutingSignal`.
         process_group: the processes of ``torch.distributed`` that train this adapter together,
             where others train something else; default: all.
         record: directory for a recording of all statistics, see ``engine.record_to``.
@@ -141,8 +148,11 @@ def attach(
             "newborn": newborn,
             "rslora": rslora,
             "kernel": kernel,
+            "importance": importance,
+            "routing": routing,
         }
     )
+    refuse_named_only(options.importance, options.routing)
     return _attach(model, engine, adapter_name, options, process_group, record)
 
 
@@ -153,6 +163,8 @@ def load(
     *,
     adapter_name: str = "default",
     policy: Policy | None = None,
+    importance: str | ImportanceSignal | None = None,
+    routing: str | RoutingSignal | None = None,
     trainable: bool = True,
     check_base: bool = True,
     revision: str | None = None,
@@ -168,6 +180,8 @@ def load(
         adapter_name: as for :func:`attach`; the loaded adapter is the active one.
         policy: the callable that the run was made with, if it was: code is not saved, so without
             it the allocation goes on with ``config.policy``.
+        importance, routing: the callables of your own that the run was made with, if it was; code
+            is not saved. Built-in signals are known by their saved names.
         trainable: False to use it only: nothing is counted and nothing requires gradients.
         check_base: False to load onto a model whose expert weights are not those of the training.
         revision: branch, tag or commit, for a repository.
@@ -185,7 +199,11 @@ def load(
     saved = _read(model, path, revision, process_group)
     engine = checkpoint.restore_engine(saved, policy)
     events = checkpoint.check(saved, engine, model, found, check_base)
-    chosen = {"layers": tuple(saved.layers), "attention_targets": saved.dense or None}
+    chosen: dict[str, Any] = {
+        "layers": tuple(saved.layers),
+        "attention_targets": saved.dense or None,
+        **find_signals(saved, importance, routing, needed=trainable),
+    }
     options = saved.options.model_copy(update=chosen)
     attached = _build(adapter_name, residents, engine, options, found, process_group)
     checkpoint.fill(attached, saved, events)

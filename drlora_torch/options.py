@@ -7,15 +7,33 @@ import math
 from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 
 from drlora_core import AllocatorConfig
 from drlora_core.errors import near_misses
 from drlora_core.validation import reword_errors
 from drlora_torch.lora.kernels import Kernel
 from drlora_torch.lora.slots import Layout
+from drlora_torch.signals import (
+    SENSITIVITY,
+    WEIGHT,
+    Importance,
+    Routing,
+    choose_importance,
+    choose_routing,
+)
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
+ByName = PlainSerializer(str, return_type=str)
+"""Files hold the name of a signal, and of a callable no more than that."""
 FLOATING = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +81,8 @@ class AdapterOptions(BaseModel):
     newborn: Newborn = Newborn.CORRECTED
     rslora: bool = False
     kernel: Kernel = Kernel.AUTO
+    importance: Annotated[Importance, PlainValidator(choose_importance), ByName] = SENSITIVITY
+    routing: Annotated[Routing, PlainValidator(choose_routing), ByName] = WEIGHT
 
     @field_validator("targets", "layers", "modules_to_save", "attention_targets", mode="before")
     @classmethod

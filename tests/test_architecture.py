@@ -28,25 +28,27 @@ LEVELS: tuple[set[str], ...] = (
     {"config", "policies", "pruning", "moving", "pools", "state"},
     {"events", "frames", "new_layers", "samples", "snapshot"},
     {"recording"},
+    {"profiles"},
     {"engine"},
     set(),  # the unnamed ones
     {"__init__"},
     {"cli"},
 )
-UNNAMED = 5
+UNNAMED = 6
 # Likewise the parts of drlora_torch, from the ground up; a part imports from lower floors alone.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "lora", "embedded"},
+    {"errors", "lora", "embedded", "signals"},
     {"quantized"},
     {"models", "options"},
     {"attached"},
+    {"weight_gradients"},
     {"step"},
     {"lifecycle"},
     {"storage"},
     {"merge", "summary"},
     {"adapter"},
     {"api"},
-    {"integrations", "inspection"},
+    {"integrations", "inspection", "profiling"},
     {"finetune"},
     {"cli"},
     {"__init__"},

@@ -12,7 +12,6 @@ from drlora_core.cli import common
 from drlora_core.cli.console import say
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import diagnose
-from drlora_core.errors import LayoutError
 from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, render
@@ -41,14 +40,14 @@ def report(
 ) -> None:
     """Write an HTML page about a recorded run.
 
-    The page needs no other file: events, rank maps and trajectories, diagnostics. A trace has no
-    configuration: its page shows ten events spread over its steps.
+    The page needs no other file: events, rank maps and trajectories, diagnostics. A trace or a
+    profile has no configuration: its page shows ten events spread over its steps.
     """
     path = common.find_recording(run_dir)
     if output is not None:
         common.check_output(output)
     opened = common.open_recording(path)
-    config = opened.config or _config_of_trace(path, opened)
+    config = opened.config or AllocatorConfig.model_validate(common.ten_events(opened.steps))
     if as_json:
         _write_json(opened, config, output)
         return
@@ -57,13 +56,6 @@ def report(
     write_text(target, page)
     say(f"wrote {target}")
     say(str(diagnose(opened, config)))
-
-
-def _config_of_trace(path: Path, opened: Recording) -> AllocatorConfig:
-    """Return ten events for a trace; a recording of a run without a configuration is refused."""
-    if path.suffix != ".npz":
-        raise LayoutError(f"{path} has no configuration; look at it with: drlora replay {path}")
-    return AllocatorConfig.model_validate(common.ten_events(opened.steps))
 
 
 def _write_json(opened: Recording, config: AllocatorConfig, output: Path | None) -> None:

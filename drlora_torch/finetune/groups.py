@@ -112,6 +112,13 @@ class RankGroup(Group):
     """Policies prune and move: least rank that they leave an expert."""
     scope: ScopeName = "layer"
     """Whether each layer has a quota of its own or all layers share one."""
+    importance: Literal[
+        "sensitivity", "sensitivity_per_token", "fisher", "gradient", "update_norm"
+    ] = "sensitivity"
+    """What tells how important an expert's ranks are."""
+    routing: Literal["weight", "margin", "count"] = "weight"
+    """What a selected expert counts: its routing weight, that minus the smallest selected one of
+    the token, or 1."""
     layout: Literal["pooled", "masked"] = "pooled"
     """Storage of the ranks: shared by the experts (pooled) or r_max for each (masked)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)

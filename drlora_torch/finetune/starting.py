@@ -19,7 +19,7 @@ from drlora_torch.storage.hub import find
 from drlora_torch.storage.peft.files import CONFIG_FILE
 
 ATTACH_OPTIONS = {
-    "alpha", "dropout", "layout", "router", "modules_to_save",
+    "alpha", "dropout", "layout", "router", "modules_to_save", "importance", "routing",
     "attention_rank", "attention_alpha", "attention_targets",
 }  # fmt: skip
 """Options that :func:`drlora_torch.attach` takes under the same name."""

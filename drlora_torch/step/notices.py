@@ -142,6 +142,10 @@ class Notices:
                     obstacle,
                 )
 
+    def silence(self, what: str) -> None:
+        """Say nothing of a thing, such as ``evaluation``: it is meant."""
+        self._said.add(what)
+
     def _first(self, what: str) -> bool:
         new = what not in self._said
         self._said.add(what)

@@ -11,7 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from drlora_core.errors import StatisticError
 from drlora_torch.attached import Attached
+from drlora_torch.signals import Importance, Routing
+
+Array = NDArray[np.float64]
 
 
 def observe(
@@ -24,6 +28,9 @@ def observe(
     A step without any token, or with a statistic that is not finite, is skipped and counted.
     ``totals`` are the summed routing weights and the number of tokens, [N + 1] by layer; ``slots``
     is the importance, float64 [P] by layer.
+
+    Raises:
+        StatisticError: a signal gave a negative number; it is named.
     """
     samples = {
         name: (
@@ -33,6 +40,12 @@ def observe(
         for name, layer in attached.layers.items()
         if totals[name][-1] != 0
     }
+    options = attached.options
+    for name, (phi, s) in samples.items():
+        _refuse_negative(name, options.routing, phi)
+        _refuse_negative(name, options.importance, s)
+    if options.importance.is_per_token:
+        samples = {name: (phi, _per_token(s, phi)) for name, (phi, s) in samples.items()}
     if not samples:
         _skip(attached, "no token was counted: no backward pass reached the adapted experts")
     elif not all(np.isfinite(part).all() for sample in samples.values() for part in sample):
@@ -45,6 +58,23 @@ def observe(
         importance={name: s for name, (_, s) in samples.items()},
         tokens={name: int(totals[name][-1]) for name in samples},
     )
+
+
+def _per_token(importance: Array, phi: Array) -> Array:
+    """Importance [N, R] over phi [N], 0 where phi is 0."""
+    shares = np.zeros_like(importance)
+    with np.errstate(over="ignore"):  # a statistic that is not finite is skipped
+        np.divide(importance, phi[:, None], out=shares, where=phi[:, None] > 0.0)
+    return shares
+
+
+def _refuse_negative(layer: str, signal: Routing | Importance, values: Array) -> None:
+    """Signals write -inf for numbers below 0, see :mod:`drlora_torch.signals`."""
+    if signal.own and (negative := np.isneginf(values)).any():
+        raise StatisticError(
+            f"layer {layer!r}: {signal.kind} signal {signal.name!r} gave a negative number for "
+            f"expert {np.argwhere(negative)[0][0]}; accepted: finite numbers >= 0"
+        )
 
 
 def _skip(attached: Attached, reason: str) -> None:

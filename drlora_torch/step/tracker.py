@@ -67,7 +67,7 @@ class StepTracker:
         with contextlib.ExitStack() as undo:
             self._reader: ImportanceReader | None = None
             if not attached.options.auto_step:
-                self._reader = ImportanceReader(self._loras())
+                self._reader = ImportanceReader(self._loras(), attached.options.importance)
                 undo.callback(self._reader.remove)
             self._passes = BackwardPasses(attached, self._reader)
             self._watch = ForwardWatch(attached.model, attached.layers, self._passes.begin)
@@ -77,6 +77,10 @@ class StepTracker:
             self.remove = undo.pop_all().close  # take all hooks out
 
     __reduce__ = refuse_copy
+
+    def silence(self, notice: str) -> None:
+        """Leave out a notice of :class:`~drlora_torch.step.notices.Notices`."""
+        self._notices.silence(notice)
 
     def forget(self) -> None:
         """Forget what the step has gathered so far."""
@@ -112,6 +116,7 @@ class StepTracker:
         self, lora: ExpertLoRA, output: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> None:
         """Note a forward of a layer, which counts once backward reaches its output."""
+        self.attached.options.routing.check(top_k_weights)
         self._forwards += 1
         number, call = self._forwards, self._watch.running
         if self._watch.begins_training():
@@ -139,7 +144,8 @@ class StepTracker:
         layer = self.attached.layers[routing.layer]
         self._notices.check_training(layer)
         self._notices.check_saving(self.attached)
-        index, weights, mask = routing.top_k_index, routing.top_k_weights, self._mask(routing)
+        index, mask = routing.top_k_index, self._mask(routing)
+        weights = self.attached.options.routing.measure(routing.top_k_weights)
         sums = sum_weights(index, weights, mask, layer.record.num_experts)
         if routing.layer in self._sums:
             sums = self._sums[routing.layer] + sums
@@ -258,11 +264,11 @@ class StepTracker:
             return  # a trial, see hooks.is_trial
         self._notices.check_reached(self.attached)
         scale = getattr(optimizer, "grad_scale", None)
-        slots = {} if self.attached.paused else slot_importance(self._loras())
-        if isinstance(scale, Tensor):
-            wide = scale.double()
-            slots = {name: values / wide.to(values.device) for name, values in slots.items()}
-        self._slots = slots
+        scale, signal = (
+            scale if isinstance(scale, Tensor) else None,
+            self.attached.options.importance,
+        )
+        self._slots = {} if self.attached.paused else slot_importance(self._loras(), signal, scale)
         if self._reader is None:
             self._skips.clear()  # of a step that failed
         self._skips.append(skipped if isinstance(skipped, Tensor) else None)

@@ -21,6 +21,7 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE, Layout
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
+from drlora_torch.signals import Importance, Routing, choose_importance, choose_routing
 from drlora_torch.step.parameters import base_key, join_base
 from drlora_torch.step.pending import GRADIENT, IMPORTANCE, ROUTING
 
@@ -67,6 +68,43 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
     except ValueError as error:  # DRLoRAError and ValidationError among them
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def find_signals(
+    saved: Saved, importance: object, routing: object, *, needed: bool
+) -> dict[str, Importance | Routing]:
+    """The signals of a file, with those of the user's own as they are given again.
+
+    Args:
+        saved: the file.
+        importance: a name or callable; None: not given.
+        routing: likewise.
+        needed: False if nothing will be measured.
+
+    Raises:
+        CheckpointError: one is missing, or another was given.
+    """
+    choices = (
+        (saved.options.importance, importance, choose_importance),
+        (saved.options.routing, routing, choose_routing),
+    )
+    found: dict[str, Importance | Routing] = {}
+    for own, given, choose in choices:
+        kind = own.kind
+        chosen: Importance | Routing = own if given is None else choose(given)
+        if str(chosen) != str(own):
+            raise CheckpointError(
+                f"{saved.path} was trained with the {kind} signal {own.name!r}, not "
+                f"{chosen.name!r}" + ("" if own.own else f"; leave {kind} out")
+            )
+        if needed and chosen.function is None:
+            raise CheckpointError(
+                f"{saved.path} was trained with a {kind} signal of your own, {own.name!r}, whose "
+                f"code is not saved: load(model, path, {kind}={own.name}) goes on with it, and "
+                "load(model, path, trainable=False) needs none"
+            )
+        found[kind] = chosen
+    return found
 
 
 def names(value: object) -> tuple[str, ...]:

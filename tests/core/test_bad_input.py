@@ -88,7 +88,6 @@ REPORT = {
     "run -o folder": "'folder' exists; use another --output",
     "run --json -o taken.html": "'taken.html' exists; use another --output",
     "run -o taken.html/deep/page.html": "'taken.html' is a file",
-    "bare": "bare has no configuration; look at it with: drlora replay bare",
     "run --outptu x": "no such option --outptu; did you mean --output?",
 }
 CASES = [
@@ -115,15 +114,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (segment, *_) = sorted((folder / "damaged").glob("*.npz"))
     segment.write_bytes(segment.read_bytes()[:-40])
     (folder / "headless" / "recording.json").write_text("{")
-    recorded_without_configuration(folder / "bare")
     return folder
-
-
-def recorded_without_configuration(folder: Path) -> None:
-    from drlora_core.recording import Recording
-
-    arrays = {"a": np.ones((20, 4))}
-    Recording.from_arrays(arrays, arrays).save(folder)
 
 
 @pytest.mark.parametrize(("name", "line", "message"), CASES)

@@ -49,7 +49,7 @@ WRITES: dict[str, Callable[[AllocatorEngine], Any]] = {
     "add_layer": lambda engine: engine.add_layer("c", 1),
     "defer": lambda engine: engine.defer(lambda: None),
 }
-INDEPENDENT = {"layer_names", "num_experts", "budget", "pending"}
+INDEPENDENT = {"from_profile", "layer_names", "num_experts", "budget", "pending"}
 
 
 def test_every_public_name_is_tested_here() -> None:

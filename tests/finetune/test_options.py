@@ -11,6 +11,7 @@ from pydantic import ValidationError
 import drlora_torch
 from drlora_core import AllocatorConfig
 from drlora_core.cli import main
+from drlora_torch import signals
 from drlora_torch.finetune import job
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.recipe import Recipe, combine, shipped_run
@@ -45,6 +46,8 @@ OTHER: dict[str, Any] = {
     "policy": "random",
     "scope": "global",
     "router": "trainable",
+    "importance": "fisher",
+    "routing": "margin",
     "layout": "masked",
     "dropout": 0.25,
     "load_in_4bit": True,
@@ -175,6 +178,8 @@ def test_fields_agree_with_the_allocator_and_attach() -> None:
         for values in get_args(FIELDS[name].annotation):
             if isinstance(values, str):
                 AdapterOptions.model_validate({"alpha": 1.0, name: values})
+    for name, table in (("importance", signals.IMPORTANCE), ("routing", signals.ROUTING)):
+        assert get_args(FIELDS[name].annotation) == tuple(table)
     assert FIELDS["dropout"].metadata == AdapterOptions.model_fields["dropout"].metadata
 
 

@@ -326,6 +326,45 @@ def late(folder: Path, said: Said) -> None:
         said[f"late, {name}"] = (same, decided == decided_late, len(adapter.events))
 
 
+SIGNALS: tuple[dict[str, Any], ...] = tuple(
+    {name: value, "auto_step": auto_step}
+    for name, value in (
+        ("importance", "sensitivity_per_token"),
+        ("importance", "fisher"),
+        ("importance", "update_norm"),
+        ("routing", "margin"),
+        ("routing", "count"),
+    )
+    for auto_step in (True, False)
+)
+
+
+def measure(model: Any, adapter: drlora_torch.Adapter, chosen: slice | None) -> list[Any]:
+    """What the engine is given in two steps."""
+    spy, optimizer = Spy(adapter), helpers.adamw(adapter)
+    for seed in range(2):
+        backward(model, seed, chosen)
+        optimizer.step()
+        if not adapter.options.auto_step:
+            adapter.step()
+        optimizer.zero_grad()
+    return [{name: (phi, s) for name, (phi, s, _) in step.items()} for step in spy.samples]
+
+
+def signals(folder: Path, said: Said) -> None:
+    """Signals of rows that processes hold together, and of whole ones."""
+    for name in ("sharded", "parallel", "ep"):
+        said[f"signals, {name}"] = []
+        for options in SIGNALS:
+            if name == "ep":
+                model = load(folder, fsdp_size=2, ep_size=2)
+                adapter = helpers.attach(model, **options)
+            else:
+                model, adapter = attached(**options)
+                model = shard(model) if name == "sharded" else DistributedDataParallel(model)
+            said[f"signals, {name}"].append(measure(model, adapter, rows()))
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -338,7 +377,7 @@ def worker(rank: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     said: Said = {}
-    for scenario in (refusals, traps, several, late, all_tokens_elsewhere, saves):
+    for scenario in (refusals, traps, several, late, signals, all_tokens_elsewhere, saves):
         scenario(Path(folder), said)
     torch.save(said, f"{folder}/{rank}.pt")
     os._exit(0)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from drlora_torch.adapter import state_of
 from drlora_torch.lora.kernels import Kernel
+from drlora_torch.signals import ProjectionRows
 from drlora_torch.step import closing, exchange, newborn, tracker
 from drlora_torch.step.forwards import ModelCall
 from tests.torch import helpers, models, optimizers
@@ -88,6 +89,29 @@ def test_a_step_never_waits(no_data: list[NoData], auto_step: bool, layers: int)
     assert no_data[-1].asked
     young = state_of(training.adapter).ages.values()
     assert {int(age) for each in young for age in each} == {-1, 3}, "newborn rows were corrected"
+
+
+def largest_gradient(rows: ProjectionRows) -> Tensor:
+    return rows.grad_B.abs().amax(dim=1)
+
+
+largest_gradient.degree = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"importance": "fisher", "routing": "margin"},
+        {"importance": "update_norm", "routing": "count", "auto_step": False},
+        {"importance": largest_gradient, "routing": torch.square, "auto_step": False},
+    ],
+)
+def test_no_signal_waits(no_data: list[NoData], options: dict[str, Any]) -> None:
+    training = Training(2, **options)
+    with Watch() as watch:
+        training.step()
+    assert ours(watch) == []
+    assert training.adapter.engine.pending
 
 
 def test_an_event_waits_for_its_own(no_data: list[NoData], monkeypatch: pytest.MonkeyPatch) -> None:

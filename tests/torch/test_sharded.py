@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -17,7 +18,7 @@ from torch import Tensor, multiprocessing
 import drlora_torch
 from drlora_torch.lora import parts
 from tests.torch import helpers, models
-from tests.torch.sharded import Said, build, worker
+from tests.torch.sharded import SIGNALS, Said, attached, build, measure, worker
 
 REFUSED = {
     "left out": "AttachError: the processes train apart",
@@ -141,7 +142,24 @@ def a_state_that_others_have_gathered_is_saved_whole(folder: Path, both: list[Sa
         assert torch.equal(mine, theirs)
 
 
+def signals_are_those_of_one_process(folder: Path, both: list[Said]) -> None:
+    for number, options in enumerate(SIGNALS):
+        model, adapter = attached(**options)
+        alone = measure(model, adapter, slice(0, 4))
+        for said in both:
+            for name in ("sharded", "parallel", "ep"):
+                steps = zip(said[f"signals, {name}"][number], alone, strict=True)
+                for number_of_step, (step, own) in enumerate(steps):
+                    for layer, pair in own.items():
+                        for found, expected in zip(step[layer], pair, strict=True):
+                            np.testing.assert_allclose(
+                                found, expected, rtol=1e-9, atol=1e-14, err_msg=f"{name}, {options}"
+                            )
+                            assert expected.any() or not number_of_step  # B starts at 0
+
+
 CHECKS = (
+    signals_are_those_of_one_process,
     refused_in_all_processes,
     one_process_that_saves_alone_ends_all,
     a_refused_action_does_no_harm,
