@@ -351,8 +351,15 @@ def measure(model: Any, adapter: drlora_torch.Adapter, chosen: slice | None) -> 
     return [{name: (phi, s) for name, (phi, s, _) in step.items()} for step in spy.samples]
 
 
+def profile(model: Any, chosen: slice) -> list[Any]:
+    ids = [models.tokens(4, 7, seed)[chosen] for seed in range(2)]
+    recording = drlora_torch.profile(model, [{"input_ids": each, "labels": each} for each in ids])
+    return [recording.routing, recording.importance, recording.tokens]
+
+
 def signals(folder: Path, said: Said) -> None:
-    """Signals of rows that processes hold together, and of whole ones."""
+    """Signals of rows that processes hold together, and of whole ones; a profile likewise."""
+    said["profile"] = profile(shard(build()), rows())
     for name in ("sharded", "parallel", "ep"):
         said[f"signals, {name}"] = []
         for options in SIGNALS:

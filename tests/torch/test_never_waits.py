@@ -102,7 +102,6 @@ largest_gradient.degree = 1  # type: ignore[attr-defined]
     "options",
     [
         {"importance": "fisher", "routing": "margin"},
-        {"importance": "update_norm", "routing": "count", "auto_step": False},
         {"importance": largest_gradient, "routing": torch.square, "auto_step": False},
     ],
 )

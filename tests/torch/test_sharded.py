@@ -18,7 +18,7 @@ from torch import Tensor, multiprocessing
 import drlora_torch
 from drlora_torch.lora import parts
 from tests.torch import helpers, models
-from tests.torch.sharded import SIGNALS, Said, attached, build, measure, worker
+from tests.torch.sharded import SIGNALS, Said, attached, build, measure, profile, worker
 
 REFUSED = {
     "left out": "AttachError: the processes train apart",
@@ -142,6 +142,13 @@ def a_state_that_others_have_gathered_is_saved_whole(folder: Path, both: list[Sa
         assert torch.equal(mine, theirs)
 
 
+def a_profile_is_that_of_one_process(folder: Path, both: list[Said]) -> None:
+    alone = profile(build(), slice(0, 4))
+    for said in both:
+        for found, expected in zip(said["profile"], alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-14)
+
+
 def signals_are_those_of_one_process(folder: Path, both: list[Said]) -> None:
     for number, options in enumerate(SIGNALS):
         model, adapter = attached(**options)
@@ -160,6 +167,7 @@ def signals_are_those_of_one_process(folder: Path, both: list[Said]) -> None:
 
 CHECKS = (
     signals_are_those_of_one_process,
+    a_profile_is_that_of_one_process,
     refused_in_all_processes,
     one_process_that_saves_alone_ends_all,
     a_refused_action_does_no_harm,
