@@ -78,7 +78,8 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.unobserved()))
         routing, importance = self.draw_sample(data, name)
         expert = data.draw(st.integers(0, len(routing) - 1))
-        if data.draw(st.booleans()):
+        # nothing is measured, and so nothing read, of an expert without rank
+        if data.draw(st.booleans()) or not self.engine.ranks(name)[expert]:
             routing[expert] = wrong
         elif isinstance(importance[expert], list):
             importance[expert][0] = wrong

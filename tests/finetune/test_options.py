@@ -44,6 +44,8 @@ OTHER: dict[str, Any] = {
     "growth_end": 40,
     "max_growth": 2,
     "policy": "random",
+    "move_share": 0.3,
+    "r_min": 2,
     "scope": "global",
     "router": "trainable",
     "importance": "fisher",
