@@ -78,7 +78,7 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.unobserved()))
         routing, importance = self.draw_sample(data, name)
         expert = data.draw(st.integers(0, len(routing) - 1))
-        if data.draw(st.booleans()):
+        if data.draw(st.booleans()) or self.plain.layers[name].ranks[expert] == 0:
             routing[expert] = wrong
         elif isinstance(importance[expert], list):
             importance[expert][0] = wrong
