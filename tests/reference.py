@@ -313,31 +313,47 @@ def prune(
 def move(
     layer: Layer, quota: int, k: int, num_events: int
 ) -> tuple[list[int], set[tuple[int, int]]]:
-    """Of all numbers of units that could move, from the largest down, the first that can."""
+    """What an event moves, on the way to what it would move without its own limits."""
     o, ranks = layer.options, layer.ranks
+    everybody = list(range(len(ranks)))
+    goal, _ = most_moved(layer, [o["r_max"] - r for r in ranks], quota, everybody, sum(ranks))
+    new = rescored(layer.saliency, ranks, layer.limits(), quota)
+    limits = [max(min(a, b), c) for a, b, c in zip(layer.limits(), goal, new, strict=True)]
+    old_enough = 1 if k == 1 else o["growth_interval"] + 1
+    givers = [i for i in everybody if layer.n_i[i] >= old_enough and not goal[i]]
     share = Fraction(str(o["move_share"])) * (num_events - k + 1) / num_events
-    room = max(sum(layer.limits()) - quota, 0)
-    for moved in range(min(math.floor(share * sum(ranks)), room), -1, -1):
-        growth = rescored(layer.saliency, ranks, layer.limits(), quota + moved)
-        spare = spare_units(layer, growth, 1 if k == 1 else o["growth_interval"] + 1)
+    growth, spare = most_moved(layer, limits, quota, givers, math.floor(share * sum(ranks)))
+    moved = sum(growth) - sum(new)
+    return growth, prune(layer.dimension_importance(), ranks, moved, spare)
+
+
+def most_moved(
+    layer: Layer, limits: Sequence[int], quota: int, givers: Sequence[int], most: int
+) -> tuple[list[int], list[int]]:
+    """Of all numbers of units that could move, from the largest down, the first that can."""
+    room = max(sum(limits) - quota, 0)
+    held = sum(max(layer.ranks[i] - layer.options["r_min"], 0) for i in givers)
+    for moved in range(min(most, room, held), -1, -1):
+        growth = rescored(layer.saliency, layer.ranks, limits, quota + moved)
+        spare = spare_units(layer, growth, givers)
         if sum(spare) >= moved:
-            return growth, prune(layer.dimension_importance(), ranks, moved, spare)
+            return growth, spare
     raise AssertionError("no unit at all can always move")
 
 
-def spare_units(layer: Layer, growth: Sequence[int], old_enough: int) -> list[int]:
+def spare_units(layer: Layer, growth: Sequence[int], givers: Sequence[int]) -> list[int]:
     """How many units each expert can give, one after the other, while others get ``growth``."""
     spare = [0] * len(growth)
     if not any(growth):
         return spare
     received = layer.saliency([r + max(d - 1, 0) for r, d in zip(layer.ranks, growth, strict=True)])
     last_worth = min(worth for worth, d in zip(received, growth, strict=True) if d)
-    for i, d in enumerate(growth):
-        if d or layer.n_i[i] < old_enough:
+    for i in givers:
+        if growth[i]:
             continue
         while layer.ranks[i] - spare[i] > layer.options["r_min"]:
             given = layer.saliency([max(r - spare[i] - 1, 0) for r in layer.ranks])[i]
-            if 1.1 * given >= last_worth:
+            if 1.5 * given >= last_worth:
                 break
             spare[i] += 1
     return spare
@@ -345,13 +361,13 @@ def spare_units(layer: Layer, growth: Sequence[int], old_enough: int) -> list[in
 
 def hangs_on_rounding(layer: Layer) -> bool:
     """Whether two numbers that an exchange compares are too close to order them."""
-    limits, lowest, gained, given = layer.limits(), layer.options["r_min"], [], []
-    for rank in range(layer.options["r_max"] + 1):
-        for i, worth in enumerate(layer.saliency([rank] * len(limits))):
-            if layer.ranks[i] <= rank < layer.ranks[i] + limits[i]:
+    gained, given = [], []
+    for rank in range(layer.options["r_max"]):
+        for own, worth in zip(layer.ranks, layer.saliency([rank] * len(layer.ranks)), strict=True):
+            if rank >= own:
                 gained.append(worth)
-            if lowest <= rank < layer.ranks[i]:
-                given.append(1.1 * worth)
+            elif rank >= layer.options["r_min"]:
+                given.append(1.5 * worth)
     close = any(0 < abs(a - b) <= 1e-12 * b for a in gained for b in given)
     scores = [s for row in layer.dimension_importance() for s in row]
     return close or near_tie(gained) or near_tie(scores)

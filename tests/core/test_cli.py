@@ -116,7 +116,7 @@ def test_replay_of_a_move_run_under_all_policies(drlora: Any, tmp_path: Path) ->
     values = drlora("replay", tmp_path / "run", "--policies", "all", "--json").json
     assert values["identical_to_recorded"] is True
     assert [event["units_placed"] for event in values["events"]] == [0, 0, 0]
-    assert min(event["units_cut"] for event in values["events"]) > 0
+    assert sum(event["units_cut"] for event in values["events"]) > 0
     assert {row["policy"]: row["mean_rank"] for row in values["policies"]}["move"] == 4.0
     assert list(values["policies_left_out"]) == ["prune"]
     assert "it used policy 'move'" in values["policies_left_out"]["prune"]

@@ -130,13 +130,26 @@ def test_without_worth_rank_goes_back_and_forth(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_least_important_dimensions_go_to_the_most_salient_expert() -> None:
     request = make_request(0, [3, 3, 3], [5, 5, 5], routing=[9, 1, 1], importance=[1, 1, 1])
-    averages = np.array([[1, 1, 1, 0], [7, 2, 3, 0], [4, 5, 6, 0]], dtype=np.float64)
+    averages = np.zeros((3, 8))
+    averages[:, :3] = [[1, 1, 1], [7, 2, 3], [4, 5, 6]]
     growth, cut = moves.exchange(request, averages, np.array([True] * 3), r_min=1, most=3)
     assert growth.tolist() == [3, 0, 0]
     assert np.argwhere(cut).tolist() == [[1, 1], [1, 2], [2, 0]]
     growth, cut = moves.exchange(request, averages, np.array([True, False, True]), 2, most=3)
     assert growth.tolist() == [1, 0, 0]
     assert np.argwhere(cut).tolist() == [[2, 0]]
+
+
+def test_a_unit_goes_only_where_it_will_stay() -> None:
+    """Expert 0 ends with all that is given; while it may take 1 unit, the next best gets none."""
+    worth = {"routing": [64.0, 4.0, 4.0, 1.0, 1.0], "importance": [1.0] * 5}
+    averages, everyone = np.ones((5, 16)), np.array([True] * 5)
+    free = make_request(0, [4] * 5, [12] * 5, **worth)
+    assert moves.exchange(free, averages, everyone, 1, most=20).growth.tolist() == [12, 0, 0, 0, 0]
+    held = make_request(0, [4] * 5, [1] * 5, **worth)
+    growth, cut = moves.exchange(held, averages, everyone, 1, most=20)
+    assert growth.tolist() == [1, 0, 0, 0, 0]
+    assert cut[3:].sum() == 1
 
 
 def test_an_expert_that_gave_everything_starts_anew() -> None:
