@@ -19,7 +19,7 @@ from torch.optim import AdamW
 
 import drlora_torch
 from benchmarks import report
-from benchmarks.blocks import SHAPES, Blocks, Case
+from benchmarks.blocks import SHAPES, Case
 from benchmarks.memory import training_peaks
 from benchmarks.methods import FROZEN, Builder, Training, frozen, plain
 from benchmarks.options import Rounds, ShapeName

@@ -42,7 +42,8 @@ class Replay:
     layers: dict[str, int]  # experts of each layer
     steps: int
     events: tuple[GrowthEvent, ...]
-    final_ranks: Mapping[str, IntArray]  # after the last step, int64 [N] by layer
+    starting_ranks: Mapping[str, IntArray]  # int64 [N] by layer
+    final_ranks: Mapping[str, IntArray]  # after the last step, likewise
     engine: AllocatorEngine  # after the last step
 
     def __repr__(self) -> str:
@@ -53,8 +54,7 @@ class Replay:
     def trajectory(self, name: str) -> IntArray:
         """Ranks of a layer at the start and after each event, int64 [K + 1, N]."""
         check_layer(name, self.layers)
-        start = np.full(self.layers[name], self.config.starting_rank, dtype=np.int64)
-        return np.stack([start, *(event.ranks[name] for event in self.events)])
+        return np.stack([self.starting_ranks[name], *(event.ranks[name] for event in self.events)])
 
     def total_rank(self) -> IntArray:
         """Sum of all ranks at the start and after each event, int64 [K + 1]."""
@@ -69,7 +69,8 @@ def replay(
 
     Args:
         recording: the statistics.
-        config: default: that of the recorded run.
+        config: default: that of the recorded run, whose starting ranks are then taken as well;
+            with another one every expert starts at ``config.starting_rank``.
         policy: a callable that replaces ``config.policy``.
 
     Raises:
@@ -89,8 +90,10 @@ def replay(
     if config.cuts and policy is None and (reason := why_no_cuts(recording, config)):
         raise LayoutError(reason)
     engine = AllocatorEngine(config, policy=policy)
+    own = recording.starting_ranks if config == recording.config else None
     for name, size in recording.layers.items():
-        engine.add_layer(name, size)
+        engine.add_layer(name, size, ranks=None if own is None else own[name])
+    starts = {name: engine.ranks(name) for name in recording.layers}
     events = tuple(_drive(engine, recording))
     return Replay(
         config=config,
@@ -98,6 +101,7 @@ def replay(
         layers=dict(recording.layers),
         steps=recording.steps,
         events=events,
+        starting_ranks=starts,
         final_ranks={name: engine.ranks(name) for name in recording.layers},
         engine=engine,
     )

@@ -65,6 +65,7 @@ class Subject:
     config: AllocatorConfig
     layers: Mapping[str, int]  # experts of each layer
     step: int
+    starts: Mapping[str, IntArray]  # ranks before the first step
     ranks: Mapping[str, IntArray]
     routing: Mapping[str, FloatArray]  # f now (a recording: mean of its last quarter)
     importance: Mapping[str, FloatArray]  # g likewise; no entry for a layer never recorded
@@ -73,7 +74,7 @@ class Subject:
     recording: Recording | None = None
 
     def growth(self, name: str) -> IntArray:
-        return self.ranks[name] - self.config.starting_rank
+        return self.ranks[name] - self.starts[name]
 
     def need_recording(self) -> Recording:
         if self.recording is None:
@@ -98,9 +99,10 @@ class Subject:
                     f"{share:.0%}"
                 )
             return
-        planned = sum(self.layers.values()) * (self.config.r_target - self.config.r_init)
+        budget = sum(self.layers.values()) * self.config.r_target
+        planned = budget - sum(int(start.sum()) for start in self.starts.values())
         if not planned:
-            raise NotCheckedError("r_init = r_target: nothing grows")
+            raise NotCheckedError("the budget is spent at the start: nothing grows")
         placed = sum(int(self.growth(name).sum()) for name in self.layers) / planned
         if placed < share:
             raise NotCheckedError(
@@ -116,6 +118,7 @@ def from_engine(engine: AllocatorEngine) -> Subject:
         config=engine.config,
         layers={name: engine.num_experts(name) for name in names},
         step=engine.step_count,
+        starts=_equal_ranks({name: engine.num_experts(name) for name in names}, engine.config),
         ranks={name: engine.ranks(name) for name in names},
         routing={name: engine.routing_frequency(name) for name in names},
         importance={name: engine.rank_importance(name) for name in names},
@@ -131,19 +134,27 @@ def from_recording(recording: Recording, config: AllocatorConfig | None) -> Subj
         raise LayoutError("the recording has no configuration of its own; give one to diagnose it")
     if recording.steps == 0:
         raise LayoutError("the recording has no steps, so there is nothing to diagnose")
-    start = {n: np.full(size, config.starting_rank) for n, size in recording.layers.items()}
+    own = recording.starting_ranks if config == recording.config else None
+    starts = own or _equal_ranks(recording.layers, config)
     recent = -max(1, recording.steps // 4)
     return Subject(
         config=config,
         layers=recording.layers,
         step=recording.steps,
-        ranks=events[-1].ranks if events else start,
+        starts=starts,
+        ranks=events[-1].ranks if events else starts,
         routing=window_means(recording, "routing", recent),
         importance=window_means(recording, "importance", recent),
         unplaced=events[-1].unplaced if events else 0,
         events=events,
         recording=recording,
     )
+
+
+def _equal_ranks(layers: Mapping[str, int], config: AllocatorConfig) -> dict[str, IntArray]:
+    return {
+        name: np.full(size, config.starting_rank, dtype=np.int64) for name, size in layers.items()
+    }
 
 
 def window_means(

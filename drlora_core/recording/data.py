@@ -142,6 +142,15 @@ class Recording:
         """Experts of all layers, E."""
         return sum(self.layers.values())
 
+    @property
+    def starting_ranks(self) -> dict[str, IntArray] | None:
+        """Ranks [N] by layer before the first step; None where they are not known."""
+        if self.ranks is None or not self.steps:
+            return None
+        return {
+            name: self.ranks[0, part] for name, part in files.split_experts(self.layers).items()
+        }
+
     def layer(self, name: str) -> LayerRecord:
         """One layer's arrays.
 

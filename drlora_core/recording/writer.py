@@ -143,11 +143,6 @@ class RecordingWriter:
         """Create the recording, or keep its first ``steps`` steps."""
         self.flush()
         config, layers = self._engine.config, {name: values.size for name, values in ranks.items()}
-        if not steps and any((own != config.starting_rank).any() for own in ranks.values()):
-            raise LayoutError(
-                f"a recording starts with rank {config.starting_rank} for every expert; engines "
-                "whose layers were added with ranks=... cannot be recorded"
-            )
         depth = config.r_max if config.cuts else None
         header = files.Header(layers=layers, config=config, policy=self._policy, dimensions=depth)
         if self._header is None:

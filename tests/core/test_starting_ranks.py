@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
+from drlora_core.diagnostics.subject import from_recording
+from drlora_core.recording import Recording
+from drlora_core.replay import first_difference, replay
 
 
 def test_a_layer_starts_with_given_ranks() -> None:
@@ -47,15 +50,22 @@ def test_impossible_starting_ranks_are_refused(
     assert engine.layer_names == ()
 
 
-def test_given_ranks_cannot_be_recorded(tmp_path: Path) -> None:
-    """A replay starts from the configuration alone."""
+def test_a_recording_starts_where_its_run_did(tmp_path: Path) -> None:
     config = AllocatorConfig(
-        r_init=1, r_target=2, r_max=4, warmup_steps=0, growth_interval=1, growth_end=1
+        r_init=0, r_target=2, r_max=4, warmup_steps=0, growth_interval=2, growth_end=4
     )
     engine = AllocatorEngine(config)
-    engine.add_layer("experts", 2, ranks=[1, 3])
+    engine.add_layer("experts", 3, ranks=[0, 3, 0])
     engine.record_to(tmp_path / "recording")
-    engine.observe("experts", routing=[0.5, 0.5], importance=[1.0, 1.0])
-    with pytest.raises(LayoutError, match="starts with rank 1 for every expert"):
+    for phi in ([0.5, 0.2, 0.3], [0.6, 0.1, 0.3], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]):
+        engine.observe("experts", routing=phi, importance=[1.0, 2.0, 3.0])
         engine.step()
-    assert engine.step_count == 0
+    engine.record_to(None)
+    recording = Recording.open(tmp_path / "recording")
+    repeated = replay(recording)
+    assert first_difference(recording.events, repeated.events) is None
+    assert repeated.trajectory("experts")[0].tolist() == [0, 3, 0]
+    assert repeated.final_ranks["experts"].tolist() == engine.ranks("experts").tolist()
+    assert from_recording(recording, None).growth("experts").sum() == 3
+    other = replay(recording, config.model_copy(update={"gamma": 0.5}))
+    assert other.trajectory("experts")[0].tolist() == [0, 0, 0]
