@@ -30,7 +30,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, *lora: Tensor) -> Tensor:
         ctx.save_for_backward(*lora)
-        return values.view_as(values)
+        return values.detach()  # a view could not be changed in place, as some blocks do
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

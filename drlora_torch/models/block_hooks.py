@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,12 +78,10 @@ class BlockHooks:
                 handles.append(linear.register_forward_hook(hook))
         return handles
 
-    def _enter(
-        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.call = None  # of a forward that was interrupted
         if not self.observer.enabled:
-            return None
+            return
         names = [projection for projection, _ in self.lora.items()]
         call = _Call(
             factors={name: _split(self.lora, name) for name in names},
@@ -92,9 +90,6 @@ class BlockHooks:
         if self.router is None:
             call.routing = self._routing(block, *args, **kwargs)
         self._running.call = call
-        if not self.lora.table.ranks().all():  # experts without rank may be all that is used
-            return _tie_first(self.lora, args, kwargs)
-        return None
 
     @torch.no_grad()
     def _remember(self, block: Any, router: Any, args: object, output: Any) -> None:
@@ -102,16 +97,21 @@ class BlockHooks:
             call.routing = self._routing(block, output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _finish(self, block: Any, args: object, output: object) -> None:
+    def _finish(self, block: Any, args: object, output: object) -> object:
         if (call := self._running.call) is None:
-            return
+            return output
         if call.routing is None:
             raise ModelError(
                 f"layer {self.lora.name!r}: its router {self.router!r} was not called "
                 "in the forward of its block; see register_moe"
             )
         self._send_rows(type(block).__name__, call, call.routing[0])
-        self.observer.routed(self.lora, _first_tensor(output), *call.routing)
+        place, hidden = _first_tensor(output)
+        if not self.lora.table.ranks().all():  # experts without rank may be all that was used
+            hidden = self.lora.tie(hidden)
+            output = _put(output, place, hidden)
+        self.observer.routed(self.lora, hidden, *call.routing)
+        return output
 
     def _leave(self, block: Any, args: object, output: object) -> None:
         self._running.call = None
@@ -165,16 +165,6 @@ class BlockHooks:
         return output + (lora.scaling * low @ lora_B).to(output.dtype)
 
 
-def _tie_first(
-    lora: ExpertLoRA, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tie the hidden states that a block is given, its first argument, to the LoRA."""
-    if args:
-        return (lora.tie(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: lora.tie(kwargs[name])}
-
-
 def _split(lora: ExpertLoRA, projection: str) -> list[Factors]:
     """A and B by expert: one gather and one split, whose backward is one scatter."""
     factors = lora.factors(projection)
@@ -203,13 +193,28 @@ def _check_rows(
                 )
 
 
-def _first_tensor(output: object) -> Tensor:
-    """The hidden states that a block returns, alone or first among other values."""
-    values = list(output.values()) if isinstance(output, dict) else output
-    for value in values if isinstance(values, (tuple, list)) else (values,):
+def _first_tensor(output: object) -> tuple[Any, Tensor]:
+    """The hidden states that a block returns, alone or first among other values, and their key."""
+    pairs: Iterable[tuple[Any, object]] = [(None, output)]
+    if isinstance(output, dict):
+        pairs = output.items()
+    elif isinstance(output, (tuple, list)):
+        pairs = enumerate(output)
+    for key, value in pairs:
         if isinstance(value, Tensor):
-            return value
+            return key, value
     raise ModelError(
         f"a declared block returned {type(output).__name__}; accepted: a tensor, or a tuple, list "
         "or dict with the hidden states first"
     )
+
+
+def _put(output: Any, key: Any, hidden: Tensor) -> object:
+    """What a block returns, with other hidden states at a key of :func:`_first_tensor`."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, tuple):
+        values = (*output[:key], hidden, *output[key + 1 :])
+        return output._make(values) if hasattr(output, "_make") else values
+    output[key] = hidden
+    return output
