@@ -379,15 +379,16 @@ class Adapter:
     def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
         """Start from a PEFT adapter of the experts, in any layout that :meth:`export_peft` writes.
 
-        Where its rank is above ``r_init``, or that of a Linear above ``attention_rank``, the best
-        approximation of that rank is taken.
+        Where its rank is above that at which an expert starts, or that of a Linear above
+        ``attention_rank``, the best approximation of that rank is taken; of rank 0 that is nothing.
 
         Returns:
             Relative Frobenius error of B A by layer, projection and expert, and of the dense
             Linears by name, ``weight`` and 0; 0 where nothing was lost.
 
         Raises:
-            CheckpointError: the directory is damaged or does not fit; nothing was changed.
+            CheckpointError: the directory is damaged or does not fit, or no expert has rank;
+                nothing was changed.
             AttachError: the adapter has made a step already.
         """
         check_attached(self._attached)

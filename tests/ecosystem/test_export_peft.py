@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import drlora_torch
-from tests.torch import helpers, models
+from drlora_core import AllocatorEngine
+from tests.torch import helpers, models, reference
 from tests.torch.conventions import families
 
 FAMILIES = ["olmoe", "gpt_oss", "llama4", "switch_transformers"]
@@ -249,6 +250,35 @@ def exported(tmp_path: Path) -> Path:
 def change(path: Path, **fields: Any) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_import_at_ranks_of_a_profile(exported: Path) -> None:
+    """Each expert takes what its own starting rank holds; at rank 0 that is nothing."""
+    f = [0.0, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]
+    plain = helpers.attach(models.build())
+    profile = dict.fromkeys(plain.layers, (f, None))
+    config = helpers.engine(r_init=0, r_target=6, r_max=16).config
+    engine = AllocatorEngine.from_profile(config, profile, "profile")
+    adapter = drlora_torch.attach(models.build(), engine)
+    errors = adapter.import_peft(exported)
+    source = uneven()
+    for name, projection, lora, _ in helpers.projections(adapter):
+        other = source.layers[name].lora
+        assert lora.table.ranks()[0] == 0
+        for expert in range(models.EXPERTS):
+            want = reference.expert_delta(other, projection, expert)
+            have = reference.expert_delta(lora, projection, expert)
+            error = errors[name][projection][expert]
+            lost = torch.linalg.norm(want - have) / torch.linalg.norm(want)
+            assert float(lost) == pytest.approx(error, abs=1e-5)
+            fits = lora.table.ranks()[expert] >= other.table.ranks()[expert]
+            assert (error == 0.0) == fits
+
+
+def test_import_at_rank_zero_is_refused(exported: Path) -> None:
+    adapter = helpers.attach(models.build(), config={"r_init": 0})
+    with pytest.raises(drlora_torch.CheckpointError, match=r"starts at rank 0.*use r_init >= 1"):
+        adapter.import_peft(exported)
 
 
 def test_imports_that_are_refused(exported: Path) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
+from drlora_torch.lora.slots import IntArray
 
 Expert = tuple[Tensor, Tensor]
 """A [r, I] and B [O, r] of one expert."""
@@ -47,18 +48,19 @@ def write_slots(lora: ExpertLoRA, slots: SlotLoRA, factors: Factors) -> None:
     slots.lora_B[index] = columns[filled].to(slots.lora_B)
 
 
-def resize(experts: Sequence[Expert], rank: int) -> tuple[Factors, FloatArray]:
-    """Bring every expert to one rank: pad with zeros, or take the best approximation of B A.
+def resize(experts: Sequence[Expert], ranks: int | IntArray) -> tuple[Factors, FloatArray]:
+    """Bring experts to a rank, or each to its own [N]: pad with zeros, or best approximate B A.
 
     Also returns the relative Frobenius error of each expert's B A, [N]. It is 0 for an expert that
     fits, which keeps its A and B.
     """
     first_A, first_B = experts[0]
-    lora_A = first_A.new_zeros(len(experts), rank, first_A.shape[1])
-    lora_B = first_B.new_zeros(len(experts), first_B.shape[0], rank)
+    each = np.broadcast_to(ranks, len(experts)).tolist()
+    lora_A = first_A.new_zeros(len(experts), max(each), first_A.shape[1])
+    lora_B = first_B.new_zeros(len(experts), first_B.shape[0], max(each))
     error = np.zeros(len(experts))
-    truncate = max(len(a) for a, _ in experts) > rank
-    for expert, factors in enumerate(experts):
+    truncate = any(len(a) > rank for (a, _), rank in zip(experts, each, strict=True))
+    for expert, (factors, rank) in enumerate(zip(experts, each, strict=True)):
         a, b = factors
         if truncate:
             used = (a != 0).any(dim=1) & (b != 0).any(dim=0)

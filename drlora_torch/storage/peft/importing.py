@@ -49,12 +49,16 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
         )
     if not found:
         raise CheckpointError(f"{path} holds no LoRA of the adapted experts")
+    if all(attached.layers[name].lora.is_idle for name, _ in found):
+        raise CheckpointError(
+            f"every expert starts at rank 0, which holds nothing of {path}; use r_init >= 1"
+        )
     scaling = attached.options.scaling(attached.engine.config)
     errors: dict[str, dict[str, FloatArray]] = {}
     for (name, projection), experts in found.items():
-        (lora_A, lora_B), error = resize(experts, attached.engine.config.starting_rank)
-        errors.setdefault(name, {})[projection] = error
         lora = attached.layers[name].lora
+        (lora_A, lora_B), error = resize(experts, lora.table.ranks())
+        errors.setdefault(name, {})[projection] = error
         write_slots(lora, dict(lora.items())[projection], Factors(lora_A, lora_B / scaling))
     for name, value in whole.items():
         learning[name].copy_(value)
