@@ -123,7 +123,7 @@ class AllocatorEngine:
             start = new_layers.check_ranks(self.config, start, ranks)
         self._starts[name], self._last_state = start, None
         self._carry = (0,) if self.config.scope == "global" else (0,) * len(self._starts)
-        new_layers.report_shortfall(self.config, name, int(num_experts))
+        new_layers.report_shortfall(self.config, name, start)
 
     def observe(
         self,

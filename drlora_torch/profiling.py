@@ -71,7 +71,7 @@ def profile(
 
     Raises:
         AttachError: the model has an adapter.
-        ModelError: no MoE layer, no batch, or a batch without a loss.
+        ModelError: no MoE layer, no batch, or a batch that is no mapping or gives no loss.
         StatisticError: a signal that is not known, or always 0.
         LayoutError: ``output`` is not empty.
 
@@ -164,6 +164,11 @@ def _measure(
     device = parameters[0].device
     for batch in tqdm(batches, desc="profile", disable=None):  # a bar on terminals
         steps += 1
+        if not isinstance(batch, Mapping):
+            raise ModelError(
+                f"batch {steps} is a {type(batch).__name__}; batches must be an iterable of dicts "
+                "with keyword arguments of the model"
+            )
         given = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
         _backward(model, given, steps)
         adapter.step()

@@ -99,7 +99,7 @@ def find_signals(
             )
         if needed and chosen.function is None:
             raise CheckpointError(
-                f"{saved.path} was trained with a {kind} signal of your own, {own.name!r}, whose "
+                f"{saved.path} was trained with your own {kind} signal {own.name!r}, whose "
                 f"code is not saved: load(model, path, {kind}={own.name}) goes on with it, and "
                 "load(model, path, trainable=False) needs none"
             )

@@ -50,6 +50,18 @@ def test_impossible_starting_ranks_are_refused(
     assert engine.layer_names == ()
 
 
+def test_a_quota_that_falls_short_counts_from_the_given_ranks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fields = {"r_init": 0, "r_target": 2, "r_max": 4, "growth_end": 2, "growth_interval": 1}
+    engine = AllocatorEngine(AllocatorConfig(**{"warmup_steps": 0, "quota": 1, **fields}))
+    with caplog.at_level("WARNING"):
+        engine.add_layer("enough", 3, ranks=[0, 4, 0])
+        engine.add_layer("short", 3, ranks=[0, 3, 0])
+    assert "enough" not in caplog.text
+    assert "quota 1 x 2 events = 2 < 3 needed; total rank will end at 5 of 6" in caplog.text
+
+
 def test_a_recording_starts_where_its_run_did(tmp_path: Path) -> None:
     config = AllocatorConfig(
         r_init=0, r_target=2, r_max=4, warmup_steps=0, growth_interval=2, growth_end=4

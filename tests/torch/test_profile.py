@@ -279,6 +279,14 @@ def test_what_cannot_work_is_refused(
     assert len(drlora_torch.adapters(model)) == before
 
 
+def test_batches_that_are_no_dicts_are_refused() -> None:
+    """One dict instead of a list of them is such a thing: its keys would be the batches."""
+    model = models.build()
+    with pytest.raises(drlora_torch.ModelError, match=r"batch 1 is a str; .* iterable of dicts"):
+        drlora_torch.profile(model, helpers.batch())  # type: ignore[arg-type]
+    assert not drlora_torch.adapters(model)
+
+
 @pytest.mark.parametrize("name", signals.IMPORTANCE)
 def test_what_is_0_where_B_is_0(name: str) -> None:
     """The signals that a profile refuses are those that are always 0 there, and no others."""
