@@ -379,16 +379,15 @@ class Adapter:
     def import_peft(self, path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
         """Start from a PEFT adapter of the experts, in any layout that :meth:`export_peft` writes.
 
-        Where its rank is above that at which an expert starts, or that of a Linear above
-        ``attention_rank``, the best approximation of that rank is taken; of rank 0 that is nothing.
+        Where its rank is above that of an expert, or of a Linear above ``attention_rank``, the best
+        approximation of the lower rank is taken, which is nothing for rank 0.
 
         Returns:
             Relative Frobenius error of B A by layer, projection and expert, and of the dense
             Linears by name, ``weight`` and 0; 0 where nothing was lost.
 
         Raises:
-            CheckpointError: the directory is damaged or does not fit, or no expert has rank;
-                nothing was changed.
+            CheckpointError: it is damaged, does not fit or no expert has rank; nothing was changed.
             AttachError: the adapter has made a step already.
         """
         check_attached(self._attached)

@@ -10,9 +10,11 @@ from torch import nn
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_torch.adapter import Adapter
 from drlora_torch.api import attach, load
+from drlora_torch.embedded import MODEL_DIR
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.groups import RankGroup, RestGroup
 from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.recipe import shipped_run
 from drlora_torch.storage import checkpoint
 from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.hub import find
@@ -38,6 +40,7 @@ def adopt(options: FinetuneOptions) -> FinetuneOptions:
     saved = checkpoint.read(source)
     newer = AllocatorConfig().model_dump(mode="json")  # fields that the file may be too old for
     own = {**newer, **saved.options.model_dump(mode="json"), **saved.state["config"]}
+    shipped = shipped_run() if options.model == str(MODEL_DIR) else {}
     kept: dict[str, Any] = {}
     for group in (RankGroup, RestGroup):
         for name, field in group.model_fields.items():
@@ -45,7 +48,7 @@ def adopt(options: FinetuneOptions) -> FinetuneOptions:
                 continue
             had = tuple(own[name]) if isinstance(own[name], list) else own[name]
             given, word = getattr(options, name), f"--{name.replace('_', '-')}"
-            if given not in (field.default, had):
+            if given not in (field.default, shipped.get(name), had):
                 raise RunError(
                     f"{word} {given}: the adapter to start from has {had}, and keeps it; leave "
                     f"{word} out"
