@@ -88,8 +88,14 @@ def _profile(setting: Setting, spec: RunSpec, signal: str) -> Arrays:
     """The signal of a method with fixed ranks: a measurement, or the ranks of another run."""
     if signal != HINDSIGHT:
         return setting.profile(signal)
-    grown = run(spec.model_copy(update={"method": find_method(GROWN)}))
-    return {name: np.array(ranks, dtype=np.float64) for name, ranks in grown.ranks.items()}
+    grown = _final_ranks(spec.model_copy(update={"method": find_method(GROWN)}).model_dump_json())
+    return {name: np.array(ranks) for name, ranks in grown.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _final_ranks(spec: str) -> dict[str, list[int]]:
+    """Final ranks of a run, given its specification in JSON; several methods start from them."""
+    return run(RunSpec.model_validate_json(spec)).ranks
 
 
 def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec) -> Outcome:
@@ -113,7 +119,8 @@ def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec
         if not _backward(subject.model, setting, training, next(order)):
             return DIVERGED
         torch.nn.utils.clip_grad_norm_(subject.parameters, training.clip)
-        optimizer.step()
+        with subject.around_step(optimizer):
+            optimizer.step()
         optimizer.zero_grad()
         if step in marks:
             curve.append((step, setting.evaluate(subject.model, setting.validation).loss))
@@ -154,7 +161,7 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
     total, budget = sum(map(sum, ranks.values())), setting.experts * spec.training.r_target
     if not outcome.diverged:
         check_budget(spec, total, setting.experts)
-    engine = subject.engine
+    engine = None if subject.adapter is None else subject.adapter.engine
     names = [] if engine is None else engine.layer_names
     return {
         "validation_loss": outcome.curve[-1][1] if outcome.curve else HUGE,
