@@ -102,7 +102,7 @@ class Redrawing:
     """At every event of the timetable, rows of A are drawn anew, and their B is 0 again.
 
     As many rows per event as growth adds. Their optimizer state is fresh, and their updates are
-    corrected as those of newborn rows.
+    corrected as those of newborn rows. With ``keep_rows``, only the state is fresh.
     """
 
     def __init__(
@@ -111,9 +111,10 @@ class Redrawing:
         config: AllocatorConfig,
         *,
         choose: Callable[..., np.ndarray],
+        keep_rows: bool = False,
     ) -> None:
         self._redraws = [
-            Redraw(layer.lora, config, number, choose)
+            Redraw(layer.lora, config, number, choose, keep_rows=keep_rows)
             for number, layer in enumerate(adapter.layers.values())
         ]
 
@@ -138,5 +139,6 @@ INTERVENTIONS: Mapping[str, Callable[[drlora_torch.Adapter, AllocatorConfig], Ar
     "redraw least important": functools.partial(Redrawing, choose=choose_least),
     "redraw random": functools.partial(Redrawing, choose=choose_random),
     "redraw extra": functools.partial(Redrawing, choose=choose_extra),
+    "reset extra": functools.partial(Redrawing, choose=choose_extra, keep_rows=True),
 }
 """By name, as in ``drlora + newborn warmup``, a kind of method."""

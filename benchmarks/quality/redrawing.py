@@ -1,5 +1,7 @@
 """Redraw rows of a LoRA while it trains: fresh rows at the timetable of growth, without growth.
 
+Or only their optimizer state is fresh, to tell the two apart.
+
 Shape letters: P rank slots.
 """
 
@@ -46,6 +48,7 @@ class Redraw:
         lora: of the layer.
         config: its events and quotas are those of the redraws.
         importance: moving average of each row's sensitivity s_j, [P].
+        keep_rows: rows stay as they are; only their optimizer state starts anew.
     """
 
     def __init__(
@@ -54,8 +57,11 @@ class Redraw:
         config: AllocatorConfig,
         number: int,
         choose: Callable[[Redraw, np.random.Generator, int], np.ndarray],
+        *,
+        keep_rows: bool = False,
     ) -> None:
         self.lora, self.config, self._choose = lora, config, choose
+        self.keep_rows = keep_rows
         self.importance = np.zeros(lora.table.num_slots)
         self._ages = np.full(lora.table.num_slots, FROM_START)
         self._generator = np.random.default_rng((config.seed, number))
@@ -100,10 +106,14 @@ class Redraw:
         budget = self.lora.table.num_experts * (config.r_target - config.r_init)
         event = config.growth_steps.index(self._step) + 1
         count = timetable.even_quota(event, len(config.growth_steps), budget)
-        self._redraw(self._choose(self, self._generator, count), optimizer)
+        slots = self._choose(self, self._generator, count)
+        if not self.keep_rows:
+            self._redraw(slots)
+        self._reset(slots, optimizer)
+        self._ages[slots] = 0
 
     @torch.no_grad()
-    def _redraw(self, slots: np.ndarray, optimizer: Optimizer) -> None:
+    def _redraw(self, slots: np.ndarray) -> None:
         table, rows = self.lora.table, torch.from_numpy(slots)
         # Rank dimensions that no expert reaches, so these rows of A are new.
         fresh = torch.from_numpy(table.position[slots] + table.r_max)
@@ -111,8 +121,10 @@ class Redraw:
         for _, projection in self.lora.items():
             device = projection.lora_A.device
             projection.birth(rows.to(device), owners.to(device), fresh.to(device))
+
+    def _reset(self, slots: np.ndarray, optimizer: Optimizer) -> None:
+        rows = torch.from_numpy(slots)
         for parameter in self.lora.parameters():
             for value in optimizer.state.get(parameter, {}).values():
                 if value.shape == parameter.shape:
                     value[rows.to(value.device)] = 0.0
-        self._ages[slots] = 0

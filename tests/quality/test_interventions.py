@@ -158,28 +158,46 @@ def test_importance_is_the_sensitivity_of_a_row() -> None:
 
 
 class KeepsItsState(Redraw):
-    def _redraw(self, slots: np.ndarray, optimizer: torch.optim.Optimizer) -> None:
-        super()._redraw(slots, SimpleNamespace(state={}))  # type: ignore[arg-type]
+    def _reset(self, slots: np.ndarray, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing."""
 
 
 class KeepsItsRows(Redraw):
-    def _redraw(self, slots: np.ndarray, optimizer: torch.optim.Optimizer) -> None:
-        rows = {name: p.detach().clone() for name, p in self.lora.named_parameters()}
-        super()._redraw(slots, optimizer)
-        for name, parameter in self.lora.named_parameters():
-            parameter.data.copy_(rows[name])
+    def _redraw(self, slots: np.ndarray) -> None:
+        """Do nothing."""
+
+
+class DrawsTheSameRows(Redraw):
+    def _redraw(self, slots: np.ndarray) -> None:
+        self.lora.draw()
+        self.lora.items()[0][1].clear_B(torch.from_numpy(slots))
 
 
 class RedrawsAll(Redraw):
-    def _redraw(self, slots: np.ndarray, optimizer: torch.optim.Optimizer) -> None:
-        super()._redraw(np.arange(8), optimizer)
-        self._ages[4:] = redrawing.FROM_START
+    def _redraw(self, slots: np.ndarray) -> None:
+        super()._redraw(np.arange(8))
 
 
-@pytest.mark.parametrize("broken", [KeepsItsState, KeepsItsRows, RedrawsAll])
+@pytest.mark.parametrize("broken", [KeepsItsState, KeepsItsRows, DrawsTheSameRows, RedrawsAll])
 def test_broken_redraws_are_found(broken: type[Redraw]) -> None:
     with pytest.raises(AssertionError):
         train_and_redraw(broken, redrawing.choose_random, [2, 2, 2, 2])
+
+
+def test_rows_may_stay_while_their_state_starts_anew() -> None:
+    lora = make_lora([2, 2, 2, 2])
+    optimizer = torch.optim.SGD(lora.parameters(), lr=1.0, momentum=0.9)
+    around = interventions.Redrawing(
+        adapter_of(lora), CONFIG, choose=redrawing.choose_extra, keep_rows=True
+    )
+    for expected in (-1.0, -1.9):
+        for by_row in step(lora, optimizer, around).values():
+            assert by_row.tolist() == pytest.approx([expected] * 8)
+    (redraw,) = around._redraws
+    for parameter in lora.parameters():
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        assert not momentum[redraw.redrawn].any()
+        assert int(momentum.any(dim=1).sum()) == 6
 
 
 def test_redrawn_rows_move_as_if_adam_had_just_begun() -> None:
