@@ -179,14 +179,16 @@ def _why(results: Results) -> str:
     settings = [results.label(setting) for setting in why.full_settings(results)]
     if not settings:
         return NOT_RUN
-    parts = [
-        "Differences in test loss (negative is better), each method at its best learning rate and "
-        f"with the same final total rank: means over {' and '.join(settings)} with 95 % intervals."
-    ]
-    for title, rows in why.effects(results):
-        parts += [f"## {title}", markdown(rows)]
-    intro = "Test loss minus that of `uniform`:"
-    return "\n\n".join([*parts, "## By setting", intro, markdown(why.by_setting(results))])
+    return "\n\n".join(
+        [
+            "Differences in test loss (negative is better), each method at its best learning rate "
+            f"and with the same final total rank: means over {' and '.join(settings)} with 95 % "
+            "intervals.",
+            markdown(why.effects(results)),
+            "Test loss minus that of `uniform` in each setting, and the best learning rate:",
+            markdown(why.by_setting(results)),
+        ]
+    )
 
 
 def _options(results: Results) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from benchmarks.quality.cells import Rows, interval
 from benchmarks.quality.claims import EARLY, UNIFORM, compare
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.runs import Results, Setting
-from benchmarks.quality.statistics import estimate
 
 HINDSIGHT = "hindsight"
 REFERENCES = (UNIFORM, EARLY, HINDSIGHT)
@@ -46,47 +46,51 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """By explanation: methods and what they do."""
+ONLY_HERE = frozenset(
+    name for methods in EXPLANATIONS.values() for name in methods if name not in METHODS
+)
+"""Methods that test an explanation and nothing else; the tables of other pages leave them out."""
 
 
-def effects(results: Results) -> list[tuple[str, Rows]]:
-    """Each explanation with its methods minus the references.
-
-    Means over the settings that have all methods of all explanations.
-    """
+def effects(results: Results) -> Rows:
+    """Every method minus the references: means over ``full_settings``."""
     settings = full_settings(results)
-    found = []
-    for title, methods in EXPLANATIONS.items():
-        rows = [
-            {
-                "Method": f"`{name}`",
-                "What it does": text,
-                **{
-                    f"Minus `{base}`": "-"
-                    if name == base
-                    else interval(compare(results, name, base, settings=settings).here)
-                    for base in REFERENCES
-                },
-            }
-            for name, text in _that_ran(results, methods).items()
-        ]
-        if rows:
-            found.append((title, rows))
-    return found
+    return [
+        {
+            "Explanation": title if first else "",
+            "Method": f"`{name}`",
+            "What it does": text,
+            **{f"Minus `{base}`": _effect(results, name, base, settings) for base in REFERENCES},
+        }
+        for title, methods in EXPLANATIONS.items()
+        for first, name, text in _that_ran(results, methods)
+    ]
+
+
+def _effect(results: Results, name: str, base: str, settings: Iterable[Setting]) -> str:
+    if name == base:
+        return "-"
+    return interval(compare(results, name, base, settings=settings).here)
 
 
 def by_setting(results: Results) -> Rows:
-    """All methods minus uniform in every setting of the study."""
+    """All methods minus uniform, with their learning rates, in every setting of the study."""
     settings = study_settings(results)
-    rows = []
-    for methods in EXPLANATIONS.values():
-        for name in _that_ran(results, methods):
-            groups = results.groups(name, UNIFORM, settings=settings)
-            cells = {
-                results.label(s): interval(estimate([groups[s]])) if s in groups else "-"
-                for s in settings
-            }
-            rows.append({"Method": f"`{name}`", **cells})
-    return rows
+    return [
+        {
+            "Method": f"`{name}`",
+            **{results.label(setting): _cell(results, name, setting) for setting in settings},
+        }
+        for methods in EXPLANATIONS.values()
+        for _, name, _ in _that_ran(results, methods)
+    ]
+
+
+def _cell(results: Results, name: str, setting: Setting) -> str:
+    if name not in results.cells[setting]:
+        return "-"
+    rate = results.cells[setting][name].rate
+    return f"{_effect(results, name, UNIFORM, [setting])} at {rate:g}"
 
 
 def study_settings(results: Results) -> list[Setting]:
@@ -101,6 +105,8 @@ def full_settings(results: Results) -> list[Setting]:
     return [s for s in settings if names <= results.cells[s].keys()]
 
 
-def _that_ran(results: Results, methods: Mapping[str, str]) -> dict[str, str]:
+def _that_ran(results: Results, methods: Mapping[str, str]) -> list[tuple[bool, str, str]]:
+    """(True for the first, name, what it does) of the methods that ran."""
     ran = results.methods(study_settings(results))
-    return {name: text for name, text in methods.items() if name in ran}
+    names = [name for name in methods if name in ran]
+    return [(name == names[0], name, methods[name]) for name in names]
