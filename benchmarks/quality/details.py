@@ -187,6 +187,10 @@ def _why(results: Results) -> str:
             markdown(why.effects(results)),
             "Test loss minus that of `uniform` in each setting, and the best learning rate:",
             markdown(why.by_setting(results)),
+            f"Effective rank of B A at the end, and rank, of experts whose rank is {why.LARGE} or "
+            "more, averaged over experts and seeds. Effective rank is exp of the entropy of the "
+            "squared singular values: 1 if all rank dimensions are multiples of one.",
+            markdown(why.collapse(results)),
         ]
     )
 

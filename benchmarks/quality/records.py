@@ -148,6 +148,8 @@ class RunRecord(Frozen):
     """Final routing frequency f of each expert, by layer; empty if the method has none."""
     importance: dict[str, list[float]]
     """Final rank importance g of each expert, by layer; empty if the method has none."""
+    effective_ranks: dict[str, list[float]] = Field(default_factory=dict)
+    """Final effective rank of each expert, by layer; empty in early runs and for PEFT's methods."""
     seconds: float
     """Wall time of training and evaluation; the machine may have been shared."""
     versions: dict[str, str]

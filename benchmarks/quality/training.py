@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.adapting import HINDSIGHT, Adapted, RefusedError, adapted
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.effective_rank import effective_ranks
 from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import logits
 from benchmarks.quality.methods import find_method
@@ -163,6 +164,7 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
         check_budget(spec, total, setting.experts)
     engine = None if subject.adapter is None else subject.adapter.engine
     names = [] if engine is None else engine.layer_names
+    effective = {} if subject.adapter is None else effective_ranks(subject.adapter)
     return {
         "validation_loss": outcome.curve[-1][1] if outcome.curve else HUGE,
         "test_loss": outcome.test_loss,
@@ -175,6 +177,7 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
         "ranks": ranks,
         "routing": {name: _rounded(engine.routing_frequency(name)) for name in names},
         "importance": {name: _rounded(engine.rank_importance(name)) for name in names},
+        "effective_ranks": {name: _rounded(values) for name, values in effective.items()},
     }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from benchmarks.quality.cells import Rows, interval
 from benchmarks.quality.claims import EARLY, UNIFORM, compare
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.runs import Results, Setting
+from benchmarks.quality.runs import Cell, Results, Setting
 
 HINDSIGHT = "hindsight"
 REFERENCES = (UNIFORM, EARLY, HINDSIGHT)
@@ -27,7 +29,6 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
         "early_newborn_warmup": "`early`; newborn rows also warm up over their first 10 steps",
     },
     "Scaling": {
-        "early_scale_sqrt": "`early`, scaled by alpha / sqrt(r_i r_target)",
         "early_scale_rank": "`early`, scaled by alpha / r_i",
         "hindsight_scale_rank": "`hindsight`, scaled by alpha / r_i",
     },
@@ -46,6 +47,8 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """By explanation: methods and what they do."""
+LARGE = 4
+"""Twice the mean rank of the study."""
 ONLY_HERE = frozenset(
     name for methods in EXPLANATIONS.values() for name in methods if name not in METHODS
 )
@@ -91,6 +94,36 @@ def _cell(results: Results, name: str, setting: Setting) -> str:
         return "-"
     rate = results.cells[setting][name].rate
     return f"{_effect(results, name, UNIFORM, [setting])} at {rate:g}"
+
+
+def collapse(results: Results) -> Rows:
+    """Final effective rank of the experts with at least ``LARGE`` rank dimensions, by setting."""
+    rows = []
+    for methods in EXPLANATIONS.values():
+        for _, name, _ in _that_ran(results, methods):
+            by_label = {
+                results.label(setting): _large(results.cells[setting][name])
+                for setting in study_settings(results)
+                if name in results.cells[setting]
+            }
+            cells = {label: f"{e:.1f} of {r:.1f}" for label, (e, r) in by_label.items() if r}
+            if cells:
+                every = {results.label(s): "-" for s in study_settings(results)}
+                rows.append({"Method": f"`{name}`", **every, **cells})
+    return rows
+
+
+def _large(cell: Cell) -> tuple[float, float]:
+    """Mean effective rank and mean rank of the large experts; 0 if there are none."""
+    pairs = [
+        (effective, rank)
+        for record in cell.chosen().values()
+        for layer, values in record.effective_ranks.items()
+        for effective, rank in zip(values, record.ranks[layer], strict=True)
+        if rank >= LARGE
+    ]
+    effective, rank = np.mean(pairs, axis=0) if pairs else (0.0, 0.0)
+    return float(effective), float(rank)
 
 
 def study_settings(results: Results) -> list[Setting]:
