@@ -88,7 +88,10 @@ def test_effective_rank(A: Tensor, B: Tensor, expected: float) -> None:
 
 def test_effective_ranks_are_of_the_large_experts(results: Results, tmp_path: Path) -> None:
     assert why.collapse(results) == []  # these runs have none
-    measured = {"effective_ranks": dict.fromkeys(fake.LAYERS, [2.0] + [1.0] * 5)}
+    measured = {
+        "ranks": dict.fromkeys(fake.LAYERS, [5, 3, 1, 1, 1, 1]),
+        "effective_ranks": dict.fromkeys(fake.LAYERS, [2.0] + [1.0] * 5),
+    }
     again = [
         run.model_copy(update=measured)
         if run.spec.method.name == "known_ranks" and run.spec.task == "a"
