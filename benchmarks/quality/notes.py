@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, StrictUndefined, TemplateError
 
+from benchmarks.quality import why
 from benchmarks.quality.cells import interval, markdown, spread
 from benchmarks.quality.claims import UNIFORM, Comparison, compare
 from benchmarks.quality.errors import StudyError
@@ -62,6 +63,14 @@ class Figures:
         """Mean exact match in percent in one setting."""
         (setting,) = self._select(where)
         return f"{self._values(setting, method, exact_match).mean():.0f} %"
+
+    def dimensions(self, method: str, where: str) -> str:
+        """Effective rank and rank of large experts in one setting, as ``3.2 of 5.5``."""
+        (setting,) = self._select(where)
+        effective, rank = why.large_experts(self._results.cells[setting][method])
+        if not rank:
+            raise StudyError(f"no effective ranks of {method!r} in {where!r}")
+        return f"{effective:.1f} of {rank:.1f}"
 
     def parameters(self, model: str) -> str:
         """Parameters of a shipped model in millions, from the figures of its card."""

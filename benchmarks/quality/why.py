@@ -102,7 +102,7 @@ def collapse(results: Results) -> Rows:
     for methods in EXPLANATIONS.values():
         for _, name, _ in _that_ran(results, methods):
             by_label = {
-                results.label(setting): _large(results.cells[setting][name])
+                results.label(setting): large_experts(results.cells[setting][name])
                 for setting in study_settings(results)
                 if name in results.cells[setting]
             }
@@ -113,7 +113,7 @@ def collapse(results: Results) -> Rows:
     return rows
 
 
-def _large(cell: Cell) -> tuple[float, float]:
+def large_experts(cell: Cell) -> tuple[float, float]:
     """Mean effective rank and mean rank of the large experts; 0 if there are none."""
     pairs = [
         (effective, rank)

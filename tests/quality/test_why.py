@@ -89,7 +89,7 @@ def test_effective_rank(A: Tensor, B: Tensor, expected: float) -> None:
 def test_effective_ranks_are_of_the_large_experts(results: Results, tmp_path: Path) -> None:
     assert why.collapse(results) == []  # these runs have none
     measured = {
-        "ranks": dict.fromkeys(fake.LAYERS, [5, 3, 1, 1, 1, 1]),
+        "ranks": {name: [5, 3, 1, 1, 1, 1] for name in fake.LAYERS},
         "effective_ranks": dict.fromkeys(fake.LAYERS, [2.0] + [1.0] * 5),
     }
     again = [
