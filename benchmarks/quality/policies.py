@@ -8,12 +8,12 @@ newborn rank dimensions, whose sensitivity starts at 0, lower the mean g of an e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from drlora_core import AllocationRequest, Policy
-from drlora_core.policies import greedy, rescored
+from drlora_core.policies import greedy, rescored, walk
 
 Signal = Callable[[AllocationRequest], np.ndarray]
 
@@ -38,9 +38,23 @@ def summed_importance(request: AllocationRequest) -> np.ndarray:
     return signal
 
 
-def given(request: AllocationRequest) -> np.ndarray:
-    """Grow to the ranks that are passed as importance; their sum must match the quota."""
-    return np.rint(request.importance).astype(np.int64) - request.ranks
+def least_first(request: AllocationRequest) -> np.ndarray:
+    """``greedy`` in reversed order: the least salient experts grow first."""
+    return walk(-request.saliency, request)
+
+
+def toward(final: Sequence[np.ndarray]) -> Policy:
+    """Grow to given ranks in random order, with scope ``layer``; one array [N] a layer."""
+
+    def allocate(request: AllocationRequest) -> np.ndarray:
+        *_, layer = request.seed  # the number of the pool
+        missing = np.minimum(final[layer] - request.ranks, request.limits)
+        units = np.repeat(np.arange(missing.size), missing)
+        count = min(request.quota, units.size)
+        chosen = request.generator().choice(units, count, replace=False)
+        return np.bincount(chosen, minlength=missing.size)
+
+    return allocate
 
 
 def with_signal(signal: Signal, policy: Policy) -> Policy:
@@ -57,6 +71,7 @@ def with_signal(signal: Signal, policy: Policy) -> Policy:
 
 
 POLICIES: Mapping[str, Policy] = {
+    "least_first": least_first,
     "per_token": with_signal(importance_per_token, greedy),
     "sqrt_f": with_signal(importance_by_sqrt_routing, greedy),
     "total_importance": with_signal(summed_importance, greedy),

@@ -202,6 +202,10 @@ def test_statistics_are_of_the_layers(setting: Setting) -> None:
     assert all(sum(ranks) == 32 for ranks in record.ranks.values())
     assert all(sum(f) == pytest.approx(1.0, abs=5e-4) for f in record.routing.values())
     assert any(ranks != [2] * 16 for ranks in record.ranks.values())
+    for name, ranks in record.ranks.items():
+        effective = np.array(record.effective_ranks[name])
+        assert (effective <= np.array(ranks) + 1e-3).all()
+        assert effective.max() > 1.0
 
 
 def test_a_run_that_diverges_has_finite_figures(setting: Setting) -> None:
