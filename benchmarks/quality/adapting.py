@@ -22,6 +22,7 @@ from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.records import Method
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
+from drlora_core.profiles import STARTING_POLICIES
 
 HINDSIGHT = "final_ranks"
 Profile = Callable[[str], Arrays]
@@ -92,14 +93,15 @@ def check_kind(method: Method) -> None:
 
 
 def find_policy(method: Method) -> Any:
-    """The policy of a method if it is one of ``policies.py``, else None.
+    """The policy of a method if it is one of ``policies.py``, or a starting one; else None.
 
     Raises:
         StudyError: there is no policy of that name.
     """
-    if method.policy is not None and method.policy not in POLICIES:
-        raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, POLICIES)}")
-    return None if method.policy is None else POLICIES[method.policy]
+    known = STARTING_POLICIES if method.base_kind == "from_profile" else POLICIES
+    if method.policy is not None and method.policy not in known:
+        raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, known)}")
+    return None if method.policy is None else known[method.policy]
 
 
 @contextlib.contextmanager
@@ -145,6 +147,17 @@ def _hindsight(
     engine = AllocatorEngine(config)  # its events have nothing left to place
     for name, ranks in profile(HINDSIGHT).items():
         engine.add_layer(name, num_experts=ranks.size, ranks=ranks)
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _from_profile(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Start with the ranks that a policy of drlora chooses by the routing before training."""
+    statistics = {name: (routing, None) for name, routing in profile("routing").items()}
+    engine = AllocatorEngine.from_profile(config, statistics, find_policy(method))
     with _attached(method, model, engine, alpha) as ready:
         yield ready
 
@@ -250,6 +263,7 @@ KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] =
     "drlora": _drlora,
     "static_profile": partial(_static, "routing"),
     "static_gradient": partial(_static, "gradient"),
+    "from_profile": _from_profile,
     "hindsight": _hindsight,
     "known_ranks": _known_ranks,
     "peft_lora": _peft_lora,

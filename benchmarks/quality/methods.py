@@ -10,6 +10,7 @@ from drlora_core.errors import near_misses
 _RESCORED = {"policy": "rescored", "max_growth": None}
 _NO_PREFERENCE = {"use_routing": False, "use_importance": False}
 _EARLY = {"warmup": 0.05, "growth_end": 0.25}
+_GIVEN = {"policy": "uniform"}
 _BY_PROFILE = {"policy": "proportional", "use_importance": False, "gamma": 0.0}
 
 _BASELINES = (
@@ -52,6 +53,10 @@ _CANDIDATES = (
     Method(name="early_rescored", config=_RESCORED, training=_EARLY),
     Method(name="early_without_f", config={"use_routing": False}, training=_EARLY),
     Method(name="early_without_g", config={"use_importance": False}, training=_EARLY),
+    # From no LoRA at all; some experts never get any.
+    Method(name="early_zero", config={"r_init": 0}, training=_EARLY),
+    # MoE-Sieve (arXiv 2603.24044): static LoRA on the most routed experts, here at equal budget.
+    Method(name="sieve", kind="from_profile", config=_GIVEN, policy="sieve"),
     # A single event after 5 % of the steps: measure first, then train static LoRA.
     Method(
         name="one_event",

@@ -27,6 +27,7 @@ class Method(Frozen):
     - ``drlora``.
     - ``static_profile``, ``static_gradient``: fixed ranks, chosen before training from the routing
       or the gradients of one pass over the data.
+    - ``from_profile``: fixed ranks, chosen by a starting policy from the routing before training.
     - ``hindsight``: fixed ranks, equal to the final ranks of ``early`` in another run.
     - ``known_ranks``: grows to the final ranks of ``early`` in another run, in random order.
     - ``peft_lora``, ``peft_adalora``: PEFT's methods.
