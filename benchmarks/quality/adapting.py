@@ -17,7 +17,7 @@ from torch import nn
 import drlora_torch
 from benchmarks.quality.errors import StudyError
 from benchmarks.quality.interventions import INTERVENTIONS, Around
-from benchmarks.quality.policies import POLICIES, toward
+from benchmarks.quality.policies import POLICIES, probed, toward
 from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.records import Method
 from drlora_core import AllocatorConfig, AllocatorEngine
@@ -163,6 +163,19 @@ def _from_profile(
 
 
 @contextlib.contextmanager
+def _probed(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Grow from rank 0, with gradients measured before training as importance there."""
+    probe = profile("gradient")
+    engine = AllocatorEngine(config, policy=probed(list(probe.values())))
+    for name, values in probe.items():
+        engine.add_layer(name, num_experts=values.size)
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
 def _known_ranks(
     method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
 ) -> Iterator[Adapted]:
@@ -266,6 +279,7 @@ KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] =
     "from_profile": _from_profile,
     "hindsight": _hindsight,
     "known_ranks": _known_ranks,
+    "probed": _probed,
     "peft_lora": _peft_lora,
     "peft_adalora": _peft_adalora,
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from drlora_core import AllocationRequest, Policy
 from drlora_core.policies import greedy, rescored, walk
+from drlora_core.saliency import importance_at_zero
 
 Signal = Callable[[AllocationRequest], np.ndarray]
 
@@ -53,6 +54,23 @@ def toward(final: Sequence[np.ndarray]) -> Policy:
         count = min(request.quota, units.size)
         chosen = request.generator().choice(units, count, replace=False)
         return np.bincount(chosen, minlength=missing.size)
+
+    return allocate
+
+
+def probed(probe: Sequence[np.ndarray]) -> Policy:
+    """``greedy``, with g at rank 0 by gradients measured before training instead of by f.
+
+    With scope ``layer``; one array [N] a layer. An expert without rank has the importance that its
+    gradient suggests where the others have theirs, as f does in the library.
+    """
+
+    def allocate(request: AllocationRequest) -> np.ndarray:
+        *_, layer = request.seed  # the number of the pool
+        known = request.ranks > 0
+        share = importance_at_zero(probe[layer], request.importance, known, [known.size])
+        importance = np.where(known, request.importance, share)
+        return greedy(dataclasses.replace(request, importance=importance))
 
     return allocate
 

@@ -29,6 +29,7 @@ class Method(Frozen):
       or the gradients of one pass over the data.
     - ``from_profile``: fixed ranks, chosen by a starting policy from the routing before training.
     - ``hindsight``: fixed ranks, equal to the final ranks of ``early`` in another run.
+    - ``probed``: grows from rank 0, with gradients of one pass as importance at rank 0.
     - ``known_ranks``: grows to the final ranks of ``early`` in another run, in random order.
     - ``peft_lora``, ``peft_adalora``: PEFT's methods.
 
