@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.quality import alternatives, claim_tables, factors, pictures, tables, why
+from benchmarks.quality import alternatives, claim_tables, factors, frontier, pictures, tables, why
 from benchmarks.quality.cells import NOT_RUN, markdown, wrap
 from benchmarks.quality.claims import DRLORA, EARLY, UNIFORM, Relevance, compare
 from benchmarks.quality.notes import Notes
@@ -20,6 +20,7 @@ TITLES = {
     "Evidence": "both intervals of each claim, p-values, held-out tasks, exact match",
     "Methods": "all methods on all tasks",
     "Why growing": "explanations of the gain of early growth, tested against each other",
+    "Frontier": "test loss against trained parameters",
     "Options": "effect of each option and training setting",
     "Final ranks": "which experts get rank",
     "Alternatives": "other methods against DR-LoRA, and their ranking on held-out tasks",
@@ -54,6 +55,7 @@ def detail_pages(results: Results, notes: Notes, relevance: Relevance | None) ->
         "Evidence": _evidence(results),
         "Methods": _methods(results),
         "Why growing": _why(results),
+        "Frontier": _frontier(results),
         "Options": _options(results),
         "Final ranks": _ranks(results, relevance),
         "Alternatives": _alternatives(results),
@@ -193,6 +195,21 @@ def _why(results: Results) -> str:
             markdown(why.collapse(results)),
         ]
     )
+
+
+def _frontier(results: Results) -> str:
+    names = list(frontier.budgets(results))
+    if not names:
+        return NOT_RUN
+    parts = [
+        f"Test loss at several budgets minus that of uniform LoRA at rank {frontier.WHOLE} "
+        "(negative is better), each method at its best learning rate: means over the tasks with "
+        "95 % intervals. Parameters: those trained with the budget spent.",
+        markdown(frontier.against_whole(results)),
+    ]
+    for name in names:
+        parts += [f"Test loss of {name}:", markdown(frontier.by_task(results, name))]
+    return "\n\n".join(parts)
 
 
 def _options(results: Results) -> str:
