@@ -106,7 +106,7 @@ class AllocatorEngine:
         Args:
             name: the layer.
             num_experts: N.
-            ranks: starting ranks, integers [N] from ``r_init`` (policy ``uniform``: 0), say those
+            ranks: starting ranks, integers [N] from ``config.least_rank`` to ``r_max``, say those
                 that another run ended with; default ``config.starting_rank`` for every expert.
 
         Raises:
