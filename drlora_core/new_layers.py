@@ -44,13 +44,13 @@ def check_ranks(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) ->
     return given.astype(np.int64)
 
 
-def report_shortfall(config: AllocatorConfig, name: str, num_experts: int) -> None:
-    """Warn of a fixed quota that will not spend the budget of a layer."""
+def report_shortfall(config: AllocatorConfig, name: str, ranks: IntArray) -> None:
+    """Warn of a fixed quota that will not spend the budget of a layer with starting ranks [N]."""
     if config.quota is None or config.policy in ("uniform", "prune"):
         return
-    quota = min(config.quota, num_experts * (config.max_growth or config.r_max))
-    planned, start = quota * config.num_events, num_experts * config.r_init
-    budget = num_experts * config.r_target
+    quota = min(config.quota, ranks.size * (config.max_growth or config.r_max))
+    planned, start = quota * config.num_events, int(ranks.sum())
+    budget = ranks.size * config.r_target
     if start + planned < budget:
         logger.warning(
             f"layer {name!r}: quota {quota} x {config.num_events} events = {planned} < "

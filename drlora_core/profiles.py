@@ -192,8 +192,13 @@ def _check_pair(name: str, pair: tuple[ArrayLike, ArrayLike | None]) -> Pair:
             "expert in both"
         )
     for kind, values, known in (("f", f, True), ("g", g, given is not None)):
-        if known and not ((values >= 0.0) & (values < np.inf)).all():
-            raise StatisticError(f"layer {name!r}: {kind} must be finite numbers >= 0")
+        wrong = ~((values >= 0.0) & (values < np.inf))
+        if known and wrong.any():
+            expert = int(wrong.argmax())
+            raise StatisticError(
+                f"layer {name!r}: {kind} of expert {expert} is {values[expert]}; accepted: finite "
+                "numbers >= 0"
+            )
     return f, g
 
 

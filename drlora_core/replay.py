@@ -151,9 +151,10 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
 def _measured(record: LayerRecord, row: int) -> FloatArray | None:
     """The recorded importance; the share of f where the expert had no rank to measure, [N]."""
     importance, phi = record.importance_at(row), record.routing_at(row)
-    if importance is None or phi is None or record.ranks is None or record.ranks[row].all():
+    if importance is None or record.ranks is None or record.ranks[row].all():
         return importance
     known = record.ranks[row] > 0
+    phi = np.ones(known.size) if phi is None else phi  # as with use_routing=False
     share = importance_at_zero(phi, importance, known, [known.size])
     return np.where(known, importance, share)
 

@@ -209,7 +209,7 @@ def test_growth_fills_what_the_start_left_over(scope: str) -> None:
         ({**GROWING, "r_init": 2}, "sieve", G, "gives an expert rank 0, below r_init 2; use r_i"),
         ({"policy": "prune", "r_init": 8}, "sieve", G, "policy 'prune' starts every expert at r"),
         ({}, "sieve", [1.0], "f has shape (4,) and g (1,)"),
-        ({}, "sieve", [-1.0] * 4, "layer 'a': g must be finite numbers >= 0"),
+        ({}, "sieve", [-1.0] * 4, "layer 'a': g of expert 0 is -1.0; accepted: finite"),
         ({}, "sieve", "text", "layer 'a': not a pair of arrays"),
     ],
 )
