@@ -21,13 +21,14 @@ from drlora_core.replay import Replay
 def overlap(one: IntArray, two: IntArray) -> float:
     """Share of rank units that both allocations give to the same experts, 0 to 1.
 
-    sum_i min(a_i, b_i) / max(sum a, sum b).
+    sum_i min(a_i, b_i) / max(sum a, sum b); NaN where neither gives any.
 
     Example:
         >>> overlap(np.array([4, 1, 1]), np.array([1, 1, 4]))
         0.5
     """
-    return float(np.minimum(one, two).sum() / max(one.sum(), two.sum()))
+    most = max(one.sum(), two.sum())
+    return float(np.minimum(one, two).sum() / most) if most else float("nan")
 
 
 def spearman(one: ArrayLike, two: ArrayLike) -> float:
@@ -48,8 +49,13 @@ def _correlation(name: str, one: ArrayLike, two: ArrayLike) -> float:
 
 
 def total_variation(one: ArrayLike, two: ArrayLike) -> float:
-    """Half the L1 distance of two distributions, 0 to 1; the inputs are normalised."""
+    """Half the L1 distance of two distributions, 0 to 1; NaN where one side is all 0.
+
+    The inputs are normalised.
+    """
     left, right = np.asarray(one, np.float64), np.asarray(two, np.float64)
+    if not (left.any() and right.any()):
+        return float("nan")
     return float(np.abs(left / left.sum() - right / right.sum()).sum() / 2.0)
 
 

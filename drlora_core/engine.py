@@ -106,7 +106,7 @@ class AllocatorEngine:
         Args:
             name: the layer.
             num_experts: N.
-            ranks: starting ranks, integers [N] from ``r_init`` (policy ``uniform``: 0), say those
+            ranks: starting ranks, integers [N] from ``config.least_rank`` to ``r_max``, say those
                 that another run ended with; default ``config.starting_rank`` for every expert.
 
         Raises:
@@ -393,5 +393,6 @@ class AllocatorEngine:
             )
 
     def _check(self, name: str, routing: ArrayLike | None, importance: ArrayLike | None) -> Sample:
-        where = f"layer {name!r}, step {self._step + 1}"
-        return samples.check_one(where, self.ranks(name), self.config, routing, importance)
+        state, where = self._state, f"layer {name!r}, step {self._step + 1}"
+        ranks = state.ranks[state.places[name].experts]
+        return samples.check_one(where, ranks, self.config, routing, importance)

@@ -17,14 +17,13 @@ Shapes: N experts of a layer, R = r_max rank dimensions.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.policies import AllocationRequest, rescored
+from drlora_core.policies import AllocationRequest
 from drlora_core.pruning import least_important
 
 GAIN = 1.5
@@ -37,6 +36,13 @@ class Exchange(NamedTuple):
 
     growth: IntArray  # units that experts receive, [N]
     cut: NDArray[np.bool_]  # dimensions that experts give, numbered as before the event, [N, R]
+
+
+class Units(NamedTuple):
+    """Units that experts may receive, in the order in which they are placed."""
+
+    experts: IntArray  # [units]
+    numbers: IntArray  # how many the expert gets before, [units]
 
 
 def exchange(
@@ -66,39 +72,53 @@ def exchange(
         >>> growth.tolist(), np.argwhere(cut).tolist()
         ([1, 0], [[1, 1]])
     """
-    new, ranks = rescored(request), request.ranks
-    anyone = np.ones_like(may_give)
-    open_limits = dataclasses.replace(request, limits=dimensions.shape[1] - ranks)
-    goal = _place_most(open_limits, anyone, r_min, int(ranks.sum()))
-    limits = np.maximum(np.minimum(request.limits, goal), new)
+    ranks, units = request.ranks, _in_order(request, dimensions.shape[1])
+    new = _place(_within(units, request.limits), request.quota, ranks.size)
+    goal = _place_most(request, units, np.ones_like(may_give), r_min, int(ranks.sum()))
+    units = _within(units, np.maximum(np.minimum(request.limits, goal), new))
     may_give = may_give & (goal == 0)
-    growth = _place_most(dataclasses.replace(request, limits=limits), may_give, r_min, most)
+    growth = _place_most(request, units, may_give, r_min, most)
     moved, keep = int(growth.sum() - new.sum()), ranks
     if moved:
         keep = ranks - spare_units(request, growth, may_give, r_min)
     return Exchange(growth, least_important(dimensions, ranks, moved, keep))
 
 
+def _in_order(request: AllocationRequest, r_max: int) -> Units:
+    """All units up to ``r_max``, in the order in which policy ``rescored`` places them."""
+    extra = np.arange(int(r_max - request.ranks.min()))[:, None]
+    ranks = request.ranks + extra
+    numbers, experts = np.nonzero(ranks < r_max)
+    scores = request.saliency_at(np.minimum(ranks, r_max))[numbers, experts]
+    order = np.lexsort((experts, ranks[numbers, experts], -scores))
+    return Units(experts[order], numbers[order])
+
+
+def _within(units: Units, limits: IntArray) -> Units:
+    """Leave out what an expert would get above its limit."""
+    kept = units.numbers < limits[units.experts]
+    return Units(units.experts[kept], units.numbers[kept])
+
+
+def _place(units: Units, count: int, num_experts: int) -> IntArray:
+    """Give the experts the first ``count`` units, [N]."""
+    return np.bincount(units.experts[:count], minlength=num_experts)
+
+
 def _place_most(
-    request: AllocationRequest, may_give: NDArray[np.bool_], r_min: int, most: int
+    request: AllocationRequest, units: Units, may_give: NDArray[np.bool_], r_min: int, most: int
 ) -> IntArray:
     """Place the quota and as many of ``most`` other units as experts can give, [N]."""
     # If n units can move, so can fewer: fewer experts receive, and the least of them is worth more.
-    room = int(request.limits.sum()) - request.quota
-    moved, too_many = 0, max(min(most, room), 0) + 1
+    moved, too_many = 0, max(min(most, units.experts.size - request.quota), 0) + 1
     while too_many - moved > 1:
         middle = (moved + too_many) // 2
-        growth = _place(request, middle)
+        growth = _place(units, request.quota + middle, request.ranks.size)
         if spare_units(request, growth, may_give, r_min).sum() >= middle:
             moved = middle
         else:
             too_many = middle
-    return _place(request, moved)
-
-
-def _place(request: AllocationRequest, moved: int) -> IntArray:
-    """Place the quota and ``moved`` other units, [N]."""
-    return rescored(dataclasses.replace(request, quota=request.quota + moved))
+    return _place(units, request.quota + moved, request.ranks.size)
 
 
 def spare_units(

@@ -276,9 +276,12 @@ def run_policy(policy: Policy, request: AllocationRequest, experts: str) -> IntA
     """
     for name in REQUEST_ARRAYS:
         getattr(request, name).setflags(write=False)
-    where = f"policy {policy_name(policy)!r} at step {request.step}, {experts}"
+    when = f"at step {request.step}" if request.step else "at the start"
+    where = f"policy {policy_name(policy)!r} {when}, {experts}"
     try:
         growth = policy(request)
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from error
     except Exception as error:
         raise PolicyError(f"{where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(growth, np.ndarray) or growth.dtype.kind not in "iu":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -27,7 +27,7 @@ from drlora_core.policies import (
     proportional,
     run_policy,
 )
-from drlora_core.recording.data import Recording
+from drlora_core.recording.data import LayerRecord, Recording
 
 Pair = tuple[FloatArray, FloatArray]
 """f and g of a layer's experts, float64 [N] each."""
@@ -130,16 +130,19 @@ def starting_ranks(
         )
         found[name] = run_policy(chosen, request, f"layer {name!r}")
         least = int(found[name].min())
-        if config.policy != "uniform" and least < config.r_init:
+        if least < config.least_rank:
+            field = "r_min" if config.policy == "move" else "r_init"
             raise LayoutError(
                 f"layer {name!r}: starting policy {policy_name(chosen)!r} gives an expert rank "
-                f"{least}, below r_init {config.r_init}; use r_init=0"
+                f"{least}, below {field} {config.least_rank}; use {field}=0"
             )
     return found
 
 
 def mean_statistics(statistics: Statistics) -> dict[str, Pair]:
     """f and g of each layer: means over the recorded steps, weighted by tokens where known.
+
+    While an expert had no rank, its share of f stands for its importance.
 
     NaN stands for what was not recorded.
 
@@ -163,20 +166,22 @@ def mean_statistics(statistics: Statistics) -> dict[str, Pair]:
         )
     layers = [statistics.layer(name) for name in statistics.layers]
     return {
-        layer.name: (_mean(layer.routing, layer.tokens), _mean(layer.importance, layer.tokens))
+        layer.name: (_mean(layer, layer.routing_at), _mean(layer, layer.importance_at))
         for layer in layers
     }
 
 
-def _mean(samples: FloatArray, tokens: IntArray) -> FloatArray:
-    """Mean of the samples [T, N] that were recorded; NaN if none was."""
-    given = ~np.isnan(samples).any(axis=1)
-    if not given.any():
-        return np.full(samples.shape[1], np.nan)
-    weights = tokens[given].astype(np.float64)
+def _mean(layer: LayerRecord, sample_at: Callable[[int], FloatArray | None]) -> FloatArray:
+    """Mean of the samples [N] that were recorded; NaN if none was."""
+    samples = {
+        row: sample for row in range(layer.tokens.size) if (sample := sample_at(row)) is not None
+    }
+    if not samples:
+        return np.full(layer.routing.shape[1], np.nan)
+    weights = layer.tokens[list(samples)].astype(np.float64)
     if (weights <= 0.0).any():  # unknown
         weights[:] = 1.0
-    return np.average(samples[given], axis=0, weights=weights)
+    return np.average(np.stack(list(samples.values())), axis=0, weights=weights)
 
 
 def _check_pair(name: str, pair: tuple[ArrayLike, ArrayLike | None]) -> Pair:
@@ -192,8 +197,13 @@ def _check_pair(name: str, pair: tuple[ArrayLike, ArrayLike | None]) -> Pair:
             "expert in both"
         )
     for kind, values, known in (("f", f, True), ("g", g, given is not None)):
-        if known and not ((values >= 0.0) & (values < np.inf)).all():
-            raise StatisticError(f"layer {name!r}: {kind} must be finite numbers >= 0")
+        wrong = ~((values >= 0.0) & (values < np.inf))
+        if known and wrong.any():
+            expert = int(wrong.argmax())
+            raise StatisticError(
+                f"layer {name!r}: {kind} of expert {expert} is {values[expert]}; accepted: finite "
+                "numbers >= 0"
+            )
     return f, g
 
 

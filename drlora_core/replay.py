@@ -23,7 +23,7 @@ from drlora_core.events import GrowthEvent
 from drlora_core.policies import Policy, policy_name
 from drlora_core.pruning import follow, initial_order
 from drlora_core.recording.data import LayerRecord, Recording
-from drlora_core.saliency import active_dimensions, importance_at_zero
+from drlora_core.saliency import active_dimensions
 
 CAVEAT = (
     "A replay uses the statistics as recorded: it cannot know how they would have changed under "
@@ -138,7 +138,7 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
             if not record.presence[row]:
                 engine.skip(record.name)
                 continue
-            importance = _measured(record, row)
+            importance = record.importance_at(row)
             if config.cuts:
                 importance = _read_dimensions(record, row, engine, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
@@ -146,16 +146,6 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
             yield event
             for name, cut in event.cut.items():
                 orders[name] = follow(orders[name], cut)
-
-
-def _measured(record: LayerRecord, row: int) -> FloatArray | None:
-    """The recorded importance; the share of f where the expert had no rank to measure, [N]."""
-    importance, phi = record.importance_at(row), record.routing_at(row)
-    if importance is None or phi is None or record.ranks is None or record.ranks[row].all():
-        return importance
-    known = record.ranks[row] > 0
-    share = importance_at_zero(phi, importance, known, [known.size])
-    return np.where(known, importance, share)
 
 
 def _read_dimensions(

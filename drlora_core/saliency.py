@@ -54,7 +54,8 @@ def importance_at_zero(
     """Give experts without a rank dimension an importance: their share of f, as others have it.
 
     g_i = f_i * (sum of g / sum of f over the experts of the layer whose g is known), so that g per
-    unit of f is their mean, weighted by f; g_i = f_i where nothing is known of a layer.
+    unit of f is their mean, weighted by f; g_i = f_i where nothing is known of a layer, or where
+    all that is known of f or of g is 0.
 
     Args:
         routing: f, [E].
@@ -73,7 +74,8 @@ def importance_at_zero(
     starts: IntArray = np.cumsum(sizes) - np.array(sizes)
     of_known = [np.where(known, values, 0.0) for values in (importance, routing)]
     total, visits = (np.add.reduceat(values, starts) for values in of_known)
-    comparable = (total > 0.0) & (visits > 0.0)
+    # f of experts that are no longer visited decays to almost 0: the quotient must stay finite.
+    comparable = (total > 0.0) & (visits > total * np.finfo(np.float64).tiny)
     unit = np.divide(total, visits, out=np.ones_like(total), where=comparable)
     of_zero: FloatArray = routing * np.repeat(unit, sizes)
     return of_zero

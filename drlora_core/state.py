@@ -131,7 +131,9 @@ def observe(state: State, config: AllocatorConfig, place: Place, sample: Sample)
         state.routing_count[layer] += 1
     if sample.importance is not None:
         ema.update(state.importance[experts], sample.importance, config.importance_decay)
-        state.importance_count[experts] += state.ranks[experts] > 0
+        state.importance_count[experts] += 1
+        if config.least_rank == 0:
+            state.importance_count[experts][state.ranks[experts] == 0] = 0
     if state.dimensions is not None and sample.dimensions is not None:
         ema.update(state.dimensions[experts], sample.dimensions, config.importance_decay)
     state.observed[layer] = True
@@ -154,7 +156,7 @@ def _check_importance(
             f"importance has shape {sample.shape}; policy {config.policy!r} needs that of every "
             f"rank dimension, shape {per_dimension} = (num_experts, r_max)"
         )
-    if sample.shape == ranks.shape:
+    if config.least_rank == 0 and sample.shape == ranks.shape:
         sample = np.where(ranks > 0, sample, 0.0)  # without a dimension there is nothing to measure
     return _check("importance", sample, [ranks.shape, per_dimension]), None
 

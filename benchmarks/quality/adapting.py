@@ -16,11 +16,13 @@ from torch import nn
 
 import drlora_torch
 from benchmarks.quality.errors import StudyError
-from benchmarks.quality.policies import POLICIES, given
+from benchmarks.quality.interventions import INTERVENTIONS, Around
+from benchmarks.quality.policies import POLICIES, probed, toward
 from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.records import Method
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
+from drlora_core.profiles import STARTING_POLICIES
 
 HINDSIGHT = "final_ranks"
 Profile = Callable[[str], Arrays]
@@ -42,7 +44,9 @@ class Adapted:
     """Current ranks by layer, [N]."""
     trained: Callable[[], int]
     """Current number of trainable parameters."""
-    engine: AllocatorEngine | None = None
+    adapter: drlora_torch.Adapter | None = None
+    around_step: Around = contextlib.nullcontext
+    """Wraps every optimizer step."""
 
 
 @contextlib.contextmanager
@@ -62,21 +66,42 @@ def adapted(
         RefusedError: the library of the method cannot adapt this model.
         StudyError: unknown kind of method, or unknown policy.
     """
-    if method.kind not in KINDS:
-        raise StudyError(f"no kind of method {method.kind!r}; {near_misses(method.kind, KINDS)}")
-    with KINDS[method.kind](method, model, config, alpha, profile) as ready:
-        yield ready
+    check_kind(method)
+    with KINDS[method.base_kind](method, model, config, alpha, profile) as ready:
+        if method.intervention is None:
+            yield ready
+        else:
+            around = INTERVENTIONS[method.intervention](ready.adapter, config)
+            yield dataclasses.replace(ready, around_step=around)
+
+
+def check_kind(method: Method) -> None:
+    """Check the kind of a method and its intervention.
+
+    Raises:
+        StudyError: there is none of that name, or no intervention is possible.
+    """
+    for what, name, known in (
+        ("kind", method.base_kind, KINDS),
+        ("intervention", method.intervention, INTERVENTIONS),
+    ):
+        if name is not None and name not in known:
+            hint = near_misses(name, known)
+            raise StudyError(f"method {method.name!r}: no {what} {name!r}; {hint}")
+    if method.intervention is not None and method.base_kind.startswith("peft"):
+        raise StudyError(f"method {method.name!r}: interventions need a LoRA of drlora")
 
 
 def find_policy(method: Method) -> Any:
-    """The policy of a method if it is one of ``policies.py``, else None.
+    """The policy of a method if it is one of ``policies.py``, or a starting one; else None.
 
     Raises:
         StudyError: there is no policy of that name.
     """
-    if method.policy is not None and method.policy not in POLICIES:
-        raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, POLICIES)}")
-    return None if method.policy is None else POLICIES[method.policy]
+    known = STARTING_POLICIES if method.base_kind == "from_profile" else POLICIES
+    if method.policy is not None and method.policy not in known:
+        raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, known)}")
+    return None if method.policy is None else known[method.policy]
 
 
 @contextlib.contextmanager
@@ -98,8 +123,7 @@ def _static(
     profile: Profile,
 ) -> Iterator[Adapted]:
     """Feed the signal to the engine and let its only event choose the ranks before training."""
-    policy = given if signal == HINDSIGHT else find_policy(method)
-    engine = AllocatorEngine(config, policy=policy)
+    engine = AllocatorEngine(config, policy=find_policy(method))
     measured = profile(signal)
     for name, values in measured.items():
         engine.add_layer(name, num_experts=values.size)
@@ -112,6 +136,55 @@ def _static(
     for name, values in measured.items():
         chosen.add_layer(name, num_experts=values.size, ranks=engine.ranks(name))
     with _attached(method, model, chosen, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _hindsight(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Start with the final ranks of another run."""
+    engine = AllocatorEngine(config)  # its events have nothing left to place
+    for name, ranks in profile(HINDSIGHT).items():
+        engine.add_layer(name, num_experts=ranks.size, ranks=ranks)
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _from_profile(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Start with the ranks that a policy of drlora chooses by the routing before training."""
+    statistics = {name: (routing, None) for name, routing in profile("routing").items()}
+    engine = AllocatorEngine.from_profile(config, statistics, find_policy(method))
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _probed(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Grow from rank 0, with gradients measured before training as importance there."""
+    probe = profile("gradient")
+    engine = AllocatorEngine(config, policy=probed(list(probe.values())))
+    for name, values in probe.items():
+        engine.add_layer(name, num_experts=values.size)
+    with _attached(method, model, engine, alpha) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _known_ranks(
+    method: Method, model: nn.Module, config: AllocatorConfig, alpha: float, profile: Profile
+) -> Iterator[Adapted]:
+    """Grow to the final ranks of another run, in random order."""
+    ranks = profile(HINDSIGHT)
+    engine = AllocatorEngine(config, policy=toward(list(ranks.values())))
+    for name, values in ranks.items():
+        engine.add_layer(name, num_experts=values.size)
+    with _attached(method, model, engine, alpha) as ready:
         yield ready
 
 
@@ -130,7 +203,7 @@ def _attached(
         return lora + sum(p.numel() for p in adapter.router_parameters().values())
 
     try:
-        yield Adapted(model, adapter.parameters(), adapter.ranks, trained, engine)
+        yield Adapted(model, adapter.parameters(), adapter.ranks, trained, adapter)
     finally:
         adapter.detach()
 
@@ -203,8 +276,11 @@ KINDS: Mapping[str, Callable[..., contextlib.AbstractContextManager[Adapted]]] =
     "drlora": _drlora,
     "static_profile": partial(_static, "routing"),
     "static_gradient": partial(_static, "gradient"),
-    "hindsight": partial(_static, HINDSIGHT),
+    "from_profile": _from_profile,
+    "hindsight": _hindsight,
+    "known_ranks": _known_ranks,
+    "probed": _probed,
     "peft_lora": _peft_lora,
     "peft_adalora": _peft_adalora,
 }
-"""Values of ``Method.kind``."""
+"""Values of ``Method.base_kind``."""

@@ -8,7 +8,7 @@ from benchmarks.quality.errors import StudyError, describe
 from benchmarks.quality.records import Method, Training
 from drlora_core import AllocatorConfig, timetable
 
-STATIC = {"static_profile", "static_gradient", "hindsight"}
+STATIC = {"static_profile", "static_gradient"}
 """Kinds whose ranks are chosen before training, by a single event."""
 
 
@@ -39,7 +39,7 @@ def allocator_config(method: Method, training: Training, seed: int) -> Allocator
         "seed": seed,
         **method.config,
     }
-    if method.kind in STATIC:
+    if method.base_kind in STATIC:
         fields |= {"warmup_steps": 0, "growth_interval": 1, "growth_end": 1}
     elif fields.get("policy") == "prune":
         fields["r_init"] = method.config.get("r_init", 2 * training.r_target)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.quality import alternatives, claim_tables, factors, pictures, tables
+from benchmarks.quality import alternatives, claim_tables, factors, frontier, pictures, tables, why
 from benchmarks.quality.cells import NOT_RUN, markdown, wrap
 from benchmarks.quality.claims import DRLORA, EARLY, UNIFORM, Relevance, compare
 from benchmarks.quality.notes import Notes
@@ -19,6 +19,8 @@ from benchmarks.quality.statistics import Estimate, estimate
 TITLES = {
     "Evidence": "both intervals of each claim, p-values, held-out tasks, exact match",
     "Methods": "all methods on all tasks",
+    "Why growing": "explanations of the gain of early growth, tested against each other",
+    "Frontier": "test loss against trained parameters",
     "Options": "effect of each option and training setting",
     "Final ranks": "which experts get rank",
     "Alternatives": "other methods against DR-LoRA, and their ranking on held-out tasks",
@@ -52,6 +54,8 @@ def detail_pages(results: Results, notes: Notes, relevance: Relevance | None) ->
     texts = {
         "Evidence": _evidence(results),
         "Methods": _methods(results),
+        "Why growing": _why(results),
+        "Frontier": _frontier(results),
         "Options": _options(results),
         "Final ranks": _ranks(results, relevance),
         "Alternatives": _alternatives(results),
@@ -170,6 +174,41 @@ def _ranks(results: Results, relevance: Relevance | None) -> str:
             parts += [f"{results.label(setting)}, mean final rank:", f"```text\n{drawn}\n```"]
     if relevance and (by_method := tables.relevance_by_method(results, relevance)):
         parts += ["Correlation of final ranks with known relevance:", markdown(by_method)]
+    return "\n\n".join(parts)
+
+
+def _why(results: Results) -> str:
+    settings = [results.label(setting) for setting in why.full_settings(results)]
+    if not settings:
+        return NOT_RUN
+    return "\n\n".join(
+        [
+            "Differences in test loss (negative is better), each method at its best learning rate "
+            f"and with the same final total rank: means over {' and '.join(settings)} with 95 % "
+            "intervals.",
+            markdown(why.effects(results)),
+            "Test loss minus that of `uniform` in each setting, and the best learning rate:",
+            markdown(why.by_setting(results)),
+            f"Effective rank of B A at the end, and rank, of experts whose rank is {why.LARGE} or "
+            "more, averaged over experts and seeds. Effective rank is exp of the entropy of the "
+            "squared singular values: 1 if all rank dimensions are multiples of one.",
+            markdown(why.collapse(results)),
+        ]
+    )
+
+
+def _frontier(results: Results) -> str:
+    names = list(frontier.budgets(results))
+    if not names:
+        return NOT_RUN
+    parts = [
+        f"Test loss at several budgets minus that of uniform LoRA at rank {frontier.WHOLE} "
+        "(negative is better), each method at its best learning rate: means over the tasks with "
+        "95 % intervals. Parameters: those trained with the budget spent.",
+        markdown(frontier.against_whole(results)),
+    ]
+    for name in names:
+        parts += [f"Test loss of {name}:", markdown(frontier.by_task(results, name))]
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from benchmarks.quality.cells import Rows, better_or_worse, interval
 from benchmarks.quality.claims import CLAIMED, DRLORA, Comparison, compare
 from benchmarks.quality.records import Method, Training
 from benchmarks.quality.runs import Results, Setting
+from benchmarks.quality.why import ONLY_HERE
 
 COMPONENTS = {"use_routing", "use_importance", "policy", "scope"}
 """Options whose change makes another method."""
@@ -102,13 +103,15 @@ def against_reference(results: Results, method: str) -> Comparison:
 
 
 def main_methods(results: Results, settings: Iterable[Setting]) -> list[str]:
-    """Methods without the variants of a single option, which have a table of their own.
+    """Methods without those that have a page of their own: variants of a single option, and tests
+    of why growing helps.
 
     Methods of a claim are always included.
     """
     varied = factors(results).items()
     options = {name for option, by in varied if option not in COMPONENTS for name in by}
-    return [name for name in results.methods(settings) if name not in options - CLAIMED]
+    elsewhere = (options | ONLY_HERE) - CLAIMED
+    return [name for name in results.methods(settings) if name not in elsewhere]
 
 
 def sensitivity(results: Results) -> Rows:

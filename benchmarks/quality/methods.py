@@ -10,6 +10,7 @@ from drlora_core.errors import near_misses
 _RESCORED = {"policy": "rescored", "max_growth": None}
 _NO_PREFERENCE = {"use_routing": False, "use_importance": False}
 _EARLY = {"warmup": 0.05, "growth_end": 0.25}
+_GIVEN = {"policy": "uniform"}
 _BY_PROFILE = {"policy": "proportional", "use_importance": False, "gamma": 0.0}
 
 _BASELINES = (
@@ -52,6 +53,25 @@ _CANDIDATES = (
     Method(name="early_rescored", config=_RESCORED, training=_EARLY),
     Method(name="early_without_f", config={"use_routing": False}, training=_EARLY),
     Method(name="early_without_g", config={"use_importance": False}, training=_EARLY),
+    # From no LoRA at all; some experts never get any.
+    Method(name="early_zero", config={"r_init": 0}, training=_EARLY),
+    # What tells the importance of experts without rank: their gradients, or nothing but f.
+    Method(name="early_zero_probed", kind="probed", config={"r_init": 0}, training=_EARLY),
+    Method(
+        name="early_zero_without_g",
+        config={"r_init": 0, "use_importance": False},
+        training=_EARLY,
+    ),
+    # ElaLoRA (arXiv 2504.00254): rank moves, at the full budget or while growing to it.
+    Method(name="move", config={"policy": "move", "r_init": 2, "move_share": 0.5}, training=_EARLY),
+    Method(name="early_move", config={"policy": "move"}, training=_EARLY),
+    # Other signals.
+    Method(name="early_fisher", attach={"importance": "fisher"}, training=_EARLY),
+    Method(name="early_per_token", attach={"importance": "sensitivity_per_token"}, training=_EARLY),
+    Method(name="early_update_norm", attach={"importance": "update_norm"}, training=_EARLY),
+    Method(name="early_margin", attach={"routing": "margin"}, training=_EARLY),
+    # MoE-Sieve (arXiv 2603.24044): static LoRA on the most routed experts, here at equal budget.
+    Method(name="sieve", kind="from_profile", config=_GIVEN, policy="sieve"),
     # A single event after 5 % of the steps: measure first, then train static LoRA.
     Method(
         name="one_event",

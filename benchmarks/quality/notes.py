@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined, TemplateError
 
+from benchmarks.quality import why
 from benchmarks.quality.cells import interval, markdown, spread
 from benchmarks.quality.claims import UNIFORM, Comparison, compare
 from benchmarks.quality.errors import StudyError
@@ -22,29 +23,31 @@ from benchmarks.quality.runs import Metric, Results, Setting, exact_match, test_
 
 Notes = Mapping[str, str]
 """Text by heading."""
+Where = str | Sequence[str]
 CARDS = ("training.json", "figures.json")
 
 
 class Figures:
     """Functions for the notes.
 
-    ``where`` restricts a comparison to a model or to one setting, by its label; by default all
-    primary settings count. Differences are of test loss unless the name says otherwise.
+    ``where`` restricts a comparison to a model or to one setting, by its label, or to several by a
+    list; by default all primary settings count. Differences are of test loss unless the name says
+    otherwise.
     """
 
     def __init__(self, results: Results) -> None:
         self._results = results
 
-    def effect(self, method: str, base: str = UNIFORM, where: str = "") -> str:
+    def effect(self, method: str, base: str = UNIFORM, where: Where = "") -> str:
         """Mean difference with its interval."""
         return interval(self._compare(method, base, where).here)
 
-    def won(self, method: str, base: str = UNIFORM, where: str = "") -> str:
+    def won(self, method: str, base: str = UNIFORM, where: Where = "") -> str:
         """Runs with a lower loss, as ``70 of 75``."""
         found = self._compare(method, base, where)
         return f"{found.wins} of {found.here.count}"
 
-    def better(self, method: str, base: str = UNIFORM, where: str = "") -> str:
+    def better(self, method: str, base: str = UNIFORM, where: Where = "") -> str:
         """Settings whose interval is below 0, as ``13 of 15``."""
         found = self._compare(method, base, where)
         return f"{len(found.on_side(-1))} of {len(found.groups)}"
@@ -60,6 +63,14 @@ class Figures:
         """Mean exact match in percent in one setting."""
         (setting,) = self._select(where)
         return f"{self._values(setting, method, exact_match).mean():.0f} %"
+
+    def dimensions(self, method: str, where: str) -> str:
+        """Effective rank and rank of large experts in one setting, as ``3.2 of 5.5``."""
+        (setting,) = self._select(where)
+        effective, rank = why.large_experts(self._results.cells[setting][method])
+        if not rank:
+            raise StudyError(f"no effective ranks of {method!r} in {where!r}")
+        return f"{effective:.1f} of {rank:.1f}"
 
     def parameters(self, model: str) -> str:
         """Parameters of a shipped model in millions, from the figures of its card."""
@@ -84,15 +95,17 @@ class Figures:
     def _values(self, setting: Setting, method: str, metric: Metric) -> np.ndarray:
         return self._results.cells[setting][method].values(metric)
 
-    def _compare(self, method: str, base: str, where: str) -> Comparison:
+    def _compare(self, method: str, base: str, where: Where) -> Comparison:
         found = compare(self._results, method, base, settings=self._select(where))
         if not found.groups:
             raise StudyError(f"no setting {where!r} with both {method!r} and {base!r}")
         return found
 
-    def _select(self, where: str) -> list[Setting]:
+    def _select(self, where: Where) -> list[Setting]:
         if not where:
             return self._results.primary()
+        if not isinstance(where, str):
+            return [setting for each in where for setting in self._select(each)]
         by_label = [s for s in self._results.settings() if self._results.label(s) == where]
         found = by_label or [s for s in self._results.primary() if s.model == where]
         if not found:

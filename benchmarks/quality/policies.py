@@ -8,12 +8,13 @@ newborn rank dimensions, whose sensitivity starts at 0, lower the mean g of an e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from drlora_core import AllocationRequest, Policy
-from drlora_core.policies import greedy, rescored
+from drlora_core.policies import greedy, rescored, walk
+from drlora_core.saliency import importance_at_zero
 
 Signal = Callable[[AllocationRequest], np.ndarray]
 
@@ -38,9 +39,40 @@ def summed_importance(request: AllocationRequest) -> np.ndarray:
     return signal
 
 
-def given(request: AllocationRequest) -> np.ndarray:
-    """Grow to the ranks that are passed as importance; their sum must match the quota."""
-    return np.rint(request.importance).astype(np.int64) - request.ranks
+def least_first(request: AllocationRequest) -> np.ndarray:
+    """``greedy`` in reversed order: the least salient experts grow first."""
+    return walk(-request.saliency, request)
+
+
+def toward(final: Sequence[np.ndarray]) -> Policy:
+    """Grow to given ranks in random order, with scope ``layer``; one array [N] a layer."""
+
+    def allocate(request: AllocationRequest) -> np.ndarray:
+        *_, layer = request.seed  # the number of the pool
+        missing = np.minimum(final[layer] - request.ranks, request.limits)
+        units = np.repeat(np.arange(missing.size), missing)
+        count = min(request.quota, units.size)
+        chosen = request.generator().choice(units, count, replace=False)
+        return np.bincount(chosen, minlength=missing.size)
+
+    return allocate
+
+
+def probed(probe: Sequence[np.ndarray]) -> Policy:
+    """``greedy``, with g at rank 0 by gradients measured before training instead of by f.
+
+    With scope ``layer``; one array [N] a layer. An expert without rank has the importance that its
+    gradient suggests where the others have theirs, as f does in the library.
+    """
+
+    def allocate(request: AllocationRequest) -> np.ndarray:
+        *_, layer = request.seed  # the number of the pool
+        known = request.ranks > 0
+        share = importance_at_zero(probe[layer], request.importance, known, [known.size])
+        importance = np.where(known, request.importance, share)
+        return greedy(dataclasses.replace(request, importance=importance))
+
+    return allocate
 
 
 def with_signal(signal: Signal, policy: Policy) -> Policy:
@@ -57,6 +89,7 @@ def with_signal(signal: Signal, policy: Policy) -> Policy:
 
 
 POLICIES: Mapping[str, Policy] = {
+    "least_first": least_first,
     "per_token": with_signal(importance_per_token, greedy),
     "sqrt_f": with_signal(importance_by_sqrt_routing, greedy),
     "total_importance": with_signal(summed_importance, greedy),

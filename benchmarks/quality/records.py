@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-PER_METHOD = {"betas", "warmup", "growth_end", "events", "max_growth"}
+PER_METHOD = {"betas", "schedule", "warmup", "growth_end", "events", "max_growth"}
 """Training fields that one method of a study may change; steps, data and budget stay the same."""
 
 
@@ -27,8 +27,13 @@ class Method(Frozen):
     - ``drlora``.
     - ``static_profile``, ``static_gradient``: fixed ranks, chosen before training from the routing
       or the gradients of one pass over the data.
+    - ``from_profile``: fixed ranks, chosen by a starting policy from the routing before training.
     - ``hindsight``: fixed ranks, equal to the final ranks of ``early`` in another run.
+    - ``probed``: grows from rank 0, with gradients of one pass as importance at rank 0.
+    - ``known_ranks``: grows to the final ranks of ``early`` in another run, in random order.
     - ``peft_lora``, ``peft_adalora``: PEFT's methods.
+
+    An intervention may follow, as in ``drlora + newborn warmup``; see ``interventions.py``.
     """
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of AllocatorConfig that differ from those of the study."""
@@ -40,6 +45,16 @@ class Method(Frozen):
     """Fields of Training that differ from those of the study; only those in ``PER_METHOD``."""
     upper_bound: bool = False
     """True for a method that exceeds the budget: every expert has r_max."""
+
+    @property
+    def base_kind(self) -> str:
+        """The kind without its intervention."""
+        return self.kind.partition(" + ")[0]
+
+    @property
+    def intervention(self) -> str | None:
+        """What the method does around every optimizer step."""
+        return self.kind.partition(" + ")[2] or None
 
     @field_validator("training")
     @classmethod
@@ -135,6 +150,8 @@ class RunRecord(Frozen):
     """Final routing frequency f of each expert, by layer; empty if the method has none."""
     importance: dict[str, list[float]]
     """Final rank importance g of each expert, by layer; empty if the method has none."""
+    effective_ranks: dict[str, list[float]] = Field(default_factory=dict)
+    """Final effective rank of each expert, by layer; empty in early runs and for PEFT's methods."""
     seconds: float
     """Wall time of training and evaluation; the machine may have been shared."""
     versions: dict[str, str]

@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from benchmarks.quality import results_file
-from benchmarks.quality.adapting import KINDS, find_policy
+from benchmarks.quality.adapting import check_kind, find_policy
 from benchmarks.quality.allocation import allocator_config, training_of
 from benchmarks.quality.errors import StudyError
 from benchmarks.quality.expansion import report_runs, tuning_runs
@@ -44,9 +44,7 @@ def check(study: Study) -> None:
             raise StudyError(f"model {model!r} is missing from {SHIPPED[model]}; use --model")
 
     for method in study.methods:
-        if method.kind not in KINDS:
-            hint = near_misses(method.kind, KINDS)
-            raise StudyError(f"method {method.name!r}: no kind {method.kind!r}; {hint}")
+        check_kind(method)
         find_policy(method)
         allocator_config(method, training_of(method, study.training), seed=0)
     for task in study.tasks:

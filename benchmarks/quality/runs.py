@@ -184,7 +184,10 @@ class Results:
         return found
 
     def add(self, record: RunRecord, setting: Setting) -> None:
-        """Add a run; of two runs with the same specification, the first is kept.
+        """Add a run.
+
+        Of two runs with the same specification, the first is kept, unless only the second has
+        effective ranks.
 
         Raises:
             StudyError: different methods have the same name in one setting.
@@ -198,9 +201,14 @@ class Results:
                 f"{cell.method!r} and {spec.method!r}; give them different names"
             )
         seeds = cell.runs.setdefault(spec.learning_rate, {})
-        if spec.seed not in seeds:
-            seeds[spec.seed] = record
+        known = seeds.get(spec.seed)
+        if known is None:
             self.records.append(record)
+        elif known.effective_ranks or not record.effective_ranks:
+            return
+        else:
+            self.records[self.records.index(known)] = record
+        seeds[spec.seed] = record
 
 
 def read(paths: Sequence[Path]) -> Results:

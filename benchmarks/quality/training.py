@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.adapting import HINDSIGHT, Adapted, RefusedError, adapted
 from benchmarks.quality.allocation import allocator_config, training_of
+from benchmarks.quality.effective_rank import effective_ranks
 from benchmarks.quality.errors import StudyError
 from benchmarks.quality.evaluation import logits
 from benchmarks.quality.methods import find_method
@@ -88,8 +89,14 @@ def _profile(setting: Setting, spec: RunSpec, signal: str) -> Arrays:
     """The signal of a method with fixed ranks: a measurement, or the ranks of another run."""
     if signal != HINDSIGHT:
         return setting.profile(signal)
-    grown = run(spec.model_copy(update={"method": find_method(GROWN)}))
-    return {name: np.array(ranks, dtype=np.float64) for name, ranks in grown.ranks.items()}
+    grown = _final_ranks(spec.model_copy(update={"method": find_method(GROWN)}).model_dump_json())
+    return {name: np.array(ranks) for name, ranks in grown.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _final_ranks(spec: str) -> dict[str, list[int]]:
+    """Final ranks of a run, given its specification in JSON; several methods start from them."""
+    return run(RunSpec.model_validate_json(spec)).ranks
 
 
 def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec) -> Outcome:
@@ -113,7 +120,8 @@ def _train(subject: Adapted, setting: Setting, training: Training, spec: RunSpec
         if not _backward(subject.model, setting, training, next(order)):
             return DIVERGED
         torch.nn.utils.clip_grad_norm_(subject.parameters, training.clip)
-        optimizer.step()
+        with subject.around_step(optimizer):
+            optimizer.step()
         optimizer.zero_grad()
         if step in marks:
             curve.append((step, setting.evaluate(subject.model, setting.validation).loss))
@@ -154,8 +162,9 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
     total, budget = sum(map(sum, ranks.values())), setting.experts * spec.training.r_target
     if not outcome.diverged:
         check_budget(spec, total, setting.experts)
-    engine = subject.engine
+    engine = None if subject.adapter is None else subject.adapter.engine
     names = [] if engine is None else engine.layer_names
+    effective = {} if subject.adapter is None else effective_ranks(subject.adapter)
     return {
         "validation_loss": outcome.curve[-1][1] if outcome.curve else HUGE,
         "test_loss": outcome.test_loss,
@@ -168,6 +177,7 @@ def _figures(subject: Adapted, setting: Setting, spec: RunSpec, outcome: Outcome
         "ranks": ranks,
         "routing": {name: _rounded(engine.routing_frequency(name)) for name in names},
         "importance": {name: _rounded(engine.rank_importance(name)) for name in names},
+        "effective_ranks": {name: _rounded(values) for name, values in effective.items()},
     }
 
 

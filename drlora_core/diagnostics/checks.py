@@ -58,8 +58,12 @@ def even_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     """The ranks are almost those of uniform LoRA."""
     subject.need_growth(limits.progress)
     distances = {
-        name: total_variation(ranks, np.ones_like(ranks)) for name, ranks in subject.ranks.items()
+        name: total_variation(ranks, np.ones_like(ranks))
+        for name, ranks in subject.ranks.items()
+        if ranks.any()
     }
+    if not distances:
+        raise NotCheckedError("no expert has rank")
     median = float(np.median(list(distances.values())))
     if median > limits.even_distance:
         return None

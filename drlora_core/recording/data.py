@@ -21,6 +21,7 @@ from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, StatisticError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import format as files
+from drlora_core.saliency import importance_at_zero
 
 ByLayer = Mapping[str, ArrayLike]
 
@@ -52,8 +53,16 @@ class LayerRecord:
         return self.routing[row] if self.presence[row] & files.BITS["routing"] else None
 
     def importance_at(self, row: int) -> FloatArray | None:
-        """Likewise the mean importance."""
-        return self.importance[row] if self.presence[row] & files.BITS["importance"] else None
+        """Likewise the mean importance; its share of f where an expert had no rank to measure."""
+        if not self.presence[row] & files.BITS["importance"]:
+            return None
+        importance: FloatArray = self.importance[row]
+        if self.ranks is None or self.ranks[row].all():
+            return importance
+        known, phi = self.ranks[row] > 0, self.routing_at(row)
+        phi = np.ones(known.size) if phi is None else phi  # as with use_routing=False
+        share = importance_at_zero(phi, importance, known, [known.size])
+        return np.where(known, importance, share)
 
     def find_impossible(self, least: int, r_max: int) -> dict[str, NDArray[np.bool_]]:
         """Find the values of each array that no run can have."""

@@ -94,11 +94,12 @@ class RecordingWriter:
             arrays["routing"] = np.array(routing, dtype=np.float64)
         if importance is not None:
             values = np.array(importance, dtype=np.float64)
+            ranks = self._engine.ranks(name)
             if values.ndim == 2:
                 if self._engine.config.cuts:
                     arrays["dimensions"] = values
-                ranks = self._engine.ranks(name)
                 values = mean_over_active(mask_inactive(values, ranks), ranks)
+            values[ranks == 0] = 0.0  # whatever was given, even NaN: the engine does not read it
             arrays["importance"] = values
         self._samples[name] = arrays, files.UNKNOWN["i"] if tokens is None else tokens
 

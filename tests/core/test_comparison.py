@@ -96,6 +96,10 @@ def test_extremes() -> None:
     assert churn([[1, 0], [0, 1]]) == 1.0
     assert churn([[1, 0], [0, 0], [1, 0]]) == 0.0
     assert math.isnan(churn([[1, 0]]))
+    nothing, something = np.array([0, 0]), np.array([1, 3])
+    assert math.isnan(total_variation(nothing, something))
+    assert math.isnan(overlap(nothing, nothing))
+    assert overlap(nothing, something) == 0.0
 
 
 def test_without_scipy_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

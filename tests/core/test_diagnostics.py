@@ -229,6 +229,22 @@ def test_a_run_that_moves_rank_is_judged_by_its_events(tmp_path: Path) -> None:
     assert find(diagnose(Recording.open(tmp_path / "still")), "even_growth") is not None
 
 
+def test_layers_without_rank_say_nothing_about_evenness() -> None:
+    """With r_init=0 and scope global, a layer may get nothing at all."""
+    flat = np.where(np.arange(LAYERS)[:, None] == 0, 1.0, 0.0) * np.ones(EXPERTS)
+    changes = {"scope": "global", "layer_floor": 0.0, "r_init": 0, "r_target": 1}
+    result = diagnose(make(noisy(flat, 0.0)), settings(**changes, use_importance=False))
+    finding = find(result, "even_growth")
+    assert finding is not None
+    assert finding.evidence["distance_from_even"] == {"layer 0": 0.0, "layer 1": 0.0}
+    engine = recorded.build(settings(policy="move", r_init=0))
+    for _ in range(40):  # no event spends anything before a sample
+        for name in engine.layer_names:
+            engine.skip(name)
+        engine.step()
+    assert diagnose(engine).not_checked["even_growth"] == "no expert has rank"
+
+
 def test_thresholds_can_be_changed() -> None:
     strict = Thresholds(even_distance=1.0)
     assert find(diagnose(make(), settings(), thresholds=strict), "even_growth") is not None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from drlora_core import AllocationRequest, AllocatorConfig, AllocatorEngine, policies, pruning
 from drlora_core.policies import GROWTH_POLICIES
 from drlora_core.testing import check_policy, make_request
-from tests import reference
+from tests import brute_force, reference
 from tests.core.comparison import build, feed
 from tests.strategies import GROWTH_POLICIES as GROWING
 from tests.strategies import layers, make_samples, options, seeds, styles
@@ -56,7 +56,7 @@ def test_everything_that_limits_allow_is_placed(name: str, request: AllocationRe
 @given(requests(experts=4, most=3))
 def test_greedy_is_the_first_of_all_feasible_allocations(request: AllocationRequest) -> None:
     arguments = (request.saliency.tolist(), request.ranks.tolist(), request.limits.tolist())
-    best = reference.brute_force_greedy(*arguments, request.quota)
+    best = brute_force.brute_force_greedy(*arguments, request.quota)
     assert policies.greedy(request).tolist() == best
     assert reference.greedy(*arguments, request.quota) == best
 
@@ -162,7 +162,7 @@ def test_prune_cuts_what_loses_least(data: st.DataObject, experts: int, r_max: i
     count = data.draw(st.integers(0, sum(ranks) - experts))
     scores = np.random.default_rng(data.draw(seeds)).random((experts, r_max))
     cut = pruning.least_important(scores, np.array(ranks), count)
-    expected = reference.brute_force_prune(scores.tolist(), ranks, count)
+    expected = brute_force.brute_force_prune(scores.tolist(), ranks, count)
     assert set(zip(*map(np.ndarray.tolist, np.nonzero(cut)), strict=True)) == expected
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drlora_core import AllocatorConfig, AllocatorEngine, Recording
+from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, Recording
 from drlora_core import profiles as module
 from drlora_core.policies import AllocationRequest
 from drlora_core.profiles import gradient, mean_statistics, profile, sieve, starting_ranks
@@ -199,7 +199,7 @@ def test_growth_fills_what_the_start_left_over(scope: str) -> None:
         ({"r_max": 8}, "sieve", G, "gives 1 of 4 experts rank 16, above r_max 8; use r_max >= 16"),
         ({"r_max": 8}, "sieve", G, "or functools.partial(sieve, fraction=0.5) or more"),
         ({}, functools.partial(sieve, fraction=0), G, "fraction is 0; accepted: above 0, up to 1"),
-        ({}, "gradient", None, "'gradient' at step 0, layer 'a' failed: PolicyError: the profile"),
+        ({}, "gradient", None, "'gradient' at the start, layer 'a': the profile"),
         ({}, "gradient", None, "the profile holds no importance, which this policy needs"),
         ({}, "seive", G, "no starting policy 'seive'; did you mean 'sieve'?"),
         ({}, "greedy", G, "no starting policy 'greedy'; "),
@@ -209,7 +209,7 @@ def test_growth_fills_what_the_start_left_over(scope: str) -> None:
         ({**GROWING, "r_init": 2}, "sieve", G, "gives an expert rank 0, below r_init 2; use r_i"),
         ({"policy": "prune", "r_init": 8}, "sieve", G, "policy 'prune' starts every expert at r"),
         ({}, "sieve", [1.0], "f has shape (4,) and g (1,)"),
-        ({}, "sieve", [-1.0] * 4, "layer 'a': g must be finite numbers >= 0"),
+        ({}, "sieve", [-1.0] * 4, "layer 'a': g of expert 0 is -1.0; accepted: finite"),
         ({}, "sieve", "text", "layer 'a': not a pair of arrays"),
     ],
 )
@@ -256,3 +256,25 @@ def test_ranks_from_zero_are_for_policy_uniform() -> None:
             continue
         with pytest.raises(ValueError, match=r"ranks lie in 0\.\.16, not 1\.\.16"):
             AllocatorEngine(other).load_state_dict(mine)
+
+
+def test_importance_of_steps_without_rank_is_the_share_of_f() -> None:
+    """Four experts alike, of which two had rank from the second step on."""
+    routing, importance = np.full((4, 4), 0.25), np.full((4, 4), 3.0)
+    ranks = np.ones((4, 4), dtype=np.int64)
+    ranks[0, :2] = 0
+    importance[0, :2] = 0.0
+    recording = Recording.from_arrays({"a": routing}, {"a": importance}, ranks={"a": ranks})
+    f, g = mean_statistics(recording)["a"]
+    np.testing.assert_allclose(g, 3.0)
+    np.testing.assert_allclose(f, 0.25)
+
+
+def test_move_starts_from_a_profile_at_its_full_budget() -> None:
+    fields = {"policy": "move", "r_init": 2, "r_target": 2, "r_max": 8, "r_min": 0}
+    engine = AllocatorEngine.from_profile(AllocatorConfig(**fields), {"a": ([0.1, 0.9], None)})
+    assert engine.ranks("a").tolist() == [0, 4]
+    with pytest.raises(LayoutError, match="rank 0, below r_min 1; use r_min=0"):
+        AllocatorEngine.from_profile(
+            AllocatorConfig(**{**fields, "r_min": 1}), {"a": ([0.1, 0.9], None)}
+        )

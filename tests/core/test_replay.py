@@ -183,3 +183,7 @@ def test_experts_without_rank_are_replayed_with_their_share() -> None:
     engine = replay(recording, other).engine  # its event comes later
     first, second = np.array([0.6, 0.3, 0.1]), np.array([4.0, 2.0, 6.0 / 0.9 * 0.1])
     np.testing.assert_allclose(engine.rank_importance("a"), (0.9 * first + second) / 1.9)
+    unrouted = Recording.from_arrays(None, {"a": g}, ranks={"a": ranks}, config=config)
+    engine = replay(unrouted, other.model_copy(update={"use_routing": False})).engine
+    first, second = np.ones(3), np.array([4.0, 2.0, 3.0])  # f is 1, so the share is the mean
+    np.testing.assert_allclose(engine.rank_importance("a"), (0.9 * first + second) / 1.9)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
@@ -81,3 +83,53 @@ def test_a_recording_starts_where_its_run_did(tmp_path: Path) -> None:
     assert from_recording(recording, None).growth("experts").sum() == 3
     other = replay(recording, config.model_copy(update={"gamma": 0.5}))
     assert other.trajectory("experts")[0].tolist() == [0, 0, 0]
+
+
+def test_what_is_given_of_experts_without_rank_is_not_recorded(tmp_path: Path) -> None:
+    """A mean over no dimension is NaN in most loops; the recording must open again."""
+    config = AllocatorConfig(
+        r_init=0, r_target=1, r_max=2, warmup_steps=0, growth_interval=2, growth_end=6
+    )
+    engine = AllocatorEngine(config)
+    engine.add_layer("experts", 3)
+    engine.record_to(tmp_path / "recording")
+    for _ in range(6):
+        known = engine.ranks("experts") > 0
+        engine.observe(
+            "experts", routing=[0.5, 0.3, 0.2], importance=np.where(known, [1.0, 2.0, 3.0], np.nan)
+        )
+        engine.step()
+    engine.record_to(None)
+    recording = Recording.open(tmp_path / "recording")
+    assert recording.importance[0].tolist() == [0.0, 0.0, 0.0]
+    assert first_difference(recording.events, replay(recording).events) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "warning"),
+    [([0, 6, 0], ""), ([0, 2, 0], "= 2 < 4 needed; total rank will end at 4 of 6")],
+)
+def test_a_shortfall_counts_the_ranks_that_are_given(
+    ranks: list[int], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = AllocatorConfig(
+        r_init=0, r_target=2, r_max=8, warmup_steps=0, growth_interval=1, growth_end=2, quota=1
+    )
+    with caplog.at_level(logging.WARNING):
+        AllocatorEngine(config).add_layer("experts", 3, ranks=ranks)
+    assert warning in caplog.text
+    assert bool(caplog.text) == bool(warning)
+
+
+def test_a_measured_expert_that_is_not_visited_any_more_leaves_saliency_finite() -> None:
+    config = AllocatorConfig(
+        r_init=0, r_target=2, r_max=4, routing_decay=0.0001, importance_decay=0.999
+    )
+    engine = AllocatorEngine(config)
+    engine.add_layer("experts", 3, ranks=[2, 0, 0])
+    engine.observe("experts", routing=[1.0, 0.0, 0.0], importance=[1e9, 0.0, 0.0])
+    engine.step()
+    for _ in range(82):
+        engine.observe("experts", routing=[0.0, 1.0, 0.0], importance=[0.0, 0.0, 0.0])
+        engine.step()
+        assert np.isfinite(engine.saliency("experts")).all()

@@ -25,6 +25,7 @@ from benchmarks.quality.rows import IGNORED, Row, collate, encode, shuffled
 from benchmarks.quality.setting import Setting, load_setting
 from benchmarks.quality.training import HUGE, rate, run
 from drlora_core import AllocatorConfig, AllocatorEngine
+from drlora_core.testing import make_request
 from tests.quality.studies import TINY, make_spec
 
 torch.set_num_threads(1)
@@ -95,7 +96,16 @@ def test_a_run_is_repeated_exactly_and_leaves_the_random_state(setting: Setting)
 # -- every method --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+FAST = {
+    *("drlora", "uniform", "peft_adalora", "prune", "static_profile", "hindsight", "early_zero"),
+    *("early_zero_probed", "sieve", "move", "early_per_token", "r_max_everywhere"),
+}
+"""Each kind of method once."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in METHODS]
+)
 def test_methods_keep_their_budget_and_the_base_model(name: str, setting: Setting) -> None:
     model = setting.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -202,6 +212,10 @@ def test_statistics_are_of_the_layers(setting: Setting) -> None:
     assert all(sum(ranks) == 32 for ranks in record.ranks.values())
     assert all(sum(f) == pytest.approx(1.0, abs=5e-4) for f in record.routing.values())
     assert any(ranks != [2] * 16 for ranks in record.ranks.values())
+    for name, ranks in record.ranks.items():
+        effective = np.array(record.effective_ranks[name])
+        assert (effective <= np.array(ranks) + 1e-3).all()
+        assert effective.max() > 1.0
 
 
 def test_a_run_that_diverges_has_finite_figures(setting: Setting) -> None:
@@ -303,3 +317,21 @@ def test_the_smoke_profile(tmp_path: Path) -> None:
     assert len(records) == 6
     assert all(record["total_rank"] == record["budget"] == 128 for record in records)
     assert all(record["test_loss"] < record["start_loss"] - 0.5 for record in records)
+
+
+def test_a_sieve_keeps_the_most_routed_experts(setting: Setting) -> None:
+    config = allocator_config(METHODS["sieve"], TINY, seed=0)
+    with adapted(METHODS["sieve"], setting.model, config, 4.0, setting.profile) as subject:
+        ranks = subject.ranks()
+    for layer, routing in setting.profile("routing").items():
+        chosen = np.argsort(-routing)[:4]
+        assert ranks[layer][chosen].tolist() == [8] * 4
+        assert ranks[layer].sum() == 32
+
+
+def test_probed_importance_stands_in_for_f_at_rank_0() -> None:
+    policy = policies.probed([np.array([0.1, 3.0, 0.2, 1.0])])
+    request = make_request(
+        2, [1, 0, 0, 1], [1] * 4, routing=[1.0] * 4, importance=[0.2, 7.0, 7.0, 2.0], seed=(0, 0)
+    )
+    assert policy(request).tolist() == [0, 1, 0, 1]  # 3.0 * 2.2 / 1.1 and 2.0 / 2, not 0.4

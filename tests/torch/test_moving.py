@@ -12,6 +12,9 @@ import torch
 
 import drlora_torch
 from drlora_torch.adapter import state_of
+from drlora_torch.errors import RunError
+from drlora_torch.finetune.options import FinetuneOptions
+from drlora_torch.finetune.starting import adopt
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import Layout, SlotTable
 from drlora_torch.step.newborn import OLD
@@ -190,3 +193,8 @@ def test_an_adapter_saved_before_these_fields_existed_loads(tmp_path: Path) -> N
     assert loaded.engine.config == adapter.engine.config
     adapter.restore(tmp_path)
     assert "r_min" not in json.dumps(adapter_file.read(tmp_path)[1])
+    options = FinetuneOptions(model="m", data="d", adapter=str(tmp_path), r_min=2)
+    with pytest.raises(RunError, match="--r-min 2: the adapter to start from has 1, and keeps it"):
+        adopt(options)
+    kept = adopt(options.model_copy(update={"r_min": 1}))
+    assert (kept.r_init, kept.r_min, kept.move_share) == (2, 1, 0.2)
