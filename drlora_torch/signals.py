@@ -33,7 +33,8 @@ class ProjectionRows(NamedTuple):
     """The rank slots of one projection, float32 at least; gradients are unscaled.
 
     A slot is a row of both: a rank dimension of an expert, or free and 0. A process that holds some
-    of the slots gets those. A gradient that is absent is 0.
+    of the slots gets those. A gradient that is absent is 0. They may be the adapter's own tensors:
+    do not write to them.
     """
 
     A: Tensor

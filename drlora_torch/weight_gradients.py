@@ -72,7 +72,12 @@ class WeightGradients:
 
     @torch.no_grad()
     def _arrived(self, name: str, expert: int | None, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            raise ModelError(
+                f"layer {name!r}: the gradient of its weights was taken before it could be "
+                "measured, by a hook of yours or since two layers share them; use "
+                "importance='gradient'"
+            )
         sums = self.squares.get(name)
         if sums is None:
             sums = parameter.new_zeros(self._sizes[name], dtype=torch.float64)

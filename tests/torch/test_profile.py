@@ -297,3 +297,14 @@ def test_what_is_0_where_B_is_0(name: str) -> None:
     helpers.adamw(adapter).step()
     measured = any(s.any() for _, s, _ in spy.samples[0].values())
     assert measured == (name not in drlora_torch.profiling.ZERO_AT_START)
+
+
+def test_gradients_that_others_take_are_missed_aloud() -> None:
+    model = models.build("qwen3_moe")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = first.down_proj
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(drlora_torch.ModelError, match="two layers share them; use importance='gr"):
+        drlora_torch.profile(model, batches(), importance="weight_gradient")
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+    assert not drlora_torch.adapters(model)
