@@ -22,6 +22,7 @@ from benchmarks.quality.factors import overrides
 from benchmarks.quality.routing import entropy
 from benchmarks.quality.runs import Results, Setting, exact_match
 from benchmarks.quality.statistics import estimate
+from benchmarks.quality.why import ONLY_HERE
 
 ORDER = (UNIFORM, DRLORA, EARLY)
 NAMED = 2
@@ -110,7 +111,7 @@ def same_change(results: Results) -> Rows:
     """Variants of DR-LoRA against uniform LoRA with the same variation (betas, router)."""
     rows = []
     for base, changes in _changed_uniforms(results).items():
-        for name in results.methods():
+        for name in (each for each in results.methods() if each not in ONLY_HERE):
             method = next(by[name].method for by in results.cells.values() if name in by)
             fits = all(overrides(method).get(key) == value for key, value in changes.items())
             found = compare(results, name, base, settings=results.settings())
@@ -125,7 +126,7 @@ def _changed_uniforms(results: Results) -> Mapping[str, dict[str, Any]]:
     for cells in results.cells.values():
         for name, cell in cells.items():
             options = overrides(cell.method)
-            if options.pop("policy", None) == "uniform" and options:
+            if options.pop("policy", None) == "uniform" and options and name not in ONLY_HERE:
                 found[name] = options
     return found
 
