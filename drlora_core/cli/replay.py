@@ -136,10 +136,10 @@ def _describe(opened: Recording, result: Replay) -> dict[str, Any]:
 def _show(opened: Recording, result: Replay, values: dict[str, Any]) -> None:
     for note in opened.notes:
         say(f"note: {note}")
-    config = result.config
+    config, start = result.config, int(result.total_rank()[0]) / opened.num_experts
     say(
         f"{opened.steps} steps, {len(opened.layers)} layers, {opened.num_experts:,} experts; "
-        f"policy {result.policy}, rank {config.starting_rank} to {config.r_target} (at most "
+        f"policy {result.policy}, mean rank {start:g} to {config.r_target} (at most "
         f"{config.r_max}), events after steps {config.warmup_steps} to {config.growth_end} every "
         f"{config.growth_interval}"
     )
