@@ -13,7 +13,7 @@ from benchmarks.quality.statistics import estimate
 
 WHOLE = 8
 """Mean rank of the largest budget."""
-METHODS = (UNIFORM, "early", "early_zero", "early_move", "sieve")
+METHODS = (UNIFORM, "early", "early_from_1", "staggered", "early_zero", "sieve")
 Budgets = Mapping[int, Setting]
 """A setting by its r_target."""
 

@@ -55,6 +55,12 @@ _CANDIDATES = (
     Method(name="early_without_g", config={"use_importance": False}, training=_EARLY),
     # From no LoRA at all; some experts never get any.
     Method(name="early_zero", config={"r_init": 0}, training=_EARLY),
+    # Dimensions that train together from the start end up parallel, so start with one each, and
+    # add one at a time. Both differ from ``early`` only where r_init is above 1.
+    Method(name="early_from_1", config={"r_init": 1}, training=_EARLY),
+    Method(
+        name="staggered", config={"r_init": 1, "max_growth": 1}, training={**_EARLY, "events": 24}
+    ),
     # What tells the importance of experts without rank: their gradients, or nothing but f.
     Method(name="early_zero_probed", kind="probed", config={"r_init": 0}, training=_EARLY),
     Method(
