@@ -207,6 +207,13 @@ def _frontier(results: Results) -> str:
         "95 % intervals. Parameters: those trained with the budget spent.",
         markdown(frontier.against_whole(results)),
     ]
+    if rows := frontier.from_rank_1(results):
+        parts += [
+            f"At a mean rank of {frontier.WHOLE}: test loss minus that of `early`, which starts at "
+            "half of it. `early_from_1` starts at rank 1, with the same events; `staggered` adds "
+            "at most one rank dimension to an expert at each of 24 events.",
+            markdown(rows),
+        ]
     for name in names:
         parts += [f"Test loss of {name}:", markdown(frontier.by_task(results, name))]
     return "\n\n".join(parts)

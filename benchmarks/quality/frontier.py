@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from benchmarks.quality.cells import Rows, interval
-from benchmarks.quality.claims import UNIFORM
+from benchmarks.quality.claims import EARLY, UNIFORM
 from benchmarks.quality.runs import Cell, Results, Setting, differences
 from benchmarks.quality.statistics import estimate
 
 WHOLE = 8
 """Mean rank of the largest budget."""
-METHODS = (UNIFORM, "early", "early_from_1", "staggered", "early_zero", "sieve")
+FROM_1 = "early_from_1"
+METHODS = (UNIFORM, EARLY, FROM_1, "staggered", "early_zero", "sieve")
 Budgets = Mapping[int, Setting]
 """A setting by its r_target."""
 
@@ -47,6 +48,23 @@ def against_whole(results: Results) -> Rows:
             row[f"`{name}`"] = interval(estimate([gap for gap in gaps if gap.size]))
         rows.append(row)
     return rows
+
+
+def from_rank_1(results: Results) -> Rows:
+    """At the whole budget: each method minus early growth from half of it, by setting."""
+    settings = [
+        s for s in results.settings() if s.training.r_target == WHOLE and FROM_1 in results.cells[s]
+    ]
+    rows = []
+    for name in (UNIFORM, FROM_1, "staggered"):
+        row = {"Method": f"`{name}`"}
+        for setting in settings:
+            cells = results.cells[setting]
+            gap = differences(cells[name], cells[EARLY]) if name in cells else np.array([])
+            title = setting.name + (", held out" if setting.held_out else "")
+            row[title] = interval(estimate([gap])) if gap.size else "-"
+        rows.append(row)
+    return rows if settings else []
 
 
 def by_task(results: Results, name: str) -> Rows:
