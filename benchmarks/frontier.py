@@ -27,8 +27,8 @@ from benchmarks.rounds import interleave
 from drlora_core import AllocatorConfig, AllocatorEngine
 
 RANK = 16
-SKEW = 1.6
-"""Standard deviation of what is added to the router's logits, by expert; theirs is about 0.9."""
+SKEW = 0.5
+"""Standard deviation of what is added to the router's logits, by expert; theirs is about 0.45."""
 SIEVE, HOT = 0.25, 0.157
 """Shares of experts that have LoRA: MoE-Sieve (arXiv 2603.24044), HELLoRA on OLMoE (2605.18795)."""
 
