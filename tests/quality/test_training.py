@@ -115,7 +115,7 @@ def test_methods_keep_their_budget_and_the_base_model(name: str, setting: Settin
     narrow = method.training.get("growth_end", 1.0) < 0.25
     if method.training.get("events", 0) > SHORT.events:
         fewer = {**method.training, "events": SHORT.events}
-        method = method.model_copy(update={"training": fewer, "config": {}})
+        method = method.model_copy(update={"training": fewer})
     enough = SHORT.model_copy(update={"steps": 20 if narrow else 8})  # for two events
     record = run(make_spec(method, training=enough))
     if name == "peft_adalora":
