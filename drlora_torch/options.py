@@ -31,8 +31,14 @@ from drlora_torch.signals import (
     choose_routing,
 )
 
+
+def _name_of(signal: Importance | Routing) -> str:
+    """The name of a signal; older pydantic takes no type as a serializer."""
+    return str(signal)
+
+
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
-ByName = PlainSerializer(str, return_type=str)
+ByName = PlainSerializer(_name_of, return_type=str)
 """Files hold the name of a signal, and of a callable no more than that."""
 FLOATING = {
     str(dtype).removeprefix("torch."): dtype
