@@ -76,8 +76,8 @@ class Policy(Protocol):
     def __call__(self, request: AllocationRequest) -> IntArray: ...
 
 
-def policy_name(policy: Policy) -> str:
-    """Return the name of a policy: that of its function (inside ``functools.partial``) or class."""
+def policy_name(policy: object) -> str:
+    """Return the name of a callable: that of its function (in ``functools.partial``) or class."""
     inner = getattr(policy, "func", policy)
     return str(getattr(inner, "__name__", type(inner).__name__))
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from drlora_core.errors import StatisticError, near_misses
+from drlora_core.policies import policy_name
 
 OWN = "own:"
 """Prefix of the names that files give to callables of the user's own."""
@@ -241,8 +242,7 @@ def _choose(kind: str, given: object, known: Mapping[str, Any]) -> tuple[str, An
         return given, known[given], False
     if not callable(given):
         raise StatisticError(f"{kind} must be a name ({', '.join(known)}) or a callable")
-    inner = getattr(given, "func", given)  # of functools.partial
-    name = str(getattr(inner, "__name__", type(inner).__name__))
+    name = policy_name(given)
     return name, given, known.get(name) is not given
 
 

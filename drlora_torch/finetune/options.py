@@ -61,6 +61,14 @@ class FinetuneOptions(
                 "beta needs method dpo",
             ),
             (
+                self.policy != "move" and self.move_share != self._default("move_share"),
+                "move_share needs policy move",
+            ),
+            (
+                self.policy not in ("prune", "move") and self.r_min != self._default("r_min"),
+                "r_min needs policy prune or move",
+            ),
+            (
                 self.eval_data and self.eval_fraction != self._default("eval_fraction"),
                 "eval_fraction is of DATA; with eval_data, leave it out",
             ),

@@ -44,8 +44,8 @@ OTHER: dict[str, Any] = {
     "growth_end": 40,
     "max_growth": 2,
     "policy": "random",
-    "move_share": 0.3,
-    "r_min": 2,
+    "move_share": 0.2,  # needs policy move, which needs scope layer
+    "r_min": 1,  # likewise
     "scope": "global",
     "router": "trainable",
     "importance": "fisher",
@@ -189,3 +189,17 @@ def test_infinite_numbers_are_refused() -> None:
     for name in ("learning_rate", "alpha", "gamma"):
         with pytest.raises(ValidationError, match="finite"):
             combine({"model": "m", "data": "d", name: float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"move_share": 0.5}, "move_share needs policy move"),
+        ({"r_min": 0}, "r_min needs policy prune or move"),
+    ],
+)
+def test_options_of_another_policy_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(model="m", data="d.jsonl", **given)
+    moving = Recipe(model="m", data="d.jsonl", policy="move", **given)
+    assert moving.options.policy == "move"
