@@ -180,7 +180,7 @@ def test_growth_after_cuts_finds_free_slots(layout: Layout) -> None:
 
 def test_an_adapter_saved_before_these_fields_existed_loads(tmp_path: Path) -> None:
     model = models.build()
-    adapter = helpers.attach(model)
+    adapter = helpers.attach(model, config={"policy": "prune", "r_init": 6})
     helpers.step(model, helpers.adamw(adapter))
     adapter.save_pretrained(tmp_path)
 
@@ -193,8 +193,8 @@ def test_an_adapter_saved_before_these_fields_existed_loads(tmp_path: Path) -> N
     assert loaded.engine.config == adapter.engine.config
     adapter.restore(tmp_path)
     assert "r_min" not in json.dumps(adapter_file.read(tmp_path)[1])
-    options = FinetuneOptions(model="m", data="d", adapter=str(tmp_path), r_min=2)
+    options = FinetuneOptions(model="m", data="d", adapter=str(tmp_path), policy="prune", r_min=2)
     with pytest.raises(RunError, match="--r-min 2: the adapter to start from has 1, and keeps it"):
         adopt(options)
     kept = adopt(options.model_copy(update={"r_min": 1}))
-    assert (kept.r_init, kept.r_min, kept.move_share) == (2, 1, 0.2)
+    assert (kept.r_init, kept.r_min, kept.move_share) == (6, 1, 0.2)
