@@ -1,8 +1,8 @@
 """The tasks of the studies: generated ones, and .jsonl files.
 
 ``codes`` needs knowledge; ``strings`` and ``notation`` are skills; ``language`` is a new domain;
-``mixture`` is two tasks in one. ``cipher`` and ``calendar`` are held out: nothing was developed or
-tuned on them. ``controlled_share`` and ``controlled_need`` are for the model ``controlled``, in
+``mixture`` is two tasks in one. ``cipher``, ``calendar``, ``roman``, ``sorting`` and ``records`` are
+held out: nothing was developed or tuned on them. ``controlled_share`` and ``controlled_need`` are for the model ``controlled``, in
 which the relevance of each expert is known. ``python -m benchmarks.quality.tasks`` shows them all.
 """
 
@@ -17,6 +17,7 @@ from benchmarks.quality.tasks.files import read_task
 from benchmarks.quality.tasks.language import language
 from benchmarks.quality.tasks.skills import calendar, cipher, notation, strings
 from benchmarks.quality.tasks.task import Row, Task
+from benchmarks.quality.tasks.unseen import records, roman, sorting
 
 __all__ = ["CONTROLLED", "DEVELOPMENT", "HELD_OUT", "Row", "Task", "load_task"]
 
@@ -49,7 +50,13 @@ DEVELOPMENT: dict[str, Callable[[], Task]] = {
     "language": language,
     "mixture": mixture,
 }
-HELD_OUT: dict[str, Callable[[], Task]] = {"cipher": cipher, "calendar": calendar}
+HELD_OUT: dict[str, Callable[[], Task]] = {
+    "cipher": cipher,
+    "calendar": calendar,
+    "roman": roman,
+    "sorting": sorting,
+    "records": records,
+}
 CONTROLLED: dict[str, Callable[[], Task]] = {name: partial(controlled, name) for name in DEMANDS}
 
 
