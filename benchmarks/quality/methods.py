@@ -78,6 +78,10 @@ _CANDIDATES = (
     Method(name="early_margin", attach={"routing": "margin"}, training=_EARLY),
     # MoE-Sieve (arXiv 2603.24044): static LoRA on the most routed experts, here at equal budget.
     Method(name="sieve", kind="from_profile", config=_GIVEN, policy="sieve"),
+    # HELLoRA (arXiv 2605.18795): about 15 % of the experts; in these models, rank 8 for 2 of 16.
+    Method(
+        name="hellora", kind="from_profile", config={**_GIVEN, "r_max": 8}, policy="hottest_eighth"
+    ),
     # A single event after 5 % of the steps: measure first, then train static LoRA.
     Method(
         name="one_event",
