@@ -28,7 +28,7 @@ Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune", "move"]
 ScopeName = Literal["layer", "global"]
-TimetableName = Literal["early", "late"]
+TimetableName = Literal["sprout", "early", "late"]
 
 
 class AllocatorConfig(BaseModel):
@@ -97,15 +97,17 @@ class AllocatorConfig(BaseModel):
     ) -> AllocatorConfig:
         """Choose the growth steps for a training of ``steps`` optimizer steps.
 
-        Ranks that grow early have more steps left to learn in; ``early`` did better than ``late``
-        on every model and most tasks measured (docs/results.md).
+        Ranks that grow early have more steps left to learn in, and fewer that start together stay
+        more different (docs/results.md).
 
         Args:
             steps: optimizer steps of the training.
-            timetable: ``early``: events between 5 % and 25 % of the steps; ``late``: 10 % and 60 %.
+            timetable: ``early``: events between 5 % and 25 % of the steps; ``sprout``: the same
+                from ``r_init`` 1; ``late``: 10 % and 60 %.
             events: number of events; fewer if there are too few steps.
-            **fields: any other fields. The default of ``max_growth`` here lets an expert that gets
-                rank at every event reach ``r_max`` at the last one.
+            **fields: any other fields; what is given of a timetable's replaces it. The default of
+                ``max_growth`` here lets an expert that gets rank at every event reach ``r_max`` at
+                the last one.
 
         Raises:
             TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable or argument.
@@ -123,12 +125,12 @@ class AllocatorConfig(BaseModel):
         known = [*cls.model_fields, "timetable", "events"]
         for name in fields.keys() - set(known):
             raise TimetableError(f"no argument {name!r}; {near_misses(name, known)}")
-        window = _window(steps, timetable, events, fields)
-        config = cls.model_validate({**fields, **window})
+        chosen = {**_by_timetable(steps, timetable, events, fields), **fields}
+        config = cls.model_validate(chosen)
         if "max_growth" in fields or config.policy in ("uniform", "prune") or not config.num_events:
             return config
         cap = timetables.growth_cap(config.r_init, config.r_max, config.num_events)
-        return cls.model_validate({**fields, **window, "max_growth": cap})
+        return cls.model_validate({**chosen, "max_growth": cap})
 
     @property
     def starting_rank(self) -> int:
@@ -266,14 +268,17 @@ class AllocatorConfig(BaseModel):
             )
 
 
-def _window(steps: int, timetable: str, events: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose warmup_steps, growth_interval and growth_end; given values are kept."""
+def _by_timetable(
+    steps: int, timetable: str, events: int, given: Mapping[str, Any]
+) -> dict[str, int]:
+    """Choose the window of growth, which takes what is given of it into account, and r_init."""
     if timetable not in timetables.TIMETABLES:
         hint = near_misses(timetable, timetables.TIMETABLES)
         raise TimetableError(f"no timetable {timetable!r}; {hint}")
-    start, end = (round(share * steps) for share in timetables.TIMETABLES[timetable])
+    named = timetables.TIMETABLES[timetable]
+    start, end = round(named.start * steps), round(named.end * steps)
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)
-    chosen = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
-    return {name: given.get(name, value) for name, value in chosen.items()}
+    window = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
+    return window if named.r_init is None else {**window, "r_init": named.r_init}

@@ -57,7 +57,7 @@ _CANDIDATES = (
     Method(name="early_zero", config={"r_init": 0}, training=_EARLY),
     # Dimensions that train together from the start end up parallel, so start with one each, and
     # add one at a time. Both differ from ``early`` only where r_init is above 1.
-    Method(name="early_from_1", config={"r_init": 1}, training=_EARLY),
+    Method(name="sprout", config={"r_init": 1}, training=_EARLY),
     Method(
         name="staggered", config={"r_init": 1, "max_growth": 1}, training={**_EARLY, "events": 24}
     ),
