@@ -93,7 +93,7 @@ class AllocatorConfig(BaseModel):
 
     @classmethod
     def for_training(
-        cls, steps: int, *, timetable: TimetableName = "early", events: int = 8, **fields: Any
+        cls, steps: int, *, timetable: TimetableName = "sprout", events: int = 8, **fields: Any
     ) -> AllocatorConfig:
         """Choose the growth steps for a training of ``steps`` optimizer steps.
 
@@ -102,8 +102,8 @@ class AllocatorConfig(BaseModel):
 
         Args:
             steps: optimizer steps of the training.
-            timetable: ``early``: events between 5 % and 25 % of the steps; ``sprout``: the same
-                from ``r_init`` 1; ``late``: 10 % and 60 %.
+            timetable: ``sprout``: events between 5 % and 25 % of the steps, from ``r_init`` 1;
+                ``early``: the same from the ``r_init`` of the class; ``late``: 10 % and 60 %.
             events: number of events; fewer if there are too few steps.
             **fields: any other fields; what is given of a timetable's replaces it. The default of
                 ``max_growth`` here lets an expert that gets rank at every event reach ``r_max`` at
@@ -115,9 +115,9 @@ class AllocatorConfig(BaseModel):
             pydantic.ValidationError: as the class itself.
 
         Example:
-            >>> config = AllocatorConfig.for_training(1000, r_init=8, r_target=16, r_max=32)
-            >>> config.growth_steps, config.max_growth
-            ((75, 100, 125, 150, 175, 200, 225, 250), 3)
+            >>> config = AllocatorConfig.for_training(1000, r_target=16, r_max=32)
+            >>> config.growth_steps, config.r_init, config.max_growth
+            ((75, 100, 125, 150, 175, 200, 225, 250), 1, 4)
         """
         for name, value in (("steps", steps), ("events", events)):
             if _whole_number(value) < 1:
@@ -280,5 +280,7 @@ def _by_timetable(
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)
-    window = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
-    return window if named.r_init is None else {**window, "r_init": named.r_init}
+    chosen = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
+    if named.r_init is not None and given.get("policy") != "prune":  # which starts above r_target
+        chosen["r_init"] = named.r_init
+    return chosen
