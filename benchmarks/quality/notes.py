@@ -31,8 +31,8 @@ class Figures:
     """Functions for the notes.
 
     ``where`` restricts a comparison to a model or to one setting, by its label, or to several by a
-    list; by default all primary settings count, and with a number those of that mean rank. Differences are of test loss unless the name says
-    otherwise.
+    list; by default all primary settings count, and with a number those of that mean rank.
+    Differences are of test loss unless the name says otherwise.
     """
 
     def __init__(self, results: Results) -> None:
