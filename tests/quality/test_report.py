@@ -29,6 +29,7 @@ from benchmarks.quality.claims import (
 )
 from benchmarks.quality.details import detail_pages
 from benchmarks.quality.factors import sensitivity
+from benchmarks.quality.notes import Figures
 from benchmarks.quality.runs import read
 from benchmarks.quality.statistics import Estimate
 from tests.quality import fake
@@ -90,6 +91,7 @@ def test_a_claim_counts_the_settings_of_its_mean_rank(folder: Path) -> None:
     assert [by_rank[rank]["Settings"] for rank in (2, 8)] == ["5", "2"]
     assert by_rank[2]["Test loss"].startswith("-0.1")
     assert by_rank[8]["Test loss"].startswith("-0.3")
+    assert Figures(results).effect("early", where=8) == by_rank[8]["Test loss"]
 
 
 def test_too_few_seeds_never_decide(folder: Path) -> None:
