@@ -1,8 +1,8 @@
 """Dynamic ranks on a base whose experts are in 4 bits. Takes about twenty seconds on two cores.
 
-Needs bitsandbytes (``pip install "drlora[quantized]"``). ``quantize_experts`` packs the experts of a
-model in memory; ``from_pretrained(..., quantization_config=drlora_torch.Experts4bitConfig())`` packs
-while loading, for models that do not fit into memory otherwise. The training is that of 01.
+Needs bitsandbytes (``pip install "drlora[quantized]"``). ``quantize_experts`` packs the experts of
+a model in memory. For models that do not fit into memory,
+``from_pretrained(..., quantization_config=drlora_torch.Experts4bitConfig())`` packs while loading.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Learn preferences with TRL's DPOTrainer; the base under the adapter is the reference model.
 
-``BaseReference`` runs the trained model with its adapter switched off, so no second model is loaded.
+``BaseReference`` runs the trained model with its adapter switched off: no second model is loaded.
 Takes about half a minute on two cores. ``drlora finetune --method dpo`` does the same from files.
 """
 

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs (see mkdocs.yml): the command-line reference, equations, and links to the repository."""
+"""Hooks of MkDocs: the command-line reference, equations, and links to the repository."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 from functools import cache
@@ -87,7 +88,7 @@ def check_pip(words: list[str]) -> None:
     """Extras are those of pyproject.toml, and a file of constraints exists."""
     assert words[0] == "install"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for option, word in zip(words, words[1:], strict=False):
+    for option, word in itertools.pairwise(words):
         if option == "-c":
             assert (ROOT / word).is_file(), word
     for word in words[1:]:
