@@ -54,6 +54,7 @@ def main() -> None:
         adapter.save_pretrained(Path(folder) / "adapter")
     for name, ranks in adapter.ranks().items():
         print(name, ranks.tolist())
+    print("skipped steps:", adapter.skipped_steps)
 
 
 if __name__ == "__main__":

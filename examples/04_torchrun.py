@@ -71,6 +71,7 @@ def train(device: torch.device) -> None:
     if dist.get_rank() == 0:  # all processes have the same ranks and weights
         for name, ranks in adapter.ranks().items():
             print(name, ranks.tolist())
+        print("skipped steps:", adapter.skipped_steps)
 
 
 def main() -> None:

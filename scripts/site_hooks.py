@@ -15,7 +15,7 @@ from drlora_core.cli.app import build
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 COMMANDS = "<!-- commands -->"
-WIDTH = 100
+WIDTH = 80  # columns of a code block in a browser
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 

@@ -72,6 +72,7 @@ def test_the_commands_in_the_text_of_a_page_exist(page: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the tutorial trains for 200 steps
 @pytest.mark.parametrize("page", SHELL)
 def test_the_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(pages.ROOT / "examples")

@@ -48,8 +48,10 @@ def names_in(inventory: Path) -> set[str]:
 def test_the_reference_has_every_public_name(site: Path) -> None:
     known = names_in(site / "objects.inv")
     for package in (drlora_core, drlora_torch):
-        missing = {f"{package.__name__}.{name}" for name in package.__all__} - known
-        assert missing == set()
+        for name in package.__all__:
+            found = getattr(package, name)
+            home = f"{getattr(found, '__module__', '')}.{name}"  # some are called like modules
+            assert {f"{package.__name__}.{name}", home} & known, name
 
 
 def test_the_command_line_reference_is_the_help(site: Path) -> None:
@@ -59,7 +61,8 @@ def test_the_command_line_reference_is_the_help(site: Path) -> None:
     for name, command in group.commands.items():
         assert f"Usage: drlora {name}" in page
         for param in command.params:
-            assert all(text in page for text in param.opts), (name, param.name)
+            options = [text for text in param.opts if text.startswith("-")]
+            assert all(text in page for text in options), (name, options)
 
 
 def test_equations_are_rendered(site: Path) -> None:
