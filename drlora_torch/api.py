@@ -180,8 +180,9 @@ def load(
         adapter_name: as for :func:`attach`; the loaded adapter is the active one.
         policy: the callable that the run was made with, if it was: code is not saved, so without
             it the allocation goes on with ``config.policy``.
-        importance, routing: the callables of your own that the run was made with, if it was; code
-            is not saved. Built-in signals are known by their saved names.
+        importance: the callable of your own that the run was made with, if it was; code is not
+            saved. Built-in signals are known by their saved names.
+        routing: likewise.
         trainable: False to use it only: nothing is counted and nothing requires gradients.
         check_base: False to load onto a model whose expert weights are not those of the training.
         revision: branch, tag or commit, for a repository.

@@ -44,7 +44,7 @@ def make_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     model = make_model()
-    config = AllocatorConfig.for_training(STEPS, r_init=2, r_target=4, r_max=12)
+    config = AllocatorConfig.for_training(STEPS, r_target=4, r_max=12)
     engine = AllocatorEngine(config)
     adapter = drlora_torch.attach(model, engine)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
@@ -61,6 +61,7 @@ def main() -> None:
 
     for name, ranks in adapter.ranks().items():
         print(name, ranks.tolist())
+    print("skipped steps:", adapter.skipped_steps)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def load_rows(tokenizer: AutoTokenizer) -> Dataset:
 def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     rows = load_rows(AutoTokenizer.from_pretrained(MODEL_DIR))
-    config = AllocatorConfig.for_training(STEPS, r_init=2, r_target=4, r_max=12)
+    config = AllocatorConfig.for_training(STEPS, r_target=4, r_max=12)
     adapter = drlora_torch.attach(model, AllocatorEngine(config))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -54,6 +54,7 @@ def main() -> None:
         adapter.save_pretrained(Path(folder) / "adapter")
     for name, ranks in adapter.ranks().items():
         print(name, ranks.tolist())
+    print("skipped steps:", adapter.skipped_steps)
 
 
 if __name__ == "__main__":

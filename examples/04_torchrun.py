@@ -48,7 +48,7 @@ def make_batch(generator: torch.Generator) -> torch.Tensor:
 
 def train(device: torch.device) -> None:
     model = make_model().to(device)
-    config = AllocatorConfig.for_training(STEPS, r_init=2, r_target=4, r_max=12)
+    config = AllocatorConfig.for_training(STEPS, r_target=4, r_max=12)
     adapter = drlora_torch.attach(model, AllocatorEngine(config))
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
@@ -71,6 +71,7 @@ def train(device: torch.device) -> None:
     if dist.get_rank() == 0:  # all processes have the same ranks and weights
         for name, ranks in adapter.ranks().items():
             print(name, ranks.tolist())
+        print("skipped steps:", adapter.skipped_steps)
 
 
 def main() -> None:

@@ -45,10 +45,12 @@ def train(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> drlora_torc
     )
     adapter = drlora_torch.attach(model, AllocatorEngine(config))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=5e-3)
-    for _ in range(8):
-        model(**batch, labels=batch["input_ids"]).loss.backward()
+    for step in range(1, 9):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        print(f"step {step:3d}  loss {loss.item():.3f}")
     return adapter
 
 
@@ -57,6 +59,9 @@ def main() -> None:
     batch = AutoTokenizer.from_pretrained(MODEL_DIR)(TEXT, return_tensors="pt")
     model.train()
     adapter = train(model, batch)
+    for name, ranks in adapter.ranks().items():
+        print(name, ranks.tolist())
+    print("skipped steps:", adapter.skipped_steps)
     model.eval()
     with torch.no_grad():
         ours = model(**batch).logits

@@ -81,6 +81,7 @@ def main() -> None:
 
     for name, ranks in adapter.ranks().items():
         print(name, ranks.tolist())
+    print("skipped steps:", adapter.skipped_steps)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,13 @@ FOLDERS = {
     "tests",
 }
 PAGES = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
-FILES = {".gitignore", ".pre-commit-config.yaml", "constraints.txt", "constraints-oldest.txt"}
+FILES = {
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "constraints.txt",
+    "constraints-oldest.txt",
+    "mkdocs.yml",
+}
 IN_WHEEL = {
     "drlora_core/py.typed",
     "drlora_core/templates/report.html",

@@ -63,17 +63,6 @@ def test_the_loop_of_the_readme_trains(tmp_path: Path) -> None:
     assert (tmp_path / "my-adapter" / "drlora_adapter.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["01_custom_loop.py", "02_trainer.py"])
-def test_the_examples_run_and_meet_their_budget(name: str, tmp_path: Path) -> None:
-    printed = run([str(ROOT / "examples" / name)], tmp_path)
-    layers = re.findall(r"^model\.layers\.\d+\.mlp\.experts \[(.*)\]$", printed, flags=re.M)
-    assert layers
-    for layer in layers:
-        ranks = [int(rank) for rank in layer.split(",")]
-        assert sum(ranks) == 4 * len(ranks)
-        assert len(set(ranks)) > 1
-
-
 def test_ci_installs_with_the_words_of_the_readme() -> None:
     commands = re.findall(r"^(pip install .*?) && (\S+)", README, flags=re.M)
     assert {program for _, program in commands} == {"drlora", "pytest"}
@@ -83,7 +72,12 @@ def test_ci_installs_with_the_words_of_the_readme() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
+    ],
 )
 def test_every_link_leads_somewhere(page: str) -> None:
     path = ROOT / page
@@ -117,9 +111,10 @@ def pinned(name: str) -> dict[str, str]:
 
 
 def lower_bounds() -> dict[str, str]:
-    """The lower bounds of pyproject.toml, tools for lint, build and hooks excepted."""
+    """The lower bounds of pyproject.toml, tools for lint, build, hooks and the site excepted."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    extras = {n: each for n, each in project["optional-dependencies"].items() if n != "docs"}
+    lists = [project["dependencies"], *extras.values()]
     bounds = {}
     for requirement in (Requirement(text) for one in lists for text in one):
         if requirement.name not in ("drlora", "build", "mypy", "pre-commit", "ruff"):
@@ -141,4 +136,6 @@ def test_the_oldest_versions_are_those_that_are_tested() -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    assert set(lower_bounds()) <= set(pinned("constraints.txt"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    site = {Requirement(text).name for text in project["optional-dependencies"]["docs"]}
+    assert set(lower_bounds()) | site - {"drlora"} <= set(pinned("constraints.txt"))

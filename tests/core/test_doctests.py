@@ -1,20 +1,16 @@
-"""Every example in the docstrings and on the pages of docs/ runs and gives what it says."""
+"""Every example in the docstrings runs and gives what it says; tests/docs has those of pages."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import pkgutil
-import re
-from pathlib import Path
 
 import pytest
 
 import drlora_core
 
-ROOT = Path(__file__).parents[2]
 MODULES = [module.name for module in pkgutil.walk_packages(drlora_core.__path__, "drlora_core.")]
-PAGES = [page for page in sorted(ROOT.glob("docs/*.md")) if "```pycon" in page.read_text()]
 OPTIONAL = {"plotly", "typer", "rich", "hypothesis", "scipy", "jinja2"}  # extras of pyproject.toml
 
 
@@ -41,14 +37,3 @@ def test_the_main_modules_have_examples() -> None:
     for name in ("engine", "config", "policies", "testing"):
         module = importlib.import_module(f"drlora_core.{name}")
         assert any(test.examples for test in doctest.DocTestFinder().find(module)), name
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_of_page(page: Path) -> None:
-    """The ```pycon blocks of a page are one session, in the order of the page."""
-    blocks = re.findall(r"^```pycon\n(.*?)^```", page.read_text(), flags=re.M | re.S)
-    session = doctest.DocTestParser().get_doctest(
-        "\n".join(blocks), {}, page.name, str(page), lineno=0
-    )
-    assert session.examples
-    assert run([session]).failed == 0
