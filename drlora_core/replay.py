@@ -140,7 +140,8 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
                 continue
             importance = record.importance_at(row)
             if config.cuts:
-                importance = _read_dimensions(record, row, engine, orders[record.name])
+                ranks = engine.ranks(record.name)
+                importance = read_dimensions(record, row, ranks, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
         if (event := engine.step()) is not None:
             yield event
@@ -148,14 +149,24 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
                 orders[name] = follow(orders[name], cut)
 
 
-def _read_dimensions(
-    record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
+def read_dimensions(
+    record: LayerRecord, row: int, ranks: IntArray, order: IntArray
 ) -> FloatArray | None:
-    """Return the importance of the dimensions that the replay has, in its numbering, [N, R]."""
+    """Return the importance of the dimensions that a replay has, in its numbering, [N, R].
+
+    Args:
+        record: the layer.
+        row: the step, counted from 0.
+        ranks: of the replay, [N].
+        order: which recorded dimension each of its dimensions is, [N, R] (drlora_core.pruning).
+
+    Raises:
+        StatisticError: the run did not have one of these dimensions.
+    """
     if record.dimensions is None or record.importance_at(row) is None:
         return None
     sample: FloatArray = np.take_along_axis(record.dimensions[row], order, axis=1)
-    missing = np.isnan(sample) & active_dimensions(engine.ranks(record.name), sample.shape[1])
+    missing = np.isnan(sample) & active_dimensions(ranks, sample.shape[1])
     if missing.any():
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])
         raise StatisticError(
