@@ -37,6 +37,7 @@ DECISIONS = {"ranks": "rank", "deltas": "growth", "saliency": "saliency", "cut":
 class Replay:
     """The decisions of an engine on a recording."""
 
+    recording: Recording  # the statistics
     config: AllocatorConfig
     policy: str  # name of the configuration's policy, or of the callable
     layers: dict[str, int]  # experts of each layer
@@ -96,6 +97,7 @@ def replay(
     starts = {name: engine.ranks(name) for name in recording.layers}
     events = tuple(_drive(engine, recording))
     return Replay(
+        recording=recording,
         config=config,
         policy=config.policy if policy is None else policy_name(policy),
         layers=dict(recording.layers),
