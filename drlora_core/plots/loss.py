@@ -51,7 +51,7 @@ def loss(run: Drawable, against: Drawable | None = None) -> Any:
     data: list[dict[str, Any]] = []
     for number, (name, losses) in enumerate(curves):
         data += _draw_curves(losses, harmless(name, 24), COLORS[number % len(COLORS)])
-    layout = step_layout("Loss", "nats per token", run)
+    layout = step_layout("Training and held-out loss", "nats per token", run)
     layout["shapes"] = event_marks(run)
     return make_figure([*data, *_draw_events(run)], layout)
 

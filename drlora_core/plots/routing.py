@@ -12,7 +12,15 @@ import numpy as np
 from drlora_core.comparison import mean_of_defined, spearman
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError
-from drlora_core.plots.style import COUNTS, RANKS, base_layout, harmless, make_figure, to_short
+from drlora_core.plots.style import (
+    COUNTS,
+    GRAY,
+    RANKS,
+    base_layout,
+    harmless,
+    make_figure,
+    to_short,
+)
 from drlora_core.runs import Drawable, Run, as_run
 
 MOST_POINTS = 3000
@@ -80,7 +88,13 @@ def _draw_points(run: Run, weights: FloatArray, ranks: IntArray) -> dict[str, An
         "y": ranks,
         "mode": "markers",
         "cliponaxis": False,
-        "marker": {"color": layers, "colorscale": RANKS, "size": 8, "opacity": 0.75},
+        "marker": {
+            "color": layers,
+            "colorscale": RANKS,
+            "size": 8,
+            "opacity": 0.8,
+            "line": {"width": 1, "color": GRAY},
+        },
         "customdata": np.stack([names[layers], experts.astype(object), *texts], axis=1),
         "hovertemplate": "%{customdata[0]}<br>expert %{customdata[1]}<br>rank %{y}, mean weight "
         "%{x:.3g}<br>f %{customdata[2]}, g %{customdata[3]}, S %{customdata[4]} at the end"
