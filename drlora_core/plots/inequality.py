@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from drlora_core import notebook
 from drlora_core.comparison import entropy, gini
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.plots.style import (
@@ -33,7 +34,9 @@ def lorenz(run: Drawable) -> Any:
     """
     run = as_run(run)
     last = len(run.events)
-    labels = {0: "start"} | ({last // 2: f"after {last // 2} events"} if last > 1 else {})
+    labels = {0: "start"} | (
+        {last // 2: f"after {notebook.count(last // 2, 'event')}"} if last > 1 else {}
+    )
     labels |= {last: "end"} if last else {}
     even = {"color": FAINT, "dash": "dash", "width": 1.5}
     data = [{"x": [0, 1], "y": [0, 1], "name": "all equal", "hoverinfo": "skip", "line": even}]

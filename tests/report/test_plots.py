@@ -233,7 +233,7 @@ def test_inequality_is_that_of_the_ranks(run: Run) -> None:
     ranks = np.sort(run.ranks[-1])
     np.testing.assert_allclose(curves[-1].y, [ranks[:n].sum() / ranks.sum() for n in range(11)])
     np.testing.assert_allclose(curves[-1].x, np.arange(11) / 10)
-    assert [curve.name for curve in curves] == ["all equal", "start", "after 1 events", "end"]
+    assert [curve.name for curve in curves] == ["all equal", "start", "after 1 event", "end"]
     lines = {line.name: line for line in plots.spread(run).data if line.name}
     for name, measure in (("entropy", entropy), ("Gini", gini)):
         wanted = [np.mean([measure(row[p]) for p in run.places.values()]) for row in run.ranks]
@@ -321,7 +321,7 @@ def test_names_are_made_harmless(name: str) -> None:
     assert "<" not in text
     assert ">" not in text
     assert html.unescape(text).isprintable()
-    assert text.encode()
+    assert text.encode().decode() == text
 
 
 def test_labels_of_layers_are_short_and_different() -> None:
