@@ -31,10 +31,10 @@ def rank_difference(one: Drawable, two: Drawable) -> Any:
     a, b = _pair(one, two)
     difference = a.ranks[-1] - b.ranks[-1]
     most = max(1, int(np.abs(difference).max()))
-    both = np.stack([a.ranks[-1], b.ranks[-1]]).astype(np.float32)
+    both = np.stack([a.ranks[-1], b.ranks[-1]])
     cells = {
         "type": "heatmap",
-        "z": to_grid(a, difference).astype(np.float32),
+        "z": to_grid(a, difference),
         "y": layer_labels(list(a.layers)),
         "customdata": to_grid(a, both),
         "coloraxis": "coloraxis",

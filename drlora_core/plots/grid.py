@@ -25,8 +25,11 @@ def to_grid(run: Run, values: NDArray[Any]) -> NDArray[Any]:
     sizes, rest = list(run.layers.values()), np.moveaxis(values, -1, 0)
     if len(set(sizes)) == 1:
         grid = rest.reshape(len(sizes), sizes[0], *rest.shape[1:])
-        if grid.dtype.kind == "i" and grid.min(initial=0) >= 0:
-            return grid.astype(np.min_scalar_type(grid.max(initial=0)))
+        if grid.dtype.kind == "i":
+            least, most = (
+                np.min_scalar_type(int(edge(initial=0))) for edge in (grid.min, grid.max)
+            )
+            return grid.astype(np.promote_types(least, most))
         return grid
     made: FloatArray = np.full((len(sizes), max(sizes), *rest.shape[1:]), np.nan)
     for row, part in zip(made, run.places.values(), strict=True):

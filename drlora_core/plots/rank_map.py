@@ -10,7 +10,7 @@ from drlora_core.plots.grid import color_axis, grid_layout, to_grid
 from drlora_core.plots.style import RANKS, layer_labels, make_figure, to_short
 from drlora_core.runs import Drawable, Run, as_run
 
-MOST_FRAMES, MOST_CELLS = 20, 600_000  # frames, and experts x frames
+MOST_FRAMES, MOST_CELLS = 20, 400_000  # frames, and experts x frames
 MOST_DETAILS = 20_000  # experts x frames up to which every frame has f, g and S
 MOST_EXPERTS = 30_000  # with more, no frame has them
 SLIDER = 90  # pixels

@@ -56,7 +56,8 @@ def signal_history(
         config: decays and exponents.
         starts: ranks before the first step, [N] by layer.
         events: the decisions.
-        most: number of steps to keep, evenly spread, besides those of the events.
+        most: steps to keep, those of the events among them, which are always kept; the others
+            are spread evenly, and at least half as many.
     """
     kept = _choose_steps(recording.steps, [event.step for event in events], most)
     decided = {event.step: event for event in events}
@@ -80,7 +81,8 @@ def signal_history(
 def _choose_steps(steps: int, events: Sequence[int], most: int) -> set[int]:
     if not steps:
         return set()
-    even = np.linspace(1, steps, min(steps, most)).round().astype(int).tolist()
+    room = max(most - len(events), most // 2)
+    even = np.linspace(1, steps, min(steps, room)).round().astype(int).tolist()
     return {*even, *(step for step in events if step <= steps)}
 
 
