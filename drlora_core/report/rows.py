@@ -52,7 +52,7 @@ def top_experts(run: Run) -> list[Row]:
         }
         if len(history.steps):
             for symbol, values in zip("fgS", history.signals, strict=True):
-                row[symbol] = f"{values[-1, place]:.3g}"
+                row[symbol] = float(values[-1, place])
         rows.append(row)
     return rows
 
