@@ -88,13 +88,13 @@ def decide(
     cut: NDArray[np.bool_] | None = None
     if policy is None and config.policy == "prune":
         cut = _choose_cuts(config, state, pools, seen, index)
-        after, left_over = _cut(state, cut), (0,) * len(pools)
+        after, left_over = states.cut(state, cut), (0,) * len(pools)
     else:
         quotas = _quotas(config, state, pools, carry, index)
         request = _make_request(config, state, signals, scores, step)
         if policy is None:
             growth, cut = _move(config, state, pools, request, quotas, seen, index)
-            after = states.grow(_cut(state, cut), growth)
+            after = states.grow(states.cut(state, cut), growth)
         else:
             growth = _spread(config, policy, pools, request, quotas, seen, index)
             after = states.grow(state, growth)
@@ -244,18 +244,3 @@ def _move(
             timetable.moved_units(index, config.num_events, config.move_share, total),
         )
     return moving.Exchange(growth, cut)
-
-
-def _cut(state: State, cut: NDArray[np.bool_]) -> State:
-    """Cut dimensions, bool [E, R]; g and its count restart for experts that have none left."""
-    if state.dimensions is None:
-        raise AssertionError("only policies that cut average single dimensions")
-    ranks = state.ranks - cut.sum(axis=1)
-    emptied = (ranks == 0) & cut.any(axis=1)
-    return dataclasses.replace(
-        state,
-        ranks=ranks,
-        importance=np.where(emptied, 0.0, state.importance),
-        importance_count=np.where(emptied, 0, state.importance_count),
-        dimensions=pruning.compact(state.dimensions, cut),
-    )

@@ -37,6 +37,7 @@ DECISIONS = {"ranks": "rank", "deltas": "growth", "saliency": "saliency", "cut":
 class Replay:
     """The decisions of an engine on a recording."""
 
+    recording: Recording  # the statistics
     config: AllocatorConfig
     policy: str  # name of the configuration's policy, or of the callable
     layers: dict[str, int]  # experts of each layer
@@ -96,6 +97,7 @@ def replay(
     starts = {name: engine.ranks(name) for name in recording.layers}
     events = tuple(_drive(engine, recording))
     return Replay(
+        recording=recording,
         config=config,
         policy=config.policy if policy is None else policy_name(policy),
         layers=dict(recording.layers),
@@ -140,7 +142,8 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
                 continue
             importance = record.importance_at(row)
             if config.cuts:
-                importance = _read_dimensions(record, row, engine, orders[record.name])
+                ranks = engine.ranks(record.name)
+                importance = read_dimensions(record, row, ranks, orders[record.name])
             engine.observe(record.name, routing=record.routing_at(row), importance=importance)
         if (event := engine.step()) is not None:
             yield event
@@ -148,14 +151,24 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
                 orders[name] = follow(orders[name], cut)
 
 
-def _read_dimensions(
-    record: LayerRecord, row: int, engine: AllocatorEngine, order: IntArray
+def read_dimensions(
+    record: LayerRecord, row: int, ranks: IntArray, order: IntArray
 ) -> FloatArray | None:
-    """Return the importance of the dimensions that the replay has, in its numbering, [N, R]."""
+    """Return the importance of the dimensions that a replay has, in its numbering, [N, R].
+
+    Args:
+        record: the layer.
+        row: the step, counted from 0.
+        ranks: of the replay, [N].
+        order: which recorded dimension each of its dimensions is, [N, R] (drlora_core.pruning).
+
+    Raises:
+        StatisticError: the run did not have one of these dimensions.
+    """
     if record.dimensions is None or record.importance_at(row) is None:
         return None
     sample: FloatArray = np.take_along_axis(record.dimensions[row], order, axis=1)
-    missing = np.isnan(sample) & active_dimensions(engine.ranks(record.name), sample.shape[1])
+    missing = np.isnan(sample) & active_dimensions(ranks, sample.shape[1])
     if missing.any():
         expert, dimension = (int(number) for number in np.argwhere(missing)[0])
         raise StatisticError(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from drlora_core import ema
+from drlora_core import ema, pruning
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import StatisticError
@@ -252,4 +252,17 @@ def grow(state: State, growth: IntArray) -> State:
         importance=np.where(unchanged, state.importance, 0.0),
         importance_count=np.where(unchanged, state.importance_count, 0),
         dimensions=dimensions,
+    )
+
+
+def cut(state: State, marked: NDArray[np.bool_]) -> State:
+    """Cut dimensions, bool [E, R]; g and its count restart for experts that have none left."""
+    ranks, dimensions = state.ranks - marked.sum(axis=1), state.dimensions
+    emptied = (ranks == 0) & marked.any(axis=1)
+    return dataclasses.replace(
+        state,
+        ranks=ranks,
+        importance=np.where(emptied, 0.0, state.importance),
+        importance_count=np.where(emptied, 0, state.importance_count),
+        dimensions=None if dimensions is None else pruning.compact(dimensions, marked),
     )

@@ -94,11 +94,11 @@ def _run(
     try:
         with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
             tasks = {
-                pool.submit(_replay_named, recording, name, config): name
+                pool.submit(_replay_apart, recording, name, config): name
                 for name, config in configs.items()
             }
             for task in concurrent.futures.as_completed(tasks):
-                yield tasks[task], task.result()
+                yield tasks[task], Replay(recording=recording, **task.result())
     except BrokenProcessPool as error:
         raise DRLoRAError(
             "the worker processes of the sweep ended; a script must call it below "
@@ -111,6 +111,12 @@ def _replay_named(recording: Recording, name: str, config: AllocatorConfig) -> R
         return replay(recording, config)
     except DRLoRAError as error:
         raise type(error)(f"configuration {name!r}: {error}") from error
+
+
+def _replay_apart(recording: Recording, name: str, config: AllocatorConfig) -> dict[str, Any]:
+    """Return a replay's fields without the recording, which need not travel back."""
+    fields = vars(_replay_named(recording, name, config))
+    return {field: value for field, value in fields.items() if field != "recording"}
 
 
 def _describe(name: str, first: Replay, result: Replay) -> dict[str, Any]:

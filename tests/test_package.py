@@ -38,7 +38,11 @@ FILES = {
 }
 IN_WHEEL = {
     "drlora_core/py.typed",
+    "drlora_core/templates/plotly/LICENSE",
+    "drlora_core/templates/plotly/plotly-cartesian.min.js",
+    "drlora_core/templates/report.css",
     "drlora_core/templates/report.html",
+    "drlora_core/templates/report.js",
     "drlora_torch/py.typed",
     "drlora_torch/embedded/NOTICE",
     "drlora_torch/embedded/model/README.md",
@@ -46,7 +50,11 @@ IN_WHEEL = {
     "drlora_torch/embedded/model/tokenizer.json",
     "drlora_torch/embedded/task/train.jsonl",
 }
-LICENSES = {"LICENSE", "drlora_torch/embedded/NOTICE"}
+LICENSES = {
+    "LICENSE",
+    "drlora_core/templates/plotly/LICENSE",
+    "drlora_torch/embedded/NOTICE",
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,7 @@ def test_the_wheel_holds_the_packages_and_their_data(built: Path) -> None:
 
 
 def check_metadata(metadata: Message) -> None:
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND MIT"
     assert set(metadata.get_all("License-File", [])) == LICENSES
     assert not any(field.startswith(("Author", "Maintainer")) for field in metadata)
     labels = {url.split(",")[0] for url in metadata.get_all("Project-URL", [])}

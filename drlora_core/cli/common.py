@@ -16,18 +16,13 @@ from pydantic import ValidationError
 
 from drlora_core.cli.console import is_unicode
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import (
-    DRLoRAError,
-    LayoutError,
-    describe_validation_error,
-    near_misses,
-)
+from drlora_core.errors import DRLoRAError, describe_validation_error, near_misses
 from drlora_core.recording import Recording, load_trace
+from drlora_core.runs import find_recording
 
 RANKS = ("r_init", "r_target", "r_max", "layer_ceiling")
 LARGEST, LARGEST_RANK = 10**12, 100_000  # of a setting; an engine has arrays as long as ranks
 MOST_EVENTS = 1_000_000
-HEADERS = ("recording.json", "zarr.json")  # of today, and of those that `Recording.open` refuses
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,13 +47,6 @@ def build_config(
         except ValidationError as error:
             raise DRLoRAError(f"--allocator {file}: {describe_validation_error(error)}") from error
     return check_events(AllocatorConfig(**values | read_settings(settings)))
-
-
-def ten_events(steps: int) -> dict[str, int]:
-    """Spread ten events over the steps, after a tenth of them."""
-    interval = max(1, (steps - steps // 10) // 10)
-    warmup = max(0, steps - 10 * interval)
-    return {"warmup_steps": warmup, "growth_interval": interval, "growth_end": steps}
 
 
 def read_settings(settings: Sequence[str] | None) -> dict[str, Any]:
@@ -111,19 +99,6 @@ def open_recording(path: Path, importance: Any = "ones") -> Recording:
     if path.suffix == ".npz":
         return load_trace(path, importance=importance)
     return Recording.open(find_recording(path))
-
-
-def find_recording(path: Path) -> Path:
-    """Return the path itself if it is a recording, else the one recording directly in it."""
-    if not path.is_dir() or any((path / name).exists() for name in HEADERS):
-        return path
-    found = sorted({child.parent for name in HEADERS for child in path.glob(f"*/{name}")})
-    if not found:
-        raise LayoutError(f"{path} holds no recording (no directory in it has a recording.json)")
-    if len(found) > 1:
-        names = ", ".join(child.name for child in found)
-        raise LayoutError(f"{path} holds several recordings ({names}); name one of them")
-    return found[0]
 
 
 def emit(values: Any) -> None:

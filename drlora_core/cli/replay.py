@@ -17,6 +17,7 @@ from drlora_core.errors import DRLoRAError, near_misses
 from drlora_core.recording import Recording
 from drlora_core.replay import CAVEAT, Replay, first_difference, repeats_run, replay, why_no_cuts
 from drlora_core.report import event_rows
+from drlora_core.runs import ten_events
 from drlora_core.sweep import sweep
 
 POLICIES: tuple[str, ...] = get_args(PolicyName)
@@ -80,7 +81,7 @@ def _read_config(
     opened: Recording, allocator: Path | None, settings: list[str] | None
 ) -> AllocatorConfig:
     own = opened.config
-    base = common.ten_events(opened.steps) if own is None else own.model_dump()
+    base = ten_events(opened.steps) if own is None else own.model_dump()
     return common.build_config(base, allocator, settings)
 
 

@@ -1,4 +1,4 @@
-"""``drlora report``: an HTML page about a recorded run."""
+"""``drlora report``: an HTML page about a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import typer
 from drlora_core.atomic import write_text
 from drlora_core.cli import common
 from drlora_core.cli.console import say
-from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import diagnose
-from drlora_core.recording import Recording
-from drlora_core.replay import replay
-from drlora_core.report import event_rows, render
+from drlora_core.errors import DRLoRAError
+from drlora_core.report import event_rows, write_report
+from drlora_core.report.serving import LivePage, make_server
+from drlora_core.runs import Run, open_run
 
 
 def report(
@@ -25,6 +25,13 @@ def report(
             help="A run's folder with a recording, the recording, or a routing trace (.npz).",
         ),
     ],
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another run, recording or trace of the same layers, to compare ranks and loss "
+            "with."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -37,31 +44,63 @@ def report(
     as_json: Annotated[
         bool, typer.Option("--json", help="Events, ranks and findings as JSON instead of a page.")
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            help="Serve the page on this machine and refresh it while the run goes on; Ctrl-C ends."
+        ),
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port for --watch; 0: any that is free.")
+    ] = 0,
 ) -> None:
-    """Write an HTML page about a recorded run.
+    """Write an HTML page about a run.
 
-    The page needs no other file: events, rank maps and trajectories, diagnostics. A trace or a
-    profile has no configuration: its page shows ten events spread over its steps.
+    The page needs no other file and no network: loss, ranks, events, what was checked,
+    configuration, and the command that repeats the run. A trace or a profile has no configuration:
+    its page shows ten events spread over its steps.
     """
-    path = common.find_recording(run_dir)
+    _check_options(against, output, as_json, watch)
+    other = None if against is None else open_run(against)
+    if watch:
+        _serve(run_dir, other, port)
+        return
     if output is not None:
         common.check_output(output)
-    opened = common.open_recording(path)
-    config = opened.config or AllocatorConfig.model_validate(common.ten_events(opened.steps))
     if as_json:
-        _write_json(opened, config, output)
+        _write_json(open_run(run_dir), output)
         return
-    page = render(opened, config, title=f"Ranks of {run_dir.resolve().name}")
-    target = output or (run_dir if path != run_dir else run_dir.parent) / "report.html"
-    write_text(target, page)
-    say(f"wrote {target}")
-    say(str(diagnose(opened, config)))
+    say(f"wrote {write_report(run_dir, output, other)}")
+    run = open_run(run_dir)
+    say(str(diagnose(run.recording, run.config if run.replayed else None)))
 
 
-def _write_json(opened: Recording, config: AllocatorConfig, output: Path | None) -> None:
-    result = replay(opened, config)
-    values: dict[str, Any] = {"notes": opened.notes, "events": event_rows(result)}
-    values |= {"final_ranks": result.final_ranks, "diagnosis": diagnose(opened, config).to_dict()}
+def _check_options(against: Path | None, output: Path | None, as_json: bool, watch: bool) -> None:
+    if as_json and against is not None:
+        raise DRLoRAError("--json with --against: use drlora replay RUN --against OTHER --json")
+    if watch and (as_json or output is not None):
+        word = "--json" if as_json else "--output"
+        raise DRLoRAError(f"--watch serves a page and writes none; leave out {word}")
+
+
+def _serve(path: Path, against: Run | None, port: int) -> None:
+    if not path.exists():
+        raise DRLoRAError(f"there is no run at {str(path)!r}; start it, then watch it")
+    live = LivePage(path, against)
+    live.read()  # what cannot be shown is said here
+    with make_server(live, port) as server:
+        say(f"http://127.0.0.1:{server.server_address[1]}/ shows {path}; Ctrl-C ends")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("stopped")
+
+
+def _write_json(run: Run, output: Path | None) -> None:
+    config = run.config if run.replayed else None
+    final = {name: run.ranks[-1][part] for name, part in run.places.items()}
+    values: dict[str, Any] = {"notes": run.recording.notes, "events": event_rows(run)}
+    values |= {"final_ranks": final, "diagnosis": diagnose(run.recording, config).to_dict()}
     if output is None:
         common.emit(values)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import subject as subjects
 from drlora_core.diagnostics.checks import CHECKS
+from drlora_core.diagnostics.healthy import HEALTHY
 from drlora_core.diagnostics.subject import Finding, NotCheckedError, Thresholds
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError
@@ -20,10 +21,12 @@ class Diagnosis:
     """Result of `diagnose`."""
 
     findings: tuple[Finding, ...]
+    passed: Mapping[str, str]  # checks that found no problem, with what that means
     not_checked: Mapping[str, str]  # checks that could not be made, with the reason
 
     def __str__(self) -> str:
         lines = [str(finding) for finding in self.findings] or ["nothing found"]
+        lines += [f"good: {', '.join(self.passed)}"] if self.passed else []
         lines += [f"not checked: {name} ({why})" for name, why in self.not_checked.items()]
         return "\n".join(lines)
 
@@ -57,12 +60,15 @@ def diagnose(
         seen = subjects.from_recording(subject, config)
     else:
         raise LayoutError(f"diagnose an engine or a Recording, not a {type(subject).__name__}")
-    findings, not_checked = [], {}
+    findings, passed, not_checked = [], {}, {}
     for name, check in CHECKS.items():
         try:
             finding = check(seen, thresholds or Thresholds())
         except NotCheckedError as reason:
             not_checked[name] = str(reason)
         else:
-            findings += [dataclasses.replace(finding, name=name)] if finding else []
-    return Diagnosis(tuple(findings), not_checked)
+            if finding is None:
+                passed[name] = HEALTHY[name]
+            else:
+                findings.append(dataclasses.replace(finding, name=name))
+    return Diagnosis(tuple(findings), passed, not_checked)

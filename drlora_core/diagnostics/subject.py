@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from drlora_core import runs
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import Recording
-from drlora_core.replay import replay
 
 
 class NotCheckedError(Exception):
@@ -128,21 +128,17 @@ def from_engine(engine: AllocatorEngine) -> Subject:
 
 def from_recording(recording: Recording, config: AllocatorConfig | None) -> Subject:
     """Describe the recorded run, or its replay where a configuration is given."""
-    events = recording.events if config is None else replay(recording, config).events
-    config = config or recording.config
-    if config is None:
-        raise LayoutError("the recording has no configuration of its own; give one to diagnose it")
+    run = runs.from_recording(recording, config)
     if recording.steps == 0:
         raise LayoutError("the recording has no steps, so there is nothing to diagnose")
-    own = recording.starting_ranks if config == recording.config else None
-    starts = own or _equal_ranks(recording.layers, config)
+    events = run.events
     recent = -max(1, recording.steps // 4)
     return Subject(
-        config=config,
+        config=run.config,
         layers=recording.layers,
         step=recording.steps,
-        starts=starts,
-        ranks=events[-1].ranks if events else starts,
+        starts=run.starts,
+        ranks=events[-1].ranks if events else run.starts,
         routing=window_means(recording, "routing", recent),
         importance=window_means(recording, "importance", recent),
         unplaced=events[-1].unplaced if events else 0,

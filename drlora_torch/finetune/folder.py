@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from drlora_core import atomic
 from drlora_core.errors import describe_validation_error
+from drlora_core.runs import folder as files
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.recipe import Recipe, absolute, read_fields, to_yaml
 
-RECIPE, RESULT, METRICS = "run.yaml", "result.json", "metrics.jsonl"
-ADAPTER, CHECKPOINTS, RECORDING, PEFT = "adapter", "checkpoints", "recording", "peft"
+RECIPE, RESULT, METRICS, RECORDING = files.RECIPE, files.RESULT, files.METRICS, files.RECORDING
+ADAPTER, CHECKPOINTS, PEFT = "adapter", "checkpoints", "peft"
 MERGED, LOGS = "merged", "logs"
 RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
 """What may change when a run goes on; and where it runs."""

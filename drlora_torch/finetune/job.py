@@ -17,6 +17,7 @@ from torch import nn
 
 from drlora_core import atomic
 from drlora_core.cli.console import say
+from drlora_core.report import write_report
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import NotFiniteError, RunError
 from drlora_torch.finetune import folder, result, starting
@@ -122,8 +123,21 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
     if everyone.is_main_process:
         text = json.dumps([each.model_dump() for each in results], indent=2)
         atomic.write_text(output / folder.RESULT, text + "\n")
-    result.show(console, results, output)
+    page = _write_page(job) if everyone.is_main_process else None
+    result.show(console, results, output, page)
     return results
+
+
+def _write_page(job: Job) -> Path | None:
+    """Write the report of a finished run; an error there costs the page alone, and is said."""
+    try:
+        with job.console.status("report"):
+            return write_report(job.output)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        again = f"drlora report {shlex.quote(str(job.output))}"
+        say(f"no report was written: {reason}. To try again: {again}", job.console)
+        return None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ def next_steps(output: Path) -> str:
     commands = {
         f'drlora generate {run} "PROMPT"': "text of the trained model",
         f"drlora evaluate {run} --base": "held-out loss beside that of the base model",
-        f"drlora report {run}": "page of ranks and events",
+        f"drlora report {run}": "report.html: loss, ranks, checks",
         f"drlora merge {run}": "plain checkpoint of Transformers",
         f"drlora export {run}": "adapter of PEFT",
     }

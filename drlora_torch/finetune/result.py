@@ -99,14 +99,15 @@ def trained_parameters(adapter: Adapter) -> str:
     return f"trained parameters: {total:,} ({share:.2f} % of all): {', '.join(parts)}"
 
 
-def show(console: Console, results: list[RunResult], output: Path) -> None:
+def show(console: Console, results: list[RunResult], output: Path, page: Path | None) -> None:
     """Print the tables of a finished run, and what can be done with it."""
     _show_summary(console, results)
     for result in results:
         if len({rank for ranks in result.ranks.values() for rank in ranks}) > 1:
             _show_ranks(console, result)
     console.print(f"Files in {output}:", markup=False, highlight=False, soft_wrap=True)
-    for name in (name for result in results for name in result.files):
+    pages = [] if page is None else [str(page)]
+    for name in [*pages, *(name for result in results for name in result.files)]:
         console.print(f"  {name}", markup=False, highlight=False, soft_wrap=True)
     console.print(next_steps(output), highlight=False, soft_wrap=True, markup=False)
 

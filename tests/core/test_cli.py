@@ -152,7 +152,7 @@ def test_report(drlora: Any, run_dir: Path, tmp_path: Path) -> None:
     assert "wrote " in result.out
     page = (tmp_path / "page.html").read_text()
     assert "repeats the run&#39;s decisions exactly" in page
-    assert "<h2>Diagnostics</h2>" in page
+    assert "<h2>Checks</h2>" in page
     assert not re.search(r'<(script|link|img)\b[^>]*\b(src|href)="http', page)  # not in the scripts
     assert drlora("report", run_dir).code == 0
     assert (run_dir / "report.html").exists()
@@ -174,7 +174,7 @@ def test_report_of_a_trace(drlora: Any, tmp_path: Path) -> None:
     assert [event["step"] for event in values["events"]] == list(range(13, 41, 3))
     assert values["final_ranks"] == replayed["final_ranks"]
     assert drlora("report", trace).code == 0
-    assert "Ranks of trace.npz" in (tmp_path / "report.html").read_text()
+    assert "<bdi>trace.npz</bdi>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from drlora_core import AllocationRequest, AllocatorConfig, LayoutError
 from drlora_core.diagnostics import CHECKS, Diagnosis, Finding, Thresholds, diagnose
+from drlora_core.diagnostics.healthy import HEALTHY
 from drlora_core.ema import IntArray
 from drlora_core.recording import Recording
 from tests.core import recorded
@@ -265,4 +266,17 @@ def test_nothing_to_diagnose_is_refused() -> None:
 def test_a_diagnosis_is_plain_data() -> None:
     values = saturated().to_dict()
     assert values["findings"][0]["name"] == "saturated_growth"
-    assert set(values) == {"findings", "not_checked"}
+    assert set(values) == {"findings", "passed", "not_checked"}
+
+
+def test_every_check_is_found_good_or_bad_or_not_made() -> None:
+    result = saturated()
+    found = {finding.name for finding in result.findings}
+    assert found
+    assert result.passed
+    assert result.not_checked
+    assert sorted([*found, *result.passed, *result.not_checked]) == sorted(CHECKS)
+    assert set(HEALTHY) == set(CHECKS)
+    healthy = diagnose(make(), settings())
+    assert len(healthy.passed) == len(CHECKS) - 1
+    assert "good: saturated_growth, even_growth" in str(healthy)

@@ -24,6 +24,15 @@ def make_tokenizer() -> FastTokenizer:
     return FastTokenizer(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
+@pytest.fixture(autouse=True)
+def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write no report, which takes seconds; those of tests/finetune/test_report.py do."""
+    if request.module.__name__ != "tests.finetune.test_report":
+        from drlora_torch.finetune import job
+
+        monkeypatch.setattr(job, "write_report", lambda path: path / "report.html")
+
+
 @pytest.fixture(scope="session")
 def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moe")

@@ -215,7 +215,7 @@ def test_a_finished_training_is_not_trained_further(
     assert again.ranks == first.ranks
     assert again.tokens_per_second is again.peak_memory_mb is None
     shown = Console(record=True, file=io.StringIO(), width=120)
-    result.show(shown, [first, again.model_copy(update={"method": "uniform"})], output)
+    result.show(shown, [first, again.model_copy(update={"method": "uniform"})], output, None)
     for label in ("tokens per second", "peak memory in MiB, "):
         (row,) = [line for line in shown.export_text(clear=False).splitlines() if label in line]
         assert row.split("│")[2].strip() != "-"

@@ -1,0 +1,28 @@
+"""Which experts of a layer figures highlight; the others are a band."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from drlora_core.errors import check_layer
+from drlora_core.runs import Run
+
+HIGHLIGHTED = 5
+
+
+def highlighted(run: Run, layer: str) -> list[int]:
+    """Return the experts that ended with the most rank, at most five, all above the mean.
+
+    Raises:
+        UnknownLayerError: naming close names.
+    """
+    check_layer(layer, run.layers)
+    final = run.ranks[-1][run.places[layer]]
+    order = np.argsort(-final, kind="stable")[:HIGHLIGHTED]
+    return [int(expert) for expert in order if final[expert] > final.mean()]
+
+
+def others(run: Run, layer: str) -> list[int]:
+    """Return the other experts."""
+    chosen = set(highlighted(run, layer))
+    return [expert for expert in range(run.layers[layer]) if expert not in chosen]

@@ -1,0 +1,52 @@
+"""The recipe of a run, as its ``run.yaml`` has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drlora_core.errors import import_extra
+
+MOST_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class RunRecipe:
+    """All options of a ``drlora finetune``."""
+
+    text: str
+    """The file."""
+    options: Mapping[str, Any]
+    """The options by name; empty if the file is no YAML mapping."""
+
+    @property
+    def made_by(self) -> str:
+        """The versions that made the run: the last comment at the top of the file."""
+        lines = self.text.splitlines()
+        head = [line[2:] for line in lines[:2] if line.startswith("# ") and "Python" in line]
+        return head[-1] if head else ""
+
+    @property
+    def steps(self) -> int:
+        """Planned optimizer steps; 0 if the file does not say."""
+        steps = self.options.get("steps")
+        return steps if isinstance(steps, int) else 0
+
+
+def read_recipe(path: Path) -> RunRecipe | None:
+    """Read a recipe; None without the file.
+
+    Raises:
+        DRLoRAError: PyYAML is not installed (extra ``report``).
+    """
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return None
+    yaml = import_extra("yaml", "report")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        options = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        options = None
+    return RunRecipe(text, options if isinstance(options, dict) else {})

@@ -1,0 +1,36 @@
+"""What a finished training reached, as its ``result.json`` has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+
+class Outcome(BaseModel):
+    """Numbers of one finished training; drlora_torch writes more of them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
+
+    method: str
+    """Name of the policy."""
+    loss_before: float
+    """Held-out loss of the base model, in nats per token."""
+    loss_after: float
+    """Held-out loss after the training, likewise."""
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    """Duration of the training alone."""
+    peak_memory_mb: float | None = None
+    """In MiB."""
+    skipped_steps: int = 0
+    """Optimizer steps whose statistics were not finite."""
+
+
+def read_outcomes(path: Path) -> tuple[Outcome, ...]:
+    """Read a ``result.json``; without the file, or in another form, there is no outcome."""
+    try:
+        content = path.read_bytes()
+        return tuple(TypeAdapter(list[Outcome]).validate_json(content))
+    except (OSError, ValidationError):
+        return ()

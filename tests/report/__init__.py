@@ -1,0 +1,1 @@
+"""The figures, the report and its page in a browser."""
