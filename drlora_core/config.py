@@ -28,7 +28,7 @@ Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune", "move"]
 ScopeName = Literal["layer", "global"]
-TimetableName = Literal["early", "late"]
+TimetableName = Literal["sprout", "early", "late"]
 
 
 class AllocatorConfig(BaseModel):
@@ -93,19 +93,21 @@ class AllocatorConfig(BaseModel):
 
     @classmethod
     def for_training(
-        cls, steps: int, *, timetable: TimetableName = "early", events: int = 8, **fields: Any
+        cls, steps: int, *, timetable: TimetableName = "sprout", events: int = 8, **fields: Any
     ) -> AllocatorConfig:
         """Choose the growth steps for a training of ``steps`` optimizer steps.
 
-        Ranks that grow early have more steps left to learn in; ``early`` did better than ``late``
-        on every model and most tasks measured (docs/results.md).
+        Ranks that grow early have more steps left to learn in, and fewer that start together stay
+        more different (docs/results.md).
 
         Args:
             steps: optimizer steps of the training.
-            timetable: ``early``: events between 5 % and 25 % of the steps; ``late``: 10 % and 60 %.
+            timetable: ``sprout``: events between 5 % and 25 % of the steps, from ``r_init`` 1;
+                ``early``: the same from the ``r_init`` of the class; ``late``: 10 % and 60 %.
             events: number of events; fewer if there are too few steps.
-            **fields: any other fields. The default of ``max_growth`` here lets an expert that gets
-                rank at every event reach ``r_max`` at the last one.
+            **fields: any other fields; what is given of a timetable's replaces it. The default of
+                ``max_growth`` here lets an expert that gets rank at every event reach ``r_max`` at
+                the last one.
 
         Raises:
             TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable or argument.
@@ -113,9 +115,9 @@ class AllocatorConfig(BaseModel):
             pydantic.ValidationError: as the class itself.
 
         Example:
-            >>> config = AllocatorConfig.for_training(1000, r_init=8, r_target=16, r_max=32)
-            >>> config.growth_steps, config.max_growth
-            ((75, 100, 125, 150, 175, 200, 225, 250), 3)
+            >>> config = AllocatorConfig.for_training(1000, r_target=16, r_max=32)
+            >>> config.growth_steps, config.r_init, config.max_growth
+            ((75, 100, 125, 150, 175, 200, 225, 250), 1, 4)
         """
         for name, value in (("steps", steps), ("events", events)):
             if _whole_number(value) < 1:
@@ -123,12 +125,12 @@ class AllocatorConfig(BaseModel):
         known = [*cls.model_fields, "timetable", "events"]
         for name in fields.keys() - set(known):
             raise TimetableError(f"no argument {name!r}; {near_misses(name, known)}")
-        window = _window(steps, timetable, events, fields)
-        config = cls.model_validate({**fields, **window})
+        chosen = {**_by_timetable(steps, timetable, events, fields), **fields}
+        config = cls.model_validate(chosen)
         if "max_growth" in fields or config.policy in ("uniform", "prune") or not config.num_events:
             return config
         cap = timetables.growth_cap(config.r_init, config.r_max, config.num_events)
-        return cls.model_validate({**fields, **window, "max_growth": cap})
+        return cls.model_validate({**chosen, "max_growth": cap})
 
     @property
     def starting_rank(self) -> int:
@@ -266,14 +268,19 @@ class AllocatorConfig(BaseModel):
             )
 
 
-def _window(steps: int, timetable: str, events: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose warmup_steps, growth_interval and growth_end; given values are kept."""
+def _by_timetable(
+    steps: int, timetable: str, events: int, given: Mapping[str, Any]
+) -> dict[str, int]:
+    """Choose the window of growth, which takes what is given of it into account, and r_init."""
     if timetable not in timetables.TIMETABLES:
         hint = near_misses(timetable, timetables.TIMETABLES)
         raise TimetableError(f"no timetable {timetable!r}; {hint}")
-    start, end = (round(share * steps) for share in timetables.TIMETABLES[timetable])
+    named = timetables.TIMETABLES[timetable]
+    start, end = round(named.start * steps), round(named.end * steps)
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)
     chosen = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
-    return {name: given.get(name, value) for name, value in chosen.items()}
+    if named.r_init is not None and given.get("policy") != "prune":  # which starts above r_target
+        chosen["r_init"] = named.r_init
+    return chosen

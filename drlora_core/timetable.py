@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 from types import MappingProxyType
+from typing import NamedTuple
 
 
 def growth_steps(warmup_steps: int, growth_interval: int, growth_end: int) -> range:
@@ -53,10 +54,27 @@ def moved_units(event: int, num_events: int, share: float, total: int) -> int:
     return math.floor(Fraction(repr(share)) * total * (num_events - event + 1) / num_events)
 
 
-# By name: the growth events lie between these shares of the training steps.
-TIMETABLES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {"early": (0.05, 0.25), "late": (0.1, 0.6)}
+class Timetable(NamedTuple):
+    """When ranks grow, as shares of the training steps, and the rank that they grow from."""
+
+    start: float
+    """End of the warmup; events come after it."""
+    end: float
+    """No event comes later."""
+    r_init: int | None = None
+    """Rank of every expert at the start; None: that of the configuration."""
+
+
+TIMETABLES: Mapping[str, Timetable] = MappingProxyType(
+    {
+        "sprout": Timetable(0.05, 0.25, r_init=1),
+        "early": Timetable(0.05, 0.25),
+        "late": Timetable(0.1, 0.6),
+    }
 )
+"""By name. ``sprout`` gives every expert a single rank dimension at first, since those that train
+together from the first step end up nearly parallel (docs/results/why_growing.md); ``late`` is that
+of the paper."""
 
 
 def even_events(warmup_steps: int, last_step: int, events: int) -> tuple[int, int]:

@@ -17,12 +17,11 @@ from torch import nn
 import drlora_torch
 from benchmarks.quality.errors import StudyError
 from benchmarks.quality.interventions import INTERVENTIONS, Around
-from benchmarks.quality.policies import POLICIES, probed, toward
+from benchmarks.quality.policies import POLICIES, STARTING, probed, toward
 from benchmarks.quality.profiling import Arrays
 from benchmarks.quality.records import Method
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.errors import near_misses
-from drlora_core.profiles import STARTING_POLICIES
 
 HINDSIGHT = "final_ranks"
 Profile = Callable[[str], Arrays]
@@ -98,7 +97,7 @@ def find_policy(method: Method) -> Any:
     Raises:
         StudyError: there is no policy of that name.
     """
-    known = STARTING_POLICIES if method.base_kind == "from_profile" else POLICIES
+    known = STARTING if method.base_kind == "from_profile" else POLICIES
     if method.policy is not None and method.policy not in known:
         raise StudyError(f"no policy {method.policy!r}; {near_misses(method.policy, known)}")
     return None if method.policy is None else known[method.policy]

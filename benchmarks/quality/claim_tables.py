@@ -16,11 +16,12 @@ from benchmarks.quality.claims import (
     Claim,
     Comparison,
     compare,
+    compare_claim,
     verdict,
 )
 from benchmarks.quality.factors import overrides
 from benchmarks.quality.routing import entropy
-from benchmarks.quality.runs import Results, Setting, exact_match
+from benchmarks.quality.runs import RANK, Results, Setting, exact_match
 from benchmarks.quality.statistics import estimate
 from benchmarks.quality.why import ONLY_HERE
 
@@ -33,8 +34,8 @@ def claims(results: Results, chosen: Iterable[Claim]) -> Rows:
     """Effect, verdict and exceptions of every claim."""
     rows = []
     for claim in chosen:
-        loss = compare(results, claim.method, claim.base)
-        match = compare(results, claim.method, claim.base, exact_match)
+        loss = compare_claim(results, claim)
+        match = compare_claim(results, claim, exact_match)
         rows.append(
             {
                 "Claim": claim.text,
@@ -65,14 +66,14 @@ def _listed(names: Sequence[str]) -> str:
 
 def evidence(results: Results) -> Rows:
     """The figures behind the verdicts by test loss."""
-    held_out = results.primary(held_out=True)
     rows = []
     for claim in ALL_CLAIMS:
-        found = compare(results, claim.method, claim.base)
-        only = compare(results, claim.method, claim.base, settings=held_out)
+        found = compare_claim(results, claim)
+        only = compare_claim(results, claim, held_out=True)
         if found.groups:
-            name = f"{claim.method} - {claim.base}"
-            rows.append({"Comparison": name, **_evidence(found), "Held out": interval(only.here)})
+            rows.append(
+                {"Comparison": _name(claim), **_evidence(found), "Held out": interval(only.here)}
+            )
     return rows
 
 
@@ -80,17 +81,22 @@ def exact_matches(results: Results) -> Rows:
     """The claims by exact match instead of test loss."""
     rows = []
     for claim in ALL_CLAIMS:
-        found = compare(results, claim.method, claim.base, exact_match)
+        found = compare_claim(results, claim, exact_match)
         if found.groups:
             rows.append(
                 {
-                    "Comparison": f"{claim.method} - {claim.base}",
+                    "Comparison": _name(claim),
                     "Seeds resampled": interval(found.here, 1),
                     "Settings resampled": interval(found.beyond, 1),
                     "Verdict": verdict(found, lower_is_better=False),
                 }
             )
     return rows
+
+
+def _name(claim: Claim) -> str:
+    rank = "" if claim.rank == RANK else f", mean rank {claim.rank}"
+    return f"{claim.method} - {claim.base}{rank}"
 
 
 def _evidence(found: Comparison) -> dict[str, str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.quality.records import RunRecord
-from benchmarks.quality.runs import Metric, Results, Setting, test_loss
+from benchmarks.quality.runs import RANK, Metric, Results, Setting, test_loss
 from benchmarks.quality.statistics import Estimate, estimate, over_groups, sign_flip_p, spearman
 
 DRLORA, UNIFORM, EARLY = "drlora", "uniform", "early"
+SPROUT, GRADIENT = "sprout", "static_gradient"
 NOT_RUN = "not run"
 Relevance = Callable[[str, str], Mapping[str, np.ndarray] | None]
 """Maps (model, task) to the known relevance of each expert by layer, or None if it is unknown."""
@@ -24,6 +25,8 @@ class Claim:
     text: str
     method: str
     base: str
+    rank: int = RANK
+    """Mean rank of the settings."""
 
 
 CLAIMS = {
@@ -46,11 +49,25 @@ CLAIMS = {
         Claim("Growth beats fixed ranks from a routing profile", EARLY, "static_profile"),
         Claim("Growth beats having its final ranks from the start", EARLY, "hindsight"),
     ),
+    "Rivals of early growth": (
+        Claim("Early growth beats LoRA on the busiest quarter of the experts", EARLY, "sieve"),
+        Claim("Early growth beats fixed ranks from the gradients of one pass", EARLY, GRADIENT),
+        Claim("Growth from rank 1 beats growth from rank 0", EARLY, "early_zero"),
+        Claim("Early growth beats early growth that also moves rank", EARLY, "early_move"),
+    ),
+    "Sprout: early growth from rank 1": (
+        Claim("Early growth beats uniform LoRA, mean rank 8", EARLY, UNIFORM, 8),
+        Claim("Sprout beats uniform LoRA, mean rank 8", SPROUT, UNIFORM, 8),
+        Claim("Sprout beats early growth, mean rank 8", SPROUT, EARLY, 8),
+        Claim("Sprout beats early growth, mean rank 16", SPROUT, EARLY, 16),
+    ),
 }
 """By heading of the report."""
 ALL_CLAIMS = tuple(claim for group in CLAIMS.values() for claim in group)
-CLAIMED = frozenset(name for claim in ALL_CLAIMS for name in (claim.method, claim.base))
-"""All methods that occur in a claim."""
+CLAIMED = frozenset(
+    name for claim in ALL_CLAIMS if claim.rank == RANK for name in (claim.method, claim.base)
+)
+"""All methods that occur in a claim of mean rank ``RANK``."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,14 @@ def compare(
         sign_flip_p(values),
         float(np.mean(spreads)) if spreads else float("nan"),
     )
+
+
+def compare_claim(
+    results: Results, claim: Claim, metric: Metric = test_loss, *, held_out: bool | None = None
+) -> Comparison:
+    """Compare the two methods of a claim in the settings of its mean rank."""
+    settings = results.primary(held_out=held_out, rank=claim.rank)
+    return compare(results, claim.method, claim.base, metric, settings)
 
 
 def verdict(comparison: Comparison, *, lower_is_better: bool = True) -> str:

@@ -202,20 +202,22 @@ def _frontier(results: Results) -> str:
     if not names:
         return NOT_RUN
     parts = [
-        f"Test loss at several budgets minus that of uniform LoRA at rank {frontier.WHOLE} "
+        f"Test loss by mean rank, minus that of uniform LoRA at rank {frontier.WHOLE} "
         "(negative is better), each method at its best learning rate: means over the tasks with "
         "95 % intervals. Parameters: those trained with the budget spent.",
+        f"```text\n{frontier.figure(results)}\n```",
         markdown(frontier.against_whole(results)),
     ]
     if rows := frontier.from_rank_1(results):
         parts += [
             f"At a mean rank of {frontier.WHOLE}: test loss minus that of `early`, which starts at "
-            "half of it. `early_from_1` starts at rank 1, with the same events; `staggered` adds "
+            "half of it. `sprout` starts at rank 1, with the same events; `staggered` adds "
             "at most one rank dimension to an expert at each of 24 events.",
             markdown(rows),
         ]
     for name in names:
         parts += [f"Test loss of {name}:", markdown(frontier.by_task(results, name))]
+    parts += ["## Step time and memory", frontier.costs()]
     return "\n\n".join(parts)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.quality.cells import Rows, interval
-from benchmarks.quality.claims import EARLY, UNIFORM
+from benchmarks.quality.claims import EARLY, SPROUT, UNIFORM
+from benchmarks.quality.pictures import curves
 from benchmarks.quality.runs import Cell, Results, Setting, differences
-from benchmarks.quality.statistics import estimate
+from benchmarks.quality.statistics import Estimate, estimate
 
 WHOLE = 8
 """Mean rank of the largest budget."""
-FROM_1 = "early_from_1"
-METHODS = (UNIFORM, EARLY, FROM_1, "staggered", "early_zero", "sieve")
+METHODS = (UNIFORM, EARLY, SPROUT, "staggered", "early_zero", "sieve", "hellora")
+MEASURED = Path(__file__).parents[1] / "results"
 Budgets = Mapping[int, Setting]
 """A setting by its r_target."""
 
@@ -33,30 +35,52 @@ def budgets(results: Results) -> dict[str, Budgets]:
     }
 
 
-def against_whole(results: Results) -> Rows:
+def gaps(results: Results) -> dict[str, dict[int, Estimate]]:
     """Each method at each budget minus uniform LoRA at the whole one: means over the tasks."""
     every = list(budgets(results).values())
-    rows = []
+    found: dict[str, dict[int, Estimate]] = {}
     for rank in sorted({rank for by_rank in every for rank in by_rank}):
-        row = {"Budget": f"{rank}/{WHOLE}", "Parameters": _parameters(results, every, rank)}
         for name in METHODS:
-            gaps = [
+            each = [
                 differences(cell, results.cells[by_rank[WHOLE]][UNIFORM])
                 for by_rank in every
                 if rank in by_rank and (cell := results.cells[by_rank[rank]].get(name))
             ]
-            row[f"`{name}`"] = interval(estimate([gap for gap in gaps if gap.size]))
-        rows.append(row)
-    return rows
+            if shown := [values for values in each if values.size]:
+                found.setdefault(name, {})[rank] = estimate(shown)
+    return found
+
+
+def against_whole(results: Results) -> Rows:
+    """The differences of :func:`gaps` with their intervals, and the parameters of each budget."""
+    every = list(budgets(results).values())
+    by_name = gaps(results)
+    return [
+        {
+            "Budget": f"{rank}/{WHOLE}",
+            "Parameters": _parameters(results, every, rank),
+            **{
+                f"`{name}`": interval(by_rank[rank]) if rank in by_rank else "-"
+                for name, by_rank in by_name.items()
+            },
+        }
+        for rank in sorted({rank for by_rank in every for rank in by_rank})
+    ]
+
+
+def figure(results: Results) -> str:
+    """The differences of :func:`gaps` over the budget, in characters."""
+    by_name = gaps(results)
+    return curves({n: {rank: e.mean for rank, e in by.items()} for n, by in by_name.items()})
 
 
 def from_rank_1(results: Results) -> Rows:
     """At the whole budget: each method minus early growth from half of it, by setting."""
     settings = [
-        s for s in results.settings() if s.training.r_target == WHOLE and FROM_1 in results.cells[s]
+        s for s in results.settings() if s.training.r_target == WHOLE and SPROUT in results.cells[s]
     ]
     rows = []
-    for name in (UNIFORM, FROM_1, "staggered"):
+    for name in (UNIFORM, SPROUT, "staggered"):
         row = {"Method": f"`{name}`"}
         for setting in settings:
             cells = results.cells[setting]
@@ -65,6 +89,13 @@ def from_rank_1(results: Results) -> Rows:
             row[title] = interval(estimate([gap])) if gap.size else "-"
         rows.append(row)
     return rows if settings else []
+
+
+def costs() -> str:
+    """Step time and memory by rank: the newest page of ``python -m benchmarks.frontier``."""
+    newest = max(MEASURED.glob("frontier_*.md"), key=lambda path: path.stem.rpartition("_")[2])
+    _, _, text = newest.read_text(encoding="utf-8").partition("\n")
+    return text.strip()
 
 
 def by_task(results: Results, name: str) -> Rows:

@@ -57,7 +57,7 @@ _CANDIDATES = (
     Method(name="early_zero", config={"r_init": 0}, training=_EARLY),
     # Dimensions that train together from the start end up parallel, so start with one each, and
     # add one at a time. Both differ from ``early`` only where r_init is above 1.
-    Method(name="early_from_1", config={"r_init": 1}, training=_EARLY),
+    Method(name="sprout", config={"r_init": 1}, training=_EARLY),
     Method(
         name="staggered", config={"r_init": 1, "max_growth": 1}, training={**_EARLY, "events": 24}
     ),
@@ -78,6 +78,10 @@ _CANDIDATES = (
     Method(name="early_margin", attach={"routing": "margin"}, training=_EARLY),
     # MoE-Sieve (arXiv 2603.24044): static LoRA on the most routed experts, here at equal budget.
     Method(name="sieve", kind="from_profile", config=_GIVEN, policy="sieve"),
+    # HELLoRA (arXiv 2605.18795): about 15 % of the experts; in these models, rank 8 for 2 of 16.
+    Method(
+        name="hellora", kind="from_profile", config={**_GIVEN, "r_max": 8}, policy="hottest_eighth"
+    ),
     # A single event after 5 % of the steps: measure first, then train static LoRA.
     Method(
         name="one_event",

@@ -23,7 +23,7 @@ from benchmarks.quality.runs import Metric, Results, Setting, exact_match, test_
 
 Notes = Mapping[str, str]
 """Text by heading."""
-Where = str | Sequence[str]
+Where = str | int | Sequence[str]
 CARDS = ("training.json", "figures.json")
 
 
@@ -31,8 +31,8 @@ class Figures:
     """Functions for the notes.
 
     ``where`` restricts a comparison to a model or to one setting, by its label, or to several by a
-    list; by default all primary settings count. Differences are of test loss unless the name says
-    otherwise.
+    list; by default all primary settings count, and with a number those of that mean rank.
+    Differences are of test loss unless the name says otherwise.
     """
 
     def __init__(self, results: Results) -> None:
@@ -104,6 +104,8 @@ class Figures:
     def _select(self, where: Where) -> list[Setting]:
         if not where:
             return self._results.primary()
+        if isinstance(where, int):
+            return self._results.primary(rank=where)
         if not isinstance(where, str):
             return [setting for each in where for setting in self._select(each)]
         by_label = [s for s in self._results.settings() if self._results.label(s) == where]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -45,6 +46,42 @@ def _line(found: Estimate, low: float, scale: float) -> str:
         line[left], line[right] = "├", "┤"
     line[at(found.mean)] = "●"
     return "".join(line).rstrip()
+
+
+def curves(values: Mapping[str, Mapping[int, float]], height: int = 18) -> str:
+    """Values of several methods over a common axis of columns, each point a letter (a, b, ...).
+
+    Letters of points that fall on one place stand beside each other.
+
+    Args:
+        values: by method and column.
+        height: lines between the largest and the smallest value.
+
+    Example:
+        >>> print(curves({"one": {1: 0.0, 2: 1.0}, "two": {1: 0.0}}, height=2))
+        +1.000 |         a
+        +0.000 | ab
+               +-----------------
+                 1       2
+        a one, b two
+    """
+    columns = sorted({column for by_column in values.values() for column in by_column})
+    points = [value for by_column in values.values() for value in by_column.values()]
+    low, high = min(points), max(points)
+    step = (high - low) / (height - 1) or 1.0
+    rows: list[dict[int, str]] = [{} for _ in range(height)]
+    for letter, by_column in zip(ascii_lowercase, values.values(), strict=False):
+        for column, value in by_column.items():
+            row = rows[round((high - value) / step)]
+            row[column] = row.get(column, "") + letter
+    lines = [
+        f"{high - i * step:+.3f} | " + "".join(f"{row.get(c, ''):8}" for c in columns)
+        for i, row in enumerate(rows)
+    ]
+    names = ", ".join(f"{a} {name}" for a, name in zip(ascii_lowercase, values, strict=False))
+    axis = " " * 9 + "".join(f"{column:<8}" for column in columns)
+    lines += [" " * 7 + "+" + "-" * (8 * len(columns) + 1), axis, names]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def heat_map(ranks: Mapping[str, np.ndarray], relevance: Mapping[str, np.ndarray]) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from drlora_core import AllocationRequest, Policy
 from drlora_core.policies import greedy, rescored, walk
+from drlora_core.profiles import STARTING_POLICIES, sieve
 from drlora_core.saliency import importance_at_zero
 
 Signal = Callable[[AllocationRequest], np.ndarray]
@@ -96,3 +98,8 @@ POLICIES: Mapping[str, Policy] = {
     "rescored_per_token": with_signal(importance_per_token, rescored),
     "rescored_sqrt_f": with_signal(importance_by_sqrt_routing, rescored),
 }
+STARTING: Mapping[str, Policy] = {
+    **STARTING_POLICIES,
+    "hottest_eighth": partial(sieve, fraction=0.125),
+}
+"""Policies that choose the ranks before training."""

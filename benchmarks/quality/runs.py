@@ -16,7 +16,7 @@ from benchmarks.quality.tasks import HELD_OUT
 
 Metric = Callable[[RunRecord], float]
 RANK = 2
-"""Mean rank of the claims; other budgets are compared on pages of their own."""
+"""Mean rank of the claims, unless they say otherwise."""
 HELD_OUT_FILES = "heldout"
 """Prefix of results files with held-out runs; the tasks of ``HELD_OUT`` are held out as well."""
 
@@ -140,11 +140,11 @@ class Results:
         """All settings, or only those that are (not) held out."""
         return [s for s in self.cells if held_out is None or s.held_out == held_out]
 
-    def primary(self, *, held_out: bool | None = None) -> list[Setting]:
-        """One setting per model and task, of mean rank ``RANK``: the one with the most runs."""
+    def primary(self, *, held_out: bool | None = None, rank: int = RANK) -> list[Setting]:
+        """One setting per model and task, of a mean rank: the one with the most runs."""
         chosen: dict[tuple[str, str, bool], Setting] = {}
         for setting in self.settings(held_out=held_out):
-            if setting.training.r_target != RANK:
+            if setting.training.r_target != rank:
                 continue
             first = chosen.setdefault((setting.model, setting.task, setting.held_out), setting)
             if self._runs(setting) > self._runs(first):

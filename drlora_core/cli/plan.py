@@ -39,7 +39,7 @@ Steps = Annotated[
 ]
 Timetable = Annotated[
     str | None,
-    typer.Option(help=f"With --steps: {' or '.join(TIMETABLES)}. [default: early]"),
+    typer.Option(help=f"With --steps: {' or '.join(TIMETABLES)}. [default: sprout]"),
 ]
 RInit = Annotated[int | None, typer.Option(min=0, help="As -s r_init=N: rank at the start.")]
 RTarget = Annotated[int | None, typer.Option(min=1, help="As -s r_target=N: the mean at the end.")]
@@ -111,7 +111,7 @@ def plan(
         fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
         common.emit({"steps": steps, **fields})
     else:
-        plan_tables.show(made, steps, timetable or "early")
+        plan_tables.show(made, steps, timetable or "sprout")
 
 
 def _add_ranks(settings: list[str] | None, ranks: dict[str, int | None]) -> list[str]:
@@ -138,7 +138,7 @@ def _read_config(
         raise DRLoRAError(
             f"--steps chooses when ranks grow, and so does --allocator {allocator}; leave one out"
         )
-    chosen = common.choose("timetable", timetable or "early", TIMETABLES)
+    chosen = common.choose("timetable", timetable or "sprout", TIMETABLES)
     fields = common.read_settings(settings)
     return common.check_events(AllocatorConfig.for_training(steps, timetable=chosen, **fields))
 

@@ -82,8 +82,9 @@ class RankGroup(Group):
 
     panel: ClassVar[str] = "Ranks of the experts"
 
-    r_init: int = Field(8, ge=0)
-    """Rank of every expert at the start."""
+    r_init: int | None = Field(None, ge=0)
+    """Rank of every expert at the start. If not given, by the timetable: 1 with sprout,
+    else 8; 8 with policy prune."""
     r_target: int = Field(16, ge=1)
     """Mean rank at the end, which is the budget."""
     r_max: int = Field(32, ge=1)
@@ -92,8 +93,9 @@ class RankGroup(Group):
     """Scale the LoRA update by alpha / r_target. If not given, 2 * r_target."""
     gamma: float = Field(1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency."""
-    timetable: TimetableName = "early"
-    """Ranks grow between 5 and 25 % (early) or 10 and 60 % (late) of the steps."""
+    timetable: TimetableName = "sprout"
+    """Ranks grow between 5 and 25 % (sprout, early) or 10 and 60 % (late) of the steps, with sprout
+    from rank 1."""
     warmup_steps: int | None = Field(None, ge=0)
     """Optimizer steps before growth. If not given, by the timetable."""
     growth_interval: int | None = Field(None, ge=1)

@@ -13,7 +13,7 @@ from drlora_torch.errors import RunError
 from drlora_torch.finetune import groups
 
 DEFAULT_STEPS = 200
-WINDOW = ("warmup_steps", "growth_interval", "growth_end", "max_growth")
+BY_TIMETABLE = ("r_init", "warmup_steps", "growth_interval", "growth_end", "max_growth")
 
 
 class FinetuneOptions(
@@ -110,13 +110,14 @@ class FinetuneOptions(
         return self.save_every or max(self.planned_steps // 4, 1)
 
     def allocator_config(self) -> AllocatorConfig:
-        """Return the allocator's configuration; a window that is not given follows the steps."""
+        """Return the allocator's configuration; what is not given of a timetable follows it."""
         shared = set(AllocatorConfig.model_fields)
         fields = self.model_dump(include=shared, exclude_none=True)
         return AllocatorConfig.for_training(self.planned_steps, timetable=self.timetable, **fields)
 
     def resolved(self, rows: int | None) -> FinetuneOptions:
-        """Return the options with steps, growth window and scales as numbers.
+        """Return the options with steps, growth window, starting rank and scales as
+        numbers.
 
         A run that is later extended keeps its window.
 
@@ -134,11 +135,11 @@ class FinetuneOptions(
             steps = max(1, math.ceil(self.epochs * per_epoch))
         fixed = self.model_copy(update={"steps": steps, "epochs": None})
         config = fixed.allocator_config()
-        window = {name: getattr(config, name) for name in WINDOW}
+        chosen = {name: getattr(config, name) for name in BY_TIMETABLE}
         if self.policy in ("uniform", "prune"):
-            window["max_growth"] = self.max_growth
+            chosen["max_growth"] = self.max_growth
         alpha = 2.0 * self.r_target if self.alpha is None else self.alpha
-        return fixed.model_copy(update={**window, "alpha": alpha})
+        return fixed.model_copy(update={**chosen, "alpha": alpha})
 
     def uniform(self) -> FinetuneOptions:
         """Return the options of static LoRA at the same budget, to compare with."""

@@ -83,7 +83,6 @@ def shipped_run() -> dict[str, object]:
         "eval_data": str(TEST_FILE),
         "learning_rate": 5e-3,
         "max_length": 128,
-        "r_init": 2,
         "r_target": 4,
         "r_max": 12,
     }

@@ -38,7 +38,7 @@ PLAN = {
     "good.json --allocator folder": "Is a directory: folder",
     "good.json --steps 0": "--steps: ",
     "good.json --steps 100 --allocator allocator.json": "leave one out",
-    "good.json --steps 100 --timetable erly": "accepted: early, late; did you mean 'early'?",
+    "good.json --steps 100 --timetable erly": "early, late; did you mean 'early'?",
     "good.json --steps 100 -s warmup_steps=200": "no growth event",
     "good.json --timetable late": "--timetable late needs --steps",
     "good.json --r-max 8 -s r_max=9": "--r-max and --set r_max: give one of them",

@@ -226,7 +226,7 @@ def test_a_far_end_costs_nothing() -> None:
 
 @given(
     st.integers(1, 100_000),
-    st.sampled_from([("early", 0.05, 0.25), ("late", 0.1, 0.6)]),
+    st.sampled_from([("early", 0.05, 0.25), ("late", 0.1, 0.6), ("sprout", 0.05, 0.25)]),
     st.integers(1, 20),
 )
 def test_events_lie_evenly_in_their_share_of_the_training(
@@ -249,14 +249,26 @@ def test_events_lie_evenly_in_their_share_of_the_training(
     assert cap == 1 or config.r_init + len(grown) * (cap - 1) < config.r_max
 
 
+@pytest.mark.parametrize("timetable", ["sprout", "early", "late"])
+def test_a_timetable_chooses_the_starting_rank_unless_it_is_given(timetable: Any) -> None:
+    default = AllocatorConfig.model_fields["r_init"].default
+    chosen = AllocatorConfig.for_training(1000, timetable=timetable)
+    assert chosen.r_init == (1 if timetable == "sprout" else default) != 2
+    assert AllocatorConfig.for_training(1000, timetable=timetable, r_init=2).r_init == 2
+    same = AllocatorConfig.for_training(1000, timetable="early", r_init=1)
+    assert (chosen == same) is (timetable == "sprout")
+    pruned = AllocatorConfig.for_training(1000, timetable=timetable, policy="prune", r_target=4)
+    assert pruned.r_init == default  # it starts above the budget
+
+
 def test_what_is_given_of_a_window_stays() -> None:
-    given_fields = {"warmup_steps": 30, "growth_end": 90, "gamma": 0.5, "max_growth": 2}
+    given_fields = {"warmup_steps": 30, "growth_end": 90, "gamma": 0.5, "max_growth": 4}
     config = AllocatorConfig.for_training(1000, events=4, **given_fields)
     assert config.growth_steps == (45, 60, 75, 90)
     assert config.model_dump(include=given_fields.keys()) == given_fields
     slow = AllocatorConfig.for_training(1000, growth_interval=100)
     assert slow.growth_steps == (150, 250)
-    assert slow.max_growth == 12  # 8 to 32 in two events
+    assert slow.max_growth == 16  # 1 to 32 in two events
     assert AllocatorConfig.for_training(1000, max_growth=None).max_growth is None
 
 

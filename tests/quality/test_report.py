@@ -29,6 +29,7 @@ from benchmarks.quality.claims import (
 )
 from benchmarks.quality.details import detail_pages
 from benchmarks.quality.factors import sensitivity
+from benchmarks.quality.notes import Figures
 from benchmarks.quality.runs import read
 from benchmarks.quality.statistics import Estimate
 from tests.quality import fake
@@ -67,6 +68,30 @@ def test_an_effect_of_one_task_alone_is_supported_on_these_tasks_only(folder: Pa
     assert verdict(found) == "supported on these tasks"
     assert [setting.task for setting in found.on_side(-1)] == ["a"]
     assert len(found.groups) == 6
+
+
+def test_a_claim_counts_the_settings_of_its_mean_rank(folder: Path) -> None:
+    small = fake.study({"early": -0.1}, names=("uniform", "early"), noise=0.001)
+    large = [
+        run.model_copy(
+            update={
+                "spec": run.spec.model_copy(
+                    update={"training": run.spec.training.model_copy(update={"r_target": 8})}
+                )
+            }
+        )
+        for run in fake.study({"early": -0.3}, names=("uniform", "early"), tasks="ab", noise=0.001)
+    ]
+    results = read([fake.write(folder / "full.jsonl", [*small, *large])])
+    claims = claim_tables.claims(results, ALL_CLAIMS)
+    by_rank = {
+        2: row(claims, "Claim", "Early growth beats uniform LoRA"),
+        8: row(claims, "Claim", "Early growth beats uniform LoRA, mean rank 8"),
+    }
+    assert [by_rank[rank]["Settings"] for rank in (2, 8)] == ["5", "2"]
+    assert by_rank[2]["Test loss"].startswith("-0.1")
+    assert by_rank[8]["Test loss"].startswith("-0.3")
+    assert Figures(results).effect("early", where=8) == by_rank[8]["Test loss"]
 
 
 def test_too_few_seeds_never_decide(folder: Path) -> None:
@@ -257,6 +282,18 @@ def test_figures_show_what_the_tables_say(folder: Path) -> None:
     assert list(relevance.z[0]) == fake.RELEVANCE["layers.0"].tolist()
     values = [trace.x[0] for trace in titles["Sensitivity to gamma"].data]
     assert values == ["1.0", "0.0", "2.0"]
+
+
+def test_curves_put_each_point_in_its_row_and_column() -> None:
+    drawn = pictures.curves({"up": {1: 0.0, 4: 2.0}, "flat": {1: 0.0, 4: 0.0}}, height=3)
+    assert drawn.splitlines() == [
+        "+2.000 |         a",
+        "+1.000 |",
+        "+0.000 | ab      b",
+        "       +-----------------",
+        "         1       4",
+        "a up, b flat",
+    ]
 
 
 def test_pictures_in_characters_hold_means_and_zero() -> None:

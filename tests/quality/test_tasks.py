@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -78,6 +79,34 @@ def test_calendar_counts_as_a_walk_over_days_does() -> None:
         date, weekday = row["completion"].split(",")
         assert seen.setdefault(date, weekday) == weekday
     assert len(seen) > 100
+
+
+def read_roman(letters: list[str]) -> int:
+    """A numeral before a larger one is taken away, any other is added."""
+    worth = dict(zip("IVXLCDM", (1, 5, 10, 50, 100, 500, 1000), strict=True))
+    values = [worth[letter] for letter in letters]
+    later = [*values[1:], 0]
+    return sum(-v if v < after else v for v, after in zip(values, later, strict=True))
+
+
+def test_unseen_tasks_by_slow_references() -> None:
+    for row in load_task("roman").test:
+        letters = row["completion"].split()
+        assert read_roman(letters) == int(row["prompt"].split()[0])
+        assert not any("".join(letters).count(4 * letter) for letter in "IXCM")
+    for row in load_task("sorting").test:
+        given = row["prompt"].removeprefix("sorted: ").removesuffix(" |").split(", ")
+        found = row["completion"].strip().split(", ")
+        assert set(found) == set(given)
+        assert len(found) == len(given)
+        assert all(a <= b for a, b in itertools.pairwise(found))
+    for row in load_task("records").test:
+        there = row["prompt"].removesuffix(" =>").split(", ")
+        back = row["completion"].strip().split(", ")
+        assert {": ".join(pair.split(": ")[::-1]) for pair in back} == set(there)
+        numbers = [int(pair.split(": ")[0]) for pair in back]
+        assert len(numbers) == len(there)
+        assert all(a < b for a, b in itertools.pairwise(numbers))
 
 
 def test_the_mixture_is_even() -> None:

@@ -323,14 +323,18 @@ def test_the_smoke_profile(tmp_path: Path) -> None:
     assert all(record["test_loss"] < record["start_loss"] - 0.5 for record in records)
 
 
-def test_a_sieve_keeps_the_most_routed_experts(setting: Setting) -> None:
-    config = allocator_config(METHODS["sieve"], TINY, seed=0)
-    with adapted(METHODS["sieve"], setting.model, config, 4.0, setting.profile) as subject:
+@pytest.mark.parametrize(("name", "budget", "count"), [("sieve", 2, 4), ("hellora", 1, 2)])
+def test_a_sieve_keeps_the_most_routed_experts(
+    setting: Setting, name: str, budget: int, count: int
+) -> None:
+    training = TINY.model_copy(update={"r_target": budget})
+    config = allocator_config(METHODS[name], training, seed=0)
+    with adapted(METHODS[name], setting.model, config, 4.0, setting.profile) as subject:
         ranks = subject.ranks()
     for layer, routing in setting.profile("routing").items():
-        chosen = np.argsort(-routing)[:4]
-        assert ranks[layer][chosen].tolist() == [8] * 4
-        assert ranks[layer].sum() == 32
+        chosen = np.argsort(-routing)[:count]
+        assert ranks[layer][chosen].tolist() == [8] * count
+        assert ranks[layer].sum() == 16 * budget
 
 
 def test_probed_importance_stands_in_for_f_at_rank_0() -> None:

@@ -1,9 +1,10 @@
 """The tasks of the studies: generated ones, and .jsonl files.
 
 ``codes`` needs knowledge; ``strings`` and ``notation`` are skills; ``language`` is a new domain;
-``mixture`` is two tasks in one. ``cipher``, ``calendar``, ``roman``, ``sorting`` and ``records`` are
-held out: nothing was developed or tuned on them. ``controlled_share`` and ``controlled_need`` are for the model ``controlled``, in
-which the relevance of each expert is known. ``python -m benchmarks.quality.tasks`` shows them all.
+``mixture`` is two tasks in one. ``cipher``, ``calendar``, ``roman``, ``sorting`` and ``records``
+are held out: nothing was developed or tuned on them. ``controlled_share`` and ``controlled_need``
+are for the model ``controlled``, in which the relevance of each expert is known.
+``python -m benchmarks.quality.tasks`` shows them all.
 """
 
 from __future__ import annotations
