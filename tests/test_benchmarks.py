@@ -50,6 +50,7 @@ def written(folder: Path) -> str:
     return path.read_text()
 
 
+@pytest.mark.slow
 def test_goals(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = scaling.Fit.to("tokens", scaling.DRLORA, {1: 1.0, 2: 4.0, 4: 16.0})
     monkeypatch.setattr(scaling, "measure", lambda _: [fit])
@@ -71,6 +72,7 @@ def test_scaling(quick: Path) -> None:
     assert all(f"| {name} | " in written(quick) for name in swept)
 
 
+@pytest.mark.slow
 def test_features(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m, backend="eager": compiled(m, backend=backend))

@@ -106,8 +106,8 @@ def to_short(values: ArrayLike) -> NDArray[np.float32]:
     """Round to three digits and more, as 32 bits of which 12 are 0: figures become smaller.
 
     Example:
-        >>> [float(value) for value in to_short([0.5, 1 / 3]).round(4)]
-        [0.5, 0.3333]
+        >>> [f"{value:.4f}" for value in to_short([0.5, 1 / 3])]
+        ['0.5000', '0.3334']
     """
     bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     finite = np.isfinite(bits.view(np.float32))

@@ -56,13 +56,13 @@ def random_run(seed: int, policy: str, style: str) -> tuple[dict[str, Any], dict
 
 
 @pytest.mark.parametrize("policy", COMPARED)
-def test_two_hundred_seeded_runs_of_each_policy(policy: str) -> None:
+def test_a_hundred_seeded_runs_of_each_policy(policy: str) -> None:
     compared, left_early = 0, 0
-    for seed in range(25 if policy == "move" else 50):
+    for seed in range(12 if policy == "move" else 25):
         for style in STYLES:
             events, early = assert_same_decisions(*random_run(seed, policy, style))
             compared += events
             left_early += early
     # The comparison means something: hardly any run hangs on the last bit of a score.
-    assert compared >= 300
-    assert left_early <= 30
+    assert compared >= 150
+    assert left_early <= 15

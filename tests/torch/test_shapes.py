@@ -232,5 +232,5 @@ def test_plan_has_the_timetable_of_finetune(
     assert [event["step"] for event in made["timetable"]["4"]] == list(config.growth_steps)
     assert made["steps"] == options["steps"]
     steps = f"{options['steps']:,}"
-    named = options.get("timetable", "early")
+    named = options.get("timetable", "sprout")
     assert f"timetable {named} of {steps} steps, as of drlora finetune" in plan(path, *words)[1]

@@ -110,6 +110,7 @@ assert not any(name.startswith("drlora") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_others_load_a_merged_checkpoint_without_drlora(tmp_path: Path) -> None:
     wanted, folders = {}, {}
     for family in ("olmoe", "gpt_oss", "nemotron_h", "deepseek_v3"):
