@@ -71,9 +71,16 @@ def test_the_commands_in_the_text_of_a_page_exist(page: str) -> None:
         shell.check(words)
 
 
+RUN_ALONE = "docs/examples.md"
+"""Its commands are those of tests/test_examples.py."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the tutorial trains for 200 steps
-@pytest.mark.parametrize("page", SHELL)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.exhaustive] if p == RUN_ALONE else []) for p in SHELL],
+)
 def test_the_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(pages.ROOT / "examples")
     pages.run(pages.parse(page, "bash", folder=tmp_path))
