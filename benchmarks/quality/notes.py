@@ -52,6 +52,11 @@ class Figures:
         found = self._compare(method, base, where)
         return f"{len(found.on_side(-1))} of {len(found.groups)}"
 
+    def worse(self, method: str, base: str = UNIFORM, where: Where = "") -> str:
+        """Settings whose interval is above 0, as ``8 of 9``."""
+        found = self._compare(method, base, where)
+        return f"{len(found.on_side(1))} of {len(found.groups)}"
+
     def share(self, method: str, of: str, base: str = UNIFORM) -> str:
         """Gain of a method as a share of the gain of another, in the settings of both."""
         groups = self._compare(method, base, "").groups
