@@ -103,7 +103,8 @@ class AllocatorConfig(BaseModel):
         Args:
             steps: optimizer steps of the training.
             timetable: ``sprout``: events between 5 % and 25 % of the steps, from ``r_init`` 1;
-                ``early``: the same from the ``r_init`` of the class; ``late``: 10 % and 60 %.
+                ``early``: the same from half of ``r_target``; ``late``: 10 % and 60 %, from half of
+                it too. Policy ``prune`` starts from twice ``r_target``.
             events: number of events; fewer if there are too few steps.
             **fields: any other fields; what is given of a timetable's replaces it. The default of
                 ``max_growth`` here lets an expert that gets rank at every event reach ``r_max`` at
@@ -280,7 +281,16 @@ def _by_timetable(
     warmup = _whole_number(given.get("warmup_steps", start))
     last = _whole_number(given.get("growth_end", max(end, start + 1)))
     interval, last = timetables.even_events(warmup, last, events)
-    chosen = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
-    if named.r_init is not None and given.get("policy") != "prune":  # which starts above r_target
-        chosen["r_init"] = named.r_init
-    return chosen
+    window = {"warmup_steps": warmup, "growth_interval": interval, "growth_end": last}
+    return {**window, "r_init": _starting_rank(named.r_init, given)}
+
+
+def _starting_rank(named: int | None, given: Mapping[str, Any]) -> int:
+    """r_init where none is given: that of the timetable, or half of the budget; prune: twice."""
+    target, most = (
+        _whole_number(given.get(name, AllocatorConfig.model_fields[name].default))
+        for name in ("r_target", "r_max")
+    )
+    if given.get("policy") == "prune":
+        return min(2 * target, most)
+    return max(target // 2, 1) if named is None else named

@@ -62,7 +62,7 @@ class Timetable(NamedTuple):
     end: float
     """No event comes later."""
     r_init: int | None = None
-    """Rank of every expert at the start; None: that of the configuration."""
+    """Rank of every expert at the start; None: half of r_target."""
 
 
 TIMETABLES: Mapping[str, Timetable] = MappingProxyType(

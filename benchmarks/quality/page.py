@@ -75,17 +75,19 @@ def _method(results: Results) -> str:
     trainings = [setting.training for setting in settings]
     seeds = [len(c.chosen()) for s in settings for c in results.cells[s].values() if c.chosen()]
     tuning = {len(c.tuning_seeds) for s in settings for c in results.cells[s].values()}
+    every = results.settings()
     return (
-        f"{len(results.records):,} runs on {len({s.model for s in settings})} models and "
-        f"{len({s.task for s in settings})} tasks, {_range(seeds)} seeds per method. All methods "
-        f"of a setting train for the same {_range(t.steps for t in trainings)} steps on the same "
+        f"{len(results.records):,} runs on {len({s.model for s in every})} models and "
+        f"{len({s.task for s in every})} tasks. In the {len(settings)} settings of the "
+        f"claims without a mean rank, {_range(seeds)} seeds per method; all methods of a setting "
+        f"train for the same {_range(t.steps for t in trainings)} steps on the same "
         f"batches, with AdamW, from rank {_range(t.r_init for t in trainings)} to a mean rank of "
         f"{_range(t.r_target for t in trainings)} per expert. Each method gets its own learning "
         f"rate, the one with the lowest validation loss on {_range(tuning)} of these seeds; only "
         "the report uses the test split. Seeds fix the batches and the initial LoRA weights, so "
         "methods are compared seed by seed. Intervals are expanded percentile bootstrap intervals "
         "(10,000 resamples), not corrected for multiple comparisons. "
-        f"{_held_out(results.primary(held_out=True))}"
+        f"{_held_out(results.settings(held_out=True))}"
     )
 
 
@@ -93,7 +95,7 @@ def _held_out(settings: list[Setting]) -> str:
     if not settings:
         return "No setting was held out."
     tasks = ", ".join(dict.fromkeys(setting.name.split(" / ")[1] for setting in settings))
-    return f"No method was developed on the held-out tasks: {tasks}."
+    return f"Held-out tasks: {tasks}; the limits below say what was known of them."
 
 
 def _range(values: Iterable[int]) -> str:

@@ -41,7 +41,12 @@ Timetable = Annotated[
     str | None,
     typer.Option(help=f"With --steps: {' or '.join(TIMETABLES)}. [default: sprout]"),
 ]
-RInit = Annotated[int | None, typer.Option(min=0, help="As -s r_init=N: rank at the start.")]
+RInit = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="As -s r_init=N: rank at the start. [default: with --steps, by the timetable]"
+    ),
+]
 RTarget = Annotated[int | None, typer.Option(min=1, help="As -s r_target=N: the mean at the end.")]
 RMax = Annotated[int | None, typer.Option(min=1, help="As -s r_max=N: largest rank of an expert.")]
 LoRADType = Annotated[str, typer.Option(help=f"Type of the LoRA: {DTYPES}.")]

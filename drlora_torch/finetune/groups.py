@@ -83,8 +83,8 @@ class RankGroup(Group):
     panel: ClassVar[str] = "Ranks of the experts"
 
     r_init: int | None = Field(None, ge=0)
-    """Rank of every expert at the start. If not given, by the timetable: 1 with sprout,
-    else 8; 8 with policy prune."""
+    """Rank of every expert at the start. If not given, 1 with timetable sprout, else half
+    of r_target; twice r_target with policy prune."""
     r_target: int = Field(16, ge=1)
     """Mean rank at the end, which is the budget."""
     r_max: int = Field(32, ge=1)

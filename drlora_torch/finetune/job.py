@@ -130,6 +130,8 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
 
 def _write_page(job: Job) -> Path | None:
     """Write the report of a finished run; an error there costs the page alone, and is said."""
+    if not (job.output / folder.RECORDING).exists():
+        return None  # the run has said so
     try:
         with job.console.status("report"):
             return write_report(job.output)

@@ -69,6 +69,12 @@ class FinetuneOptions(
                 "r_min needs policy prune or move",
             ),
             (
+                self.r_target == 1
+                and self.r_init is None
+                and self.policy not in ("uniform", "prune", "move"),
+                "r_target 1 leaves nothing to grow; use policy uniform, or r_init 0",
+            ),
+            (
                 self.eval_data and self.eval_fraction != self._default("eval_fraction"),
                 "eval_fraction is of DATA; with eval_data, leave it out",
             ),
@@ -113,6 +119,8 @@ class FinetuneOptions(
         """Return the allocator's configuration; what is not given of a timetable follows it."""
         shared = set(AllocatorConfig.model_fields)
         fields = self.model_dump(include=shared, exclude_none=True)
+        if self.adapter and self.r_init is None and self.policy != "prune":
+            fields["r_init"] = max(self.r_target // 2, 1)  # the LoRA to start from is cut to it
         return AllocatorConfig.for_training(self.planned_steps, timetable=self.timetable, **fields)
 
     def resolved(self, rows: int | None) -> FinetuneOptions:
@@ -143,7 +151,7 @@ class FinetuneOptions(
 
     def uniform(self) -> FinetuneOptions:
         """Return the options of static LoRA at the same budget, to compare with."""
-        return self.model_copy(update={"policy": "uniform", "scope": "layer"})
+        return self.model_copy(update={"policy": "uniform", "scope": "layer", "r_init": None})
 
     def shared_by(self, processes: int, begun_with: int | None) -> FinetuneOptions:
         """Return the options with which some processes go on with a run that others began.

@@ -254,11 +254,13 @@ def test_a_timetable_chooses_the_starting_rank_unless_it_is_given(timetable: Any
     default = AllocatorConfig.model_fields["r_init"].default
     chosen = AllocatorConfig.for_training(1000, timetable=timetable)
     assert chosen.r_init == (1 if timetable == "sprout" else default) != 2
+    small = AllocatorConfig.for_training(1000, timetable=timetable, r_target=4)
+    assert small.r_init == (1 if timetable == "sprout" else 2)
     assert AllocatorConfig.for_training(1000, timetable=timetable, r_init=2).r_init == 2
     same = AllocatorConfig.for_training(1000, timetable="early", r_init=1)
     assert (chosen == same) is (timetable == "sprout")
-    pruned = AllocatorConfig.for_training(1000, timetable=timetable, policy="prune", r_target=4)
-    assert pruned.r_init == default  # it starts above the budget
+    pruned = AllocatorConfig.for_training(1000, timetable=timetable, policy="prune", r_target=5)
+    assert pruned.r_init == 10  # it starts above the budget
 
 
 def test_what_is_given_of_a_window_stays() -> None:

@@ -146,13 +146,14 @@ def test_paths_become_absolute_and_ids_stay(
     "given", [{}, {"timetable": "late"}, {"warmup_steps": 9, "growth_end": 40}]
 )
 def test_a_resolved_recipe_makes_the_same_decisions(policy: str, given: dict[str, Any]) -> None:
-    ranks = {"r_init": 16, "r_target": 8} if policy == "prune" else {}
+    ranks = {"r_target": 8} if policy == "prune" else {}
     options = Recipe(model="m", data="d", steps=100, policy=policy, **ranks, **given).options
     resolved = options.resolved(None)
     assert resolved.allocator_config() == options.allocator_config()
     assert resolved.resolved(None) == resolved
     longer = resolved.model_copy(update={"steps": 500})
     assert longer.allocator_config() == options.allocator_config()  # the window does not move
+    assert resolved.uniform().allocator_config().starting_rank == options.r_target
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,10 @@ def test_next_steps_are_commands_that_work(run: Path, call: Call, tmp_path: Path
         said = call(*words)
         assert said.code == 0, said.err
     assert len(lines) == 5
+
+
+def test_a_run_without_recording_has_no_report_to_come(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "recording")
+    assert "drlora report" in next_steps(run)
+    assert "drlora report" not in next_steps(copy)
