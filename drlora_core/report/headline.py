@@ -30,15 +30,16 @@ def tiles(run: Run) -> list[Tile]:
     """Return the numbers that matter: loss, budget, events, concentration, speed."""
     found = []
     if run.outcome is not None:
-        change = 1 - run.outcome.loss_after / run.outcome.loss_before
-        direction = "lower" if change >= 0 else "higher"
-        value = f"{run.outcome.loss_before:.3f} → {run.outcome.loss_after:.3f}"
-        found.append(Tile("held-out loss", value, f"{abs(change):.0%} {direction}"))
+        before, after = run.outcome.loss_before, run.outcome.loss_after
+        direction = "lower" if after <= before else "higher"
+        change = f"{abs(after - before) / abs(before):.0%} {direction}" if before else direction
+        found.append(Tile("held-out loss", f"{before:.3f} → {after:.3f}", change))
     total = int(run.ranks[-1].sum())
     met = "budget met" if total == run.budget else f"budget {run.budget:,}"
     found.append(Tile("total rank", f"{total:,}", met))
-    planned = run.config.num_events if run.config.ranks_change else 0
-    found.append(Tile("growth events", str(len(run.events)), f"of {planned} planned"))
+    if run.config.ranks_change:
+        planned = f"of {run.config.num_events} planned"
+        found.append(Tile("growth events", str(len(run.events)), planned))
     final = run.ranks[-1]
     spread = f"mean {final.mean():.3g}, start {run.ranks[0].mean():.3g}"
     found.append(Tile("rank of an expert", f"{final.min()} to {final.max()}", spread))

@@ -19,13 +19,13 @@ def event_rows(run: Drawable) -> list[Row]:
     experts, rows = run.recording.num_experts, []
     for event, ranks in zip(run.events, run.ranks[1:], strict=True):
         deltas = np.concatenate(list(event.deltas.values()))
-        cut = {"units_cut": sum(int(marked.sum()) for marked in event.cut.values())}
+        units_cut = sum(int(marked.sum()) for marked in event.cut.values())
         rows.append(
             {
                 "event": event.index,
                 "step": event.step,
-                "units_placed": int(deltas.sum()),
-                **(cut if run.config.cuts else {}),
+                "units_placed": int(deltas.sum()) + units_cut,
+                **({"units_cut": units_cut} if run.config.cuts else {}),
                 "experts_changed": int((deltas != 0).sum()),
                 "largest_change": int(deltas[np.abs(deltas).argmax()]),
                 "unplaced": event.unplaced,
