@@ -101,10 +101,17 @@ FAST = {
     *("early_zero_probed", "sieve", "move", "early_per_token", "r_max_everywhere"),
 }
 """Each kind of method once."""
+OTHER_BUDGETS = {"hellora"}
+"""Fits a mean rank of 1 alone; tested with the sieve."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in METHODS]
+    "name",
+    [
+        pytest.param(n, marks=[] if n in FAST else pytest.mark.slow)
+        for n in METHODS
+        if n not in OTHER_BUDGETS
+    ],
 )
 def test_methods_keep_their_budget_and_the_base_model(name: str, setting: Setting) -> None:
     model = setting.model
