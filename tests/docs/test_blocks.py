@@ -71,15 +71,18 @@ def test_the_commands_in_the_text_of_a_page_exist(page: str) -> None:
         shell.check(words)
 
 
-RUN_ALONE = "docs/examples.md"
-"""Its commands are those of tests/test_examples.py."""
+TESTED_ELSEWHERE = ("docs/after_training.md", "docs/examples.md")
+"""Their commands are those of tests/finetune/after and of tests/test_examples.py."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the tutorial trains for 200 steps
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.exhaustive] if p == RUN_ALONE else []) for p in SHELL],
+    [
+        pytest.param(p, marks=[pytest.mark.exhaustive] if p in TESTED_ELSEWHERE else [])
+        for p in SHELL
+    ],
 )
 def test_the_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(pages.ROOT / "examples")
