@@ -97,8 +97,8 @@ class AllocatorConfig(BaseModel):
     ) -> AllocatorConfig:
         """Choose the growth steps for a training of ``steps`` optimizer steps.
 
-        Ranks that grow early have more steps left to learn in, and fewer that start together stay
-        more different (docs/results.md).
+        Ranks that grow early have more steps left to learn in, and rank dimensions that start
+        together end up alike (docs/results.md).
 
         Args:
             steps: optimizer steps of the training.

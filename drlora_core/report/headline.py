@@ -53,9 +53,10 @@ def tiles(run: Run) -> list[Tile]:
 def _loss(run: Run) -> str:
     outcome = run.outcome
     if outcome is not None:
+        trained = max(run.recording.steps, run.losses.last_step)
         verb = "fell" if outcome.loss_after < outcome.loss_before else "did not fall: it went"
         text = (
-            f"In {notebook.count(run.last_step, 'step')} the held-out loss {verb} from "
+            f"In {notebook.count(trained, 'step')} the held-out loss {verb} from "
             f"{outcome.loss_before:.3f} to {outcome.loss_after:.3f} nats per token"
         )
         rivals = [
@@ -78,6 +79,12 @@ def _budget(run: Run) -> str:
     total, start = int(run.ranks[-1].sum()), int(run.ranks[0].sum())
     if not run.config.ranks_change or run.config.policy == "uniform":
         return f"The ranks were fixed: {total:,} rank units, {run.ranks[-1].mean():.3g} an expert."
+    saved = None if run.outcome is None else run.outcome.total_rank
+    if saved is not None and saved != total:
+        return (
+            f"The adapter that was saved is that of an earlier step, with {saved:,} rank units; "
+            f"this page shows the whole training, which went on to {total:,}."
+        )
     events, planned = len(run.events), run.config.num_events
     done = f"{notebook.count(events, 'event')}" + (f" of {planned}" if events < planned else "")
     if run.config.policy == "prune":

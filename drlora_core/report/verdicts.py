@@ -64,7 +64,7 @@ def _check_loss(run: Run) -> Finding | str | None:
 
 def _check_skipped(run: Run) -> Finding | str | None:
     outcome = run.outcome
-    if outcome is None:
+    if outcome is None or outcome.skipped_steps is None:
         return None
     if not outcome.skipped_steps:
         return "Every step had finite statistics: none was skipped."

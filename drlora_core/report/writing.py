@@ -25,7 +25,8 @@ def write_report(path: Path, output: Path | None = None, against: Run | None = N
         OSError: the page cannot be written; an older one is left as it was.
     """
     run = open_run(path)
-    inside = path.is_dir() and run.recording.path != path
-    target = output or (path if inside else path.parent) / REPORT
+    place = path if run.path is None else run.path
+    inside = place.is_dir() and run.recording.path != place
+    target = output or (place if inside else place.resolve().parent) / REPORT
     write_text(target, render_run(run, against))
     return target

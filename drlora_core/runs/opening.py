@@ -30,6 +30,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         OSError: the path cannot be read.
     """
     path = Path(path)
+    whole = path.resolve()
+    if whole.name == folder.RECORDING and (whole.parent / folder.RECIPE).is_file():
+        path = whole.parent  # the recording of a run stands for the run
     recording = load_trace(path) if path.suffix == ".npz" else Recording.open(_recording(path))
     config = None
     if recording.config is None:

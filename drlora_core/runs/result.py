@@ -23,8 +23,10 @@ class Outcome(BaseModel):
     """Duration of the training alone."""
     peak_memory_mb: float | None = None
     """In MiB."""
-    skipped_steps: int = 0
-    """Optimizer steps whose statistics were not finite."""
+    skipped_steps: int | None = None
+    """Optimizer steps whose statistics were not finite; None: not known."""
+    total_rank: int | None = None
+    """Rank of the saved adapter; None: not known."""
 
 
 def read_outcomes(path: Path) -> tuple[Outcome, ...]:

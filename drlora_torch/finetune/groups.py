@@ -94,8 +94,8 @@ class RankGroup(Group):
     gamma: float = Field(1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency."""
     timetable: TimetableName = "sprout"
-    """Ranks grow between 5 and 25 % (sprout, early) or 10 and 60 % (late) of the steps, with sprout
-    from rank 1."""
+    """Ranks grow between 5 and 25 % (sprout, early) or 10 and 60 % (late) of the steps. With sprout
+    they start at 1."""
     warmup_steps: int | None = Field(None, ge=0)
     """Optimizer steps before growth. If not given, by the timetable."""
     growth_interval: int | None = Field(None, ge=1)

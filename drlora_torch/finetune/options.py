@@ -124,8 +124,7 @@ class FinetuneOptions(
         return AllocatorConfig.for_training(self.planned_steps, timetable=self.timetable, **fields)
 
     def resolved(self, rows: int | None) -> FinetuneOptions:
-        """Return the options with steps, growth window, starting rank and scales as
-        numbers.
+        """Return the options with steps, window, starting rank and scales as numbers.
 
         A run that is later extended keeps its window.
 

@@ -27,7 +27,7 @@ def write_run(path: Path, **changes: Any) -> Path:
     (path / "uniform").mkdir()
     (path / "uniform" / "metrics.jsonl").write_text('{"step": 20, "eval_loss": 1.5}\n')
     outcomes = [
-        {"method": "greedy", "loss_before": 3.0, "loss_after": 1.0, "budget": 40},
+        {"method": "greedy", "loss_before": 3.0, "loss_after": 1.0, "skipped_steps": 0},
         {"method": "uniform", "loss_before": 3.0, "loss_after": 1.5, "budget": 40},
     ]
     (path / "result.json").write_text(json.dumps(outcomes))

@@ -21,6 +21,8 @@ from drlora_core import LayoutError
 from drlora_core.recording import Recording
 from drlora_core.replay import replay
 from drlora_core.report import event_rows, payload, render, render_run, write_report
+from drlora_core.report.headline import headline
+from drlora_core.report.verdicts import check
 from drlora_core.runs import as_run, open_run
 from drlora_core.runs.result import Outcome
 from tests.core import recorded
@@ -223,6 +225,28 @@ def test_a_run_without_events_has_a_page(steps: int, tmp_path: Path) -> None:
     page = render_run(open_run(tmp_path / "run"))
     assert "<p>None.</p>" in page
     assert "of 3 planned" in page
+
+
+def test_the_recording_of_a_run_stands_for_the_run(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    assert write_report(path / "recording") == path / "report.html"
+    assert "held-out loss fell" in (path / "report.html").read_text()  # not a page without losses
+
+
+def test_a_page_tells_the_steps_that_were_made_and_the_adapter_that_was_saved(
+    tmp_path: Path,
+) -> None:
+    path = write_run(tmp_path / "run")
+    run = open_run(path)
+    assert "In 20 steps the held-out loss fell" in headline(run)[0]  # 30 were planned
+    assert check(run) == check(open_run(path / "recording"))
+    outcomes = json.loads((path / "result.json").read_text())
+    del outcomes[0]["skipped_steps"]  # as an older file
+    outcomes[0]["total_rank"] = 33  # stopped early, at an earlier event
+    (path / "result.json").write_text(json.dumps(outcomes))
+    assert "an earlier step, with 33 rank units" in headline(open_run(path))[1]
+    assert any("none was skipped" in each for each in check(run).good)
+    assert not any("none was skipped" in each for each in check(open_run(path)).good)
 
 
 def test_a_link_at_the_place_of_the_page_is_replaced(tmp_path: Path) -> None:
