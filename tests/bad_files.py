@@ -52,7 +52,7 @@ def check_refused(
     before = tree(folder)
     result = call(capsys, *line)
     assert result.code == 2, result.err
-    assert message in result.err
+    assert message in result.err, result.err
     assert result.err.startswith("drlora: ")
     assert result.err.count("\n") == 1
     assert result.out == ""

@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.chdir(files)
     monkeypatch.setattr(Path, "touch", refuse)  # root may write everywhere
     for line, file in (
-        (["run"], "report.html"),
+        (["run"], str(files / "report.html")),  # beside the recording
         (["run", "-o", "page.html"], "page.html"),
         (["run", "--json", "-o", "values.json"], "values.json"),
     ):
