@@ -31,6 +31,18 @@ def overlap(one: IntArray, two: IntArray) -> float:
     return float(np.minimum(one, two).sum() / most) if most else float("nan")
 
 
+def chance_overlap(one: IntArray, two: IntArray) -> float:
+    """Mean overlap of two allocations over all orders of the experts; NaN where both are empty.
+
+    Example:
+        >>> chance_overlap(np.array([3, 1]), np.array([3, 1]))
+        0.75
+    """
+    most = max(one.sum(), two.sum())
+    shared = np.minimum.outer(one, two).sum() / one.size
+    return float(shared / most) if most else float("nan")
+
+
 def spearman(one: ArrayLike, two: ArrayLike) -> float:
     """Spearman's rank correlation; NaN where one side is constant."""
     return _correlation("spearmanr", one, two)

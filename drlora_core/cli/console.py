@@ -52,6 +52,9 @@ def is_unicode(stream: object) -> bool:
 
 
 def soften_output() -> None:
-    """Let standard output write ``?`` for a character that it cannot encode, such as in a name."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and not is_unicode(sys.stdout):
+    """Let standard output write ``?`` for a character that it cannot encode, such as in a name.
+
+    UTF-8 cannot encode bytes of a file's name that are no text.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")

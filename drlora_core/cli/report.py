@@ -13,7 +13,7 @@ from drlora_core.cli.console import say
 from drlora_core.diagnostics import diagnose
 from drlora_core.errors import DRLoRAError
 from drlora_core.report import event_rows, write_report
-from drlora_core.report.serving import LivePage, make_server
+from drlora_core.report.serving import LivePage, is_awaited, make_server
 from drlora_core.runs import Run, open_run
 
 
@@ -61,18 +61,17 @@ def report(
     its page shows ten events spread over its steps.
     """
     _check_options(against, output, as_json, watch)
-    other = None if against is None else open_run(against)
     if watch:
-        _serve(run_dir, other, port)
+        _serve(run_dir, against, port)
         return
     if output is not None:
         common.check_output(output)
+    run, other = open_run(run_dir), None if against is None else open_run(against)
     if as_json:
-        _write_json(open_run(run_dir), output)
+        _write_json(run, output)
         return
-    say(f"wrote {write_report(run_dir, output, other)}")
-    run = open_run(run_dir)
-    say(str(diagnose(run.recording, run.config if run.replayed else None)))
+    say(f"wrote {write_report(run, output, other)}")
+    say(str(diagnose(run)))
 
 
 def _check_options(against: Path | None, output: Path | None, as_json: bool, watch: bool) -> None:
@@ -83,12 +82,13 @@ def _check_options(against: Path | None, output: Path | None, as_json: bool, wat
         raise DRLoRAError(f"--watch serves a page and writes none; leave out {word}")
 
 
-def _serve(path: Path, against: Run | None, port: int) -> None:
+def _serve(path: Path, against: Path | None, port: int) -> None:
     if not path.exists():
         raise DRLoRAError(f"there is no run at {str(path)!r}; start it, then watch it")
-    live = LivePage(path, against)
-    live.read()  # what cannot be shown is said here
-    with make_server(live, port) as server:
+    for each in (path, against):
+        if each is not None and not is_awaited(each):
+            open_run(each)  # what is wrong with it is said here
+    with make_server(LivePage(path, against), port) as server:
         say(f"http://127.0.0.1:{server.server_address[1]}/ shows {path}; Ctrl-C ends")
         try:
             server.serve_forever()
@@ -97,10 +97,9 @@ def _serve(path: Path, against: Run | None, port: int) -> None:
 
 
 def _write_json(run: Run, output: Path | None) -> None:
-    config = run.config if run.replayed else None
-    final = {name: run.ranks[-1][part] for name, part in run.places.items()}
+    final = {name: run.final[part] for name, part in run.places.items()}
     values: dict[str, Any] = {"notes": run.recording.notes, "events": event_rows(run)}
-    values |= {"final_ranks": final, "diagnosis": diagnose(run.recording, config).to_dict()}
+    values |= {"final_ranks": final, "diagnosis": diagnose(run).to_dict()}
     if output is None:
         common.emit(values)
     else:

@@ -81,6 +81,8 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
     if subject.events is None:
         raise NotCheckedError("a live engine keeps no past events; diagnose its recording")
     subject.need_growth_policy()
+    if len(subject.events) < limits.stagnant_events:
+        raise NotCheckedError(f"fewer than {limits.stagnant_events} events")
     last = subject.events[-limits.stagnant_events :]
     pools = make_pools(config, subject.layers)
     stuck = {}
@@ -91,7 +93,7 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
         due = sum(event_quota(config, pool, event.index) for event in last)
         if placed == 0 and left > 0 and due > 0:
             stuck[pool.names[0] if len(pool.names) == 1 else "all layers"] = left
-    if not stuck or len(last) < limits.stagnant_events:
+    if not stuck:
         return None
     return Finding(
         f"the last {len(last)} events placed nothing in {len(stuck)} of {len(pools)} pools, "
@@ -103,6 +105,9 @@ def stagnant_growth(subject: Subject, limits: Thresholds) -> Finding | None:
 
 def unplaced_quota(subject: Subject, limits: Thresholds) -> Finding | None:
     """Limits left quota unplaced."""
+    subject.need_growth_policy()
+    if subject.events == ():
+        raise NotCheckedError("there was no growth event yet")
     if subject.unplaced == 0:
         return None
     config = subject.config
@@ -143,7 +148,11 @@ def unreliable_first_event(subject: Subject, limits: Thresholds) -> Finding | No
         raise NotCheckedError("no event depends on importance")
     before = min(config.growth_steps[0], recording.steps)
     correlation = _correlate_halves(recording, "importance", before, limits)
-    if np.isnan(correlation) or correlation >= limits.reliable_correlation:
+    if np.isnan(correlation):
+        raise NotCheckedError("importance is constant or was not observed")
+    if correlation >= limits.reliable_correlation:
+        if before < config.growth_steps[0]:
+            raise NotCheckedError(f"the first event, at step {config.growth_steps[0]}, is ahead")
         return None
     return Finding(
         f"importance is noise before the first event (step {config.growth_steps[0]}): the rank "
@@ -192,7 +201,9 @@ def lost_traffic(subject: Subject, limits: Thresholds) -> Finding | None:
         lost_units += int(extra[lost].sum())
         if lost.any():
             lost_experts[name] = np.flatnonzero(lost).tolist()
-    share = lost_units / max(extra_units, 1)
+    if not extra_units:
+        raise NotCheckedError(f"no expert is above r_target {subject.config.r_target}")
+    share = lost_units / extra_units
     if share < limits.misplaced_share:
         return None
     return Finding(

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from drlora_core import runs
 from drlora_core.config import AllocatorConfig
 from drlora_core.diagnostics import subject as subjects
 from drlora_core.diagnostics.checks import CHECKS
 from drlora_core.diagnostics.healthy import HEALTHY
-from drlora_core.diagnostics.subject import Finding, NotCheckedError, Thresholds
+from drlora_core.diagnostics.subject import Finding, NotCheckedError, Subject, Thresholds
 from drlora_core.engine import AllocatorEngine
 from drlora_core.errors import LayoutError
 from drlora_core.recording import Recording
@@ -35,15 +36,16 @@ class Diagnosis:
 
 
 def diagnose(
-    subject: AllocatorEngine | Recording,
+    subject: AllocatorEngine | Recording | runs.Run,
     config: AllocatorConfig | None = None,
     *,
     thresholds: Thresholds | None = None,
 ) -> Diagnosis:
-    """Look for known problems in a live engine or a recording.
+    """Look for known problems in a live engine, a recording or a run.
 
     Args:
-        subject: an engine knows only its present; a recording allows every check.
+        subject: an engine knows only its present; a recording, or a run opened with
+            `drlora_core.runs.open_run`, allows every check.
         config: with a recording: diagnose its replay under this configuration (required if the
             recording has none).
         thresholds: limits that replace the default ones.
@@ -52,18 +54,11 @@ def diagnose(
         LayoutError: there is nothing to diagnose, or no configuration.
         DRLoRAError: SciPy is not installed (extra ``cli``).
     """
-    if isinstance(subject, AllocatorEngine):
-        if config is not None:
-            raise LayoutError("an engine has its own configuration; config is for recordings")
-        seen = subjects.from_engine(subject)
-    elif isinstance(subject, Recording):
-        seen = subjects.from_recording(subject, config)
-    else:
-        raise LayoutError(f"diagnose an engine or a Recording, not a {type(subject).__name__}")
+    seen, limits = _describe(subject, config), thresholds or Thresholds()
     findings, passed, not_checked = [], {}, {}
     for name, check in CHECKS.items():
         try:
-            finding = check(seen, thresholds or Thresholds())
+            finding = check(seen, limits)
         except NotCheckedError as reason:
             not_checked[name] = str(reason)
         else:
@@ -72,3 +67,17 @@ def diagnose(
             else:
                 findings.append(dataclasses.replace(finding, name=name))
     return Diagnosis(tuple(findings), passed, not_checked)
+
+
+def _describe(subject: object, config: AllocatorConfig | None) -> Subject:
+    if isinstance(subject, Recording):
+        return subjects.from_run(runs.from_recording(subject, config))
+    if not isinstance(subject, (AllocatorEngine, runs.Run)):
+        kind = type(subject).__name__
+        raise LayoutError(f"diagnose an engine, a Recording or a Run, not a {kind}")
+    if config is not None:
+        kind = "engine" if isinstance(subject, AllocatorEngine) else "run"
+        raise LayoutError(f"this {kind} has its own configuration; config is for recordings")
+    if isinstance(subject, runs.Run):
+        return subjects.from_run(subject)
+    return subjects.from_engine(subject)

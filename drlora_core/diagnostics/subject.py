@@ -84,6 +84,8 @@ class Subject:
     def need_growth_policy(self) -> None:
         if self.config.policy in ("uniform", "prune"):
             raise NotCheckedError(f"policy {self.config.policy!r} does not grow")
+        if not self.config.ranks_change:
+            raise NotCheckedError("the budget is spent at the start: nothing grows")
 
     def need_growth(self, share: float) -> None:
         """Need a policy that grows, and at least this share of the growth to be placed.
@@ -126,12 +128,10 @@ def from_engine(engine: AllocatorEngine) -> Subject:
     )
 
 
-def from_recording(recording: Recording, config: AllocatorConfig | None) -> Subject:
-    """Describe the recorded run, or its replay where a configuration is given."""
-    run = runs.from_recording(recording, config)
+def from_run(run: runs.Run) -> Subject:
+    recording, events = run.recording, run.events
     if recording.steps == 0:
         raise LayoutError("the recording has no steps, so there is nothing to diagnose")
-    events = run.events
     recent = -max(1, recording.steps // 4)
     return Subject(
         config=run.config,

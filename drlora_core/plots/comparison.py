@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from drlora_core.comparison import overlap
-from drlora_core.ema import IntArray
+from drlora_core.comparison import chance_overlap, overlap
 from drlora_core.errors import LayoutError
 from drlora_core.plots.grid import color_axis, grid_layout, to_grid
 from drlora_core.plots.style import (
@@ -29,9 +28,9 @@ def rank_difference(one: Drawable, two: Drawable) -> Any:
         LayoutError: the runs have different layers.
     """
     a, b = _pair(one, two)
-    difference = a.ranks[-1] - b.ranks[-1]
+    difference = a.final - b.final
     most = max(1, int(np.abs(difference).max()))
-    both = np.stack([a.ranks[-1], b.ranks[-1]])
+    both = np.stack([a.final, b.final])
     cells = {
         "type": "heatmap",
         "z": to_grid(a, difference),
@@ -57,7 +56,7 @@ def overlap_by_layer(one: Drawable, two: Drawable) -> Any:
     """
     a, b = _pair(one, two)
     labels = layer_labels(list(a.layers))
-    pairs = [(a.ranks[-1][part], b.ranks[-1][part]) for part in a.places.values()]
+    pairs = [(a.final[part], b.final[part]) for part in a.places.values()]
     bars = {
         "type": "bar",
         "x": labels,
@@ -79,18 +78,6 @@ def overlap_by_layer(one: Drawable, two: Drawable) -> Any:
     layout["xaxis"]["type"] = "category"
     layout["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
     return make_figure([bars, marks], layout)
-
-
-def chance_overlap(one: IntArray, two: IntArray) -> float:
-    """Mean overlap of two allocations over all orders of the experts; NaN where both are empty.
-
-    Example:
-        >>> chance_overlap(np.array([3, 1]), np.array([3, 1]))
-        0.75
-    """
-    most = max(one.sum(), two.sum())
-    shared = np.minimum.outer(one, two).sum() / one.size
-    return float(shared / most) if most else float("nan")
 
 
 def _pair(one: Drawable, two: Drawable) -> tuple[Run, Run]:

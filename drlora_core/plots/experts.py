@@ -17,7 +17,7 @@ def highlighted(run: Run, layer: str) -> list[int]:
         UnknownLayerError: naming close names.
     """
     check_layer(layer, run.layers)
-    final = run.ranks[-1][run.places[layer]]
+    final = run.final[run.places[layer]]
     order = np.argsort(-final, kind="stable")[:HIGHLIGHTED]
     return [int(expert) for expert in order if final[expert] > final.mean()]
 

@@ -27,7 +27,7 @@ SMOOTHED = 40  # the running mean is over a 40th of the steps
 
 
 def loss(run: Drawable, against: Drawable | None = None) -> Any:
-    """Draw the loss of a run over its steps, in nats per token, and mark the growth events.
+    """Draw the loss of a run over its steps, and mark the growth events.
 
     The thin line is the loss of each batch, the thick one its running mean, the points are the
     held-out loss. Methods trained beside the run (``--compare``) and another run are drawn too.
@@ -47,11 +47,13 @@ def loss(run: Drawable, against: Drawable | None = None) -> Any:
     curves = [(run.policy, run.losses), *((name, losses) for name, losses, _ in run.compared)]
     if against is not None:
         other = as_run(against)
-        curves.append((other.name, other.losses))
+        taken = other.name in [name for name, _ in curves]
+        curves.append((f"{other.name} (other run)" if taken else other.name, other.losses))
     data: list[dict[str, Any]] = []
     for number, (name, losses) in enumerate(curves):
-        data += _draw_curves(losses, harmless(name, 24), COLORS[number % len(COLORS)])
-    layout = step_layout("Training and held-out loss", "nats per token", run)
+        data += _draw_curves(losses, harmless(name, 30), COLORS[number % len(COLORS)])
+    layout = step_layout("Training and held-out loss", run.loss_unit, run)
+    layout["xaxis"]["range"][1] = max(run.last_step, *(losses.last_step for _, losses in curves))
     layout["shapes"] = event_marks(run)
     return make_figure([*data, *_draw_events(run)], layout)
 
@@ -89,18 +91,18 @@ def _draw_curves(losses: Losses, name: str, color: str) -> list[dict[str, Any]]:
 
 def _draw_events(run: Run) -> list[dict[str, Any]]:
     """Put a point on the training loss at every event, to hover over."""
-    if not len(run.losses.training):
+    if not run.events or not len(run.losses.training):
         return []
     smooth = running_mean(run.losses.training)
     texts = [
-        f"growth event {event.index} after step {event.step}<br>total rank {int(total):,}"
+        f"{run.event_noun} {event.index} after step {event.step}<br>total rank {int(total):,}"
         for event, total in zip(run.events, run.ranks[1:].sum(axis=1), strict=True)
     ]
     points = {
         "type": "scatter",
         "x": run.event_steps,
         "y": np.interp(run.event_steps, run.losses.steps, smooth),
-        "name": "growth event",
+        "name": run.event_noun,
         "mode": "markers",
         "marker": {"color": ORANGE, "size": 8, "line": {"width": 1, "color": "black"}},
         "text": texts,

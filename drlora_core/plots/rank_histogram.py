@@ -13,7 +13,7 @@ from drlora_core.runs import Drawable, as_run
 def rank_histogram(run: Drawable) -> Any:
     """Draw how many experts ended at each rank."""
     run = as_run(run)
-    values, counts = np.unique(run.ranks[-1], return_counts=True)
+    values, counts = np.unique(run.final, return_counts=True)
     bars = {
         "type": "bar",
         "x": values,

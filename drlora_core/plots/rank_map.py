@@ -9,6 +9,7 @@ import numpy as np
 from drlora_core.plots.grid import color_axis, grid_layout, to_grid
 from drlora_core.plots.style import RANKS, layer_labels, make_figure, to_short
 from drlora_core.runs import Drawable, Run, as_run
+from drlora_core.runs.history import evenly
 
 MOST_FRAMES, MOST_CELLS = 20, 400_000  # frames, and experts x frames
 MOST_DETAILS = 20_000  # experts x frames up to which every frame has f, g and S
@@ -20,11 +21,11 @@ def rank_map(run: Drawable) -> Any:
     """Draw the rank of every expert: a row per layer, a column per expert in index order.
 
     The slider shows the start and the ranks after each event (of many events, some); a trace for
-    each, of which one is visible. Hovering over an expert shows its rank and f, g and S, by which
-    the event was decided; in a large run only at the end.
+    each, of which that of the saved adapter is visible. Hovering over an expert shows its rank and
+    f, g and S, by which the event was decided; in a large run only at the end.
     """
     run = as_run(run)
-    shown = _choose_frames(len(run.events), run.recording.num_experts)
+    shown = sorted({*_choose_frames(len(run.events), run.recording.num_experts), run.kept})
     detailed = len(shown) * run.recording.num_experts <= MOST_DETAILS
     at_end = run.recording.num_experts <= MOST_EXPERTS
     frames = [
@@ -33,7 +34,7 @@ def rank_map(run: Drawable) -> Any:
             "z": to_grid(run, run.ranks[number]),
             "y": layer_labels(list(run.layers)),
             "coloraxis": "coloraxis",
-            "visible": number == shown[-1],
+            "visible": number == run.kept,
             "name": f"step {run.events[number - 1].step}" if number else "start",
             **_hover(run, number, detailed or (at_end and number == shown[-1])),
         }
@@ -49,8 +50,7 @@ def rank_map(run: Drawable) -> Any:
 def _choose_frames(events: int, experts: int) -> list[int]:
     """Numbers of the states to show: 0 is the start, k that after event k."""
     most = max(2, min(MOST_FRAMES, MOST_CELLS // experts))
-    frames = np.linspace(0, events, min(events + 1, most)).round().astype(int)
-    return [int(number) for number in frames]
+    return evenly(events + 1, most)
 
 
 def _hover(run: Run, number: int, detailed: bool) -> dict[str, Any]:
@@ -58,16 +58,15 @@ def _hover(run: Run, number: int, detailed: bool) -> dict[str, Any]:
     history, ending = run.history, "<extra></extra>"
     if not detailed or not len(history.steps):
         return {"hovertemplate": text + ending}
-    step = int(history.steps[0])
-    if number:
-        last = number == len(run.events)
-        step = int(history.steps[-1]) if last else run.events[number - 1].step
-    row = int(np.searchsorted(history.steps, step))
+    if number == len(run.events):
+        row = len(history.steps) - 1
+    else:
+        row = history.row_at(run.events[number - 1].step if number else 0)
     values = np.stack([signal[row] for signal in history.signals])
     return {
         "customdata": to_short(to_grid(run, values)),
         "hovertemplate": f"{text}<br>f %{{customdata[0]:.3g}}, g %{{customdata[1]:.3g}}, "
-        f"S %{{customdata[2]:.3g}} at step {step}{ending}",
+        f"S %{{customdata[2]:.3g}} at step {history.steps[row]}{ending}",
     }
 
 
@@ -81,7 +80,7 @@ def _slider(run: Run, shown: list[int]) -> dict[str, Any]:
         for number in shown
     ]
     return {
-        "active": len(shown) - 1,
+        "active": shown.index(run.kept),
         "currentvalue": {"prefix": "after step ", "xanchor": "left"},
         "pad": {"t": 44, "b": 4},
         "steps": steps,

@@ -38,7 +38,7 @@ def rank_against_routing(run: Drawable) -> Any:
         DRLoRAError: SciPy is not installed.
     """
     run = as_run(run)
-    weights, ranks = mean_routing(run), run.ranks[-1]
+    weights, ranks = mean_routing(run), run.final
     known = ~np.isnan(weights)
     if not known.any():
         raise LayoutError("no routing was recorded, so there is nothing to draw rank against")
@@ -64,7 +64,7 @@ def mean_routing(run: Run) -> FloatArray:
 
 def routing_correlation(run: Run) -> float:
     """Spearman's correlation of final rank and mean routing weight: mean over layers, or NaN."""
-    weights, ranks = mean_routing(run), run.ranks[-1]
+    weights, ranks = mean_routing(run), run.final
     values = [
         spearman(weights[part], ranks[part])
         for part in run.places.values()

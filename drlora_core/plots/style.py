@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from drlora_core import notebook
 from drlora_core.errors import import_extra
 from drlora_core.runs import Run
+from drlora_core.runs.history import evenly
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = COLORS = (
     "#0072B2",
@@ -28,7 +29,7 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = COLORS = (
 )
 RANKS, COUNTS, DIFFERENCES = "Viridis", "Cividis", "PuOr"
 GRAY, FAINT, BAND = "rgba(128,128,128,0.9)", "rgba(128,128,128,0.45)", "rgba(128,128,128,0.25)"
-MARKED_EVENTS = 64
+MARKED_EVENTS, MOST_DRAWN = 64, 128
 LABEL_CHARACTERS = 40
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
@@ -81,14 +82,16 @@ def event_marks(run: Run, axis: str = "y") -> list[dict[str, Any]]:
 def step_values(run: Run, values: ArrayLike) -> dict[str, Any]:
     """Coordinates of a line that changes at each event and goes on to the end of the run.
 
+    Of many events, some are drawn.
+
     Args:
         run: its events are the steps.
         values: at the start and after each event, [K + 1].
     """
-    seen = max(run.recording.steps, *run.event_steps, 0) if run.events else run.recording.steps
-    steps = [0, *run.event_steps, max(seen, run.losses.last_step)]
-    heights = np.asarray(values)
-    return {"x": steps, "y": np.append(heights, heights[-1])}
+    steps, heights = [0, *run.event_steps], np.asarray(values)
+    end = max(run.recording.steps, steps[-1], run.losses.last_step)
+    drawn = evenly(len(steps), MOST_DRAWN)
+    return {"x": [*(steps[number] for number in drawn), end], "y": heights[[*drawn, -1]]}
 
 
 def band(x: Any, low: Any, high: Any, *, shape: str = "linear", **options: Any) -> list[Any]:
@@ -109,7 +112,8 @@ def to_short(values: ArrayLike) -> NDArray[np.float32]:
         >>> [f"{value:.4f}" for value in to_short([0.5, 1 / 3])]
         ['0.5000', '0.3334']
     """
-    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):  # beyond 32 bits: infinite, which figures leave out
+        bits = np.asarray(values).astype(np.float32).view(np.uint32)
     finite = np.isfinite(bits.view(np.float32))
     rounded = np.where(finite, (bits + np.uint32(0x800)) & np.uint32(0xFFFFF000), bits)
     return rounded.view(np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 
 from drlora_core import notebook
 from drlora_core.runs import Run
+from drlora_core.runs.recipe import NATS
 
 CHARACTERS = 60
 
@@ -34,13 +35,12 @@ def tiles(run: Run) -> list[Tile]:
         direction = "lower" if after <= before else "higher"
         change = f"{abs(after - before) / abs(before):.0%} {direction}" if before else direction
         found.append(Tile("held-out loss", f"{before:.3f} → {after:.3f}", change))
-    total = int(run.ranks[-1].sum())
+    final, total = run.final, int(run.final.sum())
     met = "budget met" if total == run.budget else f"budget {run.budget:,}"
     found.append(Tile("total rank", f"{total:,}", met))
     if run.config.ranks_change:
         planned = f"of {run.config.num_events} planned"
-        found.append(Tile("growth events", str(len(run.events)), planned))
-    final = run.ranks[-1]
+        found.append(Tile(f"{run.event_noun}s", str(len(run.events)), planned))
     spread = f"mean {final.mean():.3g}, start {run.ranks[0].mean():.3g}"
     found.append(Tile("rank of an expert", f"{final.min()} to {final.max()}", spread))
     if run.outcome is not None and run.outcome.tokens_per_second:
@@ -57,7 +57,8 @@ def _loss(run: Run) -> str:
         verb = "fell" if outcome.loss_after < outcome.loss_before else "did not fall: it went"
         text = (
             f"In {notebook.count(trained, 'step')} the held-out loss {verb} from "
-            f"{outcome.loss_before:.3f} to {outcome.loss_after:.3f} nats per token"
+            f"{outcome.loss_before:.3f} to {outcome.loss_after:.3f}"
+            f"{f' {NATS}' if run.loss_unit == NATS else ''}"
         )
         rivals = [
             f"{_method(name)} with the same budget reached {other.loss_after:.3f}"
@@ -76,14 +77,13 @@ def _loss(run: Run) -> str:
 
 
 def _budget(run: Run) -> str:
-    total, start = int(run.ranks[-1].sum()), int(run.ranks[0].sum())
-    if not run.config.ranks_change or run.config.policy == "uniform":
-        return f"The ranks were fixed: {total:,} rank units, {run.ranks[-1].mean():.3g} an expert."
-    saved = None if run.outcome is None else run.outcome.total_rank
-    if saved is not None and saved != total:
+    start, total, saved = (int(ranks.sum()) for ranks in (run.ranks[0], run.ranks[-1], run.final))
+    if not run.config.ranks_change:
+        return f"The ranks were fixed: {total:,} rank units, {run.final.mean():.3g} an expert."
+    if run.kept < len(run.events):
         return (
-            f"The adapter that was saved is that of an earlier step, with {saved:,} rank units; "
-            f"this page shows the whole training, which went on to {total:,}."
+            f"The adapter that was saved is that of an earlier step, with {saved:,} rank units, "
+            f"and the one that this page describes; the training went on to {total:,}."
         )
     events, planned = len(run.events), run.config.num_events
     done = f"{notebook.count(events, 'event')}" + (f" of {planned}" if events < planned else "")
@@ -96,8 +96,8 @@ def _budget(run: Run) -> str:
 
 def _where(run: Run) -> str:
     """Say how concentrated the growth is, and which expert gained most."""
-    gained = np.maximum(run.ranks[-1] - run.ranks[0], 0)
-    if not gained.any() or run.config.policy == "uniform":
+    gained = np.maximum(run.final - run.ranks[0], 0)
+    if not gained.any():
         return ""
     order = np.argsort(-gained, kind="stable")
     cumulated = np.cumsum(gained[order])
@@ -109,7 +109,7 @@ def _where(run: Run) -> str:
     return (
         f"Half of the growth went to {notebook.count(few, 'expert')} of {gained.size:,} "
         f"({few / gained.size:.0%}), most of all to expert {expert} of {layer}, from rank "
-        f"{run.ranks[0][most]} to {run.ranks[-1][most]}."
+        f"{run.ranks[0][most]} to {run.final[most]}."
     )
 
 

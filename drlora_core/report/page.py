@@ -7,10 +7,9 @@ import shlex
 from importlib import metadata
 from typing import Any
 
-from drlora_core.comparison import mean_of_defined, overlap
+from drlora_core.comparison import chance_overlap, mean_of_defined, overlap
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import LayoutError, import_extra
-from drlora_core.plots.comparison import chance_overlap
 from drlora_core.recording import Recording
 from drlora_core.replay import CAVEAT
 from drlora_core.report import figures, payload
@@ -122,10 +121,10 @@ def _methods(run: Run, against: Run | None) -> list[dict[str, Any]]:
 
 def _similarity(run: Run, against: Run) -> str:
     """Say in a sentence how much two allocations have in common."""
-    pairs = [(run.ranks[-1][part], against.ranks[-1][part]) for part in run.places.values()]
+    pairs = [(run.final[part], against.final[part]) for part in run.places.values()]
     shared = mean_of_defined([overlap(*pair) for pair in pairs])
     chance = mean_of_defined([chance_overlap(*pair) for pair in pairs])
-    differing = int((run.ranks[-1] != against.ranks[-1]).sum())
+    differing = int((run.final != against.final).sum())
     return (
         f"Both give {shared:.0%} of the rank of a layer to the same experts; chance would give "
         f"{chance:.0%}. {differing:,} of {run.recording.num_experts:,} experts differ."
@@ -133,13 +132,16 @@ def _similarity(run: Run, against: Run) -> str:
 
 
 def _command(run: Run) -> str | None:
-    """Return the command that repeats the run, or that replays its decisions."""
-    if run.path is None:
+    """Return the command that repeats the run, or that replays its decisions.
+
+    None where there is no folder, or its name is no text that a command line could have.
+    """
+    if run.path is None or not str(path := run.path.resolve()).isprintable():
         return None
     if run.recipe is not None:
-        recipe = shlex.quote(str(run.path.resolve() / RECIPE))
+        recipe = shlex.quote(str(path / RECIPE))
         return f"drlora finetune --config {recipe} --output {shlex.quote(run.name + '-again')}"
-    return f"drlora replay {shlex.quote(str(run.path.resolve()))}"
+    return f"drlora replay {shlex.quote(str(path))}"
 
 
 def _versions() -> str:

@@ -10,9 +10,10 @@ import functools
 import gzip
 import hashlib
 import importlib.resources
-import json
 from collections.abc import Iterable
+from typing import Any
 
+from drlora_core.errors import import_extra
 from drlora_core.report.figures import Card
 
 FILES = importlib.resources.files("drlora_core") / "templates"
@@ -52,14 +53,20 @@ def packed_plotly() -> str:
 
 def pack_figures(cards: Iterable[Card]) -> str:
     """Compress the figures of cards: a list of names and figures by the key of the card."""
-    parts = []
-    for card in cards:
-        variants = []
-        for name, figure in card.variants.items():
-            figure.update_layout(template={}, title=None)  # the page has its own of both
-            variants.append(f'{{"name": {json.dumps(name)}, "figure": {figure.to_json()}}}')
-        parts.append(f"{json.dumps(card.key)}: [{', '.join(variants)}]")
-    return pack(f"{{{', '.join(parts)}}}")
+    found = {
+        card.key: [
+            {"name": name, "figure": _plain(figure)} for name, figure in card.variants.items()
+        ]
+        for card in cards
+    }
+    return pack(import_extra("plotly.io.json", "report").to_json_plotly(found))
+
+
+def _plain(figure: Any) -> dict[str, Any]:
+    """Traces and layout of a figure, without template and title: the page has its own of both."""
+    content = figure.to_plotly_json()
+    layout = {k: v for k, v in content["layout"].items() if k not in ("template", "title")}
+    return {"data": content["data"], "layout": layout}
 
 
 def script_hash(source: str) -> str:

@@ -37,7 +37,7 @@ def event_rows(run: Drawable) -> list[Row]:
 
 def top_experts(run: Run) -> list[Row]:
     """Return the experts with the most rank: those that gained more first, then in index order."""
-    start, final = run.ranks[0], run.ranks[-1]
+    start, final = run.ranks[0], run.final
     order = np.lexsort((np.arange(final.size), start - final, -final))[:TOP_EXPERTS]
     history, names = run.history, list(run.layers)
     ends = np.cumsum(list(run.layers.values()))

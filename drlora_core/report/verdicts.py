@@ -26,7 +26,7 @@ def check(run: Run) -> Verdicts:
     good = [each for each in found if isinstance(each, str)]
     missing: list[tuple[str, str]] = []
     if run.recording.steps:
-        result = diagnose(run.recording, run.config if run.replayed else None)
+        result = diagnose(run)
         problems += result.findings
         good += result.passed.values()
         missing += result.not_checked.items()

@@ -28,13 +28,17 @@ class SignalHistory:
     """The signals after the update of some steps, and before the event that may follow it."""
 
     steps: IntArray
-    """Optimizer steps, counted from 1, int64 [H]; the steps of all events are among them."""
+    """Optimizer steps, counted from 1, int64 [H]; steps of events first of all."""
     routing: FloatArray
     """f, [H, E]."""
     importance: FloatArray
     """g, [H, E]; after an event it starts anew for the experts that grew."""
     saliency: FloatArray
     """S, [H, E]; at the step of an event, what it was decided by."""
+
+    def row_at(self, step: int) -> int:
+        """Return the last row that is not after a step, and the first if all are."""
+        return max(int(np.searchsorted(self.steps, step, side="right")) - 1, 0)
 
     @property
     def signals(self) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -56,8 +60,8 @@ def signal_history(
         config: decays and exponents.
         starts: ranks before the first step, [N] by layer.
         events: the decisions.
-        most: steps to keep, those of the events among them, which are always kept; the others
-            are spread evenly, and at least half as many.
+        most: steps to keep: those of the events, or of many events two thirds of ``most``; the
+            others are spread evenly.
     """
     kept = _choose_steps(recording.steps, [event.step for event in events], most)
     decided = {event.step: event for event in events}
@@ -81,9 +85,19 @@ def signal_history(
 def _choose_steps(steps: int, events: Sequence[int], most: int) -> set[int]:
     if not steps:
         return set()
-    room = max(most - len(events), most // 2)
-    even = np.linspace(1, steps, min(steps, room)).round().astype(int).tolist()
-    return {*even, *(step for step in events if step <= steps)}
+    seen = [step for step in events if step <= steps]
+    decided = {seen[number] for number in evenly(len(seen), most * 2 // 3)}
+    return decided | {1 + number for number in evenly(steps, most - len(decided))}
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Choose at most ``most`` of the numbers below ``count``: the first, the last, some between.
+
+    Example:
+        >>> evenly(100, 3), evenly(2, 3)
+        ([0, 50, 99], [0, 1])
+    """
+    return [int(number) for number in np.linspace(0, count - 1, min(count, most)).round()]
 
 
 def _observe(

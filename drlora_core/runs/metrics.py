@@ -13,10 +13,12 @@ import numpy as np
 
 from drlora_core.ema import FloatArray, IntArray
 
+MOST_STEPS = 10**12
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """Losses in nats per token, and the optimizer steps after which they were taken."""
+    """Losses, and the optimizer steps after which they were taken."""
 
     steps: IntArray
     """Steps of the training loss, int64 [T]."""
@@ -38,10 +40,11 @@ class Losses:
         """
         found: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}}
         for row in rows:
-            step = row.get("step")
+            if (step := to_step(row.get("step"))) is None:
+                continue
             for name, values in found.items():
-                if _is_number(step) and _is_number(value := row.get(name)):
-                    values[int(step)] = float(value)  # type: ignore[arg-type]
+                if (value := _finite(row.get(name))) is not None:
+                    values[step] = value
         parts: list[Any] = []
         for values in found.values():
             steps = sorted(values)
@@ -72,8 +75,19 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _is_number(value: object) -> bool:
-    """True for finite numbers that JSON holds; a loss that was not finite is null."""
+def to_step(value: object) -> int | None:
+    """Return a number of optimizer steps, else None."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if 0 <= value <= MOST_STEPS else None
+
+
+def _finite(value: object) -> float | None:
+    """Return a finite number that JSON holds, else None; a loss that was not finite is null."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value)
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None

@@ -37,7 +37,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     config = None
     if recording.config is None:
         config = AllocatorConfig.model_validate(ten_events(recording.steps))
-    run = from_recording(recording, config, path.resolve().name)
+    name = path.resolve().name.encode(errors="replace").decode()  # file systems allow any bytes
+    run = from_recording(recording, config, name)
     if not path.is_dir() or recording.path == path:
         return dataclasses.replace(run, path=path)
     outcomes = read_outcomes(path / folder.RESULT)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from drlora_core.errors import import_extra
+from drlora_core.runs.metrics import to_step
 
+NATS = "nats per token"
 MOST_BYTES = 2**20
 
 
@@ -31,8 +33,12 @@ class RunRecipe:
     @property
     def steps(self) -> int:
         """Planned optimizer steps; 0 if the file does not say."""
-        steps = self.options.get("steps")
-        return steps if isinstance(steps, int) else 0
+        return to_step(self.options.get("steps")) or 0
+
+    @property
+    def loss_unit(self) -> str:
+        """What losses are counted in."""
+        return "DPO loss" if self.options.get("method") == "dpo" else NATS
 
 
 def read_recipe(path: Path) -> RunRecipe | None:

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 class Outcome(BaseModel):
     """Numbers of one finished training; drlora_torch writes more of them."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     method: str
     """Name of the policy."""
     loss_before: float
-    """Held-out loss of the base model, in nats per token."""
+    """Held-out loss of the base model."""
     loss_after: float
     """Held-out loss after the training, likewise."""
     tokens_per_second: float | None = None
@@ -25,8 +25,8 @@ class Outcome(BaseModel):
     """In MiB."""
     skipped_steps: int | None = None
     """Optimizer steps whose statistics were not finite; None: not known."""
-    total_rank: int | None = None
-    """Rank of the saved adapter; None: not known."""
+    ranks: dict[str, list[int]] | None = None
+    """Ranks of the saved adapter by layer; None: not known."""
 
 
 def read_outcomes(path: Path) -> tuple[Outcome, ...]:

@@ -21,7 +21,7 @@ from drlora_core.recording.format import split_experts
 from drlora_core.replay import Replay, replay
 from drlora_core.runs.history import SignalHistory, signal_history
 from drlora_core.runs.metrics import Losses
-from drlora_core.runs.recipe import RunRecipe
+from drlora_core.runs.recipe import NATS, RunRecipe
 from drlora_core.runs.result import Outcome
 
 NO_LOSSES = Losses.from_rows(())
@@ -39,6 +39,7 @@ class Run:
     starts: Mapping[str, IntArray]
     """Ranks before the first step, int64 [N] by layer."""
     events: tuple[GrowthEvent, ...]
+    """Those that could change ranks: none of static LoRA."""
     replayed: bool = False
     """The decisions are those of a replay under another configuration, not of the run itself."""
     losses: Losses = NO_LOSSES
@@ -67,9 +68,38 @@ class Run:
         return np.stack([np.concatenate([row[name] for name in self.layers]) for row in rows])
 
     @functools.cached_property
+    def kept(self) -> int:
+        """Number of the row of `ranks` that the saved adapter has.
+
+        The last one, or an earlier one where the training went on past it (early stopping).
+        """
+        saved = None if self.outcome is None else self.outcome.ranks
+        if saved is None or {name: len(row) for name, row in saved.items()} != self.layers:
+            return len(self.events)
+        row = np.concatenate([saved[name] for name in self.layers])
+        same = np.flatnonzero((self.ranks == row).all(axis=1))
+        return int(same[-1]) if same.size else len(self.events)
+
+    @property
+    def final(self) -> IntArray:
+        """Ranks of the saved adapter, int64 [E]."""
+        ranks: IntArray = self.ranks[self.kept]
+        return ranks
+
+    @property
+    def loss_unit(self) -> str:
+        """What losses are counted in."""
+        return NATS if self.recipe is None else self.recipe.loss_unit
+
+    @functools.cached_property
     def history(self) -> SignalHistory:
         """f, g and S over the steps."""
         return signal_history(self.recording, self.config, self.starts, self.events)
+
+    @property
+    def event_noun(self) -> str:
+        """What its events are called: those that also cut rank are no growth events."""
+        return "rank event" if self.config.cuts else "growth event"
 
     @property
     def event_steps(self) -> list[int]:
@@ -126,7 +156,7 @@ def from_recording(
             for layer, size in recording.layers.items()
         }
         policy = recording.policy or config.policy
-        return Run(name, recording, config, policy, starts, recording.events)
+        return Run(name, recording, config, policy, starts, _changing(config, recording.events))
     result = replay(recording, config)
     if own and recording.policy not in (result.policy, None):
         raise LayoutError(
@@ -143,6 +173,11 @@ def _from_replay(result: Replay, name: str) -> Run:
         config=result.config,
         policy=result.policy,
         starts=result.starting_ranks,
-        events=result.events,
+        events=_changing(result.config, result.events),
         replayed=True,
     )
+
+
+def _changing(config: AllocatorConfig, events: tuple[GrowthEvent, ...]) -> tuple[GrowthEvent, ...]:
+    """Leave out the events of static LoRA, which place nothing."""
+    return events if config.ranks_change else ()

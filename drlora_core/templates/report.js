@@ -59,14 +59,47 @@
 
   const plots = [...document.querySelectorAll("[data-figure]")];
   const chosen = new Map();
+  const moved = new Map();  // where sliders stood before the page was loaded anew
+  const kept = "drlora report";
   let figures;
+
+  function keep() {
+    const of = (plot) => plot.dataset.figure;
+    const sliders = plots.filter((plot) => plot.layout && plot.layout.sliders);
+    const places = sliders.map((plot) => {
+      const { active, steps } = plot.layout.sliders[0];
+      return [of(plot), active === steps.length - 1 ? null : steps[active].label];  // the end stays the end
+    });
+    const choices = [...chosen].map(([plot, number]) => [of(plot), number]);
+    sessionStorage.setItem(kept, JSON.stringify({ places, choices }));
+  }
+
+  function restore() {
+    const { places, choices } = JSON.parse(sessionStorage.getItem(kept) || "{}");
+    sessionStorage.removeItem(kept);
+    const plotOf = (key) => plots.find((plot) => plot.dataset.figure === key);
+    for (const [key, label] of places || []) if (label !== null) moved.set(plotOf(key), label);
+    for (const [key, number] of choices || []) {
+      const list = document.querySelector(`select[data-for="${key}"]`);
+      if (!list || number >= list.options.length) continue;
+      list.value = number;
+      chosen.set(plotOf(key), number);
+    }
+  }
 
   function draw(plot) {
     const { figure } = figures[plot.dataset.figure][chosen.get(plot) || 0];
     // A map that is drawn anew keeps the state that its slider shows.
-    const visible = plot.data && plot.layout.sliders && plot.data.map((trace) => trace.visible);
-    const active = visible && plot.layout.sliders[0].active;
+    let visible = plot.data && plot.layout.sliders && plot.data.map((trace) => trace.visible);
+    let active = visible && plot.layout.sliders[0].active;
     const layout = fitted(figure.layout);
+    const back = layout.sliders && moved.has(plot)
+      ? layout.sliders[0].steps.findIndex((step) => step.label === moved.get(plot)) : -1;
+    moved.delete(plot);
+    if (back >= 0) {
+      active = back;
+      visible = figure.data.map((_, at) => at === back);
+    }
     const data = figure.data.map((trace, at) => (visible ? { ...trace, visible: visible[at] } : trace));
     if (visible) layout.sliders[0].active = active;
     // Not `react`: it leaves parts of a color bar that has moved.
@@ -82,7 +115,10 @@
     setInterval(async () => {
       try {
         const answer = await fetch("version");
-        if (answer.ok && (await answer.text()) !== own) location.reload();
+        if (answer.ok && (await answer.text()) !== own) {
+          keep();
+          location.reload();
+        }
       } catch { /* the server is gone; the page stays */ }
     }, 2000);
   }
@@ -92,6 +128,7 @@
     script.textContent = await unpack("plotly-source");
     document.head.append(script);
     figures = JSON.parse(await unpack("figure-data"));
+    restore();
     await drawAll();
     for (const list of document.querySelectorAll("select[data-for]")) {
       const plot = plots.find((each) => each.dataset.figure === list.dataset.for);

@@ -18,6 +18,7 @@ from torch import nn
 from drlora_core import atomic
 from drlora_core.cli.console import say
 from drlora_core.report import write_report
+from drlora_core.runs import open_run
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import NotFiniteError, RunError
 from drlora_torch.finetune import folder, result, starting
@@ -134,7 +135,7 @@ def _write_page(job: Job) -> Path | None:
         return None  # the run has said so
     try:
         with job.console.status("report"):
-            return write_report(job.output)
+            return write_report(open_run(job.output))
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         again = f"drlora report {shlex.quote(str(job.output))}"

@@ -14,6 +14,7 @@ from drlora_core.diagnostics import CHECKS, Diagnosis, Finding, Thresholds, diag
 from drlora_core.diagnostics.healthy import HEALTHY
 from drlora_core.ema import IntArray
 from drlora_core.recording import Recording
+from drlora_core.runs import open_run
 from tests.core import recorded
 
 LAYERS, EXPERTS, STEPS = 3, 16, 40
@@ -215,6 +216,28 @@ def test_what_cannot_be_judged_yet_is_said() -> None:
     assert set(result.not_checked) <= set(CHECKS)
     uniform = diagnose(make(), settings(policy="uniform"))
     assert "does not grow" in uniform.not_checked["even_growth"]
+
+
+def test_nothing_is_called_good_before_it_can_be_told(tmp_path: Path) -> None:
+    later = {"warmup_steps": STEPS, "growth_end": STEPS + 12}
+    early = diagnose(make(), settings(**later, growth_interval=4)).not_checked
+    assert early["stagnant_growth"] == "fewer than 2 events"
+    assert early["unplaced_quota"] == "there was no growth event yet"
+    assert early["unreliable_first_event"] == f"the first event, at step {STEPS + 4}, is ahead"
+    recorded.record(tmp_path / "static", r_init=4)
+    static = diagnose(Recording.open(tmp_path / "static"))
+    for name in ("stagnant_growth", "unplaced_quota", "even_growth"):
+        assert static.not_checked[name] == "the budget is spent at the start: nothing grows"
+    flat = diagnose(make(importance=np.ones((STEPS, LAYERS, EXPERTS))), settings())
+    reason = flat.not_checked["unreliable_first_event"]
+    assert reason == "importance is constant or was not observed"
+
+
+def test_a_run_is_diagnosed_as_its_recording(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run")
+    assert diagnose(open_run(tmp_path / "run")) == diagnose(Recording.open(tmp_path / "run"))
+    with pytest.raises(LayoutError, match="this run has its own configuration"):
+        diagnose(open_run(tmp_path / "run"), settings())
 
 
 def test_a_run_that_moves_rank_is_judged_by_its_events(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def browser() -> Iterator[Browser]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("browser")
     other = open_run(write_run(folder / "other", gamma=0.0))
-    write_report(write_run(folder / "run"), against=other)
+    write_report(open_run(write_run(folder / "run")), against=other)
     return open_run(folder / "run")
 
 

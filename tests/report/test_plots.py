@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, Recording, plots, replay
-from drlora_core.comparison import entropy, gini, overlap, spearman
+from drlora_core.comparison import chance_overlap, entropy, gini, overlap, spearman
 from drlora_core.errors import UnknownLayerError
-from drlora_core.plots.comparison import chance_overlap
 from drlora_core.plots.inequality import lorenz_curve
 from drlora_core.plots.loss import running_mean
 from drlora_core.plots.style import harmless, layer_labels, to_short

@@ -167,7 +167,7 @@ def test_what_is_shipped_of_plotly_fits_the_library() -> None:
 @pytest.mark.parametrize(("layers", "experts"), [(26, 64), (61, 384)])
 def test_pages_of_large_models_are_below_2_mb(layers: int, experts: int, tmp_path: Path) -> None:
     path = write_large(tmp_path / "run", layers, experts, steps=120, events=24)
-    page = write_report(path, against=open_run(path))
+    page = write_report(open_run(path), against=open_run(path))
     assert page.stat().st_size < 2_000_000
 
 
@@ -223,28 +223,24 @@ def test_growth_of_statistics_without_events_is_that_of_their_replay() -> None:
 def test_a_run_without_events_has_a_page(steps: int, tmp_path: Path) -> None:
     recorded.record(tmp_path / "run" / "recording", steps=steps)
     page = render_run(open_run(tmp_path / "run"))
-    assert "<p>None.</p>" in page
+    assert "<p>None yet.</p>" in page
     assert "of 3 planned" in page
 
 
 def test_the_recording_of_a_run_stands_for_the_run(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
-    assert write_report(path / "recording") == path / "report.html"
+    assert write_report(open_run(path / "recording")) == path / "report.html"
     assert "held-out loss fell" in (path / "report.html").read_text()  # not a page without losses
 
 
-def test_a_page_tells_the_steps_that_were_made_and_the_adapter_that_was_saved(
-    tmp_path: Path,
-) -> None:
+def test_a_page_tells_the_steps_that_were_made(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     run = open_run(path)
     assert "In 20 steps the held-out loss fell" in headline(run)[0]  # 30 were planned
     assert check(run) == check(open_run(path / "recording"))
     outcomes = json.loads((path / "result.json").read_text())
     del outcomes[0]["skipped_steps"]  # as an older file
-    outcomes[0]["total_rank"] = 33  # stopped early, at an earlier event
     (path / "result.json").write_text(json.dumps(outcomes))
-    assert "an earlier step, with 33 rank units" in headline(open_run(path))[1]
     assert any("none was skipped" in each for each in check(run).good)
     assert not any("none was skipped" in each for each in check(open_run(path)).good)
 
@@ -253,7 +249,7 @@ def test_a_link_at_the_place_of_the_page_is_replaced(tmp_path: Path) -> None:
     path, precious = write_run(tmp_path / "run"), tmp_path / "precious"
     precious.write_text("mine")
     (path / "report.html").symlink_to(precious)
-    assert write_report(path) == path / "report.html"
+    assert write_report(open_run(path)) == path / "report.html"
     assert precious.read_text() == "mine"
     assert not (path / "report.html").is_symlink()
 
@@ -271,6 +267,6 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(OSError, match="No space left"):
-        write_report(tmp_path / "run")
+        write_report(open_run(tmp_path / "run"))
     assert page.read_text() == "old"
     assert sorted(tmp_path.rglob("*")) == entries

@@ -76,6 +76,59 @@ def test_a_page_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(made) == 1
 
 
+def test_versions_are_those_of_everything_on_the_page(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    seen = {version_of(one, other)}
+    files = [one / "uniform" / "metrics.jsonl", one / "run.yaml", other / "result.json"]
+    for file in [*files, other / "metrics.jsonl"]:
+        file.write_text(file.read_text() + "\n")
+        seen.add(version_of(one, other))
+    assert len(seen) == 5
+
+
+def test_what_cannot_be_shown_is_said_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_run(tmp_path / "run")
+    header = (path / "recording" / "recording.json").read_bytes()
+    (path / "recording" / "recording.json").write_bytes(b"<nonsense>")
+    live = LivePage(path, pause=0.0)
+    version, page = live.read()
+    assert version == ""
+    assert "<b>run</b> cannot be shown" in page
+    assert "Waiting" not in page
+    (path / "recording" / "recording.json").write_bytes(header)
+    assert live.read()[0] != ""
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise ZeroDivisionError("<here>")
+
+    monkeypatch.setattr("drlora_core.report.serving.render_run", fail)
+    assert "internal error: ZeroDivisionError: &lt;here&gt;" in LivePage(path).read()[1]
+
+
+def test_a_run_is_compared_with_one_that_comes_later(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    live = LivePage(write_run(tmp_path / "run"), other, pause=0.0)
+    assert "other holds no recording" in live.read()[1]
+    write_run(other)
+    assert "With <bdi>other</bdi>" in live.read()[1]
+
+
+def test_a_taken_port_and_a_damaged_run_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], port: int
+) -> None:
+    path = write_run(tmp_path / "whole")
+    taken = call(capsys, "report", path, "--watch", "--port", str(port))
+    assert taken.code == 2
+    assert f"port {port} cannot be used (Address already in use); choose another" in taken.err
+    (path / "recording" / "recording.json").write_text("[]")
+    damaged = call(capsys, "report", path, "--watch")
+    assert damaged.code == 2
+    assert "recording" in damaged.err
+
+
 def test_options_that_do_not_go_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
