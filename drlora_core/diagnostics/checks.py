@@ -264,7 +264,7 @@ def _uninformative(subject: Subject, signal: str, limits: Thresholds) -> Finding
     decay = getattr(subject.config, f"{signal}_decay")
     return Finding(
         f"{signal} is noise: rank correlation {correlation:.2f} between the halves of the run",
-        f"larger batches, a {signal}_decay above {decay:g}, or use_{signal}=False",
+        f"larger batches, a larger {signal}_decay than {decay:g}, or use_{signal}=False",
         {"rank_correlation": correlation, "coefficient_of_variation": variation},
     )
 

@@ -49,10 +49,11 @@ def loss_card(run: Run, against: Run | None) -> Card | None:
     if not len(run.losses.training) and not len(run.losses.held_out):
         return None
     text = [
-        "Thin lines: loss of each batch. Thick lines: its running mean. Diamonds: held-out loss.",
+        "Thin lines: loss of each batch. Thick lines: its running mean.",
+        "Diamonds: held-out loss." if len(run.losses.held_out) else "",
         f"Points: {run.event_noun}s, {WHAT_EVENTS_DO[_kind(run)]}." if run.events else "",
     ]
-    return _card("loss", " ".join(text).strip(), plots.loss(run, against))
+    return _card("loss", " ".join(filter(None, text)), plots.loss(run, against))
 
 
 def map_card(run: Run) -> Card:

@@ -35,23 +35,25 @@ class LivePage:
     Args:
         path: the run's folder, which may have no recording yet; a recording, or a trace.
         against: a run to compare with, likewise.
-        pause: seconds for which a page is good without another look at the run.
+        pause: seconds for which a page is good without another look at the run; as many times as
+            long after a page that took more than a second to make.
     """
 
     def __init__(self, path: Path, against: Path | None = None, pause: float = PAUSE) -> None:
         self._path, self._against, self._pause = path, against, pause
         self._lock = threading.Lock()
-        self._looked = -float("inf")
+        self._look_again = -float("inf")
         self._version, self._page = "", ""
 
     def read(self) -> tuple[str, str]:
         """Return the version of the page and the page."""
         with self._lock:
-            if time.monotonic() - self._looked >= self._pause:
+            if (start := time.monotonic()) >= self._look_again:
                 version = version_of(*(path for path in (self._path, self._against) if path))
                 if version != self._version:
                     self._version, self._page = self._render(version)
-                self._looked = time.monotonic()
+                end = time.monotonic()
+                self._look_again = end + self._pause * max(1.0, end - start)
             return self._version, self._page
 
     def _render(self, version: str) -> tuple[str, str]:
