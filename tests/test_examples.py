@@ -17,7 +17,6 @@ import torch.distributed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-FAST = {"01_custom_loop.py"}
 
 
 class Expected(NamedTuple):
@@ -60,9 +59,8 @@ def losses_in(printed: str) -> list[float]:
     return [float(loss) for loss in found]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in EXPECTED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
 def test_an_example_trains_and_meets_its_budget(name: str, tmp_path: Path) -> None:
     layers, fall, says, launcher = EXPECTED[name]
     if launcher and not torch.distributed.is_gloo_available():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.core import recorded
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "03_policy_offline.py"
@@ -31,6 +33,7 @@ def test_the_offline_policy_runs_on_a_recording(tmp_path: Path) -> None:
     assert "greedy: mean rank 4.00" in run(str(EXAMPLE), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_example_pass() -> None:
     printed = run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(EXAMPLE))
     assert "2 passed" in printed

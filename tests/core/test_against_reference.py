@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 
 from tests.core.comparison import assert_same_decisions
+from tests.marks import slow_but
 from tests.strategies import STYLES, layers, make_samples, options, seeds, styles
 
 COMPARED = ("greedy", "rescored", "proportional", "uniform", "prune", "move")
@@ -55,7 +56,7 @@ def random_run(seed: int, policy: str, style: str) -> tuple[dict[str, Any], dict
     return options, layers, make_samples(options, layers, seed, style, steps, skip_first=True)
 
 
-@pytest.mark.parametrize("policy", COMPARED)
+@pytest.mark.parametrize("policy", slow_but(COMPARED, ["greedy", "move"]))
 def test_a_hundred_seeded_runs_of_each_policy(policy: str) -> None:
     compared, left_early = 0, 0
     for seed in range(14 if policy == "move" else 25):

@@ -318,6 +318,8 @@ def crashes_without_room(request: AllocationRequest) -> Any:
     return request.limits * 0 + 0 // int(request.limits.sum())
 
 
+LATE = (first_come, policies.random, moody)
+"""Rejected after many examples."""
 REJECTED: list[tuple[Callable[..., Any], str]] = [
     (overspends, r"'overspends' .* spent \d+ units of a quota of \d+"),
     (lambda request: request.limits + 1, "above its limit"),
@@ -334,7 +336,13 @@ REJECTED: list[tuple[Callable[..., Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "message"), REJECTED, ids=[row[1][:40] for row in REJECTED])
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        pytest.param(*row, marks=pytest.mark.slow if row[0] in LATE else [], id=row[1][:40])
+        for row in REJECTED
+    ],
+)
 def test_check_policy_rejects(policy: Callable[..., Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_policy(policy)

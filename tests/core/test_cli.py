@@ -351,6 +351,7 @@ def without(blocked: set[str], *arguments: object) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_missing_libraries_are_one_sentence(model: Path, run_dir: Path, tmp_path: Path) -> None:
     no_torch = without({"torch", "transformers"}, "plan", model)
     assert no_torch.returncode == 0, no_torch.stderr

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError
-from drlora_core.diagnostics.subject import from_recording
+from drlora_core.diagnostics.subject import from_run
 from drlora_core.recording import Recording
 from drlora_core.replay import first_difference, replay
+from drlora_core.runs import from_recording
 
 
 def test_a_layer_starts_with_given_ranks() -> None:
@@ -80,7 +81,7 @@ def test_a_recording_starts_where_its_run_did(tmp_path: Path) -> None:
     assert first_difference(recording.events, repeated.events) is None
     assert repeated.trajectory("experts")[0].tolist() == [0, 3, 0]
     assert repeated.final_ranks["experts"].tolist() == engine.ranks("experts").tolist()
-    assert from_recording(recording, None).growth("experts").sum() == 3
+    assert from_run(from_recording(recording)).growth("experts").sum() == 3
     other = replay(recording, config.model_copy(update={"gamma": 0.5}))
     assert other.trajectory("experts")[0].tolist() == [0, 0, 0]
 

@@ -15,6 +15,7 @@ from transformers import Trainer
 import drlora_torch
 from drlora_torch.integrations.trainer import DRLoRACallback
 from tests.ecosystem import trainers
+from tests.marks import slow_but
 from tests.torch import helpers, models
 
 peft = pytest.importorskip("peft")
@@ -190,7 +191,7 @@ def test_lora_that_peft_froze_is_warned_of() -> None:
     assert adapter.engine.step_count == 1
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", slow_but(ORDERS, ORDERS[:1]))
 def test_trainer_trains_and_resumes_both(tmp_path: Path, order: str) -> None:
     def build(folder: Path) -> tuple[Trainer, drlora_torch.Adapter]:
         wrapped, adapter = both(order)

@@ -88,6 +88,7 @@ def write_for_peft(family: str, folder: Path) -> torch.Tensor:
     return ours
 
 
+@pytest.mark.slow
 def test_peft_alone_gives_our_logits(tmp_path: Path) -> None:
     """One process for all families: most of its time is imports."""
     ours = {family: write_for_peft(family, tmp_path / family) for family in FAMILIES}

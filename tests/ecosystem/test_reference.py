@@ -23,6 +23,7 @@ from drlora_torch.integrations.trl import BaseReference, use_base_reference
 from drlora_torch.step import agreement
 from tests.ecosystem import trainers
 from tests.ecosystem.test_trl import ARGUMENTS, TEXTS, VOCABULARY, tokenizer
+from tests.marks import slow_but
 from tests.torch import helpers, models
 
 peft = pytest.importorskip("peft")
@@ -119,7 +120,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, ["trained routers", "kto"]))
 def test_the_base_model_is_as_good_as_a_second_one(tmp_path: Path, case: str) -> None:
     changes = {"router_aux_loss_coef": 0.0, **CASES[case]}
     own = prefer(tmp_path / "own", True, **changes)
@@ -161,6 +162,7 @@ def reinforce(
     return trainer, spy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -216,6 +218,7 @@ def test_it_is_the_base_model_and_leaves_no_trace(router: Any) -> None:
     assert [int(total[-1]) for total in sums] == [ids.numel()] * 2
 
 
+@pytest.mark.slow
 def test_it_has_no_parameters_and_holds_no_second_model() -> None:
     def count() -> int:
         gc.collect()
@@ -259,6 +262,7 @@ def test_a_reference_that_is_to_follow_the_policy_is_refused(tmp_path: Path) -> 
         prefer(tmp_path, True, sync_ref_model=True)
 
 
+@pytest.mark.slow
 def test_a_reference_with_the_experts_left_on_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 import drlora_torch
 from drlora_torch.integrations.trainer import DRLoRACallback
 from tests.ecosystem import trainers
+from tests.marks import slow_but
 from tests.torch import helpers, models
 
 FILE = "drlora_adapter.safetensors"
@@ -49,7 +50,12 @@ def test_the_model_that_a_trainer_saves_is_the_adapter(tmp_path: Path, build: An
     assert torch.equal(logits(fresh), logits(trainer.model))
 
 
-@pytest.mark.parametrize("attach", [{}, {"router": "trainable"}, {"modules_to_save": "lm_head"}])
+ROUTERS = {"router": "trainable"}
+
+
+@pytest.mark.parametrize(
+    "attach", slow_but([{}, {"modules_to_save": "lm_head"}, ROUTERS], [ROUTERS])
+)
 def test_a_trainer_resumes_without_a_callback(tmp_path: Path, attach: Any) -> None:
     saving = SAVING | {"attach": attach}
     straight, whole = without_callback(tmp_path / "straight", **saving)

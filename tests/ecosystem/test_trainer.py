@@ -21,6 +21,7 @@ from drlora_torch.integrations.trainer import (
     move_reporters_last,
 )
 from tests.ecosystem import trainers
+from tests.marks import slow_but
 from tests.torch import helpers
 
 FILE = "drlora_adapter.safetensors"
@@ -73,7 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, ["plain", "everything"]))
 def test_statistics_are_those_of_a_plain_loop(tmp_path: Path, case: str) -> None:
     changes = {"train_sampling_strategy": "sequential", **CASES[case]}
     trainer, adapter = trainers.build(tmp_path, **changes)
@@ -113,7 +114,7 @@ def training_log(trainer: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", slow_but(RESUMED, ["accumulation", "dropout and routers"]))
 def test_trainers_own_resume_is_exact(tmp_path: Path, case: str) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5, **RESUMED[case]}
     straight, whole = trainers.build(tmp_path / "straight", **saving)
@@ -130,6 +131,7 @@ def test_trainers_own_resume_is_exact(tmp_path: Path, case: str) -> None:
     assert held[0] == held[1]
 
 
+@pytest.mark.slow
 def test_another_folder_must_be_named(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5}
     straight, whole = trainers.build(tmp_path / "old", **saving)

@@ -21,6 +21,7 @@ from drlora_torch.finetune import job, result
 from drlora_torch.finetune.model import load_model
 from drlora_torch.finetune.recipe import Recipe
 from drlora_torch.finetune.watch.progress import RichProgress
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
@@ -140,7 +141,9 @@ def test_a_trained_router_keeps_the_balancing_loss_of_the_model(
     assert weights == [weight]
 
 
-@pytest.mark.parametrize("changes", [{}, {"router": "after_warmup", "dropout": 0.2}])
+@pytest.mark.parametrize(
+    "changes", slow_but([{}, {"router": "after_warmup", "dropout": 0.2}], [{}])
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     changes: dict[str, Any],
     moe_folder: Path,
@@ -162,6 +165,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert recorded.steps == 12
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     moe_folder: Path,
     sums: Path,
@@ -180,6 +184,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert Recording.open(stopped / "recording").steps == 4
 
 
+@pytest.mark.slow
 def test_speed_after_a_resume_is_that_of_the_process_that_finished(
     moe_folder: Path,
     sums: Path,
@@ -198,6 +203,7 @@ def test_speed_after_a_resume_is_that_of_the_process_that_finished(
     assert 0 < seen[12] - seen[8] < seen[8]
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_trained_further(
     moe_folder: Path, sums: Path, tmp_path: Path, console: Console
 ) -> None:
@@ -222,6 +228,7 @@ def test_a_finished_training_is_not_trained_further(
         assert row.split("│")[3].strip() == "-"
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_training_alone(
     moe_folder: Path, sums: Path, tmp_path: Path, console: Console
 ) -> None:
@@ -233,6 +240,7 @@ def test_peak_memory_is_that_of_the_training_alone(
     assert 0 < trained.peak_memory_mb < high - 128
 
 
+@pytest.mark.slow
 def test_the_bar_shows_loss_and_rank_on_a_terminal(
     moe_folder: Path, sums: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def peak(meter: Meter) -> float:
     return meter.peak_memory_mb
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
 def test_the_peak_within_a_step_counts_and_starts_anew() -> None:
     first = started()

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_a_run_on_4_bits_is_saved_resumed_and_exported_as_any(
     moe_folder: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ def recipe(model: Path, data: Path) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_report_and_an_error_there_costs_the_report_alone(
     moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

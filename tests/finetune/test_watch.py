@@ -51,7 +51,10 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.S
     monkeypatch.setattr(Meter, "on_step_begin", send, raising=False)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(
     number: int,
     code: int,
@@ -79,6 +82,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(
     assert Recording.open(run / "recording").steps == 5
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_is_obeyed(
     moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_run_that_diverges_in_its_last_step_saves_nothing_and_exits_with_1(
     assert not (tmp_path / "run" / folder.RESULT).exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(
     moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +174,7 @@ def test_a_finished_run_goes_on_to_more_steps(
     assert folder.read(run).steps == 6
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_repeats_it(moe_folder: Path, sums: Path, tmp_path: Path) -> None:
     from drlora_torch.finetune.recipe import combine
 
@@ -183,6 +189,7 @@ def test_the_recipe_of_a_run_repeats_it(moe_folder: Path, sums: Path, tmp_path: 
     assert evaluated[:2] == [0, 2]
 
 
+@pytest.mark.slow
 def test_packing_changes_nothing_but_the_shape_of_batches(moe_folder: Path, tmp_path: Path) -> None:
     """One step on all rows has the same loss, and as many tokens."""
     data = tmp_path / "four.jsonl"
@@ -206,6 +213,7 @@ def test_packing_changes_nothing_but_the_shape_of_batches(moe_folder: Path, tmp_
     np.testing.assert_allclose(found[True][1], found[False][1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_trains_and_goes_on_where_it_stopped(
     moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +240,7 @@ def test_preferences_are_learned_and_the_reference_is_the_base(
     assert result.total_rank == result.budget
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(moe_folder: Path, sums: Path, tmp_path: Path) -> None:
     """A rate at which it soon gets worse; the best evaluation is what is saved."""
     given = {"steps": 40, "eval_every": 2, "patience": 2, "learning_rate": 0.5, "save_every": None}
@@ -248,6 +257,7 @@ def test_early_stopping_keeps_the_best(moe_folder: Path, sums: Path, tmp_path: P
     assert adapter.engine.step_count == best < max(steps)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter(moe_folder: Path, sums: Path, tmp_path: Path) -> None:
     recipe = options_for(moe_folder, sums, steps=6)
     (first,) = job.run(recipe, tmp_path / "first", QUIET)
@@ -290,6 +300,7 @@ def test_losses_that_are_not_finite_are_noticed(name: str) -> None:
             watch.on_log(None, TrainerState(), TrainerControl(), {name: bad})
 
 
+@pytest.mark.slow
 def test_a_resume_after_early_stopping_keeps_the_best(
     moe_folder: Path, sums: Path, tmp_path: Path
 ) -> None:
@@ -334,6 +345,7 @@ def test_a_failure_before_the_training_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_changes_nothing(
     moe_folder: Path, sums: Path, tmp_path: Path
 ) -> None:

@@ -132,7 +132,8 @@ def apart(rank: int, folder: str, compiled: bool) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_processes_that_train_apart_all_raise_at_the_first_step(
     tmp_path: Path, compiled: bool
 ) -> None:

@@ -35,6 +35,7 @@ def worker(rank: int, folder: str) -> None:
     os._exit(0)  # as in test_distributed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_attach_freezes_the_parameters_that_processes_hold(tmp_path: Path) -> None:
     multiprocessing.spawn(worker, (str(tmp_path),), nprocs=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+from tests.marks import slow_but
 from tests.torch import helpers, models
 
 
@@ -19,7 +20,7 @@ def live_hooks() -> int:
     )
 
 
-@pytest.mark.parametrize("auto_step", [True, False])
+@pytest.mark.parametrize("auto_step", slow_but([True, False], [True]))
 def test_garbage_collected_model_leaves_no_hook(auto_step: bool) -> None:
     gc.collect()
     helpers.attach(models.build()).detach()

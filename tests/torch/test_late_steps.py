@@ -22,6 +22,7 @@ from drlora_torch.step import newborn
 from drlora_torch.step.exchange import Sent, Statistics
 from drlora_torch.step.optimizers import adam
 from drlora_torch.step.optimizers.correction import Snapshot
+from tests.marks import slow_but
 from tests.torch import helpers, models, optimizers
 from tests.torch.helpers import Spy
 from tests.torch.waiting import arrive_late
@@ -203,6 +204,7 @@ def ask(run: Run) -> None:
         assert len(run.adapter.engine.saliency(next(iter(run.adapter.layers)))) == models.EXPERTS
 
 
+FAST = ("accumulation", "not finite", "two optimizers", "pruned", "paused", "resumed", "asked")
 SCENARIOS: dict[str, tuple[Callable[[Run], None], dict[str, Any]]] = {
     "plain": (plain, {}),
     "masked": (plain, {"layout": "masked"}),
@@ -227,7 +229,7 @@ SCENARIOS: dict[str, tuple[Callable[[Run], None], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", slow_but(SCENARIOS, FAST))
 @pytest.mark.filterwarnings("ignore:step .*routing or importance is not finite:RuntimeWarning")
 def test_late_statistics_decide_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

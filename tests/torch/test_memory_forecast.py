@@ -16,6 +16,7 @@ from drlora_core.memory_forecast import RunOptions, activation_bytes, forecast, 
 from drlora_torch.lora.kernels import grouped
 from drlora_torch.models.shapes import read_shape
 from drlora_torch.quantized import four_bit, holders
+from tests.marks import slow_but
 from tests.torch import helpers
 
 ODD = [(3, 5), (1, 1), (65, 1), (64, 64), (127, 129), (1536, 2048), (257, 64), (128, 129)]
@@ -83,7 +84,7 @@ def test_bytes_of_a_model_are_exact(tmp_path: Path, quantization: Any) -> None:
     assert made.lora == sum(parameter.nbytes for parameter in adapter.parameters())
 
 
-@pytest.mark.parametrize("vocabulary", [300, 20000])
+@pytest.mark.parametrize("vocabulary", slow_but([300, 20000], [300]))
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kernel", ["grouped", "ragged"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

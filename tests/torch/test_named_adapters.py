@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import drlora_torch
 from drlora_torch.storage.adapter_file import FILE_NAME
+from tests.marks import slow_but
 from tests.torch import helpers, named
 from tests.torch.named import FAMILIES, OF_EACH_KIND, life, outputs, same, several
 
@@ -29,7 +30,9 @@ def test_outputs_are_those_of_the_active_one_alone(family: str) -> None:
         assert torch.equal(outputs(model), outputs(named.build(family)))
 
 
-@pytest.mark.parametrize("mode", ["after_warmup", "trainable", "auto_step=False"])
+@pytest.mark.parametrize(
+    "mode", slow_but(["after_warmup", "trainable", "auto_step=False"], ["after_warmup"])
+)
 @pytest.mark.parametrize("family", OF_EACH_KIND)
 def test_each_trains_as_it_would_alone(family: str, mode: str) -> None:
     """Switched after every step; losses, ranks, routers and optimizers are those of single ones."""

@@ -144,5 +144,5 @@ class NamedAdapters(RuleBasedStateMachine):
         self.picture.assert_unchanged(self.model)
 
 
-TestNamedAdapters = NamedAdapters.TestCase
+TestNamedAdapters = pytest.mark.slow(NamedAdapters.TestCase)
 TestNamedAdapters.settings = settings(max_examples=20, stateful_step_count=15)

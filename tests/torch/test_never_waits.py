@@ -74,7 +74,9 @@ def ours(watch: Watch) -> list[str]:
     return [each for each in watch.found if "other code" not in each]
 
 
-@pytest.mark.parametrize(("auto_step", "layers"), [(True, LAYERS), (False, 2)])
+@pytest.mark.parametrize(
+    ("auto_step", "layers"), [pytest.param(True, LAYERS, marks=pytest.mark.slow), (False, 2)]
+)
 def test_a_step_never_waits(no_data: list[NoData], auto_step: bool, layers: int) -> None:
     training = Training(layers, auto_step=auto_step, router="after_warmup")
     for _ in range(2):
@@ -255,6 +257,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_what_waits_is_noticed(no_data: list[NoData]) -> None:
     """The tests above can fail, wherever something waits."""
     training = Training(layers=2)

@@ -49,8 +49,11 @@ def go_on(
     "options",
     [
         {"router": "after_warmup"},
-        {"auto_step": False, "router": "trainable"},
-        {"layout": "masked", "config": {"policy": "prune", "r_init": 6}},
+        pytest.param({"auto_step": False, "router": "trainable"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"layout": "masked", "config": {"policy": "prune", "r_init": 6}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["growth", "by hand", "prune"],
 )

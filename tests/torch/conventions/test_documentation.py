@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -29,6 +31,7 @@ def ranks_of(printed: str) -> list[list[int]]:
     return [[int(rank) for rank in row.split(",")] for row in rows]
 
 
+@pytest.mark.slow
 def test_the_page_on_adding_a_model_runs(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "adding_a_model.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
