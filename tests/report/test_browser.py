@@ -176,15 +176,18 @@ def test_the_slider_moves_the_ranks(browser: Browser, page: str, run: Run) -> No
     assert browser.errors() == []
 
 
+CHOOSE = (
+    "const list = document.querySelector('select[data-for=signals]'); list.value = '1';"
+    "list.dispatchEvent(new Event('change'))"
+)
+NAMES = f"{plot('signals')}.data.map((trace) => trace.name).join()"
+
+
 def test_a_layer_can_be_chosen(browser: Browser, page: str) -> None:
     browser.open(page)
-    names = f"{plot('signals')}.data.map((trace) => trace.name).join()"
-    before = browser.run(names)
-    browser.driver.execute_script(
-        "const list = document.querySelector('select[data-for=signals]'); list.value = '1';"
-        "list.dispatchEvent(new Event('change'))"
-    )
-    browser.wait(f"{names} !== {json.dumps(before)}")
+    before = browser.run(NAMES)
+    browser.driver.execute_script(CHOOSE)
+    browser.wait(f"{NAMES} !== {json.dumps(before)}")
 
 
 @pytest.mark.parametrize("width", [400, 1000, 1400])
@@ -254,10 +257,19 @@ def test_a_watched_page_follows_the_run(browser: Browser, tmp_path: Path) -> Non
         thread.start()
         browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
         assert "the training loss is 1.000" in browser.run("document.body.innerText")
+        first = browser.run(NAMES)
+        browser.driver.execute_script(CHOOSE)
+        browser.wait(f"{NAMES} !== {json.dumps(first)}")
+        chosen = browser.run(NAMES)
+        browser.driver.execute_script(f"Plotly.relayout({plot('map')}, 'sliders[0].active', 1)")
         with (path / "metrics.jsonl").open("a") as file:
             file.write('\n{"step": 22, "loss": 0.75}\n')
         browser.wait("document.body.innerText.includes('the training loss is 0.750')")
         browser.wait("document.body.dataset.drawn === 'yes'")
+        assert browser.run(NAMES) == chosen  # what the reader looked at is kept
+        shown = f"{plot('map')}.data.map((trace) => trace.visible)"
+        assert browser.run(shown) == [False, True, False, False]
+        assert browser.run(f"{plot('map')}.layout.sliders[0].active") == 1
         server.shutdown()
         thread.join()
     assert all("127.0.0.1" in url or url.startswith("data:") for url in browser.requests())
