@@ -67,6 +67,7 @@ def test_parts_are_what_is_forecast(name: str) -> None:
     assert names[-3:] == ["save the adapter", "detach", "load the adapter"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_section_is_written_and_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -25,20 +25,24 @@ from tests.torch.test_life import Picture
 
 
 def over_table(
-    is_fast: Callable[[str], bool], among: Callable[[str], bool] = lambda name: True
+    is_fast: Callable[[str], bool],
+    among: Callable[[str], bool] = lambda name: True,
+    every: int = 1,
 ) -> pytest.MarkDecorator:
-    """Run a test for every row that this Transformers knows; those that are not fast are slow."""
+    """Run a test for every row that this Transformers knows; those that are not fast are slow.
+
+    CI runs one in ``every`` of the slow ones.
+    """
     rows = []
-    for name, family in FAMILIES.items():
+    for number, (name, family) in enumerate(FAMILIES.items()):
         if not among(name):
             continue
         unknown = pytest.mark.skipif(
             not family.is_known(name),
             reason=f"Transformers {transformers.__version__} has no {name}",
         )
-        rows.append(
-            pytest.param(name, marks=[*([] if is_fast(name) else [pytest.mark.slow]), unknown])
-        )
+        slow = [pytest.mark.slow, *([pytest.mark.exhaustive] if number % every else [])]
+        rows.append(pytest.param(name, marks=[*([] if is_fast(name) else slow), unknown]))
     return pytest.mark.parametrize("name", rows)
 
 
