@@ -63,6 +63,10 @@ def test_the_loop_of_the_readme_trains(tmp_path: Path) -> None:
     assert (tmp_path / "my-adapter" / "drlora_adapter.safetensors").is_file()
 
 
+def test_it_is_short() -> None:
+    assert README.count("\n") < 150
+
+
 def test_ci_installs_with_the_words_of_the_readme() -> None:
     commands = re.findall(r"^(pip install .*?) && (\S+)", README, flags=re.M)
     assert {program for _, program in commands} == {"drlora", "pytest"}

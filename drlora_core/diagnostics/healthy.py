@@ -8,7 +8,7 @@ HEALTHY: Mapping[str, str] = {
     "saturated_growth": "Growth is spread: no few experts took it all and ran into r_max.",
     "even_growth": "Ranks differ clearly from those of uniform LoRA.",
     "stagnant_growth": "Growth did not come to a stop early.",
-    "unplaced_quota": "No quota is left to place at the end.",
+    "unplaced_quota": "Every event placed its share.",
     "monopolised_budget": "No layer took far more than its share of the budget.",
     "unreliable_first_event": "Importance had settled before the first event.",
     "never_routed": "The router used every expert.",

@@ -18,7 +18,7 @@ from drlora_core.plots.style import (
     layer_labels,
     make_figure,
 )
-from drlora_core.runs import Drawable, Run, as_run
+from drlora_core.runs import Drawable, Run, as_run, tell_apart
 
 
 def rank_difference(one: Drawable, two: Drawable) -> Any:
@@ -37,6 +37,7 @@ def rank_difference(one: Drawable, two: Drawable) -> Any:
         "y": layer_labels(list(a.layers)),
         "customdata": to_grid(a, both),
         "coloraxis": "coloraxis",
+        "hoverongaps": False,
         "hovertemplate": "layer %{y}, expert %{x}<br>rank %{customdata[0]} and %{customdata[1]}: "
         "%{z:+d}<extra></extra>",
     }
@@ -87,4 +88,4 @@ def _pair(one: Drawable, two: Drawable) -> tuple[Run, Run]:
             f"the runs have different layers: {list(a.layers.items())[:3]} ... and "
             f"{list(b.layers.items())[:3]} ..."
         )
-    return a, b
+    return a, tell_apart(a, b)

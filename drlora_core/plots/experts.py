@@ -13,12 +13,14 @@ HIGHLIGHTED = 5
 def highlighted(run: Run, layer: str) -> list[int]:
     """Return the experts that ended with the most rank, at most five, all above the mean.
 
+    Of those with the same rank, the ones that got there first.
+
     Raises:
         UnknownLayerError: naming close names.
     """
     check_layer(layer, run.layers)
-    final = run.final[run.places[layer]]
-    order = np.argsort(-final, kind="stable")[:HIGHLIGHTED]
+    final, held = (ranks[run.places[layer]] for ranks in (run.final, run.ranks.sum(axis=0)))
+    order = np.lexsort((-held, -final))[:HIGHLIGHTED]
     return [int(expert) for expert in order if final[expert] > final.mean()]
 
 

@@ -41,6 +41,8 @@ def lorenz(run: Drawable) -> Any:
     even = {"color": FAINT, "dash": "dash", "width": 1.5}
     data = [{"x": [0, 1], "y": [0, 1], "name": "all equal", "hoverinfo": "skip", "line": even}]
     for color, (number, label) in zip((SKY, BLUE, VERMILLION), labels.items(), strict=False):
+        if not run.ranks[number].any():
+            continue  # no rank, no shares
         x, y = lorenz_curve(run.ranks[number])
         data.append(
             {

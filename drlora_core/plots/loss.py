@@ -48,10 +48,12 @@ def loss(run: Drawable, against: Drawable | None = None) -> Any:
     if against is not None:
         other = as_run(against)
         taken = other.name in [name for name, _ in curves]
-        curves.append((f"{other.name} (other run)" if taken else other.name, other.losses))
+        name = f"{other.name} (other run)" if taken else other.name
+        unit = "" if other.loss_unit == run.loss_unit else f" in {other.loss_unit}"
+        curves.append((name + unit, other.losses))
     data: list[dict[str, Any]] = []
     for number, (name, losses) in enumerate(curves):
-        data += _draw_curves(losses, harmless(name, 30), COLORS[number % len(COLORS)])
+        data += _draw_curves(losses, harmless(name, 48), COLORS[number % len(COLORS)])
     layout = step_layout("Training and held-out loss", run.loss_unit, run)
     layout["xaxis"]["range"][1] = max(run.last_step, *(losses.last_step for _, losses in curves))
     layout["shapes"] = event_marks(run)

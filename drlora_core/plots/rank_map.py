@@ -12,7 +12,7 @@ from drlora_core.runs import Drawable, Run, as_run
 from drlora_core.runs.history import evenly
 
 MOST_FRAMES, MOST_CELLS = 20, 400_000  # frames, and experts x frames
-MOST_DETAILS = 20_000  # experts x frames up to which every frame has f, g and S
+MOST_DETAILS = 50_000  # experts x frames up to which every frame has f, g and S
 MOST_EXPERTS = 30_000  # with more, no frame has them
 SLIDER = 90  # pixels
 
@@ -34,9 +34,10 @@ def rank_map(run: Drawable) -> Any:
             "z": to_grid(run, run.ranks[number]),
             "y": layer_labels(list(run.layers)),
             "coloraxis": "coloraxis",
+            "hoverongaps": False,
             "visible": number == run.kept,
             "name": f"step {run.events[number - 1].step}" if number else "start",
-            **_hover(run, number, detailed or (at_end and number == shown[-1])),
+            **_hover(run, number, detailed or (at_end and number in (run.kept, shown[-1]))),
         }
         for number in shown
     ]
@@ -58,10 +59,7 @@ def _hover(run: Run, number: int, detailed: bool) -> dict[str, Any]:
     history, ending = run.history, "<extra></extra>"
     if not detailed or not len(history.steps):
         return {"hovertemplate": text + ending}
-    if number == len(run.events):
-        row = len(history.steps) - 1
-    else:
-        row = history.row_at(run.events[number - 1].step if number else 0)
+    row = run.history_row(number)
     values = np.stack([signal[row] for signal in history.signals])
     return {
         "customdata": to_short(to_grid(run, values)),

@@ -76,7 +76,8 @@ def _draw_panel(run: Run, layer: str, axis: str, field: str) -> list[dict[str, A
                 "line": {"color": color, "width": 1.8},
                 "legendgroup": f"expert {expert}",
                 "showlegend": axis == "y",
-                "hovertemplate": f"expert {expert}<br>step %{{x}}: {PANELS[field][0]} %{{y:.4g}}"
+                "hovertemplate": f"layer {harmless(layer)}, expert {expert}<br>"
+                f"step %{{x}}: {PANELS[field][0]} %{{y:.4g}}"
                 "<extra></extra>",
             }
         )

@@ -128,7 +128,7 @@ def harmless(name: str, characters: int = LABEL_CHARACTERS) -> str:
     """
     text = notebook.shorten(name, characters).encode("utf-8", "replace").decode()
     printable = "".join(letter if letter.isprintable() else "�" for letter in text)
-    return html.escape(printable, quote=False)
+    return html.escape(printable, quote=False).replace("%{", "%&#123;")  # as in hover texts
 
 
 def layer_labels(layers: Sequence[str]) -> list[str]:

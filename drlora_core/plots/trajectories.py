@@ -16,6 +16,7 @@ from drlora_core.plots.style import (
     make_figure,
     step_layout,
     step_values,
+    to_short,
 )
 from drlora_core.runs import Drawable, Run, as_run
 
@@ -35,17 +36,30 @@ def trajectories(run: Drawable, layer: str) -> Any:
     what = f"the other {len(rest)}" if lines else f"all {len(rest)}"
     data = _draw_range(run, ranks[:, rest], what) if rest else []
     for color, expert in zip(COLORS, lines, strict=False):
+        line = step_values(run, ranks[:, expert])
         data.append(
             {
                 "type": "scatter",
-                **step_values(run, ranks[:, expert]),
+                **line,
                 "name": f"expert {expert}",
                 "mode": "lines",
                 "line": {"shape": "hv", "color": color, "width": 2.5},
-                "hovertemplate": f"expert {expert}<br>step %{{x}}: rank %{{y}}<extra></extra>",
+                **_hover(run, layer, expert, line["x"]),
             }
         )
     return make_figure(data, step_layout(f"Ranks of layer {harmless(layer)}", "rank", run))
+
+
+def _hover(run: Run, layer: str, expert: int, steps: list[int]) -> dict[str, Any]:
+    """Text for points at steps; f, g and S are those that an event was decided by."""
+    text = f"layer {harmless(layer)}, expert {expert}<br>step %{{x}}: rank %{{y}}"
+    if not len(run.history.steps):
+        return {"hovertemplate": text + "<extra></extra>"}
+    rows = [run.history.row_at(step) for step in steps]
+    place = run.places[layer].start + expert
+    values = np.stack([signal[rows, place] for signal in run.history.signals], axis=1)
+    signals = "f %{customdata[0]:.3g}, g %{customdata[1]:.3g}, S %{customdata[2]:.3g}"
+    return {"customdata": to_short(values), "hovertemplate": f"{text}<br>{signals}<extra></extra>"}
 
 
 def _draw_range(run: Run, ranks: IntArray, what: str) -> list[dict[str, Any]]:

@@ -68,7 +68,10 @@ def growth_cards(run: Run) -> Iterator[Card]:
     """Make the figures that say how ranks came about; static LoRA has the signals alone."""
     if run.config.ranks_change:
         yield _card("total", TOTAL[_kind(run)], plots.total_rank(run))
-        text = "The experts that ended with the most rank, and the range of the others."
+        text = (
+            "The experts that ended with the most rank, of equal ones those that got there first, "
+            "and the range of the others."
+        )
         yield _by_layer("trajectories", "Ranks of a layer", text, run, plots.trajectories)
     text = (
         "What the allocation saw: how often the router uses an expert (f), how much its LoRA "
@@ -94,7 +97,10 @@ def spread_cards(run: Run) -> Iterator[Card]:
     if not run.events and run.final.min() == run.final.max():
         return  # all equal
     yield _card("lorenz", "The further below the diagonal, the fewer hold most.", plots.lorenz(run))
-    text = "Means over layers. Equal ranks have entropy 1 and Gini 0."
+    text = (
+        "Means over layers; gray: from the least to the largest. Equal ranks have entropy 1 and "
+        "Gini 0."
+    )
     yield _card("spread", text, plots.spread(run))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from drlora_core import notebook
+from drlora_core.ema import IntArray
 from drlora_core.runs import Run
 from drlora_core.runs.recipe import NATS
 
@@ -34,6 +35,7 @@ def tiles(run: Run) -> list[Tile]:
         before, after = run.outcome.loss_before, run.outcome.loss_after
         direction = "lower" if after <= before else "higher"
         change = f"{abs(after - before) / abs(before):.0%} {direction}" if before else direction
+        change = "unchanged" if _as_read(before) == _as_read(after) else change
         found.append(Tile("held-out loss", f"{before:.3f} → {after:.3f}", change))
     final, total = run.final, int(run.final.sum())
     met = "budget met" if total == run.budget else f"budget {run.budget:,}"
@@ -54,12 +56,11 @@ def _loss(run: Run) -> str:
     outcome = run.outcome
     if outcome is not None:
         trained = max(run.recording.steps, run.losses.last_step)
+        before, after = _as_read(outcome.loss_before), _as_read(outcome.loss_after)
         verb = "fell" if outcome.loss_after < outcome.loss_before else "did not fall: it went"
-        text = (
-            f"In {notebook.count(trained, 'step')} the held-out loss {verb} from "
-            f"{outcome.loss_before:.3f} to {outcome.loss_after:.3f}"
-            f"{f' {NATS}' if run.loss_unit == NATS else ''}"
-        )
+        went = f"stayed at {after}" if before == after else f"{verb} from {before} to {after}"
+        unit = f" {NATS}" if run.loss_unit == NATS else ""
+        text = f"In {notebook.count(trained, 'step')} the held-out loss {went}{unit}"
         rivals = [
             f"{_method(name)} with the same budget reached {other.loss_after:.3f}"
             for name, _, other in run.compared
@@ -67,13 +68,19 @@ def _loss(run: Run) -> str:
         ]
         return f"{text}; {', '.join(rivals)}." if rivals else f"{text}."
     losses = run.losses
-    if len(losses.training):
-        return (
-            f"After {losses.last_step:,} of {run.last_step:,} steps the training loss is "
-            f"{losses.training[-1]:.3f}; it began at {losses.training[0]:.3f}."
-        )
+    named = (("held-out", losses.held_out), ("training", losses.training))
+    for name, values in sorted(named, key=lambda each: len(each[1]) < 2):
+        if len(values):
+            began = f"; it began at {_as_read(values[0])}" if len(values) > 1 else ""
+            done = f"After {losses.last_step:,} of {run.last_step:,} steps"
+            return f"{done} the {name} loss is {_as_read(values[-1])}{began}."
     size = notebook.describe_layers(run.starts)
-    return f"{notebook.count(run.recording.steps, 'step')} of {size} were recorded, without a loss."
+    done = notebook.count(run.recording.steps, "step")
+    return f"The statistics of {done} were recorded, of {size}, and no loss."
+
+
+def _as_read(loss: float) -> str:
+    return f"{loss:.3f}"
 
 
 def _budget(run: Run) -> str:
@@ -95,22 +102,38 @@ def _budget(run: Run) -> str:
 
 
 def _where(run: Run) -> str:
-    """Say how concentrated the growth is, and which expert gained most."""
+    """Say how concentrated the growth is, and which experts gained most."""
     gained = np.maximum(run.final - run.ranks[0], 0)
     if not gained.any():
-        return ""
-    order = np.argsort(-gained, kind="stable")
-    cumulated = np.cumsum(gained[order])
-    few = int(np.searchsorted(cumulated, cumulated[-1] / 2)) + 1
-    most = int(order[0])
+        return _what_is_left(run) if run.events and run.final.any() else ""
+    half = f"Half of the growth went to {_few(gained)}"
+    most = int(gained.argmax())
+    tied = np.flatnonzero(gained == gained[most])
+    if len(tied) > 1:
+        reached = np.unique(run.final[tied])
+        what = f"rank {reached[0]}" if len(reached) == 1 else f"{gained[most]} units more"
+        return f"{half}; {len(tied):,} experts gained most, up to {what}."
     name = next(layer for layer, part in run.places.items() if part.start <= most < part.stop)
     expert = most - run.places[name].start
     layer = notebook.shorten(name, CHARACTERS)
     return (
-        f"Half of the growth went to {notebook.count(few, 'expert')} of {gained.size:,} "
-        f"({few / gained.size:.0%}), most of all to expert {expert} of {layer}, from rank "
-        f"{run.ranks[0][most]} to {run.final[most]}."
+        f"{half}, most of all to expert {expert} of {layer}, from rank {run.ranks[0][most]} to "
+        f"{run.final[most]}."
     )
+
+
+def _what_is_left(run: Run) -> str:
+    """Say how concentrated the rank is that pruning left."""
+    without = int((run.final == 0).sum())
+    none = f"; {notebook.count(without, 'expert')} have none" if without else ""
+    return f"Half of the rank that is left belongs to {_few(run.final)}{none}."
+
+
+def _few(values: IntArray) -> str:
+    """Name the smallest group of experts that has half of a total."""
+    cumulated = np.cumsum(np.sort(values)[::-1])
+    few = int(np.searchsorted(cumulated, cumulated[-1] / 2)) + 1
+    return f"{notebook.count(few, 'expert')} of {values.size:,} ({few / values.size:.0%})"
 
 
 def _method(name: str) -> str:

@@ -16,7 +16,7 @@ from drlora_core.report import figures, payload
 from drlora_core.report.headline import headline, tiles
 from drlora_core.report.rows import configuration_rows, event_rows, top_experts
 from drlora_core.report.verdicts import check
-from drlora_core.runs import Run, from_recording
+from drlora_core.runs import Run, from_recording, tell_apart
 from drlora_core.runs.folder import RECIPE
 
 LIBRARIES = ("drlora", "numpy", "plotly")
@@ -56,6 +56,8 @@ def render_run(run: Run, against: Run | None = None, *, version: str = "") -> st
             f"{against.name} has other layers than {run.name}, so that their ranks cannot be "
             f"compared: {list(against.layers.items())[:3]} and {list(run.layers.items())[:3]}"
         )
+    if against is not None:
+        against = tell_apart(run, against)
     cards = {
         "loss": [card for card in [figures.loss_card(run, against)] if card is not None],
         "map": [figures.map_card(run)],
@@ -104,7 +106,8 @@ def _template() -> Any:
 def _methods(run: Run, against: Run | None) -> list[dict[str, Any]]:
     """Return a row for the run and each method that it can be compared with, if any."""
     rivals = [(name, outcome) for name, _, outcome in run.compared]
-    rivals += [] if against is None else [(against.name, against.outcome)]
+    if against is not None and against.loss_unit == run.loss_unit:
+        rivals.append((against.name, against.outcome))
     if not rivals:
         return []
     return [

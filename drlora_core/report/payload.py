@@ -30,16 +30,6 @@ def pack(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
-def unpack(packed: str) -> str:
-    """Undo `pack`.
-
-    Example:
-        >>> unpack(pack("a layer"))
-        'a layer'
-    """
-    return gzip.decompress(base64.b64decode(packed)).decode()
-
-
 def plotly_source() -> str:
     """Return the script of Plotly that is shipped: the traces of this package's figures alone."""
     return read_template("plotly/plotly-cartesian.min.js")

@@ -36,9 +36,9 @@ def event_rows(run: Drawable) -> list[Row]:
 
 
 def top_experts(run: Run) -> list[Row]:
-    """Return the experts with the most rank: those that gained more first, then in index order."""
+    """Return the experts with the most rank; of the same rank, those that got there first."""
     start, final = run.ranks[0], run.final
-    order = np.lexsort((np.arange(final.size), start - final, -final))[:TOP_EXPERTS]
+    order = np.lexsort((-run.ranks.sum(axis=0), -final))[:TOP_EXPERTS]
     history, names = run.history, list(run.layers)
     ends = np.cumsum(list(run.layers.values()))
     rows = []
@@ -52,7 +52,7 @@ def top_experts(run: Run) -> list[Row]:
         }
         if len(history.steps):
             for symbol, values in zip("fgS", history.signals, strict=True):
-                row[symbol] = float(values[-1, place])
+                row[symbol] = float(values[run.history_row(run.kept), place])
         rows.append(row)
     return rows
 

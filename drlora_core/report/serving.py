@@ -105,11 +105,12 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+        path = self.path.partition("?")[0]
         if host not in (ADDRESS, "localhost"):
             self.send_error(403)
-        elif self.path == "/":
+        elif path == "/":
             self._answer(self._live.read()[1], "text/html")
-        elif self.path == "/version":
+        elif path == "/version":
             self._answer(self._live.read()[0], "text/plain")
         else:
             self.send_error(404)

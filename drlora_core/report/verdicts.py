@@ -34,17 +34,23 @@ def check(run: Run) -> Verdicts:
 
 
 def _check_budget(run: Run) -> Finding | str | None:
-    total, budget = int(run.ranks[-1].sum()), run.budget
+    total, budget = int(run.final.sum()), run.budget
     if total == budget:
         return f"The budget is met exactly: {total:,} rank units."
-    if len(run.events) < run.config.num_events or total > budget:
-        return None  # it goes on
-    return Finding(
-        f"{budget - total:,} of {budget:,} rank units of the budget were never placed",
-        "look at quota, max_growth and r_max, which limit what an event can place",
-        {"placed": total, "budget": budget},
-        name="budget",
-    )
+    ahead = run.config.num_events - len(run.events)
+    if not run.config.ranks_change or (ahead and run.outcome is None):
+        return None  # ranks of the user's own, or a run that goes on
+    evidence, has = {"placed": total, "budget": budget}, f"{total:,} of {budget:,} rank units"
+    if run.kept < len(run.events):
+        text = f"the saved adapter is that of an earlier step, with {has}"
+        advice = "more patience before the training stops, or ranks that are settled earlier"
+        return Finding(text, advice, evidence, "note", "budget")
+    if ahead:
+        text = f"the run ended before {ahead} of its {run.config.num_events} events, with {has}"
+        return Finding(text, "a growth_end within the run", evidence, name="budget")
+    text = f"{budget - total:,} of {budget:,} rank units of the budget were never placed"
+    advice = "look at quota, max_growth and r_max, which limit what an event can place"
+    return Finding(text, advice, evidence, name="budget")
 
 
 def _check_loss(run: Run) -> Finding | str | None:

@@ -3,7 +3,7 @@
 from drlora_core.runs.folder import find_recording
 from drlora_core.runs.metrics import Losses
 from drlora_core.runs.opening import open_run, ten_events
-from drlora_core.runs.run import Drawable, Run, as_run, from_recording
+from drlora_core.runs.run import Drawable, Run, as_run, from_recording, tell_apart
 
 __all__ = [
     "Drawable",
@@ -13,5 +13,6 @@ __all__ = [
     "find_recording",
     "from_recording",
     "open_run",
+    "tell_apart",
     "ten_events",
 ]

@@ -33,10 +33,12 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     whole = path.resolve()
     if whole.name == folder.RECORDING and (whole.parent / folder.RECIPE).is_file():
         path = whole.parent  # the recording of a run stands for the run
-    recording = load_trace(path) if path.suffix == ".npz" else Recording.open(_recording(path))
+    is_trace = path.suffix == ".npz"
+    recording = load_trace(path) if is_trace else Recording.open(_recording(path))
     config = None
-    if recording.config is None:
-        config = AllocatorConfig.model_validate(ten_events(recording.steps))
+    if recording.config is None:  # a trace has no importance either
+        settings = ten_events(recording.steps) | {"use_importance": not is_trace}
+        config = AllocatorConfig.model_validate(settings)
     name = path.resolve().name.encode(errors="replace").decode()  # file systems allow any bytes
     run = from_recording(recording, config, name)
     if not path.is_dir() or recording.path == path:

@@ -86,6 +86,12 @@ class Run:
         ranks: IntArray = self.ranks[self.kept]
         return ranks
 
+    def history_row(self, number: int) -> int:
+        """Return the row of `history` that ranks were decided by; of the last ranks, the end."""
+        if number == len(self.events):
+            return len(self.history.steps) - 1
+        return self.history.row_at(self.events[number - 1].step if number else 0)
+
     @property
     def loss_unit(self) -> str:
         """What losses are counted in."""
@@ -118,6 +124,11 @@ class Run:
 
 
 Drawable = Run | Recording | Replay
+
+
+def tell_apart(one: Run, two: Run) -> Run:
+    """Return the second run, with another name if both are called the same."""
+    return dataclasses.replace(two, name=f"{two.name} (other)") if one.name == two.name else two
 
 
 def as_run(run: Drawable) -> Run:

@@ -4,6 +4,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 640px)");
   let printing = false;
+  let folded = [];
 
   async function unpack(id) {
     const letters = atob(document.getElementById(id).textContent);
@@ -68,10 +69,18 @@
     const sliders = plots.filter((plot) => plot.layout && plot.layout.sliders);
     const places = sliders.map((plot) => {
       const { active, steps } = plot.layout.sliders[0];
-      return [of(plot), active === steps.length - 1 ? null : steps[active].label];  // the end stays the end
+      const first = figures[of(plot)][0].figure.layout.sliders[0].active;  // stays where it begins
+      return [of(plot), active === first ? null : steps[active].label];
     });
     const choices = [...chosen].map(([plot, number]) => [of(plot), number]);
     sessionStorage.setItem(kept, JSON.stringify({ places, choices }));
+  }
+
+  function choose(list) {
+    const plot = plots.find((each) => each.dataset.figure === list.dataset.for);
+    chosen.set(plot, Number(list.value));
+    list.parentElement.dataset.chosen = list.selectedOptions[0].text;
+    return plot;
   }
 
   function restore() {
@@ -83,7 +92,7 @@
       const list = document.querySelector(`select[data-for="${key}"]`);
       if (!list || number >= list.options.length) continue;
       list.value = number;
-      chosen.set(plotOf(key), number);
+      choose(list);
     }
   }
 
@@ -131,17 +140,19 @@
     restore();
     await drawAll();
     for (const list of document.querySelectorAll("select[data-for]")) {
-      const plot = plots.find((each) => each.dataset.figure === list.dataset.for);
-      list.addEventListener("change", () => { chosen.set(plot, Number(list.value)); draw(plot); });
+      list.addEventListener("change", () => draw(choose(list)));
     }
     dark.addEventListener("change", drawAll);
     narrow.addEventListener("change", drawAll);
     addEventListener("beforeprint", () => {
       printing = true;
+      folded = [...document.querySelectorAll("details:not([open])")];
+      for (const each of folded) each.open = true;
       for (const plot of plots) { plot.style.width = "680px"; draw(plot); }
     });
     addEventListener("afterprint", () => {
       printing = false;
+      for (const each of folded) each.open = false;
       for (const plot of plots) { plot.style.width = ""; draw(plot); }
     });
     document.body.dataset.drawn = "yes";

@@ -56,6 +56,7 @@ def test_other_paths_and_other_hosts_get_nothing(port: int) -> None:
     assert get(port, "/../run.yaml")[0] == 404
     assert get(port, "/report.html")[0] == 404
     assert get(port, "/version", host="evil.example")[0] == 403
+    assert get(port, "/?print=1")[0] == 200
 
 
 def test_a_version_is_that_of_the_files(tmp_path: Path) -> None:
