@@ -28,7 +28,7 @@ class RunGroup(Group):
     panel: ClassVar[str] = "Run"
 
     output: str | None = None
-    """Folder of the run, which must not exist. If not given, runs/TIME."""
+    """Folder of the run, which must not exist. If not given, runs/finetune-TIME."""
     compare: Literal["uniform"] | None = None
     """Also train static LoRA with the same budget."""
     processes: int | None = Field(None, ge=1)

@@ -48,13 +48,14 @@ def test_the_commands_in_the_text_of_a_page_exist(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """A finished run, under the name that it got."""
     folder = tmp_path_factory.mktemp("runs")
     given.write_rows(folder / "my.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         hub.use(cache, patch)
-        commands.run(f"drlora finetune {hub.OLMOE} my.jsonl --steps 6 --output run", folder, "")
-    return folder / "run"
+        commands.run(f"drlora finetune {hub.OLMOE} my.jsonl --steps 6", folder, "")
+    (made,) = (folder / "runs").iterdir()
+    return made
 
 
 def check_run(folder: Path) -> None:
