@@ -28,7 +28,7 @@ class RunGroup(Group):
     panel: ClassVar[str] = "Run"
 
     output: str | None = None
-    """Folder of the run, which must not exist. If not given, runs/TIME."""
+    """Folder of the run, which must not exist. If not given, runs/finetune-TIME."""
     compare: Literal["uniform"] | None = None
     """Also train static LoRA with the same budget."""
     processes: int | None = Field(None, ge=1)
@@ -91,7 +91,8 @@ def shipped_run() -> dict[str, object]:
 def combine(given: Mapping[str, Any], file: Path | None = None) -> Recipe:
     """Make a recipe of the options given and those of a file; what is given wins.
 
-    Without a model, it is the run of the shipped one.
+    Steps that are given take the place of the file's epochs, and epochs that of its steps. Without
+    a model, it is the run of the shipped one.
 
     Args:
         given: fields of :class:`Recipe`.
@@ -101,7 +102,10 @@ def combine(given: Mapping[str, Any], file: Path | None = None) -> Recipe:
         RunError: the file cannot be read or has other fields, or a model comes without data.
         pydantic.ValidationError: as :class:`Recipe`.
     """
-    values = {**({} if file is None else read_fields(file)), **given}
+    values = {} if file is None else read_fields(file)
+    if given.get("steps") or given.get("epochs"):
+        values |= {"steps": None, "epochs": None}  # both say how long the run is
+    values |= given
     for name, other in (("model", "data"), ("data", "model")):
         if values.get(name) is not None and values.get(other) is None:
             raise RunError(f"a {name.upper()} needs {other.upper()}: drlora finetune MODEL DATA")

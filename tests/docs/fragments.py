@@ -24,6 +24,9 @@ FRAGMENTS = {
     "docs/quantization.md",
     "docs/recording.md",
 }
+CONFIG = AllocatorConfig(
+    r_init=2, r_target=4, r_max=8, warmup_steps=1, growth_interval=1, growth_end=2
+)
 
 
 def names_for(page: str, folder: Path) -> dict[str, Any]:
@@ -31,17 +34,14 @@ def names_for(page: str, folder: Path) -> dict[str, Any]:
     if page not in FRAGMENTS:
         return {}
     model = models.build(hidden_size=64, intermediate_size=64)
-    config = AllocatorConfig(
-        r_init=2, r_target=4, r_max=8, warmup_steps=1, growth_interval=1, growth_end=2
-    )
     names = {
         "AllocatorConfig": AllocatorConfig,
         "AllocatorEngine": AllocatorEngine,
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "batches": [helpers.batch(seed) for seed in range(2)],
-        "config": config,
+        "config": CONFIG,
         "drlora_torch": drlora_torch,
-        "engine": AllocatorEngine(config),
+        "engine": AllocatorEngine(CONFIG),
         "folder": folder,
         "model": model,
         "name": str(folder / "base"),
@@ -50,7 +50,7 @@ def names_for(page: str, folder: Path) -> dict[str, Any]:
         "torch": torch,
     }
     if page in ("docs/distributed.md", "docs/formats.md", "docs/ecosystem.md"):
-        adapter = drlora_torch.attach(model, AllocatorEngine(config))
+        adapter = drlora_torch.attach(model, AllocatorEngine(CONFIG))
         names |= {"adapter": adapter, "optimizer": helpers.adamw(adapter)}
     if page == "docs/distributed.md":
         names["model"].save_pretrained(names["name"])

@@ -1,7 +1,7 @@
 """The pages of the documentation, and the blocks of code in them.
 
 Every block runs, unless an HTML comment before it says why it cannot:
-``<!--- skip: next "downloads a model" -->``. Commands of skipped blocks are parsed all the same.
+``<!--- skip: next "starts a server" -->``. Commands of skipped blocks are parsed all the same.
 Blocks of a page run in order and share their names; ``<!--- invisible-code-block: python -->``
 prepares what a reader does not have to see.
 """
@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -22,7 +19,9 @@ from sybil import Document, Example, Sybil
 from sybil.evaluators.skip import Skipper
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
-ROOT = Path(__file__).parents[2]
+from tests.docs import commands
+from tests.test_readme import ROOT
+
 DOCS = ROOT / "docs"
 GENERATED = ("results.md", "results_notes.md", "results/", "parity.md")  # no code in them
 PAGES = sorted(
@@ -47,7 +46,9 @@ def parse(page: str, *languages: str, folder: Path | None = None) -> Document:
     parsers: dict[str, Any] = {
         "python": PythonCodeBlockParser(),
         "pycon": CodeBlockParser("pycon", run_session),
-        "bash": CodeBlockParser("bash", lambda example: run_commands(example, folder)),
+        "bash": CodeBlockParser(
+            "bash", lambda example: commands.run(example.parsed, folder or ROOT, page)
+        ),
         "json": CodeBlockParser("json", read_json),
         "yaml": CodeBlockParser("yaml", read_yaml),
     }
@@ -83,21 +84,6 @@ def run_session(example: Example) -> None:
         .failed
         == 0
     ), "".join(printed)
-
-
-def run_commands(example: Example, folder: Path | None) -> None:
-    """Run the commands of a block as a reader does, in one shell."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    given = {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    ended = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", example.parsed],
-        cwd=folder,
-        env=os.environ | given,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, f"{example.parsed}\n{ended.stdout}\n{ended.stderr}"
 
 
 def read_json(example: Example) -> None:

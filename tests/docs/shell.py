@@ -13,8 +13,7 @@ import typer
 from packaging.requirements import Requirement
 
 from drlora_core.cli.app import build
-from tests.docs.pages import ROOT
-from tests.test_readme import tomllib
+from tests.test_readme import ROOT, tomllib
 
 OTHERS = {"accelerate", "git", "hf", "mkdocs", "pre-commit", "source", "transformers", "vllm"}
 """Programs that are not ours: only their names are checked."""

@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, moe_folder: Path) -> Path:
     (folder / "broken.jinja").write_text("{% if %}")
     (folder / "bad.yaml").write_text("lerning_rate: 1\n")
     (folder / "twice.yaml").write_text("steps: 1\nsteps: 2\n")
-    (folder / "clash.yaml").write_text("model: m\ndata: good.jsonl\nepochs: 1\n")
+    (folder / "clash.yaml").write_text("model: m\ndata: good.jsonl\nsteps: 3\nepochs: 1\n")
     shutil.copytree(moe_folder, folder / "moe")
     shutil.copytree(moe_folder, folder / "untokenized")
     for file in (folder / "untokenized").glob("tokenizer*"):
@@ -108,7 +108,7 @@ CASES = {
     "moe good.jsonl --output file/run": "file' is a file",
     "--config bad.yaml": "no option 'lerning_rate'; did you mean 'learning_rate'?",
     "--config twice.yaml": "option 'steps' is there twice",
-    "--config clash.yaml --steps 3": "give steps or epochs, not both",
+    "--config clash.yaml": "give steps or epochs, not both",
     "--config gone.yaml": "cannot be read",
     "--resume nothing": "is not the folder of a run: it has no run.yaml",
     "--resume nothing --r-max 3": "leave out --r-max",

@@ -53,6 +53,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     )
 
 
+@pytest.mark.parametrize(("one", "other"), [("steps", "epochs"), ("epochs", "steps")])
+def test_steps_and_epochs_that_are_given_replace_those_of_the_file(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    file = write(tmp_path / "r.yaml", f"model: m\ndata: d.jsonl\n{other}: 2\n")
+    assert combine({one: 3}, file) == Recipe.model_validate(
+        {"model": "m", "data": "d.jsonl", one: 3}
+    )
+    assert getattr(combine({"r_max": 40}, file), other) == 2
+    with pytest.raises(ValidationError, match="give steps or epochs, not both"):
+        combine({one: 3, other: 2}, file)
+
+
 def test_a_file_without_a_model_is_of_the_shipped_one(tmp_path: Path) -> None:
     assert combine({}, write(tmp_path / "r.yaml", "steps: 3\n")) == Recipe.model_validate(
         {**shipped_run(), "steps": 3}

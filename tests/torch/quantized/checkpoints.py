@@ -25,9 +25,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def gpt_oss() -> Any:
+def gpt_oss(**changes: Any) -> Any:
     config = transformers.GptOssConfig(
-        **SIZES,
+        **{**SIZES, **changes},
         intermediate_size=32,
         num_hidden_layers=2,
         num_key_value_heads=2,
@@ -85,9 +85,9 @@ def build(kind: Any, config: Any) -> Any:
     return model.bfloat16()
 
 
-def write_mxfp4(folder: Path) -> dict[str, Tensor]:
+def write_mxfp4(folder: Path, **changes: Any) -> dict[str, Tensor]:
     """Write gpt-oss with random blocks and scales; return what the file has."""
-    gpt_oss().save_pretrained(folder)
+    gpt_oss(**changes).save_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
