@@ -124,6 +124,7 @@ class Run:
 
 
 Drawable = Run | Recording | Replay
+"""What figures draw."""
 
 
 def tell_apart(one: Run, two: Run) -> Run:

@@ -15,6 +15,7 @@ import typer
 
 import drlora_core
 import drlora_torch
+from drlora_core import diagnostics, plots, report, runs
 from drlora_core.cli.app import build
 from tests.docs import pages
 
@@ -47,7 +48,7 @@ def names_in(inventory: Path) -> set[str]:
 
 def test_the_reference_has_every_public_name(site: Path) -> None:
     known = names_in(site / "objects.inv")
-    for package in (drlora_core, drlora_torch):
+    for package in (drlora_core, drlora_torch, diagnostics, plots, report, runs):
         for name in package.__all__:
             found = getattr(package, name)
             home = f"{getattr(found, '__module__', '')}.{name}"  # some are called like modules
