@@ -1,6 +1,6 @@
 """Train with dynamic ranks, export to PEFT, and load the export without drlora.
 
-A second process imports only transformers and peft and computes the same logits.
+A second process imports only transformers and peft, computes the same logits, and answers the prompt.
 """
 
 import subprocess
@@ -27,7 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base, adapter, text, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 model = PeftModel.from_pretrained(model, adapter).eval()
-batch = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(base)
+batch = tokenizer(text, return_tensors="pt")
+answer = model.generate(**batch, max_new_tokens=4, do_sample=False)
+print("served with PEFT alone:", tokenizer.decode(answer[0]))
 with torch.no_grad():
     save_file({"logits": model(**batch).logits}, output)
 """
