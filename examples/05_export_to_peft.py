@@ -1,6 +1,7 @@
 """Train with dynamic ranks, export to PEFT, and load the export without drlora.
 
-A second process imports only transformers and peft, computes the same logits, and answers the prompt.
+A second process imports only transformers and peft. It computes the same logits and answers the
+prompt.
 """
 
 import subprocess
