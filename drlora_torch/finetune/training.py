@@ -22,7 +22,7 @@ from trl import DPOConfig, SFTConfig
 
 from drlora_core.errors import near_misses
 from drlora_torch.adapter import Adapter
-from drlora_torch.errors import RunError
+from drlora_torch.errors import CheckpointError, RunError
 from drlora_torch.finetune.data.prepare import Prepared
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.trainers import DPO, SFT
@@ -160,10 +160,18 @@ def evaluate_first(trainer: Trainer) -> float:
 
 
 def read_state(checkpoint: str | None) -> TrainerState | None:
-    """Return the state of the Trainer in a checkpoint; None without one."""
+    """Return the state of the Trainer in a checkpoint; None without one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if checkpoint is None:
         return None
-    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    try:
+        return TrainerState.load_from_json(str(file))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is not a Trainer's state: {error}") from error
 
 
 def train(trainer: Trainer, adapter: Adapter, checkpoint: str | None) -> None:

@@ -19,6 +19,7 @@ from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.entering import save_beside
 from drlora_torch.storage.run_folder import newest_checkpoint
+from drlora_torch.storage.seal import broken_by, seal
 
 HINT = "resume from last_checkpoint(output_dir), or use DRLoRACallback(adapter, resume_from=...)"
 
@@ -107,6 +108,8 @@ class DRLoRACallback(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero or self.adapter.is_sharded:
             self.adapter.save_pretrained(_folder(args, state))
+        if state.is_world_process_zero:
+            seal(_folder(args, state))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -120,6 +123,8 @@ class DRLoRACallback(TrainerCallback):
         folder = self.resume_from or _folder(args, state)
         if not (folder / FILE_NAME).is_file():
             raise CheckpointError(f"{folder} holds no adapter; {HINT}")
+        if (reason := broken_by(folder)) is not None:
+            raise CheckpointError(f"{folder} is damaged: {reason}; {HINT}")
         written = _read_state(folder)
         if written is None or _position(written) != _position(state):
             raise CheckpointError(f"the Trainer uses another checkpoint than {folder}; {HINT}")
@@ -141,8 +146,12 @@ def move_reporters_last(trainer: Trainer) -> None:
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """Return the newest complete checkpoint of a Trainer, None if there is none.
 
-    Unlike ``resume_from_checkpoint=True`` it skips a checkpoint that a crash has cut short: one
-    without an adapter or without a readable Trainer state.
+    Unlike ``resume_from_checkpoint=True`` it skips a checkpoint that a crash has cut short, one
+    without an adapter or without a readable Trainer state, and, with a warning, one whose files are
+    no longer those that were written.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
     """
     found = newest_checkpoint(Path(output_dir))
     return None if found is None else str(found)

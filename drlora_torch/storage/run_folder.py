@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from pathlib import Path
 
 from drlora_torch.errors import CheckpointError
 from drlora_torch.storage.adapter_file import FILE_NAME, read_description
+from drlora_torch.storage.seal import broken_by
 
 RUN_ADAPTER, RUN_CHECKPOINTS = "adapter", "checkpoints"
 RUN_RECIPE, RUN_RESULT = "run.yaml", "result.json"
@@ -55,14 +57,29 @@ def final_adapter(run: Path) -> Path | None:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a Trainer, None if there is none.
 
-    One that a crash has cut short has no adapter, or no readable state of the Trainer.
+    One that a crash has cut short has no adapter, or no readable state of the Trainer. One that
+    does not fit its seal is passed over, with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none fits its seal.
     """
     complete = {
         step: checkpoint
         for checkpoint in folder.glob("checkpoint-*")
         if (checkpoint / FILE_NAME).is_file() and (step := _step_of(checkpoint)) is not None
     }
-    return complete[max(complete)] if complete else None
+    reason = None
+    for step in sorted(complete, reverse=True):
+        if (reason := broken_by(complete[step])) is None:
+            return complete[step]
+        text = f"{complete[step]} is damaged and is passed over: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    if reason is not None:
+        raise CheckpointError(
+            f"every checkpoint in {str(folder)!r} is damaged ({reason}); delete that folder to "
+            "start from the beginning"
+        )
+    return None
 
 
 def _step_of(checkpoint: Path) -> int | None:
@@ -70,8 +87,10 @@ def _step_of(checkpoint: Path) -> int | None:
         state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    step = state.get("global_step", 0) if isinstance(state, dict) else None
-    return step if isinstance(step, int) else None
+    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+        return None
+    numbers = state.get("global_step"), state.get("max_steps")
+    return numbers[0] if all(type(number) is int for number in numbers) else None
 
 
 def _steps_in(folder: Path) -> int:

@@ -182,6 +182,28 @@ def test_last_checkpoint_passes_over_one_that_was_cut_off(tmp_path: Path) -> Non
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
+def test_a_checkpoint_that_was_damaged_is_passed_over(tmp_path: Path) -> None:
+    """Without its optimizer, a run once went on with other weights, and nothing was said."""
+    trainer, _ = trainers.build(tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
+    with pytest.warns(RuntimeWarning, match="checkpoint-8 is damaged .* optimizer.pt is missing"):
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    resumed, _ = trainers.build(tmp_path)
+    with pytest.raises(drlora_torch.CheckpointError, match=r"optimizer\.pt is missing; resume"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    state = tmp_path / "checkpoint-4" / "rng_state.pth"
+    state.write_bytes(state.read_bytes()[:-1])
+    some = pytest.warns(RuntimeWarning, match="is damaged and is passed over")
+    with (
+        some,
+        pytest.raises(
+            drlora_torch.CheckpointError, match=r"is damaged \(rng_state\.pth has changed"
+        ),
+    ):
+        last_checkpoint(tmp_path)
+
+
 def test_the_best_checkpoint_comes_back(tmp_path: Path) -> None:
     trainer, _ = trainers.build(
         tmp_path,
