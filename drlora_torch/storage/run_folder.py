@@ -72,7 +72,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for step in sorted(complete, reverse=True):
         if (reason := broken_by(complete[step])) is None:
             return complete[step]
-        text = f"{complete[step]} is damaged and is passed over: {reason}"
+        text = f"{complete[step]} is damaged and is passed over for an older one: {reason}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     if reason is not None:
         raise CheckpointError(
