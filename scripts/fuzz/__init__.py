@@ -1,0 +1,1 @@
+"""Fuzzing of every reader: see `python -m scripts.fuzz --help`."""
