@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 
 from drlora_core import events, frames, new_layers, notebook, profiles, samples, snapshot
 from drlora_core.config import AllocatorConfig
+from drlora_core.driver import Driver
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import LayoutError, StepOrderError, check_layer
+from drlora_core.errors import LayoutError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.policies import GROWTH_POLICIES, Policy, check_callable, policy_name
 from drlora_core.profiles import Statistics
@@ -27,6 +28,8 @@ from drlora_core.state import (
     Place,
     Sample,
     State,
+    check_all_observed,
+    check_unobserved,
     expert_saliency,
     make_state,
     observe,
@@ -63,6 +66,7 @@ class AllocatorEngine:
                 f"policy {config.policy!r} cuts rank and cannot be combined with a callable"
             )
         self.config = config
+        self.driver = Driver()  # the model that the engine decides for, if any
         self._policy = GROWTH_POLICIES.get(config.policy) if policy is None else policy
         self._starts: dict[str, IntArray] = {}  # starting ranks by layer, [N]
         self._last_state: State | None = None  # None: made of the starting ranks when it is needed
@@ -114,6 +118,7 @@ class AllocatorEngine:
                 above 0, the ranks are out of range or above the budget, or a sample was already
                 taken.
         """
+        self.driver.check("add_layer")
         self.settle()
         new_layers.check_layer(name, num_experts, self._starts)
         if self._step or (self._last_state is not None and self._last_state.observed.any()):
@@ -145,6 +150,7 @@ class AllocatorEngine:
         Raises:
             UnknownLayerError, StatisticError, StepOrderError: the engine is unchanged.
         """
+        self.driver.check("observe")
         state = self._state
         self._check_unobserved(name)
         sample = self._check(name, routing, importance)
@@ -178,6 +184,7 @@ class AllocatorEngine:
             >>> engine.routing_frequency("layers.0").round(3).tolist()
             [0.75, 0.25]
         """
+        self.driver.check("observe_all")
         state, layers = self._state, self.layer_names
         phi = samples.split_layers("routing", routing, layers)
         scores = samples.split_layers("importance", importance, layers)
@@ -199,6 +206,7 @@ class AllocatorEngine:
 
     def skip(self, name: str) -> None:
         """Close the current step for this layer without a sample (say, after a NaN)."""
+        self.driver.check("skip")
         self._check_unobserved(name)
         self._state.observed[self._place(name).layer] = True
 
@@ -213,16 +221,9 @@ class AllocatorEngine:
             StepOrderError: there is no layer, or one was not observed.
             PolicyError: the policy broke its contract; the engine is unchanged.
         """
+        self.driver.check("step")
         state, step = self._state, self._step + 1
-        if not state.places:
-            raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
-        if not state.observed.all():
-            missing = np.flatnonzero(~state.observed)
-            raise StepOrderError(
-                f"step {step} has no sample of {missing.size} of {len(state.places)} layers, first "
-                f"{self.layer_names[missing[0]]!r}; call engine.observe(...) or engine.skip(name) "
-                f"for every layer before engine.step()"
-            )
+        check_all_observed(state, step)
         event, after, carry = events.decide(self.config, self._policy, state, self._carry, step)
         if self._recorder is not None:
             ranks = {name: state.ranks[experts] for name, (_, experts) in state.places.items()}
@@ -331,6 +332,7 @@ class AllocatorEngine:
         Raises:
             LayoutError: the state does not fit or is damaged; the engine is unchanged.
         """
+        self.driver.check("load_state_dict")
         self.settle()
         loaded, carry, step = snapshot.load_state(state, self.config)
         if self._starts:
@@ -386,11 +388,7 @@ class AllocatorEngine:
         return self._state.places[name]
 
     def _check_unobserved(self, name: str) -> None:
-        if self.is_observed(name):
-            raise StepOrderError(
-                f"layer {name!r} was already observed in step {self._step + 1}; average the "
-                f"micro-batches, call engine.observe({name!r}, ...) once, then engine.step()"
-            )
+        check_unobserved(self._state, self._place(name).layer, name, self._step + 1)
 
     def _check(self, name: str, routing: ArrayLike | None, importance: ArrayLike | None) -> Sample:
         state, where = self._state, f"layer {name!r}, step {self._step + 1}"

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from drlora_core import ema, pruning
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import StatisticError
+from drlora_core.errors import StatisticError, StepOrderError
 from drlora_core.saliency import (
     importance_at_zero,
     mask_inactive,
@@ -266,3 +266,25 @@ def cut(state: State, marked: NDArray[np.bool_]) -> State:
         importance_count=np.where(emptied, 0, state.importance_count),
         dimensions=None if dimensions is None else pruning.compact(dimensions, marked),
     )
+
+
+def check_all_observed(state: State, step: int) -> None:
+    """Refuse to close a step that lacks the sample of a layer, or without any layer."""
+    if not state.places:
+        raise StepOrderError("the engine has no layers; call engine.add_layer(...) first")
+    if not state.observed.all():
+        missing = np.flatnonzero(~state.observed)
+        raise StepOrderError(
+            f"step {step} has no sample of {missing.size} of {len(state.places)} layers, first "
+            f"{list(state.places)[missing[0]]!r}; call engine.observe(...) or engine.skip(name) "
+            f"for every layer before engine.step()"
+        )
+
+
+def check_unobserved(state: State, layer: int | slice, name: str, step: int) -> None:
+    """Refuse a second sample of a layer in one step."""
+    if state.observed[layer]:
+        raise StepOrderError(
+            f"layer {name!r} was already observed in step {step}; average the "
+            f"micro-batches, call engine.observe({name!r}, ...) once, then engine.step()"
+        )

@@ -321,9 +321,10 @@ def _build(
 
 def _add_layers(attached: Attached) -> None:
     """Give an engine its layers, unless it came with them."""
-    for name, layer in attached.layers.items():
-        if name not in attached.engine.layer_names:
-            attached.engine.add_layer(name, layer.record.num_experts)
+    with attached.engine.driver.acting():
+        for name, layer in attached.layers.items():
+            if name not in attached.engine.layer_names:
+                attached.engine.add_layer(name, layer.record.num_experts)
 
 
 @contextlib.contextmanager

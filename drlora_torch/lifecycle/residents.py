@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import weakref
 from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
@@ -23,8 +22,9 @@ from drlora_torch.lifecycle.running import Running
 from drlora_torch.step.tracker import StepTracker
 
 ATTRIBUTE = "_drlora_adapters"  # of the model, while it has adapters
-_users: weakref.WeakKeyDictionary[AllocatorEngine, weakref.ref[Attached]] = (
-    weakref.WeakKeyDictionary()
+DRIVEN = (
+    "the adapter makes its steps after those of the optimizer (or in adapter.step(), with "
+    "auto_step=False), adapter.restore(path) loads a state, and adapter.detach() gives it back"
 )
 
 
@@ -48,7 +48,7 @@ class Residents:
     def add(self, attached: Attached) -> None:
         """Put an adapter into the model and make it the active one; a failure leaves no trace."""
         self.by_name[attached.name] = attached
-        _users[attached.engine] = weakref.ref(attached)
+        attached.engine.driver.take(attached, DRIVEN)
         self._undo_by_name[attached.name] = contextlib.ExitStack()
         try:
             if len(self.by_name) == 1:
@@ -97,7 +97,7 @@ class Residents:
             self._stop()
         self._undo_by_name.pop(attached.name).close()
         del self.by_name[attached.name]
-        _users.pop(attached.engine, None)
+        attached.engine.driver.give_back()
         self._hide_from_checkpoints()
         if not self.by_name:
             self._undo.close()
@@ -145,8 +145,8 @@ def adapted_modules(attached: Attached) -> Iterator[tuple[nn.Module, nn.Module]]
 
 def user_of(engine: AllocatorEngine) -> Attached | None:
     """The adapter, of any model, whose ranks an engine decides; None for a free engine."""
-    reference = _users.get(engine)
-    return None if reference is None else reference()
+    owner = engine.driver.owner
+    return owner if isinstance(owner, Attached) else None
 
 
 def is_active(attached: Attached) -> bool:

@@ -113,10 +113,11 @@ class StepCloser:
         if statistics.idle and attached.options.auto_step:
             return None  # as if the optimizer had not been called
         growth.check_event(attached)
-        samples.observe(attached, statistics.routing, statistics.importance)
-        if not statistics.idle:
-            self._grow_older(attached, horizon)
-        event = attached.engine.step()
+        with attached.engine.driver.acting():
+            samples.observe(attached, statistics.routing, statistics.importance)
+            if not statistics.idle:
+                self._grow_older(attached, horizon)
+            event = attached.engine.step()
         if event is not None:
             growth.carry_out(attached, event)
             self.forget_young()

@@ -6,6 +6,7 @@ import numpy as np
 from torch.optim import Optimizer
 
 from drlora_core import GrowthEvent
+from drlora_core.errors import LayoutError
 from drlora_torch.attached import Attached
 from drlora_torch.lora import parts
 from drlora_torch.lora.slots import Born
@@ -42,6 +43,7 @@ def carry_out(attached: Attached, event: GrowthEvent) -> None:
             if id(parameter) not in held:
                 attached.missed.append((parameter, changed))
     attached.events.append(event)
+    check_ranks(attached)
 
 
 def _number(attached: Attached, name: str, born: Born, event: GrowthEvent) -> Born:
@@ -105,8 +107,23 @@ def check_event(attached: Attached) -> None:
     The engine has not decided yet, so it stays in step with the slots.
     """
     if may_follow(attached):
+        check_ranks(attached)
         for optimizer in attached.optimizers:
             check_state(optimizer, lora_parameters(attached))
+
+
+def check_ranks(attached: Attached) -> None:
+    """Refuse to go on with layers that have lost step with the engine; only the host is asked.
+
+    Raises:
+        LayoutError: a layer holds other ranks than the engine.
+    """
+    for name, layer in attached.layers.items():
+        if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():
+            raise LayoutError(
+                f"layer {name!r} holds other ranks than the engine (was a growth event "
+                "interrupted?); go on from the last file that was saved"
+            )
 
 
 def may_follow(attached: Attached) -> bool:

@@ -34,6 +34,7 @@ from drlora_torch.lora import parts
 from drlora_torch.lora.slots import FREE
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions
+from drlora_torch.step import growth
 from drlora_torch.step.parameters import base_keys, check_in_place, dense_parameters
 from drlora_torch.step.processes import several_processes
 from drlora_torch.step.sharded import free_gathered, together, writes
@@ -81,12 +82,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, A
 
 def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
     """All that the adapter trains, whole, by their keys in files; one after the other."""
-    for name, layer in attached.layers.items():
-        if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():
-            raise CheckpointError(
-                f"layer {name!r} holds other ranks than the engine (was a growth event "
-                "interrupted?); go on from the last file that was saved"
-            )
+    try:
+        growth.check_ranks(attached)
+    except LayoutError as error:
+        raise CheckpointError(str(error)) from error
+    for layer in attached.layers.values():
         owned = torch.from_numpy(layer.lora.table.owner != FREE)
         for key, parameter in layer.lora.tensors().items():
             # An average of the weights over steps (EMA) leaves values in slots that were freed.
@@ -278,7 +278,8 @@ def check_restorable(attached: Attached, saved: Saved, *, check_base: bool) -> C
 def commit(attached: Attached, checked: Checked) -> None:
     """Take a state that was checked."""
     saved = checked.saved
-    attached.engine.load_state_dict(saved.state)
+    with attached.engine.driver.acting():
+        attached.engine.load_state_dict(saved.state)
     fill(attached, saved, checked.events)
     fill_trained(attached, saved)
     if (tracker := tracker_of(attached)) is None:
