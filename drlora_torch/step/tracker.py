@@ -35,6 +35,7 @@ from drlora_torch.step.forwards import ForwardWatch
 from drlora_torch.step.importance import ImportanceReader, keep_if, slot_importance
 from drlora_torch.step.notices import Notices
 from drlora_torch.step.optimizers.correction import Snapshot
+from drlora_torch.step.own_optimizers import OwnOptimizers, check_complete, holds_lora
 from drlora_torch.step.readback import is_on_host
 from drlora_torch.step.routing import Routing, sum_weights
 
@@ -54,6 +55,7 @@ class StepTracker:
         self._number = compiled.register(self)
         self._notices = Notices()
         self._foreign = ForeignOptimizers(attached)
+        self._own = OwnOptimizers()
         self._forwards = 0  # of all layers so far
         self._newest_counted = 0  # forwards made when routing was counted last
         self._sums: dict[str, Tensor] = {}  # float64 [N + 1] by layer
@@ -210,11 +212,12 @@ class StepTracker:
     ) -> hooks.Closure | None:
         self._slots, self._snapshots = None, []
         sharded.free_gathered(self.attached)
-        if not self._holds_lora(optimizer):
+        own = self._lora_parameters()
+        if not holds_lora(optimizer, self.attached, own):
             waits, later = bool(self._sums), closure is not None
             self._foreign.check(optimizer, self.attached, waiting=waits, has_closure=later)
             return None
-        self._check_step(optimizer)
+        self._check_step(optimizer, own)
         growth.meet_optimizer(self.attached, optimizer)
         self._foreign.own_step()
         if closure is None:
@@ -229,29 +232,19 @@ class StepTracker:
 
         return closure_then_read
 
-    def _check_step(self, optimizer: Optimizer) -> None:
+    def _check_step(self, optimizer: Optimizer, own: list[torch.nn.Parameter]) -> None:
         """Refuse a step of the adapter's optimizer that would train something else."""
         parameters.check_in_place(self.attached)
         check_fresh(optimizer, self.attached)
+        self._own.check_cast(optimizer, own)
         if optimizer not in self._checked:
             sharded.check_rows(self.attached)
+            check_complete(optimizer, self.attached)
         if not self.attached.enabled and parameters.base_parameters(self.attached):
             raise AttachError(
                 "an optimizer step inside adapter.disabled() would move the base model's own "
                 "parameters; step outside of it"
             )
-
-    def _holds_lora(self, optimizer: Optimizer) -> bool:
-        own = self._lora_parameters()
-        held = hooks.count_held(optimizer, own)
-        if self.attached.options.auto_step and 0 < held < len(own):
-            raise AttachError(
-                f"the optimizer holds {held} of the adapter's {len(own)} LoRA parameters; wrong:\n"
-                "    AdamW(some of adapter.parameters())\nright:\n"
-                "    AdamW(adapter.parameters())\nor attach(..., auto_step=False) and call "
-                "adapter.step() once all optimizers have stepped"
-            )
-        return held > 0
 
     def _read(self, optimizer: Optimizer) -> None:
         """Read importance from the gradients that the optimizer is about to use."""
@@ -262,6 +255,8 @@ class StepTracker:
             return  # this step does not train the adapter
         if not self._sums and hooks.is_at_rest(optimizer):
             return  # a trial, see hooks.is_trial
+        if not self._sums and not self.attached.paused:
+            self._own.check_alone(optimizer, self.attached)
         self._notices.check_reached(self.attached)
         scale = getattr(optimizer, "grad_scale", None)
         scale, signal = (
@@ -290,6 +285,7 @@ class StepTracker:
         self._snapshots = []
         if slots is None:
             return  # it trains others, or wraps an optimizer whose step was closed already
+        self._own.note_step(optimizer)
         if self._reader is None:
             self._close(slots)
         elif self.attached.paused:
