@@ -46,6 +46,11 @@ JOIN = (
     "drop_last=True)\n"
     "    train(DistributedDataParallel(model), loader)"
 )
+FUNCTIONAL = (
+    "the model runs with other tensors in the place of the LoRA's parameters "
+    "(torch.func.functional_call), whose gradients drlora would not see; call the model itself, or "
+    "run this inside adapter.paused() or torch.no_grad(), where nothing is counted"
+)
 MARKS = {
     "ds_id": f"DeepSpeed (ZeRO-3) holds the parameters: it {DEEPSPEED}",
     "_hp_mapping": f"DeepSpeed (ZeRO) holds the parameters: it {DEEPSPEED}",
@@ -70,8 +75,11 @@ def check_training(lora: nn.Module) -> None:
     """Refuse a forward that is to be trained, if a framework runs it that would not train it.
 
     Raises:
-        AttachError: DeepSpeed with an optimizer of its own, Megatron, a pipeline, or ``join()``.
+        AttachError: DeepSpeed with an optimizer of its own, Megatron, a pipeline, ``join()``, or
+            ``functional_call``.
     """
+    if not isinstance(next(lora.parameters()), nn.Parameter):
+        raise AttachError(FUNCTIONAL)
     check_marks(lora.parameters())
     check_running()
 

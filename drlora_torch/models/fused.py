@@ -281,9 +281,14 @@ def _subclass(kind: type, forward: Callable[..., Tensor]) -> type:
 def compute_dtype(weight: Stored, inputs: Tensor) -> torch.dtype:
     """Return the autocast dtype inside autocast, else that of the base weights."""
     kind = weight.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype or inputs.dtype
+    try:
+        autocast = torch.is_autocast_enabled(kind)
+    except RuntimeError as error:  # a device without data has none
+        raise ModelError(
+            f"the adapted experts are on the device {kind!r}, which holds no values; load the "
+            "model again, then drlora_torch.load(model, path) or attach"
+        ) from error
+    return torch.get_autocast_dtype(kind) if autocast else weight.dtype or inputs.dtype
 
 
 def run_instead(module: nn.Module, adapted: Callable[..., Tensor], observer: Observer) -> Undo:

@@ -42,6 +42,11 @@ class BackwardPasses:
         """True if gradients of this step have arrived, or were to."""
         return self._witness.seen
 
+    @property
+    def missed(self) -> bool:
+        """True if the passes of this step have left no gradient on the LoRA."""
+        return self._witness.missed
+
     def is_new(self) -> bool:
         """True where another pass is running than at the last call."""
         before, self._running = self._running, torch._C._current_graph_task_id()

@@ -87,6 +87,15 @@ class Notices:
                 stacklevel=2,
             )
 
+    def no_gradients(self) -> None:
+        """Say that a backward pass came by and went elsewhere."""
+        if self._first("no gradients"):
+            logger.warning(
+                "a backward pass has reached the experts and left no gradient on the LoRA, so this "
+                "step trains nothing of it: was the model run with copies of its parameters "
+                "(torch.func.functional_call), or are the gradients taken by torch.autograd.grad?"
+            )
+
     def check_reached(self, attached: Attached) -> None:
         """Name Linears that the first step trains nothing of: their LoRA may never be used."""
         if not self._first("reached"):

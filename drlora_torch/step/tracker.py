@@ -252,6 +252,8 @@ class StepTracker:
         if not isinstance(skipped, Tensor) and skipped:
             return
         if all(parameter.grad is None for parameter in self._lora_parameters()):
+            if self._passes.missed:
+                self._notices.no_gradients()
             return  # this step does not train the adapter
         if not self._sums and hooks.is_at_rest(optimizer):
             return  # a trial, see hooks.is_trial

@@ -34,6 +34,11 @@ class GradientWitness:
         """True if gradients of this step have arrived, or were to."""
         return bool(self._versions)
 
+    @property
+    def missed(self) -> bool:
+        """True if backward passes have reached layers, and left none of their gradients."""
+        return self.seen and all(version == NONE for version in self._versions.values())
+
     def expect(self, layer: str, lora: Iterable[nn.Parameter]) -> None:
         """Note that a backward pass has reached a layer: its gradients come next."""
         self._parameters.setdefault(layer, list(lora))

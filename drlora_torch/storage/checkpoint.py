@@ -82,6 +82,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, A
 
 def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
     """All that the adapter trains, whole, by their keys in files; one after the other."""
+    check_values(attached)
     try:
         growth.check_ranks(attached)
     except LayoutError as error:
@@ -286,6 +287,15 @@ def commit(attached: Attached, checked: Checked) -> None:
         attached.unfinished = saved.pending
     else:
         tracker.load_state_dict(saved.pending)
+
+
+def check_values(attached: Attached) -> None:
+    """Refuse to save a LoRA that is gone."""
+    if any(p.is_meta for layer in attached.layers.values() for p in layer.lora.matrices()):
+        raise CheckpointError(
+            "the adapted model was moved to the meta device, which loses the LoRA; if "
+            "Accelerate did it: set fsdp_cpu_ram_efficient_loading to false"
+        )
 
 
 def _check_finite(key: str, values: Tensor) -> None:

@@ -62,11 +62,7 @@ class AdapterState(nn.Module):
         self.settle()
         attached = self._attached()
         assert attached is not None, "the LoRA lives no longer than its adapter"
-        if any(p.is_meta for layer in attached.layers.values() for p in layer.lora.parameters()):
-            raise CheckpointError(
-                "the adapted model was moved to the meta device, which loses the LoRA; if "
-                "Accelerate did it: set fsdp_cpu_ram_efficient_loading to false"
-            )
+        checkpoint.check_values(attached)
         given = pack(attached, self._base)
         self._given = given, given._version
         return given
