@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,18 @@ from torch import nn
 from drlora_core import AllocatorEngine, Policy
 from drlora_core.errors import near_misses
 from drlora_core.policies import check_callable
+from drlora_core.recording.format import check_place
 from drlora_torch.adapter import Adapter
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, ModelError, explain_keywords
 from drlora_torch.lifecycle.build import build, draw
-from drlora_torch.lifecycle.checks import check_engine, check_free, check_layers, check_new
+from drlora_torch.lifecycle.checks import (
+    check_context,
+    check_engine,
+    check_free,
+    check_layers,
+    check_new,
+)
 from drlora_torch.lifecycle.residents import Residents, active_tracker, check_name
 from drlora_torch.models.balancing import active_coefficient
 from drlora_torch.models.discovery import choose_layers, discover
@@ -229,6 +237,8 @@ def _attach(
     residents = Residents.of(model)
     check_name(adapter_name, residents.by_name)
     check_new(engine)
+    if record is not None and is_first_process(process_group):
+        check_place(Path(record))
     attached = _build(adapter_name, residents, engine, options, found, process_group)
     draw(attached)
     with _entered(residents, attached, holder):
@@ -290,6 +300,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> Adapter:
 
 def _look_inside(model: nn.Module) -> tuple[nn.Module, list[MoELayer]]:
     """The model inside its wrappers, and its MoE layers; wrappers that cannot stay are refused."""
+    check_context()
     check_wrappers(model)
     model = unwrapped(model)
     found = discover(model)

@@ -105,6 +105,20 @@ def read_header(folder: Path) -> Header:
         raise LayoutError(f"{file} is damaged or of another version: {what}") from error
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a path where no folder can be: it, or what it lies in, is a file.
+
+    Raises:
+        LayoutError: the message names the file.
+    """
+    found = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    if found is not None and not found.is_dir():
+        raise LayoutError(
+            f"a recording is a folder, and {str(found)!r} is a file; choose another path than "
+            f"{str(folder)!r}"
+        )
+
+
 def check_folder(folder: Path, header: Header, steps: int) -> None:
     """Refuse to start a recording in a folder with files, or to continue one that is not there."""
     exists = any(folder.glob("*"))

@@ -66,7 +66,7 @@ class RecordingWriter:
             always go to several segments (docs/recording.md).
 
     Raises:
-        LayoutError: ``chunk_steps`` is out of range.
+        LayoutError: ``chunk_steps`` is out of range, or the path is a file or lies under one.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class RecordingWriter:
         if not 1 <= chunk_steps <= files.SEGMENT_STEPS:
             raise LayoutError(f"chunk_steps is {chunk_steps}; accepted: 1 to {files.SEGMENT_STEPS}")
         self.path = Path(path)
+        files.check_place(self.path)
         self._engine, self._policy, self._chunk_steps = engine, policy, chunk_steps
         self._process = os.getpid()
         self._header: files.Header | None = None  # None: closed, or no step yet

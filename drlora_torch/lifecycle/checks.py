@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from drlora_core import AllocatorEngine
@@ -16,6 +17,21 @@ from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.location import ExpertParameter
 from drlora_torch.models.records import MoELayer
 from drlora_torch.options import AdapterOptions, RouterMode
+
+
+def check_context() -> None:
+    """What is made now has values, and can learn."""
+    if torch.is_inference_mode_enabled():
+        raise AttachError(
+            "attach and load make parameters, which could never be trained if they were made "
+            "inside torch.inference_mode(); call them outside of it (torch.no_grad() does not "
+            "matter)"
+        )
+    if torch.get_default_device().type == "meta":
+        raise AttachError(
+            "attach and load draw the rows of the LoRA, which have no values while the meta device "
+            "is the default; call them outside of torch.device('meta')"
+        )
 
 
 def check_new(engine: AllocatorEngine) -> None:
