@@ -26,6 +26,11 @@ REPLICA = (
     "one process sees several GPUs); start one process for each GPU (torchrun, accelerate launch) "
     "for DistributedDataParallel, or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
 )
+THREADS = (
+    "two threads train one model at the same time: statistics and gradients of their batches would "
+    "be mixed, and weights would move below a running backward pass; train in one thread, and let "
+    "others evaluate or generate under torch.no_grad()"
+)
 SENSES = {"pixel_values", "pixel_values_videos", "input_features"}
 
 
@@ -101,6 +106,7 @@ class ForwardWatch:
         self._backward_begins = weakref.WeakMethod(backward_begins)
         self._running = threading.local()
         self._in_backward: ModelCall | None = None
+        self._trainer: threading.Thread | None = None  # in a forward of the model that may train
         self._handles: list[RemovableHandle] = []
         for module, arguments in _mask_takers(model, list(layers)):
             self._handles += [
@@ -142,8 +148,11 @@ class ForwardWatch:
             if getattr(module, "_is_replica", False):
                 raise AttachError(REPLICA)
             outer = None if module is self._model else self.running
-            if outer is None and torch.is_grad_enabled():
+            grads = torch.is_grad_enabled()
+            if outer is None and grads:
                 self._in_backward = None  # its backward pass is over
+            if grads and module is self._model and module.training:
+                self._check_thread()
             mask = kwargs.get("attention_mask")
             if place is not None and place < len(args):
                 mask = args[place]
@@ -152,10 +161,22 @@ class ForwardWatch:
                 own = tower or kwargs.get("encoder_hidden_states") is not None
                 mask = None if outer is None or own else outer.mask
             length, kinds = _tokens_given(kwargs)
-            grads = torch.is_grad_enabled()
             self._running.call = ModelCall(mask, length, kinds, id(module), grads, outer=outer)
 
         return enter
+
+    def _check_thread(self) -> None:
+        """Refuse a forward in training beside one of another thread."""
+        if torch.compiler.is_compiling():
+            return  # a graph cannot ask for its thread
+        own, other = threading.current_thread(), self._trainer
+        if other is not None and other is not own and other.is_alive():
+            raise AttachError(THREADS)
+        self._trainer = own
+
+    def _leave_thread(self) -> None:
+        if self._trainer is threading.current_thread():
+            self._trainer = None
 
     def _leaving(self, module: nn.Module, args: object, output: object) -> None:
         call = self.running
@@ -164,6 +185,8 @@ class ForwardWatch:
         self._running.call = call.outer
         if torch.compiler.is_compiling() and not call.checkpointed:
             return  # the graph has the mask itself
+        if self._trainer is not None and module is self._model:
+            self._leave_thread()
         watch = weakref.ref(self)
 
         def reached(gradient: Tensor) -> None:

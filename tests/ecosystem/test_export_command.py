@@ -32,7 +32,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = adapter.engine.state_dict()
     for name, layer in adapter.layers.items():
         engine["layers"][name]["ranks"] = layer.lora.table.ranks()
-    adapter.engine.load_state_dict(engine)
+    with adapter.engine.driver.acting():
+        adapter.engine.load_state_dict(engine)
     adapter.save_pretrained(run / "adapter")
     return run
 
