@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 
-from drlora_core.errors import StepOrderError
+from drlora_core.errors import LayoutError, StepOrderError
 
 
 class Driver:
@@ -49,7 +49,12 @@ a model, whose layers would keep other ranks; use model.train()
         Args:
             owner: the new owner.
             advice: ends the sentence that everyone else is told, with what to call instead.
+
+        Raises:
+            LayoutError: the engine has another owner.
         """
+        if self.owner not in (None, owner):
+            raise LayoutError("the engine is driven by another model; give each one of its own")
         self._owner, self._advice = weakref.ref(owner), advice
 
     def give_back(self) -> None:

@@ -47,8 +47,8 @@ class Residents:
 
     def add(self, attached: Attached) -> None:
         """Put an adapter into the model and make it the active one; a failure leaves no trace."""
-        self.by_name[attached.name] = attached
         attached.engine.driver.take(attached, DRIVEN)
+        self.by_name[attached.name] = attached
         self._undo_by_name[attached.name] = contextlib.ExitStack()
         try:
             if len(self.by_name) == 1:

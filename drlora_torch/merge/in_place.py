@@ -32,7 +32,7 @@ from drlora_torch.lifecycle.residents import Residents, check_attached
 from drlora_torch.lifecycle.trained import show_trained
 from drlora_torch.merge.rounding import Rounding
 from drlora_torch.models.conventions import convention_of
-from drlora_torch.step import hooks
+from drlora_torch.step import growth, hooks
 from drlora_torch.step.parameters import lora_parameters
 from drlora_torch.storage.entering import enter
 from drlora_torch.storage.travel import settle
@@ -80,6 +80,7 @@ def unmerge(attached: Attached) -> None:
     residents = Residents.of(attached.model)
     if residents.by_name:
         raise AttachError("another adapter was attached to the model; call its detach() first")
+    growth.check_ranks(attached)
     restore(attached, merged.originals)
     try:
         enter(residents, attached)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from drlora_core import AllocatorConfig, AllocatorEngine, StepOrderError
+from drlora_core import AllocatorConfig, AllocatorEngine, LayoutError, StepOrderError
 
 VALUES = [0.5, 0.5]
 
@@ -61,5 +61,7 @@ def test_an_engine_is_free_again_once_its_owner_is_gone_and_so_is_a_copy() -> No
     engine.skip("a")
     another = Model()
     engine.driver.take(another, "")
+    with pytest.raises(LayoutError, match="driven by another model"):
+        engine.driver.take(Model(), "")
     engine.driver.give_back()
     engine.step()

@@ -76,3 +76,26 @@ def test_an_event_that_is_not_carried_out_is_found_at_once(monkeypatch: pytest.M
     with pytest.raises(LayoutError, match="holds other ranks than the engine"):
         helpers.step(model, optimizer)
     assert isinstance(drlora_torch.adapters(model)["default"], drlora_torch.Adapter)
+
+
+def test_an_adapter_comes_back_to_an_engine_of_its_own_ranks_alone() -> None:
+    """While it is merged, its engine is free."""
+    model = models.build()
+    adapter = helpers.attach(model)
+    adapter.merge()
+    merged = [parameter.detach().clone() for parameter in model.parameters()]
+    other = drlora_torch.attach(models.build(), adapter.engine)
+    with pytest.raises(LayoutError, match="driven by another model"):
+        adapter.unmerge()
+    other.detach()
+    state = adapter.engine.state_dict()
+    for _ in range(4):
+        observe_everything(adapter.engine)
+        adapter.engine.step()
+    with pytest.raises(LayoutError, match="holds other ranks than the engine"):
+        adapter.unmerge()
+    assert all(map(helpers.equal, merged, model.parameters()))
+    adapter.engine.load_state_dict(state)
+    adapter.unmerge()
+    helpers.step(model, helpers.adamw(adapter))
+    assert adapter.engine.step_count == 1
