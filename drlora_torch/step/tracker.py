@@ -251,8 +251,9 @@ class StepTracker:
         skipped = _skipped(optimizer)
         if not isinstance(skipped, Tensor) and skipped:
             return
-        if all(parameter.grad is None for parameter in self._lora_parameters()):
-            if self._passes.missed:
+        own = self._lora_parameters()
+        if all(parameter.grad is None for parameter in own):
+            if self._passes.missed and self._reader is None and own[0].requires_grad:
                 self._notices.no_gradients()
             return  # this step does not train the adapter
         if not self._sums and hooks.is_at_rest(optimizer):
