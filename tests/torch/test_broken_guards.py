@@ -233,13 +233,13 @@ GUARDS: dict[str, tuple[Break, Check]] = {
     "newborn rows are not corrected": (
         replace(newborn, "correct", lambda *_: 0.0),
         lambda _: test_optimizer_newborn.test_newborn_rows_move_as_if_their_count_had_just_begun(
-            test_optimizer_newborn._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+            "adamw", "pooled"
         ),
     ),
     "newborn rows do not age": (
         replace(newborn.Young, "advance", nothing),
         lambda _: test_optimizer_newborn.test_newborn_rows_move_as_if_their_count_had_just_begun(
-            test_optimizer_newborn._adam(torch.optim.AdamW, weight_decay=0.0), "pooled"
+            "adamw", "pooled"
         ),
     ),
     "8-bit state is reset to the code 0": (
