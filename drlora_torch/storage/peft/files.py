@@ -19,6 +19,7 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.options import RouterMode
 from drlora_torch.step.parameters import all_names, base_parameters
+from drlora_torch.storage.finite import check_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,6 +31,8 @@ Linear = tuple[str, str, str]
 def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write both files; older ones are replaced only once both are complete."""
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in held.items():
+        check_weights(name, tensor)
     try:
         with atomic.replaced_files(path) as folder:
             atomic.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
