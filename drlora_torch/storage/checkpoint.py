@@ -93,7 +93,7 @@ def check_finite(attached: Attached) -> None:
 
 def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
     """All that the adapter trains, whole, by their keys in files; one after the other."""
-    for name, layer in attached.layers.items():
+    for layer in attached.layers.values():
         owned = torch.from_numpy(layer.lora.table.owner != FREE)
         for key, parameter in layer.lora.tensors().items():
             # An average of the weights over steps (EMA) leaves values in slots that were freed.
