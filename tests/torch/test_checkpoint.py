@@ -189,25 +189,54 @@ def test_truncated_anywhere(saved: Path) -> None:
     picture.assert_unchanged(model)
 
 
-def test_flipped_bytes_never_escape_as_other_errors(saved: Path) -> None:
-    """Any byte of the description may be wrong: refused, or (weights aside) loaded as valid."""
+def test_no_flipped_byte_is_loaded(saved: Path) -> None:
+    """Header, description and weights; what says the same in other bytes (white space) may pass."""
     whole = bytearray((saved / FILE).read_bytes())
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = np.random.default_rng(0)
     model = models.build()
     picture = Picture(model)
-    outcomes = set()
-    for at in rng.choice(header, 150, replace=False):
+    tensors, description = adapter_file.read(saved)
+    for at in [*rng.choice(header, 100), *rng.choice(len(whole), 100), len(whole) - 1]:
         damaged = bytearray(whole)
         damaged[at] ^= int(rng.integers(1, 256))
         (saved / FILE).write_bytes(damaged)
         try:
-            drlora_torch.load(model, saved).detach()
-            outcomes.add("loaded")
+            held, told = adapter_file.read(saved)
         except drlora_torch.CheckpointError:
-            outcomes.add("refused")
+            continue
+        assert told == description
+        assert held.keys() == tensors.keys()
+        assert all(torch.equal(held[key], tensors[key]) for key in held)
+    with pytest.raises(drlora_torch.CheckpointError, match=rf"{FILE} is damaged: its .* checksum"):
+        drlora_torch.load(model, saved)
     picture.assert_unchanged(model)
-    assert "refused" in outcomes
+
+
+def test_a_checksum_may_lack_but_not_be_renamed(saved: Path) -> None:
+    """Older files have none. A flipped byte in its name does not make a file an older one."""
+    tensors = load_file(saved / FILE)
+    with safe_open(saved / FILE, framework="pt") as file:
+        metadata = file.metadata()
+    told = {adapter_file.KEY: metadata[adapter_file.KEY]}
+    save_file(tensors, saved / FILE, metadata={**told, "format": "pt"})
+    assert drlora_torch.load(models.build(), saved).engine.step_count
+    save_file(tensors, saved / FILE, metadata={**told, "drlora_sha257": metadata["drlora_sha256"]})
+    refused(saved, "checksum differs")
+
+
+def test_a_checksum_covers_names_dtypes_and_shapes() -> None:
+    one = {"a": torch.zeros(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}
+    others = [
+        {**one, "a": torch.zeros(3, 2)},
+        {**one, "a": torch.zeros(2, 3, dtype=torch.int32)},
+        {**one, "a": -torch.zeros(2, 3)},
+        {"c": one["a"], "b": one["b"]},
+        {"a": one["a"]},
+    ]
+    sums = [adapter_file.checksum(each, "{}") for each in (one, *others)]
+    assert len({*sums, adapter_file.checksum(one, "{ }")}) == len(others) + 2
+    assert adapter_file.checksum(dict(reversed(one.items())), "{}") == sums[0]
 
 
 def test_missing_and_foreign_files(saved: Path) -> None:
