@@ -43,7 +43,9 @@ class Header(BaseModel):
     policy: str | None
     dimensions: Count | None
     steps: NonNegativeInt | None = None
-    checksum: str | None = Field(None, exclude=True)  # of the fields before it; older files lack it
+    checksum: str | None = Field(
+        default=None, exclude=True
+    )  # of the fields before it; older files lack it
 
     @property
     def step_type(self) -> np.dtype[np.void]:

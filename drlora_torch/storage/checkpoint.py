@@ -161,7 +161,7 @@ def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]
     """Take the content of a file, which is named in errors, apart."""
     with as_checkpoint_error(path):
         version = description["version"]
-        if version != VERSION or isinstance(version, bool):
+        if version != VERSION or type(version) is not int:
             raise CheckpointError(
                 f"the adapter has format version {version!r}; this drlora reads {VERSION} (a newer "
                 "file needs a newer drlora)"
@@ -180,9 +180,9 @@ def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]
             options=AdapterOptions(**description["options"]),
             state=state,
             events=list(description.get("events", [])),
-            base=description.get("base"),
+            base=description["base"],
             tensors=tensors,
-            skipped_steps=int(description["skipped_steps"]),
+            skipped_steps=checkpoint_checks.count(description["skipped_steps"], "skipped_steps"),
         )
 
 
@@ -295,6 +295,7 @@ def commit(attached: Attached, checked: Checked) -> None:
 
 
 def _pending(attached: Attached) -> dict[str, Tensor]:
+    """The partial state of a step; gradients that overflowed too, so that it is skipped again."""
     tracker = tracker_of(attached)
     found = attached.unfinished if tracker is None else tracker.state_dict()
     if found and several_processes(attached.process_group):

@@ -311,6 +311,12 @@ DAMAGED_TENSORS: list[tuple[Callable[..., None], str]] = [
     (_put(f"{ENGINE}/ranks", _at(0, 8)), "does not hold the saved ranks|budget"),
     (_put(f"{ENGINE}/ranks", _at(0, 99)), "ranks lie in"),
     (_put(f"{ENGINE}/importance", _at(0, float("nan"))), "non-finite"),
+    (_put(LORA, _at(0, 3e38)), r"holds values above 1e\+18"),
+    *(
+        (_put(f"{ENGINE}/{field}", _at(0, 1e300)), r"holds 1e\+300; accepted: at most 1e\+100")
+        for field in ("routing", "importance")
+    ),
+    (_put(f"{ENGINE}/importance_count", _at(0, 2**60)), "accepted: at most"),
     (_put(f"{ENGINE}/routing", lambda t: t.bfloat16()), "complete|cannot be loaded"),
     (_put(LORA, lambda t: t + 1.0), "a slot nobody owns is not 0"),
 ]
@@ -329,13 +335,26 @@ DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
     ),
     *(
         (_set("version", to=garbage), "has format version .*; this drlora reads")
-        for garbage in (0, -1, 1.0, True, "2", None, [1], {})
+        for garbage in (0, -1, 1.0, 2.0, True, "2", None, [1], {})
     ),
     (_drop("version"), "not a complete adapter"),
     (_drop("engine"), "not a complete adapter"),
     (_drop("skipped_steps"), "not a complete adapter"),
-    (_set("skipped_steps", to="many"), "cannot be loaded"),
-    (_set("skipped_steps", to=float("inf")), "not a complete adapter"),
+    *(
+        (_set("skipped_steps", to=value), "skipped_steps is .*; accepted: whole numbers from 0 to")
+        for value in ("many", float("inf"), 1.5, True, None, -5, 10**400)
+    ),
+    (_set("options", "alpha", to=1e308), r"loaded: alpha: must be above 0.* at most 1000000"),
+    (_set("options", "attention_alpha", to=1e308), r"attention_alpha: must be .* at most 1000000"),
+    *((_set("engine", "step", to=value), "step") for value in (10**400, 2**54, True, 1.5)),
+    (_set("engine", "layers", LAYER, "observed", to=True), r"in the middle of engine\.step"),
+    (_set("engine", "layers", LAYER, "observed", to=1), "observed"),
+    *(
+        (_set("engine", "layers", LAYER, "routing_count", to=value), "routing_count")
+        for value in (True, 1.5, 10**400)
+    ),
+    (_drop("base"), "not a complete adapter"),
+    (_set("base", to=None), "has no fingerprint of its base model.* check_base=False"),
     (_set("options", to=[]), "complete|cannot be loaded"),
     (_set("options", "alpha", to=-1.0), "alpha"),
     (_set("options", "colour", to="red"), "colour"),
