@@ -70,7 +70,9 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a complete adapter: it lacks {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
     except ValidationError as error:
         what = describe_validation_error(error)
