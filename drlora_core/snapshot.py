@@ -15,18 +15,23 @@ from drlora_core.config import AllocatorConfig, Count
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, describe_validation_error, near_misses
 from drlora_core.pools import make_pools
-from drlora_core.state import State, make_state
+from drlora_core.state import LARGEST, State, make_state
 
 VERSION = 1
+MOST_STEPS = 2**53
+"""Largest step and count: programs that read JSON numbers as floats have it exactly."""
+Stored = Annotated[Count, Field(le=MOST_STEPS)]
 
 
 def _check_array(dtype: type, value: Any) -> NDArray[Any]:
-    """Copy an array; only the exact dtype and finite, non-negative values are a state."""
+    """Copy an array; only the exact dtype and values that an engine makes are a state."""
     array = np.asarray(value)
     if array.dtype != dtype:
         raise ValueError(f"is {array.dtype}{list(array.shape)}; accepted: {np.dtype(dtype)}")
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise ValueError("holds a negative or non-finite value")
+    if array.size and array.max() > (largest := LARGEST if dtype is np.float64 else MOST_STEPS):
+        raise ValueError(f"holds {array.max()}; accepted: at most {largest:g}")
     return array.copy()
 
 
@@ -41,7 +46,7 @@ class LayerValues(BaseModel):
 
     ranks: Integers
     routing: Floats
-    routing_count: Annotated[Count, Field(lt=2**63)]
+    routing_count: Stored
     importance: Floats
     importance_count: Integers
     observed: StrictBool
@@ -52,8 +57,8 @@ class EngineValues(BaseModel):
     """The state of an engine."""
 
     config: dict[str, Any]
-    step: Count
-    carry: tuple[Count, ...]
+    step: Stored
+    carry: tuple[Stored, ...]
     layers: dict[str, LayerValues]
 
 

@@ -27,6 +27,9 @@ from drlora_core.saliency import (
     saliency,
 )
 
+LARGEST = 1e100
+"""Largest value of a sample or an average: products of two are finite."""
+
 
 class Place(NamedTuple):
     """Where a layer is in the state."""
@@ -147,10 +150,7 @@ def _check_importance(
     sample = _to_floats("importance", importance)
     if sample.shape == per_dimension:
         sample = _check("importance", mask_inactive(sample, ranks), [per_dimension])
-        with np.errstate(over="ignore"):
-            mean = mean_over_active(sample, ranks)
-        _check("mean importance", mean, [mean.shape])
-        return mean, sample if config.cuts else None
+        return mean_over_active(sample, ranks), sample if config.cuts else None
     if config.cuts:
         raise StatisticError(
             f"importance has shape {sample.shape}; policy {config.policy!r} needs that of every "
@@ -176,10 +176,11 @@ def _check(kind: str, values: FloatArray, shapes: list[tuple[int, ...]]) -> Floa
         accepted = " or ".join(str(shape) for shape in shapes)
         raise StatisticError(f"{kind} has shape {values.shape}; accepted: {accepted}")
     # One comparison catches negative, infinite and NaN values: with NaN both sides are False.
-    if not (values.min() >= 0.0 and values.max() < np.inf):
-        index = np.argwhere(~((values >= 0.0) & (values < np.inf)))[0].tolist()
+    if not (values.min() >= 0.0 and values.max() <= LARGEST):
+        index = np.argwhere(~((values >= 0.0) & (values <= LARGEST)))[0].tolist()
         raise StatisticError(
-            f"{kind}{index} is {values[tuple(index)]}; accepted: finite numbers >= 0"
+            f"{kind}{index} is {values[tuple(index)]}; accepted: finite numbers >= 0, at most "
+            f"{LARGEST:g}"
         )
     return values
 

@@ -38,6 +38,8 @@ def _name_of(signal: Importance | Routing) -> str:
 
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
+LARGEST_ALPHA = 1e6
+"""Beyond it, s B A overflows half precision at once."""
 ByName = PlainSerializer(_name_of, return_type=str)
 """Files hold the name of a signal, and of a callable no more than that."""
 FLOATING = {
@@ -72,7 +74,7 @@ class AdapterOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    alpha: float = Field(gt=0.0)
+    alpha: float = Field(gt=0.0, le=LARGEST_ALPHA)
     targets: Names | None = None
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     router: RouterMode = RouterMode.FROZEN
@@ -81,7 +83,7 @@ class AdapterOptions(BaseModel):
     layers: Names | None = None
     modules_to_save: Names | None = None
     attention_rank: int | None = Field(None, ge=1, strict=True)
-    attention_alpha: float | None = Field(None, gt=0.0)
+    attention_alpha: float | None = Field(None, gt=0.0, le=LARGEST_ALPHA)
     attention_targets: Names | None = None
     auto_step: bool = True
     newborn: Newborn = Newborn.CORRECTED

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +43,9 @@ class Header(BaseModel):
     policy: str | None
     dimensions: Count | None
     steps: NonNegativeInt | None = None
+    checksum: str | None = Field(
+        default=None, exclude=True
+    )  # of the fields before it; older files lack it
 
     @property
     def step_type(self) -> np.dtype[np.void]:
@@ -86,7 +91,15 @@ def split_experts(layers: Mapping[str, int]) -> dict[str, slice]:
 def write_header(folder: Path, header: Header, steps: int | None) -> None:
     """Write the header with ``steps``, which is None until the recording is complete."""
     header = header.model_copy(update={"steps": steps})
-    atomic.write_text(folder / FILE, header.model_dump_json(indent=1) + "\n")
+    told = json.loads(header.model_dump_json())
+    text = json.dumps({**told, "checksum": checksum(told)}, indent=1)
+    atomic.write_text(folder / FILE, text + "\n")
+
+
+def checksum(told: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields of a header but the checksum itself, in their order, as plain JSON."""
+    text = json.dumps({name: value for name, value in told.items() if name != "checksum"})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_header(folder: Path) -> Header:
@@ -98,11 +111,18 @@ def read_header(folder: Path) -> Header:
             f"{folder} has no valid {FILE}: it is not a recording, or a recording in Zarr, which "
             f"this version no longer reads: record again"
         )
+    content = file.read_bytes()
     try:
-        return Header.model_validate_json(file.read_bytes())
+        header = Header.model_validate_json(content)
     except ValidationError as error:
         what = describe_validation_error(error)
         raise LayoutError(f"{file} is damaged or of another version: {what}") from error
+    if header.checksum not in (None, checksum(json.loads(content))):
+        raise LayoutError(
+            f"{file} is damaged: it is not what was written (its checksum differs); bring back a "
+            "copy of it, or take 'checksum' out if you have edited it"
+        )
+    return header
 
 
 def check_place(folder: Path) -> None:

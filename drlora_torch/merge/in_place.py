@@ -34,7 +34,9 @@ from drlora_torch.merge.rounding import Rounding
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.step import growth, hooks
 from drlora_torch.step.parameters import lora_parameters
+from drlora_torch.storage import checkpoint
 from drlora_torch.storage.entering import enter
+from drlora_torch.storage.finite import check_weights
 from drlora_torch.storage.travel import settle
 
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,6 +53,7 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
             f"merge() would change the weights under the other adapters of the model "
             f"({', '.join(map(repr, others))}); call their detach() first, or merge_and_save()"
         )
+    checkpoint.check_finite(attached)
     originals = write(attached)
     try:
         residents.remove(attached)
@@ -109,7 +112,8 @@ def write(attached: Attached, rounding: Rounding | None = None) -> dict[ExpertWe
     try:
         for place in _places(attached):
             weight = _weight(attached, place)
-            merged = add(weight, _delta(attached, place).to(weight.device), rounding)
+            delta = _delta(attached, place).to(weight.device)
+            merged = add(_describe(attached, place), weight, delta, rounding)
             originals[place] = Original(weight.to("cpu", copy=True), _checksum(merged))
             weight.copy_(merged)
     except BaseException:
@@ -118,11 +122,16 @@ def write(attached: Attached, rounding: Rounding | None = None) -> dict[ExpertWe
     return originals
 
 
-def add(weight: Tensor, delta: Tensor, rounding: Rounding | None = None) -> Tensor:
-    """W + s B A of an expert, in the dtype of the weight."""
+def add(where: str, weight: Tensor, delta: Tensor, rounding: Rounding | None = None) -> Tensor:
+    """W + s B A of an expert, in the dtype of the weight.
+
+    Raises:
+        NotFiniteError: the sum is not finite, or overflows the dtype.
+    """
     wide = torch.promote_types(weight.dtype, delta.dtype)
     wanted = weight.to(wide) + delta.to(wide)
     merged = wanted.to(weight.dtype)
+    check_weights(f"W + s B A of {where}, as {weight.dtype},", merged)
     if rounding is not None:
         rounding.add(wanted, merged, delta)
     return merged
@@ -144,11 +153,8 @@ def check_unmergeable(attached: Attached, originals: Mapping[ExpertWeight, Origi
         # Original already, if an earlier unmerge() was interrupted.
         known = (original.written, _checksum(original.values))
         if not same_kind or _checksum(weight) not in known:
-            name, projection, expert = place
-            of_expert = f"{projection} of expert {expert} of layer {name!r}"
             raise AttachError(
-                f"{f'the weight of {name!r}' if name in attached.dense else of_expert} has changed "
-                "since merge() "
+                f"{_describe(attached, place)} has changed since merge() "
                 "(was the merged model trained or converted?); unmerge() would throw that away"
             )
 
@@ -214,6 +220,13 @@ def _places(attached: Attached) -> Iterator[ExpertWeight]:
             for expert in np.flatnonzero(layer.lora.table.ranks()).tolist():
                 yield name, projection, expert
     yield from ((name, "weight", 0) for name in attached.dense)
+
+
+def _describe(attached: Attached, place: ExpertWeight) -> str:
+    name, projection, expert = place
+    if name in attached.dense:
+        return f"the weight of {name!r}"
+    return f"{projection} of expert {expert} of layer {name!r}"
 
 
 def _weight(attached: Attached, place: ExpertWeight) -> Tensor:

@@ -57,7 +57,8 @@ def _merge_linears(attached: Attached, state: dict[str, Any], rounding: Rounding
     """Add s B A to the unpacked weights of the Linears, in a state dict."""
     for name, each in attached.dense.items():
         weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = add(weight, each.lora.delta_weight().to(weight.device), rounding)
+        delta = each.lora.delta_weight().to(weight.device)
+        state[f"{name}.weight"] = add(f"the weight of {name!r}", weight, delta, rounding)
 
 
 @torch.no_grad()
@@ -92,7 +93,8 @@ def _merged(
         delta = update(expert)
         if delta is None:
             return weight
-        return add(weight, delta.to(weight.device), None if quantize else rounding)
+        where = f"expert {expert} of {name!r}"
+        return add(where, weight, delta.to(weight.device), None if quantize else rounding)
 
     dtype = checkpoints.float_dtype(attached.model)
     weight = places.unpack(place, dtype, merge)

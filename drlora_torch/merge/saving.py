@@ -22,6 +22,7 @@ from drlora_torch.merge.in_place import is_packed, written
 from drlora_torch.merge.report import MergeReport
 from drlora_torch.merge.rounding import Rounding
 from drlora_torch.models.quantization.checkpoints import float_dtype, original_names
+from drlora_torch.storage import checkpoint
 from drlora_torch.storage.saving import without_flag
 from drlora_torch.storage.travel import settle
 
@@ -48,6 +49,7 @@ def merge_and_save(
             "quantize=True packs the merged experts again, and those of this model are not packed; "
             "load the merged checkpoint with drlora_torch.Experts4bitConfig() instead"
         )
+    checkpoint.check_finite(attached)
     rounding = Rounding()
     try:
         with atomic.replaced_files(path, "model*.safetensors*") as folder:

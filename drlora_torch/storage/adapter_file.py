@@ -1,15 +1,18 @@
 """One file holds a saved adapter: safetensors, with a JSON description in its header.
 
-It is written atomically, and nothing is ever unpickled.
+It is written atomically, and nothing is ever unpickled. A hash of all that it holds, also in its
+header, tells damage from what was saved.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,12 +21,13 @@ from drlora_core import atomic
 from drlora_torch.errors import CheckpointError
 
 FILE_NAME = "drlora_adapter.safetensors"
-KEY = "drlora"
+KEY, CHECKSUM = "drlora", "drlora_sha256"
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     target = folder / FILE_NAME
-    metadata = {KEY: json.dumps(description)}
+    told = json.dumps(description)
+    metadata = {KEY: told, CHECKSUM: checksum(tensors, told)}
     try:
         atomic.write_file(target, lambda part: save_file(dict(tensors), part, metadata=metadata))
     except (OSError, SafetensorError) as error:
@@ -38,13 +42,36 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"no adapter at {path}: expected a directory with {FILE_NAME}")
     try:
         with safe_open(str(source), framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(KEY, "null"))
+            metadata = file.metadata() or {}
+            description = json.loads(metadata.get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is damaged or truncated: {error}") from error
     if not isinstance(description, dict):
         raise CheckpointError(f"{source} is not a drlora adapter: it has no description of one")
+    _check(source, tensors, metadata)
     return tensors, description
+
+
+def checksum(tensors: Mapping[str, Tensor], told: str) -> str:
+    """SHA-256 of the description, and of names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(told.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # not a copy
+    return digest.hexdigest()
+
+
+def _check(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Refuse a file that holds something else than what was saved."""
+    wanted = metadata.get(CHECKSUM)
+    older = wanted is None and metadata.keys() <= {KEY, "format"}  # it was saved without one
+    if not older and wanted != checksum(tensors, metadata[KEY]):
+        raise CheckpointError(
+            f"{source} is damaged: its content is not what was saved (its checksum differs); copy "
+            "it again from where it came, or go on from an earlier checkpoint"
+        )
 
 
 def read_description(path: Path) -> dict[str, Any]:

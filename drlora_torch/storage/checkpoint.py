@@ -27,7 +27,7 @@ from torch import Tensor
 
 from drlora_core import AllocatorConfig, AllocatorEngine, GrowthEvent, LayoutError, Policy
 from drlora_torch.attached import Attached
-from drlora_torch.errors import CheckpointError, NotFiniteError
+from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.residents import tracker_of
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.lora import parts
@@ -38,7 +38,7 @@ from drlora_torch.step import growth
 from drlora_torch.step.parameters import base_keys, check_in_place, dense_parameters
 from drlora_torch.step.processes import several_processes
 from drlora_torch.step.sharded import free_gathered, together, writes
-from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint
+from drlora_torch.storage import adapter_file, checkpoint_checks, fingerprint, finite
 from drlora_torch.storage.checkpoint_checks import EVENT_FIELDS, Saved, as_checkpoint_error
 
 VERSION = 2
@@ -56,10 +56,16 @@ def save(attached: Attached, path: Path) -> None:
 
 
 def _save(attached: Attached, path: Path) -> None:
+    for name, layer in attached.layers.items():
+        if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():
+            raise CheckpointError(
+                f"layer {name!r} holds other ranks than the engine (was a growth event "
+                "interrupted?); go on from the last file that was saved"
+            )
     tensors, description = describe(attached)
     here = writes(attached)
     for key, values in _weights(attached):
-        _check_finite(key, values)
+        finite.check_weights(key, values)
         if here:
             tensors[key] = values.cpu().contiguous()
     records = [layer.record for layer in attached.layers.values()]
@@ -75,9 +81,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, A
     """Write the content of a file that was put together elsewhere."""
     for key, values in tensors.items():
         if values.is_floating_point():
-            _check_finite(key, values)
+            finite.check_weights(key, values)
     held = {key: values.detach().cpu().contiguous() for key, values in tensors.items()}
     adapter_file.write(path, held, description)
+
+
+def check_finite(attached: Attached) -> None:
+    """Refuse to write what is trained, in whatever form, if it has diverged."""
+    for key, values in _weights(attached):
+        finite.check_weights(key, values)
 
 
 def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +167,7 @@ def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]
     """Take the content of a file, which is named in errors, apart."""
     with as_checkpoint_error(path):
         version = description["version"]
-        if version != VERSION or isinstance(version, bool):
+        if version != VERSION or type(version) is not int:
             raise CheckpointError(
                 f"the adapter has format version {version!r}; this drlora reads {VERSION} (a newer "
                 "file needs a newer drlora)"
@@ -174,9 +186,9 @@ def parse(path: Path, tensors: dict[str, Tensor], description: Mapping[str, Any]
             options=AdapterOptions(**description["options"]),
             state=state,
             events=list(description.get("events", [])),
-            base=description.get("base"),
+            base=description["base"],
             tensors=tensors,
-            skipped_steps=int(description["skipped_steps"]),
+            skipped_steps=checkpoint_checks.count(description["skipped_steps"], "skipped_steps"),
         )
 
 
@@ -298,16 +310,8 @@ def check_values(attached: Attached) -> None:
         )
 
 
-def _check_finite(key: str, values: Tensor) -> None:
-    """Refuse to replace a good file by one that ``load`` would refuse."""
-    if not torch.isfinite(values).all():
-        raise NotFiniteError(
-            f"{key} holds values that are not finite: the training has diverged; nothing was "
-            "written, and what was there before is untouched"
-        )
-
-
 def _pending(attached: Attached) -> dict[str, Tensor]:
+    """The partial state of a step; gradients that overflowed too, so that it is skipped again."""
     tracker = tracker_of(attached)
     found = attached.unfinished if tracker is None else tracker.state_dict()
     if found and several_processes(attached.process_group):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from drlora_core import AllocatorEngine, GrowthEvent
+from drlora_core.errors import describe_validation_error
+from drlora_core.snapshot import MOST_STEPS
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.modules import choose_modules
 from drlora_torch.lora import parts
@@ -24,8 +28,10 @@ from drlora_torch.options import AdapterOptions, RouterMode
 from drlora_torch.signals import Importance, Routing, choose_importance, choose_routing
 from drlora_torch.step.parameters import base_key, join_base
 from drlora_torch.step.pending import GRADIENT, IMPORTANCE, ROUTING
+from drlora_torch.storage.finite import DIVERGED, is_finite
 
 SLOT_FIELDS = ("owner", "position", "ages")
+EVENT_COUNTS = ("step", "index", "unplaced")
 EVENT_FIELDS = {
     "deltas": torch.int64,
     "ranks": torch.int64,
@@ -64,9 +70,14 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a complete adapter: it lacks {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} is not a complete adapter: {error!r}") from error
-    except ValueError as error:  # DRLoRAError and ValidationError among them
+    except ValidationError as error:
+        what = describe_validation_error(error)
+        raise CheckpointError(f"{path} cannot be loaded: {what}") from error
+    except ValueError as error:  # DRLoRAError among them
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
@@ -114,6 +125,15 @@ def names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def count(value: object, what: str) -> int:
+    """A step or a count in a description."""
+    if type(value) is not int or not 0 <= value <= MOST_STEPS:
+        raise CheckpointError(
+            f"{what} is {reprlib.repr(value)}; accepted: whole numbers from 0 to {MOST_STEPS:,}"
+        )
+    return value
+
+
 def check_layers(saved: Saved, records: Mapping[str, MoELayer]) -> None:
     """The model has the layers of the file, with its experts and projections."""
     for name, layer in saved.layers.items():
@@ -151,10 +171,14 @@ def check_tensors(
             raise CheckpointError(f"{key} has shape {tuple(tensor.shape)}, not {shape}")
         if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
             raise CheckpointError(f"{key} has a wrong dtype, {tensor.dtype}")
-        if key in wanted and not torch.isfinite(parts.local(tensor)).all():
-            raise CheckpointError(f"{key} holds values that are not finite")
+        if key in wanted and not (is_finite if dtype is None else _is_number)(tensor):
+            raise CheckpointError(f"{key} holds {DIVERGED}")
         if key.startswith(ROUTING) and ((tensor < 0).any() or tensor[-1] % 1 != 0):
             raise CheckpointError(f"{key} holds counts that are impossible")
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
@@ -169,6 +193,7 @@ def check_slots(saved: Saved, engine: AllocatorEngine) -> None:
         wanted = [(e, j) for e, rank in enumerate(engine.ranks(name).tolist()) for j in range(rank)]
         reserved = np.flatnonzero(held) // engine.config.r_max
         for wrong, what in (
+            (engine.is_observed(name), "it was saved in the middle of engine.step()"),
             (owned != wanted, "the slot table does not hold the saved ranks"),
             (masked and (owner[held] != reserved).any(), "a slot is in another expert's range"),
             (ages.min() < -1 or (ages[~held] != -1).any(), "ages of slots are impossible"),
@@ -192,17 +217,21 @@ def checked_events(saved: Saved, engine: AllocatorEngine) -> list[GrowthEvent]:
         follows = (np.diff(ranks, axis=0) == arrays["deltas"][name][1:]).all()
         if not follows or (ranks[-1] != engine.ranks(name)).any():
             raise CheckpointError(f"layer {name!r}: the growth events lead to other ranks")
-    steps = [int(event["step"]) for event in saved.events]
-    if saved.skipped_steps < 0 or any(b <= a for a, b in itertools.pairwise([0, *steps])):
-        raise CheckpointError(f"impossible steps: events {steps}, skipped {saved.skipped_steps}")
+    scalars = [
+        {field: count(event[field], f"{field} of an event") for field in EVENT_COUNTS}
+        for event in saved.events
+    ]
+    steps = [event["step"] for event in scalars]
+    if any(b <= a for a, b in itertools.pairwise([0, *steps])):
+        raise CheckpointError(f"impossible steps of events: {steps}")
     return [
         GrowthEvent(
-            step=int(event["step"]),
-            index=int(event["index"]),
-            unplaced=int(event["unplaced"]),
+            step=event["step"],
+            index=event["index"],
+            unplaced=event["unplaced"],
             **{field: {name: a[k] for name, a in of.items()} for field, of in arrays.items()},
         )
-        for k, event in enumerate(saved.events)
+        for k, event in enumerate(scalars)
     ]
 
 

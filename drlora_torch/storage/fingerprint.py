@@ -53,8 +53,16 @@ def _class_of(model: nn.Module) -> type:
 
 
 def check(model: nn.Module, records: Mapping[str, MoELayer], saved: object) -> None:
-    """Refuse a model whose experts are not those of a saved fingerprint; None passes."""
+    """Refuse a model whose experts are not those of a saved fingerprint.
+
+    None, which stands for weights that could not be read, passes for a model of such weights only.
+    """
     if saved is None:
+        if of_readable(model, list(records.values())) is not None:
+            raise CheckpointError(
+                "it has no fingerprint of its base model, so whether this is the same one cannot "
+                "be checked; load(..., check_base=False) does not compare them"
+            )
         return
     if not isinstance(saved, dict) or not isinstance(saved.get("experts"), dict):
         raise CheckpointError("the fingerprint of the base model cannot be read")

@@ -19,6 +19,7 @@ import pytest
 
 from drlora_core import LayoutError
 from drlora_core.recording import Recording, RecordingWriter
+from drlora_core.recording.format import read_header
 from drlora_core.replay import first_difference, replay
 from tests.core import recorded
 
@@ -92,6 +93,25 @@ def test_a_flipped_bit_changes_nothing_silently(copy: Path, whole: Path) -> None
             assert_prefix(part, full)
             assert part.steps == 20
     assert refused > len(content) / 13 * 0.7
+
+
+def test_a_changed_header_is_refused(copy: Path) -> None:
+    """Every byte of it, also where it stays valid."""
+    content = (copy / HEADER).read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        if damaged[position : position + 1].isspace():
+            continue
+        (copy / HEADER).write_bytes(damaged)
+        with pytest.raises(LayoutError, match=r"recording\.json is damaged"):
+            read_header(copy)
+    text = content.decode()
+    for old, new in (('"seed": 0', '"seed": 1'), ('"first"', '"First"')):
+        assert old in text
+        (copy / HEADER).write_text(text.replace(old, new))
+        with pytest.raises(LayoutError, match=r"checksum differs.* take 'checksum' out"):
+            Recording.open(copy)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -236,6 +256,7 @@ def test_foreign_folders_are_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="Zarr, which this version no longer reads"):
         Recording.open(tmp_path / "zarr")
     header = json.loads((copy / HEADER).read_text())
+    del header["checksum"]  # as in older recordings
     for field, value, message in [
         ("version", 3, "version: Input should be 2"),
         ("format", "other", "format: Input should be 'drlora-recording'"),

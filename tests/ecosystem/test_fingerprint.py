@@ -63,7 +63,7 @@ def test_the_rest_of_the_model_does_not_count(saved: Path) -> None:
     assert drlora_torch.load(model, saved).ranks()
 
 
-def test_an_older_file_has_none_and_a_broken_one_is_refused(saved: Path) -> None:
+def test_one_that_is_broken_or_removed_is_refused(saved: Path) -> None:
     def put(value: Any) -> None:
         rewrite(saved, description=lambda told: told.update(base=value))
 
@@ -72,7 +72,9 @@ def test_an_older_file_has_none_and_a_broken_one_is_refused(saved: Path) -> None
         with pytest.raises(drlora_torch.CheckpointError, match="fingerprint"):
             drlora_torch.load(models.build(), saved)
     put(None)
-    assert drlora_torch.load(models.build(seed=1), saved).ranks()
+    with pytest.raises(drlora_torch.CheckpointError, match=r"no fingerprint.* check_base=False"):
+        drlora_torch.load(models.build(), saved)
+    assert drlora_torch.load(models.build(seed=1), saved, check_base=False).ranks()
 
 
 def test_for_use_only(saved: Path) -> None:

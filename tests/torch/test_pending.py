@@ -173,12 +173,13 @@ def test_restore_replaces_what_was_begun(unfinished: Path, tmp_path: Path) -> No
     assert held(adapter, tmp_path / "restored") == {}
 
 
-def test_an_overflow_comes_back(tmp_path: Path) -> None:
-    """The step is skipped by the scaler as if the run had not stopped."""
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_overflow_comes_back(tmp_path: Path, value: float) -> None:
+    """Gradients are saved as they are: the scaler skips the step as if the run had not stopped."""
     scaler = GradScaler("cpu", init_scale=1024.0)
     adapter = helpers.attach(models.build())
     micro_batch(adapter.model, 0, scaler)
-    adapter.parameters()[0].grad[0, 0] = torch.inf
+    adapter.parameters()[0].grad[0, 0] = value
     adapter.save_pretrained(tmp_path)
     resumed = drlora_torch.load(models.build(), tmp_path)
     optimizer = helpers.adamw(resumed)

@@ -9,7 +9,6 @@ Shape letters: R rank, I input and O output features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.models.spelling import spellings
-from drlora_torch.storage.peft.factors import Expert, FloatArray, resize
+from drlora_torch.storage.peft.config import PeftConfig
+from drlora_torch.storage.peft.factors import Expert, FloatArray, check_fits, resize
 from drlora_torch.storage.peft.files import (
     PREFIX,
     Linear,
@@ -28,7 +28,6 @@ from drlora_torch.storage.peft.files import (
     number,
     own_name,
     pattern,
-    scaling_of,
 )
 
 Tensors = dict[str, Tensor]
@@ -100,9 +99,7 @@ def _add_to(config: dict[str, Any], attached: Attached, separate: bool) -> None:
         config["target_parameters"] += [f"{name}.weight" for name in by_weight]
 
 
-def take(
-    attached: Attached, config: Mapping[str, Any], held: Tensors
-) -> dict[str, tuple[Expert, float]]:
+def take(attached: Attached, config: PeftConfig, held: Tensors) -> dict[str, tuple[Expert, float]]:
     """Take the LoRA of the Linears out of ``held``, at their rank and scaling, with its error."""
     found = {}
     spelled = spellings(attached.model, map(own_name, attached.dense))
@@ -119,17 +116,19 @@ def take(
         except (KeyError, IndexError) as error:
             raise CheckpointError(f"incomplete or ill-shaped LoRA of {name!r}: {error}") from error
         wanted = (each.lora.lora_A.shape[1], each.lora.lora_B.shape[0], lora_B.shape[-1])
-        if shapes != wanted or not math.isfinite(float(lora_A.sum() + lora_B.sum())):
+        if shapes != wanted:
             raise CheckpointError(
-                f"the LoRA of {name!r} has A {list(lora_A.shape)} and B {list(lora_B.shape)}, or "
-                f"values that are not finite; wanted are A [R, {wanted[0]}] and B [{wanted[1]}, R]"
+                f"the LoRA of {name!r} has A {list(lora_A.shape)} and B {list(lora_B.shape)}; "
+                f"wanted are A [R, {wanted[0]}] and B [{wanted[1]}, R]"
             )
-        given = config.get("target_parameters") or ()
+        given = config.target_parameters or ()
         weight = f"{own_name(name)}.weight"
         by_weight = any(f".{weight}".endswith(f".{target}") for target in given)
         target = weight if by_weight else own_name(name)
-        factor = scaling_of(config, target) / each.lora.scaling
-        (first_A, first_B), error_of = resize([(lora_A, factor * lora_B)], each.lora.rank)
+        lora_B = config.scaling(target) / each.lora.scaling * lora_B
+        check_fits(name, (lora_A, lora_B), each.lora.lora_A.dtype)
+        (first_A, first_B), error_of = resize([(lora_A, lora_B)], each.lora.rank)
+        check_fits(name, (first_A, first_B), each.lora.lora_A.dtype)
         found[name] = (first_A[0], first_B[0]), float(error_of[0])
     return found
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from drlora_torch.attached import Attached
 from drlora_torch.step.parameters import all_names
+from drlora_torch.storage import checkpoint
 from drlora_torch.storage.peft import dense, files, layouts
 from drlora_torch.storage.peft.factors import FloatArray, read_slots, resize
 from drlora_torch.storage.peft.files import PREFIX, Linear, own_name, pattern
@@ -40,6 +41,7 @@ def export(attached: Attached, path: Path, rank: int | None, separate: bool) -> 
     """Carry out :meth:`drlora_torch.Adapter.export_peft`; ``separate`` is its ``per_expert``."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer or None, got {rank!r}")
+    checkpoint.check_finite(attached)
     own_ranks = {  # at least 1: PEFT has no rank 0
         name: [max(own, 1) for own in layer.lora.table.ranks().tolist()]
         for name, layer in attached.layers.items()

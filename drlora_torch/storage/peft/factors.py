@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from drlora_torch.errors import CheckpointError
 from drlora_torch.lora.layers import ExpertLoRA, SlotLoRA
 from drlora_torch.lora.slots import IntArray
+from drlora_torch.storage.finite import DIVERGED, is_finite
 
 Expert = tuple[Tensor, Tensor]
 """A [r, I] and B [O, r] of one expert."""
@@ -46,6 +48,14 @@ def write_slots(lora: ExpertLoRA, slots: SlotLoRA, factors: Factors) -> None:
     index = torch.from_numpy(active)[filled].to(lora.device)
     slots.lora_A[index] = rows[filled].to(slots.lora_A)
     slots.lora_B[index] = columns[filled].to(slots.lora_B)
+
+
+def check_fits(where: str, values: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Refuse imported values, already scaled, that are not finite in the dtype they come into."""
+    if not all(is_finite(each, dtype) for each in values):
+        raise CheckpointError(
+            f"{where}: the PEFT adapter, scaled for this one, holds {DIVERGED} in {dtype}"
+        )
 
 
 def resize(experts: Sequence[Expert], ranks: int | IntArray) -> tuple[Factors, FloatArray]:

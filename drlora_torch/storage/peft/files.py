@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from drlora_core import atomic
+from drlora_core.errors import describe_validation_error
 from drlora_torch.attached import Attached
 from drlora_torch.errors import CheckpointError
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.options import RouterMode
 from drlora_torch.step.parameters import all_names, base_parameters
+from drlora_torch.storage.finite import check_weights
+from drlora_torch.storage.peft.config import PeftConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,6 +33,8 @@ Linear = tuple[str, str, str]
 def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write both files; older ones are replaced only once both are complete."""
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name, tensor in held.items():
+        check_weights(name, tensor)
     try:
         with atomic.replaced_files(path) as folder:
             atomic.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
@@ -40,7 +45,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
         raise CheckpointError(f"could not write the export to {path}: {error}") from error
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], PeftConfig]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise CheckpointError(f"no PEFT adapter at {path}: it has no {name}")
@@ -51,7 +56,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"the PEFT adapter at {path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG_FILE} does not hold a configuration")
-    return tensors, config
+    try:
+        return tensors, PeftConfig.model_validate(config)
+    except ValidationError as error:
+        what = describe_validation_error(error)
+        raise CheckpointError(f"{path / CONFIG_FILE} cannot be read: {what}") from error
 
 
 def whole_modules(attached: Attached) -> dict[str, nn.Module]:
@@ -126,22 +135,3 @@ def pattern(linears: Iterable[Linear]) -> str:
 def number(value: float) -> float:
     """A number as configurations have it: an int where it is whole."""
     return int(value) if float(value).is_integer() else value
-
-
-def scaling_of(config: Mapping[str, Any], target: str) -> float:
-    """Scaling of a target: alpha / r, either of which a pattern may change."""
-
-    def value(field: str, patterns: str) -> float:
-        for pattern, own in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):  # the first that matches, as in PEFT
-                return float(own)
-        return float(config[field])
-
-    try:
-        rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if not math.isfinite(scaling):
-            raise ValueError("the scaling is not finite")
-    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError, re.error) as error:
-        raise CheckpointError(f"no readable r and lora_alpha for {target!r}: {error}") from error
-    return scaling

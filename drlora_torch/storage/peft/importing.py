@@ -6,9 +6,7 @@ It reads every layout that :mod:`drlora_torch.storage.peft` writes, from any tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,15 @@ from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError
 from drlora_torch.lifecycle.trained import trained_values
 from drlora_torch.storage.peft import dense, files, layouts
-from drlora_torch.storage.peft.factors import Expert, Factors, FloatArray, resize, write_slots
+from drlora_torch.storage.peft.config import PeftConfig
+from drlora_torch.storage.peft.factors import (
+    Expert,
+    Factors,
+    FloatArray,
+    check_fits,
+    resize,
+    write_slots,
+)
 from drlora_torch.storage.peft.files import PREFIX, own_name
 
 
@@ -29,7 +35,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
             f"import_peft is a starting point, but the adapter made {steps} steps; attach a new one"
         )
     held, config = files.read(path)
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+    if config.peft_type != "LORA" or config.use_dora:
         raise CheckpointError(f"{path} is not plain LoRA, which is all that can be imported")
     found = _take_experts(attached, config, held)
     linears = dense.take(attached, config, held)
@@ -41,6 +47,7 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
             continue  # buffers are the base model's
         if value.shape != learning[name].shape:
             raise CheckpointError(f"{name} has shape {tuple(value.shape)}")
+        check_fits(name, [value], learning[name].dtype)
         whole[name] = value
     if held:
         raise CheckpointError(
@@ -53,24 +60,39 @@ def start_from(attached: Attached, path: Path) -> dict[str, dict[str, FloatArray
         raise CheckpointError(
             f"every expert starts at rank 0, which holds nothing of {path}; use r_init >= 1"
         )
-    scaling = attached.options.scaling(attached.engine.config)
-    errors: dict[str, dict[str, FloatArray]] = {}
-    for (name, projection), experts in found.items():
+    resized, errors = _resize(attached, found)
+    for (name, projection), factors in resized.items():
         lora = attached.layers[name].lora
-        (lora_A, lora_B), error = resize(experts, lora.table.ranks())
-        errors.setdefault(name, {})[projection] = error
-        write_slots(lora, dict(lora.items())[projection], Factors(lora_A, lora_B / scaling))
+        write_slots(lora, dict(lora.items())[projection], factors)
     for name, value in whole.items():
         learning[name].copy_(value)
     return errors | dense.give(attached, linears)
 
 
-def _take_experts(
-    attached: Attached, config: Mapping[str, Any], held: dict[str, Tensor]
-) -> dict[tuple[str, str], list[Expert]]:
+Found = dict[tuple[str, str], list[Expert]]
+"""The LoRA of each expert, by layer and projection."""
+
+
+def _resize(
+    attached: Attached, found: Found
+) -> tuple[dict[tuple[str, str], Factors], dict[str, dict[str, FloatArray]]]:
+    """What the experts hold of the LoRA at their own ranks and scaling, and its errors."""
+    scaling = attached.options.scaling(attached.engine.config)
+    resized: dict[tuple[str, str], Factors] = {}
+    errors: dict[str, dict[str, FloatArray]] = {}
+    for (name, projection), experts in found.items():
+        lora = attached.layers[name].lora
+        (lora_A, lora_B), error = resize(experts, lora.table.ranks())
+        errors.setdefault(name, {})[projection] = error
+        resized[name, projection] = factors = Factors(lora_A, lora_B / scaling)
+        check_fits(f"{name}.{projection}", factors, dict(lora.items())[projection].lora_A.dtype)
+    return resized, errors
+
+
+def _take_experts(attached: Attached, config: PeftConfig, held: dict[str, Tensor]) -> Found:
     """Take the LoRA of the experts out of ``held``, by layer and projection, and check it."""
-    found: dict[tuple[str, str], list[Expert]] = {}
-    suffixes = tuple(f".{target}" for target in config.get("target_parameters") or ())
+    found: Found = {}
+    suffixes = tuple(f".{target}" for target in config.target_parameters or ())
     for name, layer in attached.layers.items():
         for projection, target in layouts.stacked(layer, suffixes).items():
             experts = target.take(held, config, layer.record.num_experts)
@@ -88,6 +110,5 @@ def _take_experts(
                 raise CheckpointError(f"{where} has features {tuple(shape)}, PEFT's {features}")
             if lora_A.shape[0] != lora_B.shape[1]:
                 raise CheckpointError(f"{where}: A and B of the PEFT adapter differ in rank")
-            if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-                raise CheckpointError(f"{where}: the PEFT adapter holds values that are not finite")
+            check_fits(where, (lora_A, lora_B), torch.float32)
     return found

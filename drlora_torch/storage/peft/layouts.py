@@ -15,8 +15,8 @@ serve models by the names of their checkpoints. Parts of a fused projection get 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from drlora_torch.errors import CheckpointError
 from drlora_torch.models.checkpoint_names import Fused, Place, unfused
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.location import ExpertLinears, ExpertParameter
+from drlora_torch.storage.peft.config import PeftConfig
 from drlora_torch.storage.peft.factors import Expert, Factors
-from drlora_torch.storage.peft.files import PREFIX, joined, own_name, scaling_of
+from drlora_torch.storage.peft.files import PREFIX, joined, own_name
 
 Tensors = dict[str, Tensor]
 
@@ -56,7 +57,7 @@ class Stacked(NamedTuple):
             f"{PREFIX}{self.key}.lora_B.weight": lora_B.permute(1, 2, 0).flatten(1),
         }
 
-    def take(self, held: Tensors, config: Mapping[str, Any], experts: int) -> list[Expert]:
+    def take(self, held: Tensors, config: PeftConfig, experts: int) -> list[Expert]:
         """Take the LoRA of the first experts out of ``held``, scaled for a scaling of 1."""
         try:
             flat_A, flat_B = (held.pop(f"{PREFIX}{self.key}.lora_{part}.weight") for part in "AB")
@@ -67,7 +68,7 @@ class Stacked(NamedTuple):
             raise CheckpointError(message) from error
         if self.swapped:
             lora_A, lora_B = lora_B.transpose(1, 2), lora_A.transpose(1, 2)
-        lora_B = scaling_of(config, self.parameter) * lora_B
+        lora_B = config.scaling(self.parameter) * lora_B
         return list(zip(lora_A[:experts], lora_B[:experts], strict=True))
 
 
@@ -174,7 +175,7 @@ def place_tensors(places: Sequence[Place], factors: Factors, ranks: Sequence[int
 
 
 def take_places(
-    held: Tensors, config: Mapping[str, Any], places: Sequence[Place], outputs: int
+    held: Tensors, config: PeftConfig, places: Sequence[Place], outputs: int
 ) -> list[Expert]:
     """Take the LoRA at some places out of ``held``, scaled for a scaling of 1; empty if none is."""
     if not any(f"{PREFIX}{place.name}.lora_A.weight" in held for place in places):
@@ -184,7 +185,7 @@ def take_places(
         try:
             lora_A, part = (held.pop(f"{PREFIX}{name}.lora_{each}.weight") for each in "AB")
             lora_B = part.new_zeros(outputs, part.shape[1])
-            lora_B[rows] = scaling_of(config, name) * part
+            lora_B[rows] = config.scaling(name) * part
             if part.shape[1] != lora_A.shape[0]:
                 raise ValueError("A and B differ in rank")
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
