@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, ValidationError
 
 from drlora_core import timetable
-from drlora_core.config import AllocatorConfig, Count
+from drlora_core.bounds import LARGEST_STEP, MOST_EVENTS
+from drlora_core.config import AllocatorConfig, Count, WholeNumber
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, describe_validation_error, near_misses
 from drlora_core.pools import make_pools
@@ -34,6 +35,9 @@ Floats = Annotated[FloatArray, PlainValidator(functools.partial(_check_array, np
 Integers = Annotated[IntArray, PlainValidator(functools.partial(_check_array, np.int64))]
 
 
+Carry = Annotated[WholeNumber, Field(ge=0, le=MOST_EVENTS * LARGEST_STEP)]
+
+
 class LayerValues(BaseModel):
     """The state of a layer, see :class:`drlora_core.state.State`."""
 
@@ -41,7 +45,7 @@ class LayerValues(BaseModel):
 
     ranks: Integers
     routing: Floats
-    routing_count: Annotated[Count, Field(lt=2**63)]
+    routing_count: Annotated[WholeNumber, Field(ge=0, lt=2**63)]
     importance: Floats
     importance_count: Integers
     observed: StrictBool
@@ -53,7 +57,7 @@ class EngineValues(BaseModel):
 
     config: dict[str, Any]
     step: Count
-    carry: tuple[Count, ...]
+    carry: tuple[Carry, ...]
     layers: dict[str, LayerValues]
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from drlora_core import ema, pruning
+from drlora_core.bounds import MOST_DIMENSIONS
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import StatisticError
+from drlora_core.errors import LayoutError, StatisticError
 from drlora_core.saliency import (
     importance_at_zero,
     mask_inactive,
@@ -77,11 +78,26 @@ def place_layers(sizes: Mapping[str, int]) -> dict[str, Place]:
     }
 
 
+def check_dimensions(config: AllocatorConfig, experts: int) -> None:
+    """Refuse more rank dimensions of all experts than fit into memory; only some policies have any.
+
+    Raises:
+        LayoutError: says how many are accepted.
+    """
+    if config.cuts and experts * config.r_max > MOST_DIMENSIONS:
+        raise LayoutError(
+            f"policy {config.policy!r} stores the importance of {experts} experts x r_max "
+            f"{config.r_max} rank dimensions; accepted: at most {MOST_DIMENSIONS} of them, which "
+            "take 1 GiB; use a smaller r_max"
+        )
+
+
 def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
     """Make the first state from the starting ranks of each layer, [N]: every average is 0."""
     places = place_layers({name: start.size for name, start in ranks.items()})
     joined = np.concatenate([*ranks.values(), np.zeros(0, dtype=np.int64)])
     size = joined.size
+    check_dimensions(config, size)
     return State(
         places=places,
         ranks=joined,

@@ -145,7 +145,7 @@ def _read_config(
         )
     chosen = common.choose("timetable", timetable or "sprout", TIMETABLES)
     fields = common.read_settings(settings)
-    return common.check_events(AllocatorConfig.for_training(steps, timetable=chosen, **fields))
+    return AllocatorConfig.for_training(steps, timetable=chosen, **fields)
 
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
