@@ -129,7 +129,7 @@ def check_sample(
     """Check samples of phi [N] and of importance [N] or [N, R] of experts with ``ranks`` [N]."""
     phi = mean = dimensions = None
     if routing is not None:
-        phi = _check("routing", _to_floats("routing", routing), [ranks.shape])
+        phi = _check("routing", to_floats("routing", routing), [ranks.shape])
     elif config.use_routing:
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
     if importance is not None:
@@ -160,7 +160,7 @@ def _check_importance(
 ) -> tuple[FloatArray, FloatArray | None]:
     """Return the mean over each expert's dimensions, [N]; if ranks are cut, the dimensions too."""
     per_dimension = (ranks.size, config.r_max)
-    sample = _to_floats("importance", importance)
+    sample = to_floats("importance", importance)
     if sample.shape == per_dimension:
         sample = _check("importance", mask_inactive(sample, ranks), [per_dimension])
         with np.errstate(over="ignore"):
@@ -177,10 +177,11 @@ def _check_importance(
     return _check("importance", sample, [ranks.shape, per_dimension]), None
 
 
-def _to_floats(kind: str, sample: ArrayLike) -> FloatArray:
+def to_floats(kind: str, sample: ArrayLike) -> FloatArray:
+    """Return an array as float64, a view if it is; NumPy would also convert texts and dates."""
     try:
         values = np.asarray(sample)
-        if values.dtype.kind in "SUc":
+        if values.dtype.kind in "SUcMm" or values.dtype.names:
             raise TypeError(f"it holds {values.dtype}")
         return values.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
