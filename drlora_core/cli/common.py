@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from drlora_core.cli.console import is_unicode
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import DRLoRAError, describe_validation_error, near_misses
+from drlora_core.errors import DRLoRAError, describe_validation_error, near_misses, printable
 from drlora_core.recording import Recording, load_trace
 from drlora_core.runs import find_recording
 
@@ -87,7 +87,7 @@ def open_recording(path: Path, importance: Any = "ones") -> Recording:
 
 def emit(values: Any) -> None:
     """Print JSON; other characters than ASCII are escaped where the output cannot encode them."""
-    text = to_json(values)
+    text = printable(to_json(values))
     print(text if is_unicode(sys.stdout) else json.dumps(json.loads(text), indent=2))
 
 
