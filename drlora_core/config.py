@@ -10,7 +10,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from drlora_core import notebook
 from drlora_core import timetable as timetables
-from drlora_core.errors import TimetableError, near_misses
+from drlora_core.bounds import (
+    GAMMA_BOUND,
+    LARGEST_STEP,
+    MOST_EVENTS,
+    RANK_BOUND,
+    SEED_BOUND,
+    STEP_BOUND,
+)
+from drlora_core.errors import TimetableError, near_misses, shorten
 from drlora_core.validation import reword_errors
 
 
@@ -21,11 +29,14 @@ def _whole_number(value: object) -> int:
             return operator.index(cast(SupportsIndex, value))
     except TypeError:
         pass
-    raise ValueError(f"must be a whole number, got {value!r}")
+    raise ValueError(f"must be a whole number, got {shorten(value)}")
 
 
-Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
-PositiveCount = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+Count = Annotated[WholeNumber, Field(ge=0), STEP_BOUND]
+PositiveCount = Annotated[WholeNumber, Field(ge=1), STEP_BOUND]
+Rank = Annotated[WholeNumber, Field(ge=0), RANK_BOUND]
+PositiveRank = Annotated[WholeNumber, Field(ge=1), RANK_BOUND]
 PolicyName = Literal["greedy", "rescored", "proportional", "uniform", "random", "prune", "move"]
 ScopeName = Literal["layer", "global"]
 TimetableName = Literal["sprout", "early", "late"]
@@ -49,12 +60,12 @@ class AllocatorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    r_init: Count = 8
+    r_init: Rank = 8
     """Rank of every expert at the start (policy ``prune``: the larger rank it cuts down from). 0:
     no expert has LoRA until an event gives it rank."""
-    r_target: PositiveCount = 16
+    r_target: PositiveRank = 16
     """Mean rank per expert at the end: the budget of a layer is ``num_experts * r_target``."""
-    r_max: PositiveCount = 32
+    r_max: PositiveRank = 32
     """Largest rank that one expert may have."""
     warmup_steps: Count = 200
     """Optimizer steps before growth may begin; statistics are gathered from step 1 on."""
@@ -66,7 +77,7 @@ class AllocatorConfig(BaseModel):
     """Rank units per event and layer; None: the budget is spread evenly over the events."""
     max_growth: PositiveCount | None = None
     """Most units one expert may get at one event; None: only ``r_max`` limits it."""
-    gamma: float = Field(default=1.0, ge=0.0)
+    gamma: Annotated[float, GAMMA_BOUND] = Field(default=1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency, S = f * g / (r + 1)^gamma."""
     routing_decay: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay beta_f of the routing frequency's moving average."""
@@ -80,15 +91,15 @@ class AllocatorConfig(BaseModel):
     """Built-in policy that spreads a quota over the experts, or cuts dimensions, or does both."""
     move_share: float = Field(default=0.2, ge=0.0, le=1.0)
     """Policy ``move`` only: largest share of a layer's rank that the first event may move."""
-    r_min: Count = 1
+    r_min: Rank = 1
     """Policies ``prune`` and ``move`` only: least rank that a cut may leave an expert."""
     scope: ScopeName = "layer"
     """``layer``: a quota per layer; ``global``: one quota over all layers."""
     layer_floor: float = Field(default=0.25, ge=0.0, le=1.0)
     """Scope ``global`` only: share of its even quota that each layer always gets."""
-    layer_ceiling: PositiveCount | None = None
+    layer_ceiling: PositiveRank | None = None
     """Scope ``global`` only: largest mean rank of a layer; None: min(r_max, 2 * r_target)."""
-    seed: Count = 0
+    seed: Annotated[WholeNumber, Field(ge=0), SEED_BOUND] = 0
     """Seed of policy ``random`` and of the rows of A in drlora_torch."""
 
     @classmethod
@@ -111,7 +122,8 @@ class AllocatorConfig(BaseModel):
                 the last one.
 
         Raises:
-            TimetableError: ``steps`` or ``events`` below 1, or an unknown timetable or argument.
+            TimetableError: ``steps`` or ``events`` out of range, or an unknown timetable or
+                argument.
             ValueError: a step is not a whole number.
             pydantic.ValidationError: as the class itself.
 
@@ -120,9 +132,11 @@ class AllocatorConfig(BaseModel):
             >>> config.growth_steps, config.r_init, config.max_growth
             ((75, 100, 125, 150, 175, 200, 225, 250), 1, 4)
         """
-        for name, value in (("steps", steps), ("events", events)):
+        for name, value, most in (("steps", steps, LARGEST_STEP), ("events", events, MOST_EVENTS)):
             if _whole_number(value) < 1:
-                raise TimetableError(f"{name} must be at least 1, got {value}")
+                raise TimetableError(f"{name} must be at least 1, got {shorten(value)}")
+            if value > most:
+                raise TimetableError(f"{name} must be at most {most:,}, got {shorten(value)}")
         known = [*cls.model_fields, "timetable", "events"]
         for name in fields.keys() - set(known):
             raise TimetableError(f"no argument {name!r}; {near_misses(name, known)}")
@@ -205,6 +219,11 @@ class AllocatorConfig(BaseModel):
     @model_validator(mode="after")
     def _is_feasible(self) -> AllocatorConfig:
         self._check_ranks()
+        if self.num_events > MOST_EVENTS:
+            raise ValueError(
+                f"growth_interval {self.growth_interval} up to growth_end {self.growth_end} makes "
+                f"{self.num_events:,} growth events; accepted: at most {MOST_EVENTS:,}"
+            )
         if self.scope == "global" and self.layer_ceiling is not None:
             self._check_ceiling(self.layer_ceiling)
         if self.policy == "move" and self.scope == "global":

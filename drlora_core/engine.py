@@ -115,12 +115,12 @@ class AllocatorEngine:
 
         Raises:
             LayoutError: the name is taken or not a str, ``num_experts`` is not a whole number
-                above 0, the ranks are out of range or above the budget, or a sample was already
-                taken.
+                above 0, or too large for the memory of an engine, the ranks are out of range or
+                above the budget, or a sample was already taken.
         """
         self.driver.check("add_layer")
         self.settle()
-        new_layers.check_layer(name, num_experts, self._starts)
+        new_layers.check_layer(self.config, name, num_experts, self._starts)
         if self._step or (self._last_state is not None and self._last_state.observed.any()):
             raise LayoutError(f"layer {name!r} comes too late: add it before the first sample")
         start = np.full(int(num_experts), self.config.starting_rank, dtype=np.int64)

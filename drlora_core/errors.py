@@ -41,6 +41,37 @@ class PolicyError(DRLoRAError):
     """An allocation policy failed or returned an invalid allocation."""
 
 
+# Escape sequences begin with a control character; the others turn the direction of a line around.
+_CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROLS - {*b"\n\t"}}
+
+
+def printable(text: str) -> str:
+    r"""Escape what could steer a terminal: names and rows come from strangers' files.
+
+    Example:
+        >>> print(printable("layer\x1b[31m"))
+        layer\u001b[31m
+    """
+    return text.translate(_ESCAPES)
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """Show a value in an error message, without the middle of a long one.
+
+    Example:
+        >>> shorten(10**400, 20)
+        '1000000000...0000000000 (401 characters)'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers with more digits
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else "a value"
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}...{text[-(most // 2) :]} ({len(text):,} characters)"
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """End an error message with the names closest to a wrong one, or else with the known names."""
     names = list(known)
@@ -65,11 +96,11 @@ def describe_validation_error(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     text = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
-    if isinstance(value, (int, float, str)) and repr(value) not in text:
-        text += f", got {value!r}"
+    if isinstance(value, (int, float, str)) and (shown := shorten(value)) not in text:
+        text += f", got {shown}"
     if (more := error.error_count() - 1) > 0:
         text += f" (and {more} more)"
-    return f"{place}: {text}" if place else text
+    return printable(f"{place}: {text}" if place else text)
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from drlora_core.bounds import MOST_EXPERTS
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import IntArray
-from drlora_core.errors import LayoutError
+from drlora_core.errors import LayoutError, shorten
+from drlora_core.state import check_dimensions
 
 logger = logging.getLogger(__name__)
 
 
-def check_layer(name: object, num_experts: int, taken: Container[str]) -> None:
-    """Refuse a name that is taken or not a str, and a number of experts below 1."""
+def check_layer(
+    config: AllocatorConfig, name: object, num_experts: int, others: Mapping[str, IntArray]
+) -> None:
+    """Refuse a name that is taken or not a str, and too few or too many experts.
+
+    Args:
+        config: the engine's.
+        name: the layer.
+        num_experts: N.
+        others: starting ranks of the layers before it.
+    """
     if not isinstance(name, str):
         raise LayoutError(f"a layer name must be a str, got {name!r}")
-    if name in taken:
+    if name in others:
         raise LayoutError(f"layer {name!r} was already added; names must be unique")
     whole = isinstance(num_experts, (int, np.integer)) and not isinstance(num_experts, bool)
     if not whole or num_experts < 1:
         raise LayoutError(f"num_experts must be a whole number above 0, got {num_experts!r}")
+    if num_experts > MOST_EXPERTS:
+        raise LayoutError(
+            f"num_experts must be at most {MOST_EXPERTS:,}, got {shorten(num_experts)}: an engine "
+            "keeps numbers of every expert"
+        )
+    if config.cuts:
+        check_dimensions(config, int(num_experts) + sum(ranks.size for ranks in others.values()))
 
 
 def check_ranks(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) -> IntArray:

@@ -134,7 +134,8 @@ def _drive(engine: AllocatorEngine, recording: Recording) -> Iterator[GrowthEven
     """Feed every recorded step to the engine; yield the events."""
     config, layers = engine.config, recording.layers
     records = [recording.layer(name) for name in layers]
-    orders = {name: initial_order(size, config.r_max) for name, size in layers.items()}
+    cut_layers = layers if config.cuts else {}
+    orders = {name: initial_order(size, config.r_max) for name, size in cut_layers.items()}
     for row in range(recording.steps):
         for record in records:
             if not record.presence[row]:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, ValidationError
 
 from drlora_core import timetable
-from drlora_core.config import AllocatorConfig, Count
+from drlora_core.bounds import LARGEST_STEP, MOST_EVENTS
+from drlora_core.config import AllocatorConfig, Count, WholeNumber
 from drlora_core.ema import FloatArray, IntArray
 from drlora_core.errors import LayoutError, describe_validation_error, near_misses
 from drlora_core.pools import make_pools
@@ -20,7 +21,7 @@ from drlora_core.state import LARGEST, State, make_state
 VERSION = 1
 MOST_STEPS = 2**53
 """Largest step and count: programs that read JSON numbers as floats have it exactly."""
-Stored = Annotated[Count, Field(le=MOST_STEPS)]
+Carry = Annotated[WholeNumber, Field(ge=0, le=MOST_EVENTS * LARGEST_STEP)]
 
 
 def _check_array(dtype: type, value: Any) -> NDArray[Any]:
@@ -46,7 +47,7 @@ class LayerValues(BaseModel):
 
     ranks: Integers
     routing: Floats
-    routing_count: Stored
+    routing_count: Annotated[WholeNumber, Field(ge=0, le=MOST_STEPS)]
     importance: Floats
     importance_count: Integers
     observed: StrictBool
@@ -57,8 +58,8 @@ class EngineValues(BaseModel):
     """The state of an engine."""
 
     config: dict[str, Any]
-    step: Stored
-    carry: tuple[Stored, ...]
+    step: Count
+    carry: tuple[Carry, ...]
     layers: dict[str, LayerValues]
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from drlora_core import ema, pruning
+from drlora_core.bounds import MOST_DIMENSIONS
 from drlora_core.config import AllocatorConfig
 from drlora_core.ema import FloatArray, IntArray
-from drlora_core.errors import StatisticError, StepOrderError
+from drlora_core.errors import LayoutError, StatisticError, StepOrderError
 from drlora_core.saliency import (
     importance_at_zero,
     mask_inactive,
@@ -80,11 +81,26 @@ def place_layers(sizes: Mapping[str, int]) -> dict[str, Place]:
     }
 
 
+def check_dimensions(config: AllocatorConfig, experts: int) -> None:
+    """Refuse more rank dimensions of all experts than fit into memory; only some policies have any.
+
+    Raises:
+        LayoutError: says how many are accepted.
+    """
+    if config.cuts and experts * config.r_max > MOST_DIMENSIONS:
+        raise LayoutError(
+            f"policy {config.policy!r} stores the importance of {experts} experts x r_max "
+            f"{config.r_max} rank dimensions; accepted: at most {MOST_DIMENSIONS} of them, which "
+            "take 1 GiB; use a smaller r_max"
+        )
+
+
 def make_state(config: AllocatorConfig, ranks: Mapping[str, IntArray]) -> State:
     """Make the first state from the starting ranks of each layer, [N]: every average is 0."""
     places = place_layers({name: start.size for name, start in ranks.items()})
     joined = np.concatenate([*ranks.values(), np.zeros(0, dtype=np.int64)])
     size = joined.size
+    check_dimensions(config, size)
     return State(
         places=places,
         ranks=joined,
@@ -116,7 +132,7 @@ def check_sample(
     """Check samples of phi [N] and of importance [N] or [N, R] of experts with ``ranks`` [N]."""
     phi = mean = dimensions = None
     if routing is not None:
-        phi = _check("routing", _to_floats("routing", routing), [ranks.shape])
+        phi = _check("routing", to_floats("routing", routing), [ranks.shape])
     elif config.use_routing:
         raise StatisticError("routing is missing; it may be None only with use_routing=False")
     if importance is not None:
@@ -147,7 +163,7 @@ def _check_importance(
 ) -> tuple[FloatArray, FloatArray | None]:
     """Return the mean over each expert's dimensions, [N]; if ranks are cut, the dimensions too."""
     per_dimension = (ranks.size, config.r_max)
-    sample = _to_floats("importance", importance)
+    sample = to_floats("importance", importance)
     if sample.shape == per_dimension:
         sample = _check("importance", mask_inactive(sample, ranks), [per_dimension])
         return mean_over_active(sample, ranks), sample if config.cuts else None
@@ -161,10 +177,11 @@ def _check_importance(
     return _check("importance", sample, [ranks.shape, per_dimension]), None
 
 
-def _to_floats(kind: str, sample: ArrayLike) -> FloatArray:
+def to_floats(kind: str, sample: ArrayLike) -> FloatArray:
+    """Return an array as float64, a view if it is; NumPy would also convert texts and dates."""
     try:
         values = np.asarray(sample)
-        if values.dtype.kind in "SUc":
+        if values.dtype.kind in "SUcMm" or values.dtype.names:
             raise TypeError(f"it holds {values.dtype}")
         return values.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:

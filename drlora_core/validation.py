@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from drlora_core.errors import near_misses
+from drlora_core.errors import near_misses, shorten
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
@@ -44,16 +44,16 @@ def _text(cls: type[BaseModel], error: ErrorDetails) -> str:
         name = str(place[-1])
         return f"no field {name!r}; {near_misses(name, cls.model_fields)}"
     if kind in OUT_OF_RANGE:
-        return f"must be {_range(cls, error)}, got {value!r}"
+        return f"must be {_range(cls, error)}, got {shorten(value)}"
     if kind == "too_short":
         least = error["ctx"]["min_length"]
-        return f"must name at least {'one' if least == 1 else least}, got {value!r}"
+        return f"must name at least {'one' if least == 1 else least}, got {shorten(value)}"
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
     if kind in ("literal_error", "enum"):
         hint = near_misses(str(value), re.findall(r"'([^']+)'", error["ctx"]["expected"]))
-        return f"{text}, got {value!r}" + (f"; {hint}" if hint.endswith("?") else "")
-    if text.startswith("must be") and f"got {value!r}" not in text:
-        text += f", got {value!r}"
+        return f"{text}, got {shorten(value)}" + (f"; {hint}" if hint.endswith("?") else "")
+    if text.startswith("must be") and f"got {shorten(value)}" not in text:
+        text += f", got {shorten(value)}"
     return text
 
 

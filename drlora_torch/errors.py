@@ -17,6 +17,17 @@ class ModelError(DRLoRAError):
     """The model has no MoE layers, or ones that cannot be adapted."""
 
 
+FOREIGN_CODE = (
+    "it needs Python code of its own, which drlora does not run; read that code, load the model in "
+    "Python with trust_remote_code=True, and use drlora_torch.attach"
+)
+
+
+def needs_foreign_code(error: Exception) -> bool:
+    """True if Transformers refused to run the code that came with a model."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
+
+
 class AttachError(DRLoRAError):
     """The adapter cannot be attached this way, or is no longer attached."""
 

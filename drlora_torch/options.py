@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from drlora_core import AllocatorConfig
+from drlora_core.bounds import ALPHA_BOUND, RANK_BOUND
 from drlora_core.errors import near_misses
 from drlora_core.validation import reword_errors
 from drlora_torch.lora.kernels import Kernel
@@ -38,8 +39,6 @@ def _name_of(signal: Importance | Routing) -> str:
 
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
-LARGEST_ALPHA = 1e6
-"""Beyond it, s B A overflows half precision at once."""
 ByName = PlainSerializer(_name_of, return_type=str)
 """Files hold the name of a signal, and of a callable no more than that."""
 FLOATING = {
@@ -74,7 +73,7 @@ class AdapterOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    alpha: float = Field(gt=0.0, le=LARGEST_ALPHA)
+    alpha: Annotated[float, ALPHA_BOUND] = Field(gt=0.0)
     targets: Names | None = None
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     router: RouterMode = RouterMode.FROZEN
@@ -82,8 +81,8 @@ class AdapterOptions(BaseModel):
     dtype: str | None = None
     layers: Names | None = None
     modules_to_save: Names | None = None
-    attention_rank: int | None = Field(None, ge=1, strict=True)
-    attention_alpha: float | None = Field(None, gt=0.0, le=LARGEST_ALPHA)
+    attention_rank: Annotated[int | None, RANK_BOUND] = Field(None, ge=1, strict=True)
+    attention_alpha: Annotated[float | None, ALPHA_BOUND] = Field(None, gt=0.0)
     attention_targets: Names | None = None
     auto_step: bool = True
     newborn: Newborn = Newborn.CORRECTED

@@ -24,7 +24,10 @@ FILE_LINES, FUNCTION_LINES = 400, 50
 # A module of the core imports from its own level and from those above it in this list. Whatever is
 # not named (replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
-    {"errors", "validation", "notebook", "atomic", "timetable", "ema", "saliency", "driver"},
+    {
+        *("errors", "bounds", "validation", "notebook", "atomic", "timetable", "ema", "saliency"),
+        "driver",
+    },
     {"config", "policies", "pruning", "moving", "pools", "state"},
     {"events", "frames", "new_layers", "samples", "snapshot"},
     {"recording"},

@@ -23,7 +23,7 @@ from drlora_core.cli.replay import replay_command
 from drlora_core.cli.report import report
 from drlora_core.cli.sections import SectionedCommand
 from drlora_core.cli.usage import describe_usage_error
-from drlora_core.errors import DRLoRAError, describe_validation_error
+from drlora_core.errors import DRLoRAError, describe_validation_error, printable
 from drlora_core.replay import CAVEAT
 
 ENTRY_POINTS = "drlora.commands"
@@ -138,7 +138,7 @@ def run(arguments: list[str] | None, show: Callable[[str], None] = print_error) 
         text, code = _describe_failure(error, command)
     else:  # an exit code where a command ended early
         raise SystemExit(code if isinstance(code, int) else 0)
-    show(text)
+    show(printable(text))
     raise SystemExit(code) from None
 
 

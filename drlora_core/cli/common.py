@@ -16,13 +16,10 @@ from pydantic import ValidationError
 
 from drlora_core.cli.console import is_unicode
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import DRLoRAError, describe_validation_error, near_misses
+from drlora_core.errors import DRLoRAError, describe_validation_error, near_misses, printable
 from drlora_core.recording import Recording, load_trace
 from drlora_core.runs import find_recording
 
-RANKS = ("r_init", "r_target", "r_max", "layer_ceiling")
-LARGEST, LARGEST_RANK = 10**12, 100_000  # of a setting; an engine has arrays as long as ranks
-MOST_EVENTS = 1_000_000
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -46,7 +43,7 @@ def build_config(
             values = AllocatorConfig.model_validate_json(file.read_bytes()).model_dump()
         except ValidationError as error:
             raise DRLoRAError(f"--allocator {file}: {describe_validation_error(error)}") from error
-    return check_events(AllocatorConfig(**values | read_settings(settings)))
+    return AllocatorConfig(**values | read_settings(settings))
 
 
 def read_settings(settings: Sequence[str] | None) -> dict[str, Any]:
@@ -60,9 +57,6 @@ def read_settings(settings: Sequence[str] | None) -> dict[str, Any]:
             hint = near_misses(name, AllocatorConfig.model_fields)
             raise DRLoRAError(f"--set {setting}: no such field; {hint}")
         values[name] = _parse_value(text)
-        most = LARGEST_RANK if name in RANKS else LARGEST
-        if isinstance(values[name], int) and values[name] > most:
-            raise DRLoRAError(f"--set {setting}: accepted: at most {most:,}")
     return values
 
 
@@ -72,16 +66,6 @@ def _parse_value(text: str) -> Any:
         return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
     except (ValueError, RecursionError):
         return text
-
-
-def check_events(config: AllocatorConfig) -> AllocatorConfig:
-    """Refuse a timetable with more events than can be listed."""
-    if config.num_events > MOST_EVENTS:
-        raise DRLoRAError(
-            f"growth_interval {config.growth_interval} up to growth_end {config.growth_end} makes "
-            f"{config.num_events:,} growth events; accepted: at most {MOST_EVENTS:,}"
-        )
-    return config
 
 
 def choose(option: str, value: str, accepted: Iterable[str]) -> Any:
@@ -103,7 +87,7 @@ def open_recording(path: Path, importance: Any = "ones") -> Recording:
 
 def emit(values: Any) -> None:
     """Print JSON; other characters than ASCII are escaped where the output cannot encode them."""
-    text = to_json(values)
+    text = printable(to_json(values))
     print(text if is_unicode(sys.stdout) else json.dumps(json.loads(text), indent=2))
 
 

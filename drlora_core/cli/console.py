@@ -1,6 +1,6 @@
 """Consoles of all commands: the width of a terminal, none in a pipe, and what can be encoded.
 
-This module needs rich alone, so that code below the command line can use it too.
+This module needs rich and errors alone, so that code below the command line can use it too.
 """
 
 from __future__ import annotations
@@ -8,11 +8,25 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from drlora_core.errors import printable
 
 UNBOUNDED = 10_000  # columns of a pipe: no line is folded there
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:-=+*#@"  # eight heights
+
+
+class _SafeConsole(Console):
+    """A console on which no text steers the terminal; styles and cursors are rich's own."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -25,10 +39,10 @@ def make_console(*, stderr: bool = False) -> Console:
         >>> make_console().width > 0
         True
     """
-    console = Console(stderr=stderr)
+    console = _SafeConsole(stderr=stderr)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(stderr=stderr, width=UNBOUNDED)
+    return _SafeConsole(stderr=stderr, width=UNBOUNDED)
 
 
 def say(text: str, console: Console | None = None) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from drlora_core.cli import common, plan_tables
 from drlora_core.config import AllocatorConfig
-from drlora_core.errors import DRLoRAError, LayoutError
+from drlora_core.errors import DRLoRAError, LayoutError, printable
 from drlora_core.memory_forecast import BYTES, KERNELS, QUANTIZATIONS, RunOptions
 from drlora_core.model_shape import ModelShape, read_json, read_model_config
 from drlora_core.plan import make_plan
@@ -145,7 +145,7 @@ def _read_config(
         )
     chosen = common.choose("timetable", timetable or "sprout", TIMETABLES)
     fields = common.read_settings(settings)
-    return common.check_events(AllocatorConfig.for_training(steps, timetable=chosen, **fields))
+    return AllocatorConfig.for_training(steps, timetable=chosen, **fields)
 
 
 def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
@@ -162,7 +162,8 @@ def _read_shape(model: str, given: dict[str, Any]) -> ModelShape:
             shape = read_model_config(path)
         except DRLoRAError as own_error:
             raise LayoutError(f"{error}; by its fields alone: {own_error}") from error
-        typer.echo(f"note: {error}; this plan uses the fields of config.json alone", err=True)
+        note = f"note: {error}; this plan uses the fields of config.json alone"
+        typer.echo(printable(note), err=True)
         return shape
 
 

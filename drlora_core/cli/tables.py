@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drlora_core.cli.console import make_console, say
+from drlora_core.errors import printable
 
 FRAME = 3  # characters of a column beside its text: a border and two spaces
 Row = Mapping[str, Any]
@@ -146,4 +147,4 @@ def format_cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else printable(str(value))

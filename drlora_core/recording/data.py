@@ -22,6 +22,7 @@ from drlora_core.errors import LayoutError, StatisticError, check_layer
 from drlora_core.events import GrowthEvent
 from drlora_core.recording import format as files
 from drlora_core.saliency import importance_at_zero
+from drlora_core.state import to_floats
 
 ByLayer = Mapping[str, ArrayLike]
 
@@ -303,10 +304,7 @@ def _join_layers(
 
 
 def _to_array(name: str, layer: str, values: ArrayLike) -> NDArray[Any]:
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise StatisticError(f"layer {layer!r}: {name} is not an array of numbers") from error
+    array = to_floats(f"layer {layer!r}: {name}", values).copy()
     accepted = "[steps, experts, r_max]" if name == "dimensions" else "[steps, experts]"
     if array.ndim != accepted.count(",") + 1 or 0 in array.shape:
         raise LayoutError(f"layer {layer!r}: {name} has shape {array.shape}; accepted: {accepted}")

@@ -13,9 +13,10 @@ from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from drlora_core import atomic
+from drlora_core.bounds import LARGEST_RANK, LARGEST_STEP, MOST_DIMENSIONS, MOST_EXPERTS
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import LayoutError, describe_validation_error
 from drlora_core.events import GrowthEvent
@@ -26,7 +27,7 @@ SAMPLED, BITS = 1, {"routing": 2, "importance": 4, "dimensions": 8}
 UNKNOWN = {"f": np.nan, "i": -1, "u": 0}  # stand for a missing value, by kind of number
 SEGMENT_STEPS, SEGMENT_BYTES = 256, 8 * 2**20  # most steps of a segment, fewer where they are large
 HEADER_BYTES, NPY_HEADER_BYTES = 2**24, 1024  # longest headers read: of a recording, of an array
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Experts = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
 Rows = NDArray[np.void]
 Segment = tuple[Rows, list[GrowthEvent]]
 
@@ -38,14 +39,24 @@ class Header(BaseModel):
 
     format: Literal["drlora-recording"] = "drlora-recording"
     version: Literal[2] = 2
-    layers: Annotated[dict[str, Count], Field(min_length=1)]
+    layers: Annotated[dict[str, Experts], Field(min_length=1)]
     config: AllocatorConfig | None
     policy: str | None
-    dimensions: Count | None
-    steps: NonNegativeInt | None = None
+    dimensions: Annotated[int, Field(ge=1, le=LARGEST_RANK)] | None
+    steps: Annotated[int, Field(ge=0, le=LARGEST_STEP)] | None = None
     checksum: str | None = Field(
         default=None, exclude=True
     )  # of the fields before it; older files lack it
+
+    @model_validator(mode="after")
+    def _fits(self) -> Header:
+        experts, depth = sum(self.layers.values()), self.dimensions or 1
+        if experts * depth > MOST_DIMENSIONS:
+            raise ValueError(
+                f"a step would hold {experts} experts x {depth} rank dimensions; accepted: at most "
+                f"{MOST_DIMENSIONS} (1 GiB)"
+            )
+        return self
 
     @property
     def step_type(self) -> np.dtype[np.void]:

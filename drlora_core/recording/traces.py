@@ -5,16 +5,25 @@ Shapes: T steps, L layers, N experts per layer.
 
 from __future__ import annotations
 
+import math
 import os
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from drlora_core.errors import LayoutError, StatisticError
 from drlora_core.recording.data import Recording
+from drlora_core.state import to_floats
 
+SMALL, UNPACKED = 2**24, 20  # bytes that any file may unpack to, and how often its own more
+HEADERS: Mapping[tuple[int, int], Callable[..., Any]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 ImportanceChoice = Literal["ones", "sampled"]
 
 
@@ -39,7 +48,7 @@ def from_routing_trace(
     Raises:
         LayoutError, StatisticError: wrong shapes, or an impossible value, by step and layer.
     """
-    sums, counts = np.asarray(weight_sum, dtype=np.float64), np.asarray(tokens)
+    sums, counts = to_floats("weight_sum", weight_sum), np.asarray(tokens)
     if sums.ndim != 3 or counts.shape != sums.shape[:1] or counts.dtype.kind not in "iu":
         raise LayoutError(
             f"weight_sum has shape {sums.shape}, tokens are {counts.dtype}{list(counts.shape)}; "
@@ -73,15 +82,35 @@ def load_trace(
     """Read a ``.npz`` file with arrays ``weight_sum`` and ``tokens``; see `from_routing_trace`.
 
     Raises:
-        LayoutError: not such a file (nothing in it is ever unpickled).
+        LayoutError: not such a file (nothing in it is ever unpickled), or one that would unpack to
+            more than ``UNPACKED`` times its size.
         OSError: it cannot be read.
     """
     try:
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            weight_sum, tokens = file["weight_sum"], file["tokens"]
+        with Path(path).open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            most = SMALL + UNPACKED * os.fstat(stream.fileno()).st_size
+            weight_sum, tokens = (_read(archive, name, most) for name in ("weight_sum", "tokens"))
     except OSError:
         raise
-    except Exception as error:  # np.load raises ValueError, KeyError, BadZipFile, EOFError, ...
+    except Exception as error:  # ValueError, KeyError, BadZipFile, EOFError, zlib.error, ...
         what = "a routing trace, an .npz file with weight_sum and tokens"
         raise LayoutError(f"{path} is not {what}: {error}") from error
     return from_routing_trace(weight_sum, tokens, importance=importance, seed=seed)
+
+
+def _read(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
+    """Read an array of numbers that has at most so many bytes, which its header says."""
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        if version not in HEADERS:
+            raise LayoutError(f"{name} has version {version} of the NumPy format")
+        shape, _, dtype = HEADERS[version](member)
+    if dtype.kind not in "biuf":
+        raise LayoutError(f"{name} holds {dtype}; accepted: numbers")
+    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize > most:
+        raise LayoutError(
+            f"{name} has shape {shape}, whose {dtype} would take more than {most:,} bytes, "
+            f"{UNPACKED} times the file and {SMALL:,}; save it with numpy.savez"
+        )
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)

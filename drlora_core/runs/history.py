@@ -67,7 +67,8 @@ def signal_history(
     decided = {event.step: event for event in events}
     rows: dict[str, list[FloatArray]] = {"routing": [], "importance": [], "saliency": []}
     state = states.make_state(config, {name: starts[name] for name in recording.layers})
-    orders = {name: initial_order(n, config.r_max) for name, n in recording.layers.items()}
+    cut_layers = recording.layers if config.cuts else {}
+    orders = {name: initial_order(n, config.r_max) for name, n in cut_layers.items()}
     for step in range(1, recording.steps + 1):
         _observe(state, config, recording, step - 1, orders)
         if step in kept:
@@ -76,7 +77,8 @@ def signal_history(
             rows["saliency"].append(states.expert_saliency(state, config))
         if step in decided:
             state = _apply(state, decided[step])
-            orders |= {n: follow(orders[n], cut) for n, cut in decided[step].cut.items()}
+            cuts = decided[step].cut.items() if orders else ()
+            orders |= {n: follow(orders[n], cut) for n, cut in cuts}
     none = np.zeros((0, recording.num_experts))
     arrays = {name: np.stack(values) if values else none for name, values in rows.items()}
     return SignalHistory(np.array(sorted(kept), dtype=np.int64), **arrays)

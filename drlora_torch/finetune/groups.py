@@ -9,9 +9,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from drlora_core.bounds import ALPHA_BOUND, GAMMA_BOUND, RANK_BOUND, STEP_BOUND, at_most
 from drlora_core.config import PolicyName, ScopeName, TimetableName
 from drlora_torch.finetune.words import parse_names, parse_pairs
 
+RUN_BOUND = at_most(10**9, "at 1,000 steps a second they take 12 days")
+EPOCH_BOUND = at_most(1e6, "no data is read so often")
+SHARE_BOUND = at_most(2**20, "no step has so many forward passes")
+LENGTH_BOUND = at_most(2**24, "no model reads so many tokens at once")
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names), Field(min_length=1)]
 Pairs = Annotated[dict[str, str], BeforeValidator(parse_pairs)]
@@ -68,7 +73,7 @@ class DataGroup(Group):
     """File with the chat template (Jinja) to use instead of the tokenizer's."""
     train_on: Literal["answers", "all"] = "answers"
     """Tokens that bear loss: completions and assistant turns (answers), or all."""
-    max_length: int = Field(512, ge=2)
+    max_length: Annotated[int, LENGTH_BOUND] = Field(512, ge=2)
     """Longest row in tokens; the rest is cut off."""
     packing: bool = False
     """Put several rows into one sequence of max_length; they do not see each other."""
@@ -82,35 +87,35 @@ class RankGroup(Group):
 
     panel: ClassVar[str] = "Ranks of the experts"
 
-    r_init: int | None = Field(None, ge=0)
+    r_init: Annotated[int | None, RANK_BOUND] = Field(None, ge=0)
     """Rank of every expert at the start. If not given, 1 with timetable sprout, else half
     of r_target; twice r_target with policy prune."""
-    r_target: int = Field(16, ge=1)
+    r_target: Annotated[int, RANK_BOUND] = Field(16, ge=1)
     """Mean rank at the end, which is the budget."""
-    r_max: int = Field(32, ge=1)
+    r_max: Annotated[int, RANK_BOUND] = Field(32, ge=1)
     """Largest rank of one expert."""
-    alpha: float | None = Field(None, gt=0.0)
+    alpha: Annotated[float | None, ALPHA_BOUND] = Field(None, gt=0.0)
     """Scale the LoRA update by alpha / r_target. If not given, 2 * r_target."""
-    gamma: float = Field(1.0, ge=0.0)
+    gamma: Annotated[float, GAMMA_BOUND] = Field(1.0, ge=0.0)
     """Exponent of the rank penalty in the saliency."""
     timetable: TimetableName = "sprout"
     """Ranks grow between 5 and 25 % (sprout, early) or 10 and 60 % (late) of the steps. With sprout
     they start at 1."""
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: Annotated[int | None, STEP_BOUND] = Field(None, ge=0)
     """Optimizer steps before growth. If not given, by the timetable."""
-    growth_interval: int | None = Field(None, ge=1)
+    growth_interval: Annotated[int | None, STEP_BOUND] = Field(None, ge=1)
     """Optimizer steps from one growth event to the next. If not given, as many as make at most 8
     events."""
-    growth_end: int | None = Field(None, ge=0)
+    growth_end: Annotated[int | None, STEP_BOUND] = Field(None, ge=0)
     """Last optimizer step of growth. If not given, by the timetable."""
-    max_growth: int | None = Field(None, ge=1)
+    max_growth: Annotated[int | None, STEP_BOUND] = Field(None, ge=1)
     """Most ranks that an expert gains per event. If not given, an expert that wins every event
     reaches r_max at the last one."""
     policy: PolicyName = "greedy"
     """How the new ranks go to the experts; move also takes ranks from experts, prune only takes."""
     move_share: float = Field(0.2, ge=0.0, le=1.0)
     """Policy move: largest share of a layer's ranks that the first event moves."""
-    r_min: int = Field(1, ge=0)
+    r_min: Annotated[int, RANK_BOUND] = Field(1, ge=0)
     """Policies prune and move: least rank that they leave an expert."""
     scope: ScopeName = "layer"
     """Whether each layer has a quota of its own or all layers share one."""
@@ -132,9 +137,9 @@ class RestGroup(Group):
 
     panel: ClassVar[str] = "Rest of the model"
 
-    attention_rank: int | None = Field(None, ge=1)
+    attention_rank: Annotated[int | None, RANK_BOUND] = Field(None, ge=1)
     """Rank of LoRA in attention, shared experts and dense layers. If not given, they are frozen."""
-    attention_alpha: float | None = Field(None, gt=0.0)
+    attention_alpha: Annotated[float | None, ALPHA_BOUND] = Field(None, gt=0.0)
     """Scale that LoRA by attention_alpha / attention_rank. If not given, 2 * attention_rank."""
     attention_targets: Names | None = None
     """Names of the Linears that get it, such as q_proj,v_proj. If not given, all of them."""
@@ -153,13 +158,13 @@ class TrainingGroup(Group):
     """Learn to write the answers (sft), or to prefer the chosen ones (dpo)."""
     beta: float = Field(0.1, gt=0.0)
     """How much dpo holds on to the base model."""
-    steps: int | None = Field(None, ge=1)
+    steps: Annotated[int | None, RUN_BOUND] = Field(None, ge=1)
     """Optimizer steps. If neither steps nor epochs are given, 200. With --resume: to this step."""
-    epochs: float | None = Field(None, gt=0.0)
+    epochs: Annotated[float | None, EPOCH_BOUND] = Field(None, gt=0.0)
     """Passes over DATA, instead of steps."""
     batch_size: int = Field(16, ge=1, le=2**20)
     """Rows per device and forward pass."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: Annotated[int, SHARE_BOUND] = Field(1, ge=1)
     """Forward passes per optimizer step."""
     learning_rate: float = Field(2e-4, gt=0.0)
     """Peak learning rate."""
@@ -203,12 +208,12 @@ class WatchGroup(Group):
 
     panel: ClassVar[str] = "Evaluation, checkpoints, reports"
 
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: Annotated[int | None, STEP_BOUND] = Field(None, ge=1)
     """Optimizer steps between evaluations. If not given, before and after the training only."""
-    patience: int | None = Field(None, ge=1)
+    patience: Annotated[int | None, STEP_BOUND] = Field(None, ge=1)
     """Stop after this many evaluations without a lower held-out loss, and keep the best; needs
     --eval-every, at which checkpoints are written then."""
-    save_every: int | None = Field(None, ge=1)
+    save_every: Annotated[int | None, STEP_BOUND] = Field(None, ge=1)
     """Optimizer steps between checkpoints. If not given, a quarter of the steps."""
     report_to: Names | None = None
     """Where metrics go beside the run's folder, by the Trainer's names: tensorboard, wandb, ..."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from drlora_torch.errors import ModelError
+from drlora_torch.errors import FOREIGN_CODE, ModelError, needs_foreign_code
 from drlora_torch.finetune.options import FinetuneOptions, is_local
 from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.models.quantization.quantizer import Experts4bitConfig
@@ -27,7 +27,8 @@ def load_model(
     """Load a causal language model from a folder or by its id on the Hugging Face Hub.
 
     The dtype ``auto`` is float32 on a CPU, where half precision is slow, and that of the
-    checkpoint on a GPU. A model that cannot be loaded so is a ModelError.
+    checkpoint on a GPU. A model that cannot be loaded so, or needs code of its own, is a
+    ModelError.
     """
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
@@ -103,9 +104,11 @@ def _load(loader: Any, name: str, **arguments: Any) -> Any:
     if is_local(name) and not Path(source, "config.json").is_file():
         raise ModelError(f"{name!r} is not the folder of a model: it has no config.json")
     try:
-        return loader.from_pretrained(source, **arguments)
+        # Without it Transformers asks on the terminal, and runs the code after a "y".
+        return loader.from_pretrained(source, trust_remote_code=False, **arguments)
     except ModelError:
         raise
     except Exception as error:  # the hub client, safetensors and configurations have their own
-        reason = str(error).strip().split("\n")[0]
+        foreign = needs_foreign_code(error)
+        reason = FOREIGN_CODE if foreign else str(error).strip().split("\n")[0]
         raise ModelError(f"model {name!r} could not be loaded: {reason}") from error

@@ -10,16 +10,20 @@ from torch import nn
 
 from drlora_core import AllocatorEngine
 from drlora_torch.attached import AdaptedLayer, Attached
+from drlora_torch.errors import AttachError
 from drlora_torch.lifecycle.dense import adapt_linears
 from drlora_torch.lifecycle.dense_choice import choose_linears
 from drlora_torch.lifecycle.modules import choose_modules
 from drlora_torch.lora.layers import ExpertLoRA
-from drlora_torch.lora.slots import IntArray, SlotTable
+from drlora_torch.lora.slots import IntArray, Layout, SlotTable
 from drlora_torch.models.conventions import convention_of
 from drlora_torch.models.records import MoELayer
 from drlora_torch.models.sharding import find_spread
 from drlora_torch.options import AdapterOptions
 from drlora_torch.step.newborn import OLD
+
+LARGE = 2**26
+"""Numbers of a layer's LoRA, 256 MiB in float32, up to which it may be larger than its experts."""
 
 
 def build(
@@ -55,6 +59,7 @@ def _adapt(
 ) -> AdaptedLayer:
     config = engine.config
     num_slots = record.num_experts * options.slots_per_expert(config)
+    _check_size(record, num_slots, options)
     table = SlotTable(num_slots, record.num_experts, config.r_max, options.layout)
     table.grow(_ranks(engine, record))
     experts = model.get_submodule(record.name)
@@ -74,6 +79,19 @@ def _adapt(
         lora.shard(spread)
     router = None if record.router is None else model.get_submodule(record.router)
     return AdaptedLayer(record, experts, lora, router)
+
+
+def _check_size(record: MoELayer, num_slots: int, options: AdapterOptions) -> None:
+    """Refuse what only a slip or a hostile file asks for, before it is allocated."""
+    shapes = record.projections.values()
+    lora = num_slots * sum(shape.in_features + shape.out_features for shape in shapes)
+    base = record.num_experts * sum(shape.in_features * shape.out_features for shape in shapes)
+    if lora > max(LARGE, 4 * base):
+        field = "r_max" if options.layout is Layout.MASKED else "r_target"
+        raise AttachError(
+            f"layer {record.name!r}: the LoRA of {num_slots:,} ranks would have {lora:,} numbers, "
+            f"more than 4 times those of the experts, {base:,}; use a smaller {field}"
+        )
 
 
 def _ranks(engine: AllocatorEngine, record: MoELayer) -> IntArray:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from drlora_core.model_shape import LayerShape, ModelShape, read_json, token_sizes
-from drlora_torch.errors import ModelError
+from drlora_torch.errors import FOREIGN_CODE, ModelError, needs_foreign_code
 from drlora_torch.models.discovery import find_layers
 
 
@@ -105,6 +105,8 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _cannot_build(source: str, error: Exception) -> ModelError:
+    if needs_foreign_code(error):
+        return ModelError(f"Transformers cannot build the model of {source}: {FOREIGN_CODE}")
     lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return ModelError(

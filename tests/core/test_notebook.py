@@ -96,10 +96,10 @@ def test_moving_shows_what_it_moves(tmp_path: Path) -> None:
 
 
 def test_an_engine_without_layers_is_shown() -> None:
-    engine = AllocatorEngine(AllocatorConfig(growth_interval=1, growth_end=10**15))
+    engine = AllocatorEngine(AllocatorConfig(growth_interval=10**7, growth_end=10**12))
     check_line(engine, r"AllocatorEngine\(greedy, step 0, 0 layers, 0 experts\)")
     read_html(engine)
-    assert "after steps 201 to 1000000000000000" in read_html(engine.config)[0]
+    assert "after steps 10000200 to 999990000200" in read_html(engine.config)[0]
 
 
 def test_many_experts_and_hostile_names_fill_one_screen() -> None:

@@ -12,6 +12,7 @@ import datasets
 import pytest
 from rich.console import Console
 
+from drlora_core.cli.console import make_console
 from drlora_torch.errors import DataError, ModelError, RunError
 from drlora_torch.finetune import inputs
 from drlora_torch.finetune.data import summary
@@ -274,3 +275,12 @@ def test_marks_follow_the_labels() -> None:
     tokens = make_tokenizer()("abcd")["input_ids"]
     labels = [-100, tokens[1], tokens[2], -100]
     assert summary.mark(make_tokenizer(), Encoded(tokens, labels)) == "a[[bc]]d"
+
+
+def test_an_example_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = dict.fromkeys(summary.Summary.model_fields, 1)
+    texts = {"format": "text", "ignored": ("\x1b[31m",), "example": "\x1b]0;x\x07", "digest": ""}
+    summary.show(make_console(), summary.Summary.model_validate({**fields, **texts}), 1, 1, 1)
+    out = capsys.readouterr().out
+    assert not set(out) & {"\x1b", "\x07"}
+    assert r"\u001b]0;x" in out

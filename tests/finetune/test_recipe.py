@@ -126,6 +126,13 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"compare": "prune"}, "compare"),
     ({"processes": -1}, "processes"),
     ({"fsdp_size": 0}, "fsdp_size"),
+    ({"steps": 10**400}, "steps\n  must be at most 1,000,000,000, got 1000"),
+    ({"steps": 10**13}, "steps\n  must be at most 1,000,000,000"),
+    ({"epochs": 1e300}, "epochs\n  must be at most"),
+    ({"growth_end": 10**15}, "growth_end\n  must be at most 1,000,000,000,000"),
+    ({"steps": 100, "r_max": 40_000_000}, "r_max\n  must be at most 100,000, .* no matrix"),
+    ({"alpha": 1e308}, "alpha\n  must be at most 1,000,000"),
+    ({"gamma": 1e308}, "gamma\n  must be at most 50"),
 ]
 
 

@@ -144,6 +144,21 @@ def test_bad_options_change_nothing(
     assert engine.state_dict()["layers"] == {}
 
 
+@pytest.mark.parametrize(
+    ("fields", "layout", "field"),
+    [({"r_target": 100_000}, "pooled", "r_target"), ({}, "masked", "r_max")],
+)
+def test_a_lora_that_dwarfs_its_experts_is_refused(
+    fields: dict[str, int], layout: str, field: str
+) -> None:
+    """Before it is allocated: a recipe of a stranger could fill the memory."""
+    model = models.build()
+    with pytest.raises(ValueError, match=f"more than 4 times .*; use a smaller {field}"):
+        helpers.attach(model, config={**fields, "r_max": 100_000}, layout=layout)
+    assert drlora_torch.adapters(model) == {}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_engine_must_be_an_engine_of_these_layers() -> None:
     model = models.build()
     picture = Picture(model)

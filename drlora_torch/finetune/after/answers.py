@@ -8,6 +8,7 @@ from typing import NamedTuple
 import typer
 from transformers import TextStreamer
 
+from drlora_core.errors import printable
 from drlora_torch.finetune.after.opened import Opened
 from drlora_torch.finetune.after.prompts import Prompter
 from drlora_torch.finetune.after.texts import Sampling, generate
@@ -20,6 +21,13 @@ class Show(NamedTuple):
     """With lines that say what an answer belongs to."""
     stream: bool
     """While they are made, rather than when they are complete."""
+
+
+class _SafeStreamer(TextStreamer):
+    """Shows what a model writes, which may be anything."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def answer(
@@ -50,11 +58,11 @@ def answer(
         if show and base:
             typer.echo("[base model]" if name == "base" else "[trained model]")
         if show and show.stream:
-            streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = _SafeStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with opened.adapter.disabled() if name == "base" else contextlib.nullcontext():
             (made[name],) = generate(
                 opened.model, opened.tokenizer, [tokens], sampling, stop, streamer
             )
         if show and not show.stream:
-            typer.echo(made[name])
+            typer.echo(printable(made[name]))
     return made

@@ -182,8 +182,9 @@ def reload(model: Any, folder: Path) -> Any:
     Its experts are computed as those of the model are, where a CPU can do that.
     """
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
-    options = {"device_map": "cpu"} if quantized else {}
-    written = type(model).from_pretrained(folder, dtype=float_dtype(model), **options).eval()
+    options: dict[str, Any] = {"device_map": "cpu"} if quantized else {}
+    options |= {"dtype": float_dtype(model), "trust_remote_code": False}
+    written = type(model).from_pretrained(folder, **options).eval()
     if hasattr(model, "get_experts_implementation"):
         chosen = model.get_experts_implementation()
         written.set_experts_implementation({k: v for k, v in chosen.items() if v in ON_CPU})

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config, QuantizationConfigMixin
 
-from drlora_torch.errors import ModelError
+from drlora_torch.errors import FOREIGN_CODE, ModelError, needs_foreign_code
 from drlora_torch.models.quantization.loading import (
     Trainable,
     check_loaded,
@@ -34,20 +34,26 @@ def packed_config(name: str | os.PathLike[str], **options: Any) -> Any:
 
     Args:
         name: a folder, or an id on the Hugging Face Hub, as ``from_pretrained`` takes it.
-        options: further options of ``AutoConfig.from_pretrained``.
+        options: further options of ``AutoConfig.from_pretrained``; ``trust_remote_code`` is False
+            if it is not given.
 
     Returns:
         A configuration to pass on, with the same name:
         ``AutoModelForCausalLM.from_pretrained(name, config=packed_config(name))``.
 
     Raises:
-        ModelError: the checkpoint is not quantized, or in another way.
+        ModelError: the checkpoint is not quantized, or in another way, or needs code of its own.
         OSError: there is no such file or hub id.
     """
     from transformers import AutoConfig
 
     name = os.fspath(name)
-    config = AutoConfig.from_pretrained(name, **options)
+    try:
+        config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **options})
+    except ValueError as error:
+        if not needs_foreign_code(error):
+            raise
+        raise ModelError(f"{name!r} cannot be read: {FOREIGN_CODE}") from error
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
         raise ModelError(
