@@ -29,7 +29,7 @@ def at_most(limit: float, reason: str) -> AfterValidator:
 
     def check(value: Number) -> Number:
         if value is not None and value > limit:
-            raise ValueError(f"must be at most {limit:,}, got {shorten(value)}: {reason}")
+            raise ValueError(f"must be at most {limit:,.15g}, got {shorten(value)}: {reason}")
         return value
 
     return AfterValidator(check)

@@ -60,6 +60,8 @@ class Merged:
 
     originals: dict[ExpertWeight, Original]
     stop_guard: Callable[[], None]
+    step: int
+    """Steps of the engine so far; it is free while the adapter is merged."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -59,7 +59,7 @@ def merge(attached: Attached, *, keep_originals: bool) -> None:
         residents.remove(attached)
         show_trained(attached, True)
         if keep_originals:
-            attached.merged = Merged(originals, _refuse_steps(attached))
+            attached.merged = Merged(originals, _refuse_steps(attached), attached.engine.step_count)
     except BaseException:
         restore(attached, originals)
         if attached.name not in residents.by_name:
@@ -83,7 +83,8 @@ def unmerge(attached: Attached) -> None:
     residents = Residents.of(attached.model)
     if residents.by_name:
         raise AttachError("another adapter was attached to the model; call its detach() first")
-    growth.check_ranks(attached)
+    if attached.engine.step_count != merged.step:
+        growth.check_ranks(attached)
     restore(attached, merged.originals)
     try:
         enter(residents, attached)

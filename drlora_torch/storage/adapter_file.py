@@ -28,8 +28,13 @@ def write(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str,
     target = folder / FILE_NAME
     told = json.dumps(description)
     metadata = {KEY: told, CHECKSUM: checksum(tensors, told)}
+
+    def save(part: Path) -> None:
+        save_file(dict(tensors), part, metadata=metadata)
+        _sort_metadata(part)
+
     try:
-        atomic.write_file(target, lambda part: save_file(dict(tensors), part, metadata=metadata))
+        atomic.write_file(target, save)
     except (OSError, SafetensorError) as error:
         message = f"could not write {target}: {error}; what was there before is untouched"
         raise CheckpointError(message) from error
@@ -51,6 +56,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{source} is not a drlora adapter: it has no description of one")
     _check(source, tensors, metadata)
     return tensors, description
+
+
+def _sort_metadata(file: Path) -> None:
+    """Make equal content an equal file: safetensors writes its metadata in a random order."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same JSON, which safetensors pads with spaces"
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def checksum(tensors: Mapping[str, Tensor], told: str) -> str:

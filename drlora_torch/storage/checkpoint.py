@@ -56,12 +56,11 @@ def save(attached: Attached, path: Path) -> None:
 
 
 def _save(attached: Attached, path: Path) -> None:
-    for name, layer in attached.layers.items():
-        if (layer.lora.table.ranks() != attached.engine.ranks(name)).any():
-            raise CheckpointError(
-                f"layer {name!r} holds other ranks than the engine (was a growth event "
-                "interrupted?); go on from the last file that was saved"
-            )
+    check_values(attached)
+    try:
+        growth.check_ranks(attached)
+    except LayoutError as error:
+        raise CheckpointError(str(error)) from error
     tensors, description = describe(attached)
     here = writes(attached)
     for key, values in _weights(attached):
@@ -94,11 +93,6 @@ def check_finite(attached: Attached) -> None:
 
 def _weights(attached: Attached) -> Iterator[tuple[str, Tensor]]:
     """All that the adapter trains, whole, by their keys in files; one after the other."""
-    check_values(attached)
-    try:
-        growth.check_ranks(attached)
-    except LayoutError as error:
-        raise CheckpointError(str(error)) from error
     for layer in attached.layers.values():
         owned = torch.from_numpy(layer.lora.table.owner != FREE)
         for key, parameter in layer.lora.tensors().items():

@@ -87,10 +87,8 @@ def _step_of(checkpoint: Path) -> int | None:
         state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        return None
-    numbers = state.get("global_step"), state.get("max_steps")
-    return numbers[0] if all(type(number) is int for number in numbers) else None
+    step = state.get("global_step", 0) if isinstance(state, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _steps_in(folder: Path) -> int:

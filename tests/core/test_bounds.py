@@ -21,7 +21,7 @@ TOO_LARGE: list[tuple[dict[str, Any], str]] = [
     ({"r_target": 10**6}, "r_target: must be at most 100,000"),
     ({"growth_end": 10**15}, "growth_end: must be at most 1,000,000,000,000"),
     ({"r_init": 1, "quota": 10**13}, "quota: must be at most"),
-    ({"gamma": 1e308}, "gamma: must be at most 50.0"),
+    ({"gamma": 1e308}, "gamma: must be at most 50, got"),
     ({"gamma": 10**400}, "gamma: must be a valid number, got 1000"),
     ({"seed": 10**5000}, "seed: must be at most"),
     ({"growth_interval": 1, "growth_end": 10**7}, "9,999,800 growth events; accepted: at most"),

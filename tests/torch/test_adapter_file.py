@@ -120,3 +120,15 @@ def test_path_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(drlora_torch.CheckpointError, match="could not write"):
         trained(0).save_pretrained(tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_equal_content_is_an_equal_file(tmp_path: Path) -> None:
+    """Safetensors alone writes its metadata in another order each time."""
+    tensors = {'ä\x1f"': torch.arange(4.0), "b": torch.zeros(2, 3)}
+    for number in range(12):
+        adapter_file.write(tmp_path / str(number), tensors, {"name": "\u2028 \\ \x7f"})
+    files = {(tmp_path / str(number) / FILE).read_bytes() for number in range(12)}
+    assert len(files) == 1
+    held, told = adapter_file.read(tmp_path / "3")
+    assert told == {"name": "\u2028 \\ \x7f"}
+    assert all(torch.equal(held[key], tensors[key]) for key in tensors)

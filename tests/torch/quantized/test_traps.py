@@ -103,7 +103,7 @@ def test_a_merge_that_loses_a_small_update_is_noticed(
     whole = adapter.merge_and_save(tmp_path / "whole")
     assert whole.logits_effect is not None
     assert 0.002 < whole.logits_effect < 0.05
-    monkeypatch.setattr(packed, "add", lambda weight, delta, rounding=None: weight)
+    monkeypatch.setattr(packed, "add", lambda where, weight, delta, rounding=None: weight)
     if quantize:
         with caplog.at_level(logging.WARNING):
             report = adapter.merge_and_save(tmp_path / "lost", quantize=True)
