@@ -7,6 +7,7 @@ import pytest
 from scripts import soak
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_few_steps_are_measured() -> None:
     blocks = soak.train(40)

@@ -14,8 +14,8 @@ from drlora_torch.finetune import job
 from tests.docs import commands, given, hub, pages, shell
 
 SHELL = [page for page in pages.PAGES if "```bash\n" in pages.read(page)]
-TESTED_ELSEWHERE = ("docs/after_training.md", "docs/examples.md")
-"""Their commands are those of tests/finetune/after and of tests/test_examples.py."""
+TESTED_ELSEWHERE = ("docs/after_training.md", "docs/distributed.md", "docs/examples.md")
+"""Their commands are those of tests/finetune/after, test_processes and tests/test_examples.py."""
 MADE = {
     "README.md": ["my-run", "my-run/report.html"],
     "docs/distributed.md": ["my-run"],
@@ -84,7 +84,7 @@ def test_the_commands_of_a_page_run(
     known = integration_utils.INTEGRATION_TO_CALLBACK  # TensorBoard need not be installed
     monkeypatch.setitem(known, "tensorboard", TrainerCallback)
     if page in commands.SHORTENED:  # a report takes seconds, and other pages have it
-        monkeypatch.setattr(job, "write_report", lambda path: path / "report.html")
+        monkeypatch.setattr(job, "write_report", lambda run: run.path / "report.html")
     pages.run(pages.parse(page, "bash", folder=tmp_path))
     for pattern in MADE.get(page, []):
         found = sorted(tmp_path.glob(pattern))
