@@ -58,7 +58,7 @@ def damage_json(content: bytes, draw: random.Random) -> bytes:
         if draw.random() < 0.15:
             del holder[key]
         else:
-            holder[key] = draw.choice(NASTY)
+            holder[key] = copy.deepcopy(draw.choice(NASTY))
     return json.dumps(value).encode()
 
 
