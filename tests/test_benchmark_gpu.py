@@ -12,6 +12,7 @@ from benchmarks.on_device import decisions, parity, waiting
 from benchmarks.on_device.shapes import SHAPES, Case
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on what it compiles
 def test_all_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,13 @@ def test_a_few_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", killing.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(each, marks=[pytest.mark.exhaustive] if number else [])
+        for number, each in enumerate(killing.OPTIMIZERS)
+    ],
+)
 def test_twenty_kills(tmp_path: Path, optimizer: str) -> None:
     results = killed(tmp_path, 20, 1, optimizer)
     check(results, 20)

@@ -9,7 +9,7 @@ import torch
 
 from tests.torch import helpers
 from tests.torch.conformance import tiny
-from tests.torch.conformance.test_table import ROUNDING, distance, table
+from tests.torch.conformance.test_table import ROUNDING, distance, thinned
 from tests.torch.dense import fill, linears
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ IDLE = {
 """The Linears that the tiny model's first step cannot move, by a pattern. No family is left out."""
 
 
-@table
+@thinned
 def test_dense_linears_learn_and_merge(name: str) -> None:
     model = tiny.build(name, exact=True)
     with tiny.Float64Throughout():

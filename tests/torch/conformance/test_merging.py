@@ -19,7 +19,7 @@ from torch import Tensor
 import drlora_torch
 from tests.torch import helpers, models, reference
 from tests.torch.conformance import tiny
-from tests.torch.conformance.test_table import ROUNDING, distance, table
+from tests.torch.conformance.test_table import ROUNDING, distance, table, thinned
 from tests.torch.test_life import Picture
 
 
@@ -75,7 +75,7 @@ def test_unmerge_brings_back_every_bit(name: str) -> None:
     assert all(helpers.equal(after[key], value) for key, value in weights.items())
 
 
-@table
+@thinned
 def test_merge_and_save_writes_a_plain_checkpoint(name: str, tmp_path: Path) -> None:
     model, adapter = adapted(name)
     before, state = outputs(model, name), {k: v.clone() for k, v in model.state_dict().items()}

@@ -11,7 +11,7 @@ import pytest
 
 from drlora_torch.lora.kernels import grouped
 from tests.torch.conformance.table import FAMILIES
-from tests.torch.conformance.test_table import over_table, table
+from tests.torch.conformance.test_table import over_table, thinned
 from tests.torch.quantized import checks, merging
 from tests.torch.quantized.cases import in_table
 
@@ -21,7 +21,7 @@ some = over_table(FEW.__contains__, among=lambda name: bool(FAMILIES[name].fast)
 """Rows that add something."""
 
 
-@table
+@thinned
 def test_quantized_experts_are_their_dequantized_weights(name: str) -> None:
     checks.check_against_dequantized(in_table(name))
 

@@ -12,13 +12,13 @@ import torch
 import drlora_torch
 from tests.torch import helpers, reference
 from tests.torch.conformance import tiny
-from tests.torch.conformance.test_table import ROUNDING, distance, table
+from tests.torch.conformance.test_table import ROUNDING, distance, table, thinned
 
 pytestmark = pytest.mark.slow
 ZERO = {"r_init": 0}
 
 
-@table
+@thinned
 def test_growth_from_zero(name: str, tmp_path: Path) -> None:
     """Nothing but the model's own experts runs at first; their routing counts, and they grow."""
     model = tiny.build(name)
