@@ -68,12 +68,19 @@ def _loss(run: Run) -> str:
         ]
         return f"{text}; {', '.join(rivals)}." if rivals else f"{text}."
     losses = run.losses
-    named = (("held-out", losses.held_out), ("training", losses.training))
-    for name, values in sorted(named, key=lambda each: len(each[1]) < 2):
-        if len(values):
-            began = f"; it began at {_as_read(values[0])}" if len(values) > 1 else ""
-            done = f"After {losses.last_step:,} of {run.last_step:,} steps"
-            return f"{done} the {name} loss is {_as_read(values[-1])}{began}."
+    known = [
+        (int(steps[-1]), name, values)
+        for name, steps, values in (
+            ("held-out", losses.held_out_steps, losses.held_out),
+            ("training", losses.steps, losses.training),
+        )
+        if len(steps)
+    ]
+    if known:  # the newest; of two, the held-out one, which does not depend on a batch
+        last, name, values = max(known, key=lambda each: (each[0], each[1] == "held-out"))
+        began = f"; it began at {_as_read(values[0])}" if len(values) > 1 else ""
+        done = f"After {last:,} of {run.last_step:,} steps"
+        return f"{done} the {name} loss is {_as_read(values[-1])}{began}."
     size = notebook.describe_layers(run.starts)
     done = notebook.count(run.recording.steps, "step")
     return f"The statistics of {done} were recorded, of {size}, and no loss."

@@ -41,7 +41,8 @@ def test_a_run_ends_with_its_report_and_an_error_there_costs_the_report_alone(
     ours, uniform = job.run(recipe(moe_folder, sums), output, console)
     assert str(output / "report.html") in console.export_text()
     page = (output / "report.html").read_text()
-    assert f"{ours.loss_before:.3f} to {ours.loss_after:.3f}" in page
+    before, after = f"{ours.loss_before:.3f}", f"{ours.loss_after:.3f}"
+    assert (f"stayed at {after}" if before == after else f"{before} to {after}") in page
     assert f"uniform LoRA with the same budget reached {uniform.loss_after:.3f}" in page
     assert f"drlora finetune --config {output / 'run.yaml'}" in page
     assert "The held-out loss" in page or "the held-out loss" in page
