@@ -109,7 +109,7 @@ def _budget(run: Run) -> str:
 
 
 def _where(run: Run) -> str:
-    """Say how concentrated the growth is, and which experts gained most."""
+    """Say how concentrated the growth is, and which experts gained the most."""
     gained = np.maximum(run.final - run.ranks[0], 0)
     if not gained.any():
         return _what_is_left(run) if run.events and run.final.any() else ""
@@ -119,7 +119,7 @@ def _where(run: Run) -> str:
     if len(tied) > 1:
         reached = np.unique(run.final[tied])
         what = f"rank {reached[0]}" if len(reached) == 1 else f"{gained[most]} units more"
-        return f"{half}; {len(tied):,} experts gained most, up to {what}."
+        return f"{half}; {len(tied):,} experts gained the most, up to {what}."
     name = next(layer for layer, part in run.places.items() if part.start <= most < part.stop)
     expert = most - run.places[name].start
     layer = notebook.shorten(name, CHARACTERS)

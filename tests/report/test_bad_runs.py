@@ -70,9 +70,10 @@ def test_a_folder_whose_name_is_no_text_has_a_page(
     pytest.importorskip("jinja2")
     path = tmp_path / os.fsdecode(b"run-\xff")
     try:
-        recorded.record(path / "recording")
+        path.mkdir()
     except OSError:
         pytest.skip("this file system wants UTF-8")
+    recorded.record(path / "recording")
     page = write_report(open_run(path))
     assert "<bdi>run-?</bdi>" in page.read_text(encoding="utf-8")
     assert call(capsys, "report", path).code == 0

@@ -176,7 +176,7 @@ def test_the_headline_names_one_winner_or_counts_several(tmp_path: Path) -> None
     run = open_run(write_run(tmp_path / "run", max_growth=1))
     gained = run.final - run.ranks[0]
     assert (tied := int((gained == gained.max()).sum())) > 1
-    assert headline(run)[2].endswith(f"; {tied} experts gained most, up to rank 5.")
+    assert headline(run)[2].endswith(f"; {tied} experts gained the most, up to rank 5.")
     starts = {name: run.final[part] - 1 for name, part in run.places.items()}
     starts["second"][3] = 0
     won = headline(dataclasses.replace(run, starts=starts))[2]
