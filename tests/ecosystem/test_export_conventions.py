@@ -16,6 +16,7 @@ from torch import nn
 
 import drlora_torch
 from tests.ecosystem.in_peft import CASES, CONVENTIONS, Case
+from tests.marks import slow_and_thinned
 from tests.torch import dense, helpers
 from tests.torch.conformance.table import FAMILIES
 from tests.torch.conventions import handwritten
@@ -57,7 +58,7 @@ def assert_same_deltas(have: drlora_torch.Adapter, want: drlora_torch.Adapter) -
     ("name", "rank"),
     [
         *((name, None) for name in IN_PEFT),
-        *(pytest.param(n, 2, marks=pytest.mark.slow) for n in IN_PEFT if n in FAMILIES),
+        *slow_and_thinned((name, 2) for name in IN_PEFT if name in FAMILIES),
     ],
 )
 def test_peft_computes_what_we_do(tmp_path: Path, name: str, rank: int | None) -> None:

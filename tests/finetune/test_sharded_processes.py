@@ -59,9 +59,21 @@ def stopped(run: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.fixture(autouse=True)
+def held_out(tmp_path: Path) -> None:
+    rows = TEST_FILE.read_text().splitlines(keepends=True)[:ROWS]
+    (tmp_path / "held-out.jsonl").write_text("".join(rows))
+
+
+def test_a_sharded_model_trains_as_one_process(tmp_path: Path) -> None:
+    run = [*RUN, "--batch-size", "8"]
+    drlora(tmp_path, *run, "--accumulation", "2", "--output", "one")
+    drlora(tmp_path, *run, "--processes", "2", *EXPERTS, "--output", "experts", start=COMMAND)
+    same_run(tmp_path / "experts", tmp_path / "one")
+
+
+@pytest.mark.exhaustive
 def test_sharded_models_train_as_one_process_and_go_on_in_each_other(tmp_path: Path) -> None:
-    held_out = TEST_FILE.read_text().splitlines(keepends=True)[:ROWS]
-    (tmp_path / "held-out.jsonl").write_text("".join(held_out))
     one, first = tmp_path / "one", tmp_path / "experts"
     run = [*RUN, "--batch-size", "8"]
     drlora(tmp_path, *run, "--accumulation", "2", "--compare", "uniform", "--output", "one")

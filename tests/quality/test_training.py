@@ -314,6 +314,7 @@ def test_accumulation_is_one_large_batch(setting: Setting) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_smoke_profile(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.quality", "run", "smoke", "--workers", "2"]
     output = tmp_path / "smoke.jsonl"

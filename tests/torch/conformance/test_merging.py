@@ -50,7 +50,7 @@ def test_merged_outputs_are_the_adapted_ones(name: str) -> None:
         assert getattr(now, field) == getattr(picture, field), field
 
 
-@table
+@thinned
 def test_unmerge_brings_back_every_bit(name: str) -> None:
     model = tiny.build(name)
     weights = {key: value.clone() for key, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ import torch
 import drlora_torch
 from tests.torch import helpers, reference
 from tests.torch.conformance import tiny
-from tests.torch.conformance.test_table import ROUNDING, distance, table, thinned
+from tests.torch.conformance.test_table import ROUNDING, distance, thinned
 
 pytestmark = pytest.mark.slow
 ZERO = {"r_init": 0}
@@ -57,7 +57,7 @@ def test_growth_from_zero(name: str, tmp_path: Path) -> None:
         assert distance(have, want) > 0.0
 
 
-@table
+@thinned
 def test_some_experts_without_rank_compute_dense_weights(name: str) -> None:
     """In the first layer some experts have rank, in the others none has."""
     model = tiny.build(name, exact=True)

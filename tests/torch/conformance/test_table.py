@@ -61,7 +61,7 @@ def distance(have: Tensor, want: Tensor) -> float:
     return float((have - want).norm() / want.norm().clamp(min=1e-30))
 
 
-@table
+@thinned
 def test_step_zero_is_the_base_model(name: str) -> None:
     model = tiny.build(name, exact=True)
     with torch.no_grad(), tiny.Float64Throughout():
@@ -105,7 +105,7 @@ def test_outputs_and_gradients_are_those_of_dense_weights(name: str) -> None:
             assert distance(have, want) < ROUNDING or have.norm() < 1e-12, parameter
 
 
-@table
+@thinned
 @pytest.mark.parametrize("checkpointing", ["no", "reentrant", "not reentrant"])
 def test_statistics_are_those_of_the_routing_that_experts_receive(
     name: str, checkpointing: str
@@ -138,7 +138,7 @@ def test_statistics_are_those_of_the_routing_that_experts_receive(
     assert calls == ({2} if checkpointing == "no" else {3})
 
 
-@table
+@thinned
 def test_both_kernels_agree(name: str) -> None:
     """In float32, which is the widest that the grouped products take; padding included.
 
@@ -158,7 +158,7 @@ def test_both_kernels_agree(name: str) -> None:
             assert distance(grouped, ragged) < 3e-5 or ragged.norm() < 1e-9
 
 
-@table
+@thinned
 def test_growth_leaves_the_function(name: str) -> None:
     model = tiny.build(name)
     adapter = helpers.attach(model)
@@ -178,7 +178,7 @@ def test_growth_leaves_the_function(name: str) -> None:
     assert distance(after, before) < 1e-6
 
 
-@table
+@thinned
 def test_detach_restores_every_bit(name: str) -> None:
     model = tiny.build(name)
     picture = Picture(model)
@@ -210,7 +210,7 @@ def test_saved_adapters_come_back(name: str, tmp_path: Path) -> None:
         assert torch.equal(tiny.output(base.eval(), tiny.inputs(name)), want)
 
 
-@table
+@thinned
 def test_bfloat16_models_train(name: str) -> None:
     """Routing weights come in float32 or bfloat16, by family; the LoRA is in float32."""
     model = tiny.build(name).to(torch.bfloat16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import drlora_torch
+from tests.marks import slow_and_thinned
 from tests.torch import helpers, models
 
 LIGHT = """
@@ -71,14 +72,7 @@ def test_importing_the_package_imports_no_framework() -> None:
     run(LIGHT)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "order",
-    [
-        pytest.param(order, marks=[] if "configuration" in order else [pytest.mark.slow])
-        for order in ORDERS
-    ],
-)
+@pytest.mark.parametrize("order", slow_and_thinned((order,) for order in ORDERS))
 def test_packed_checkpoints_are_read_after_an_import(order: str, tmp_path: Path) -> None:
     model = models.build()
     drlora_torch.quantize_experts(model)
