@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def launch(world: int, job: Job) -> Any:
 
 
 def _work(rank: int, folder: str, world: int, job: Job) -> None:
+    faulthandler.enable()  # threads of gloo have crashed
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     distributed.init_process_group(

@@ -7,17 +7,16 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-import torch.distributed
 from torch.multiprocessing import start_processes
 
 from tests.docs import fragments, pages, processes
 from tests.torch import models
+from tests.torch.launches import launches
 
 REASON = "tests/docs/test_processes.py runs it in eight processes"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@launches
 def test_the_programs_of_the_page_train_in_eight_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ import drlora_torch
 from drlora_torch.integrations.trainer import DRLoRACallback
 from drlora_torch.lora import parts
 from tests.torch import helpers, models
+from tests.torch.launches import launches
 
 STATE_DICTS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 HALF, STEPS = 6, 12
@@ -173,8 +174,7 @@ def same(one: Any, other: Any) -> bool:
     return one[0] == other[0] and all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@launches
 def test_accelerate_and_trainer_with_fsdp2(tmp_path: Path) -> None:
     multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     for rank in range(2):

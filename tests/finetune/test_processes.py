@@ -13,15 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-import torch.distributed
 
 from drlora_torch.finetune import worker
 from drlora_torch.integrations.trainer import last_checkpoint
+from tests.torch import launches
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
-]
+pytestmark = launches.MARKS
 
 STEPS = 30
 RUN = ["finetune", "--steps", str(STEPS), "--save-every", "10", "--timetable", "late"]

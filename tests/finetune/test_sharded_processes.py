@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed
 
 from drlora_torch.embedded import TEST_FILE
 from tests.finetune import sharded_runs
 from tests.finetune.test_processes import COMMAND, drlora, losses, result
+from tests.torch import launches
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
-]
+pytestmark = launches.MARKS
 
 STEPS, STOP, ROWS = 12, 8, 64
 RUN = ["finetune", "--steps", str(STEPS), "--save-every", "4", "--timetable", "late"]

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import drlora_torch
 from tests.torch import helpers, models
 from tests.torch.helpers import Spy
+from tests.torch.launches import launches
 
 STEPS = 7
 ADAM = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
@@ -172,7 +173,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.slow
+@launches
 def test_deepspeed_on_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     multiprocessing.spawn(worker, (str(tmp_path), free_port()), nprocs=2)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import drlora_torch
 from tests.torch import helpers, models
+from tests.torch.launches import launches
 
 
 def uneven(said: dict[str, str], rank: int, rows: slice) -> None:
@@ -131,8 +132,7 @@ def apart(rank: int, folder: str, compiled: bool) -> None:
     os._exit(0)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.slow
+@launches
 @pytest.mark.parametrize("compiled", [False, True])
 def test_processes_that_train_apart_all_raise_at_the_first_step(
     tmp_path: Path, compiled: bool

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed
 from torch import multiprocessing
 from torch.distributed.fsdp import fully_shard
 
 from tests.torch import helpers, models
+from tests.torch.launches import launches
 
 
 def worker(rank: int, folder: str) -> None:
@@ -35,8 +35,7 @@ def worker(rank: int, folder: str) -> None:
     os._exit(0)  # as in test_distributed
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@launches
 def test_attach_freezes_the_parameters_that_processes_hold(tmp_path: Path) -> None:
     multiprocessing.spawn(worker, (str(tmp_path),), nprocs=1)
     assert (tmp_path / "left").read_text() == ""

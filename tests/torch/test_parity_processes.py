@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed
 
 pytest.importorskip("transformers.distributed")
 
 from benchmarks.parity.compare import EXACT, Difference, compare, compare_files
 from benchmarks.parity.modes import MODES
+from tests.torch import launches
 
 STEPS = 12
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = launches.MARKS
 
 
 def describe(found: list[Difference]) -> list[str]:
@@ -23,7 +23,6 @@ def describe(found: list[Difference]) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_two_processes_decide_as_one() -> None:
     chosen = [mode for mode in MODES if mode.fast]
     found = compare(2, chosen, STEPS)
@@ -32,7 +31,6 @@ def test_two_processes_decide_as_one() -> None:
     assert all(each.events == 4 for each in found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "world",
     [3, *(pytest.param(world, marks=pytest.mark.exhaustive) for world in (2, 4, 5))],
@@ -42,7 +40,6 @@ def test_other_modes_and_numbers_of_processes(world: int) -> None:
     assert describe(compare(world, chosen, STEPS)) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_what_is_saved_in_one_topology_goes_on_in_each_other(checkpoints: bool) -> None:
     passages = compare_files(checkpoints)

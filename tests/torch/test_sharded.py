@@ -18,6 +18,7 @@ from torch import Tensor, multiprocessing
 import drlora_torch
 from drlora_torch.lora import parts
 from tests.torch import helpers, models
+from tests.torch.launches import launches
 from tests.torch.sharded import SIGNALS, Said, attached, build, measure, profile, worker
 
 REFUSED = {
@@ -183,8 +184,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@launches
 def test_adapters_that_two_processes_hold_together(tmp_path: Path) -> None:
     """One launch for all: each check looks at what both processes said and saw."""
     build().save_pretrained(tmp_path / "model")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import drlora_torch
 from drlora_torch.errors import AttachError
 from tests.torch import helpers, models
+from tests.torch.launches import launches
 
 STEPS = range(5)
 WAYS = ("ddp", "fully_shard after", "fully_shard before")
@@ -76,7 +77,7 @@ def worker(rank: int, folder: Path) -> None:
     os._exit(0)
 
 
-@pytest.mark.slow
+@launches
 def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     model = build()
     adapter = helpers.attach(model)
