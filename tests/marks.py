@@ -31,3 +31,16 @@ def slow_and_thinned(cases: Iterable[Sequence[Any]], every: int = 3) -> list[Any
     return [
         pytest.param(*case, marks=left_out if i % every else slow) for i, case in enumerate(cases)
     ]
+
+
+def one_in(every: int, cases: Iterable[Sequence[Any]]) -> list[Any]:
+    """Mark all but one in ``every`` cases, which are tuples, as slow.
+
+    Example:
+        >>> [bool(case.marks) for case in one_in(2, [("a", 1), ("b", 1), ("c", 1)])]
+        [False, True, False]
+    """
+    return [
+        pytest.param(*case, marks=pytest.mark.slow if i % every else [])
+        for i, case in enumerate(cases)
+    ]

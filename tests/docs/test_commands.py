@@ -14,8 +14,13 @@ from drlora_torch.finetune import job
 from tests.docs import commands, given, hub, pages, shell
 
 SHELL = [page for page in pages.PAGES if "```bash\n" in pages.read(page)]
-TESTED_ELSEWHERE = ("docs/after_training.md", "docs/distributed.md", "docs/examples.md")
-"""Their commands are those of tests/finetune/after, test_processes and tests/test_examples.py."""
+TESTED_ELSEWHERE = (
+    "docs/after_training.md",
+    "docs/distributed.md",
+    "docs/examples.md",
+    "docs/tutorial.md",
+)
+"""In tests/finetune/after, test_processes and tests/test_examples.py, and on README's page."""
 MADE = {
     "README.md": ["my-run", "my-run/report.html"],
     "docs/distributed.md": ["my-run"],

@@ -191,6 +191,7 @@ def test_lora_that_peft_froze_is_warned_of() -> None:
     assert adapter.engine.step_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", slow_but(ORDERS, ORDERS[:1]))
 def test_trainer_trains_and_resumes_both(tmp_path: Path, order: str) -> None:
     def build(folder: Path) -> tuple[Trainer, drlora_torch.Adapter]:

@@ -202,6 +202,7 @@ def test_peft_may_come_after(tmp_path: Path) -> None:
 # -- Trainer, wrappers -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trainer_resumes_exactly(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3, "attach": OPTIONS}
     trainer, adapter = trainers.build(tmp_path / "a", **options)

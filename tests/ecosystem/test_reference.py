@@ -120,7 +120,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, ["trained routers", "kto"]))
+@pytest.mark.parametrize("case", slow_but(CASES, ["trained routers"]))
 def test_the_base_model_is_as_good_as_a_second_one(tmp_path: Path, case: str) -> None:
     changes = {"router_aux_loss_coef": 0.0, **CASES[case]}
     own = prefer(tmp_path / "own", True, **changes)

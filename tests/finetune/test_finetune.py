@@ -106,6 +106,7 @@ def test_the_recording_replays_to_the_same_decisions(
     assert {name: ranks.tolist() for name, ranks in replayed.final_ranks.items()} == result.ranks
 
 
+@pytest.mark.slow
 def test_compare_trains_static_lora_at_the_same_budget_from_the_same_base(
     moe_folder: Path, sums: Path, tmp_path: Path, console: Console
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_trained_router_keeps_the_balancing_loss_of_the_model(
     assert weights == [weight]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", slow_but([{}, {"router": "after_warmup", "dropout": 0.2}], [{}])
 )
@@ -253,6 +255,7 @@ def test_the_bar_shows_loss_and_rank_on_a_terminal(
     assert "tokens/s" in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_a_failing_write_leaves_the_last_checkpoint(
     moe_folder: Path,
     sums: Path,

@@ -94,6 +94,7 @@ def test_two_processes_train_as_one_and_go_on(one: Path, tmp_path: Path) -> None
     assert resumed["loss_after"] == two["loss_after"]
 
 
+@pytest.mark.exhaustive
 def test_when_one_process_is_killed_all_end_and_one_can_go_on(one: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
     with (tmp_path / "errors").open("w+") as errors:

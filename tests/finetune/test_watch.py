@@ -116,6 +116,7 @@ def test_the_same_signal_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         stop.check("command")
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_keeps_the_last_checkpoint(
     moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

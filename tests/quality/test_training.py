@@ -26,6 +26,7 @@ from benchmarks.quality.setting import Setting, load_setting
 from benchmarks.quality.training import HUGE, rate, run
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.testing import make_request
+from tests.marks import slow_and_thinned
 from tests.quality.studies import TINY, make_spec
 
 torch.set_num_threads(1)
@@ -97,18 +98,14 @@ def test_a_run_is_repeated_exactly_and_leaves_the_random_state(setting: Setting)
 # -- every method --------------------------------------------------------------------------------
 
 
-FAST = {"drlora", "uniform", "peft_adalora", "sieve", "move"}
+FAST = {"drlora", "peft_adalora", "sieve", "move"}
 OTHER_BUDGETS = {"hellora"}
 """Fits a mean rank of 1 alone; tested with the sieve."""
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=[] if n in FAST else pytest.mark.slow)
-        for n in METHODS
-        if n not in OTHER_BUDGETS
-    ],
+    [*sorted(FAST), *slow_and_thinned((n,) for n in METHODS if n not in FAST | OTHER_BUDGETS)],
 )
 def test_methods_keep_their_budget_and_the_base_model(name: str, setting: Setting) -> None:
     model = setting.model

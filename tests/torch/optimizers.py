@@ -29,6 +29,8 @@ from torch.optim import (
     Rprop,
 )
 
+from tests.marks import slow_but
+
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 LAYOUTS = ["pooled", pytest.param("masked", marks=pytest.mark.slow)]
 """For tests of single rows, to which a layout is just another number of rows."""
@@ -93,6 +95,18 @@ TORCHAO: dict[str, Make] = {
     "torchao adamwfp8": lambda p: torchao.optim.AdamWFp8(p, lr=1e-2),
 }
 ALL: dict[str, Make] = {**TORCH, **SCHEDULE_FREE, **BITS32, **BITS8, **TORCHAO}
+FAST = {
+    *("adam amsgrad", "adamw", "adamw foreach", "adamw fused", "nadam", "rmsprop centered"),
+    *("sgd momentum", "adafactor", "transformers adafactor beta1", "muon", "schedulefree adamw"),
+    *("bitsandbytes ademamix", "adamw8bit", "sgd8bit", "torchao adamw4bit"),
+}
+"""Of each form of state one."""
+
+
+def kinds(among: Iterable[str] = ALL) -> list[Any]:
+    """Cases of a test: those of FAST, and the others as slow ones."""
+    names = [name for name in ALL if name in set(among)]
+    return slow_but(names, FAST & set(names))
 
 
 def row_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

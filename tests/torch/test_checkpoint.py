@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import drlora_torch
 from drlora_torch.adapter import state_of
 from drlora_torch.storage import adapter_file
-from tests.marks import slow_but
+from tests.marks import one_in, slow_but
 from tests.torch import helpers, models
 from tests.torch.test_life import Picture
 
@@ -72,7 +72,7 @@ def test_path_may_be_the_file_and_save_replaces(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(adapter.model))
 
 
-@pytest.mark.parametrize("stop", slow_but(range(1, 10), [2, 5, 9]))
+@pytest.mark.parametrize("stop", slow_but(range(1, 10), [2, 9]))
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
@@ -271,7 +271,7 @@ DAMAGED_TENSORS: list[tuple[Callable[..., None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "match"), DAMAGED_TENSORS)
+@pytest.mark.parametrize(("change", "match"), one_in(3, DAMAGED_TENSORS))
 def test_damaged_tensors(saved: Path, change: Callable[..., None], match: str) -> None:
     rewrite(saved, tensors=change)
     refused(saved, match)
@@ -322,7 +322,7 @@ DAMAGED_DESCRIPTIONS: list[tuple[Callable[..., None], str]] = [
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    DAMAGED_DESCRIPTIONS,
+    one_in(3, DAMAGED_DESCRIPTIONS),
     ids=[str(i) for i in range(len(DAMAGED_DESCRIPTIONS))],
 )
 def test_damaged_descriptions(saved: Path, change: Callable[..., None], match: str) -> None:

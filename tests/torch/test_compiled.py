@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from drlora_torch.lora.kernels import compiled, grouped
+from tests.marks import slow_and_thinned
 from tests.torch import helpers, models
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own
@@ -89,12 +90,15 @@ def test_growth_compiles_nothing_anew(family: str) -> None:
     assert not counters["recompiles"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"kernel": "grouped"}, {"dropout": 0.5}, {"layout": "masked"}])
+@pytest.mark.parametrize(
+    "options",
+    slow_and_thinned([({"kernel": "grouped"},), ({"dropout": 0.5},), ({"layout": "masked"},)]),
+)
 def test_options_hold_in_the_graph(options: dict[str, Any]) -> None:
     assert train("olmoe", compile_whole, **options) == train("olmoe", as_it_is, **options)
 
 
+@pytest.mark.slow
 def test_padding_is_left_out_in_the_graph() -> None:
     wanted = train("olmoe", as_it_is, padded=True)
     assert train("olmoe", compile_whole, padded=True) == wanted
@@ -160,8 +164,7 @@ def test_projections_without_lora_leave_the_graph() -> None:
     assert train("olmoe", compile_around, **options) == train("olmoe", as_it_is, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prepare", [compile_around, compile_layers])
+@pytest.mark.parametrize("prepare", slow_and_thinned([(compile_around,), (compile_layers,)]))
 def test_dropout_is_drawn_again_as_it_was(prepare: Any) -> None:
     """Gradient checkpointing computes a forward twice: both draw the same."""
 
@@ -179,8 +182,7 @@ def test_dropout_is_drawn_again_as_it_was(prepare: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", slow_and_thinned([(False,), (True,)]))
 def test_padding_is_left_out_of_blocks_that_run_again(reentrant: bool) -> None:
     """Blocks are compiled alone, inside of gradient checkpointing."""
     model = models.build("olmoe")

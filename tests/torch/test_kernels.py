@@ -17,6 +17,7 @@ from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.lora.slots import Layout, SlotTable
 from drlora_torch.lora.stored import Dense
 from drlora_torch.step.importance import mean_sensitivity
+from tests.marks import slow_but
 from tests.torch import helpers, models
 
 N, I, O = 5, 16, 24  # noqa: E741 - the letters of the legends
@@ -211,7 +212,7 @@ NARROW = ("float32", "bfloat16", "float16")
 
 @pytest.mark.parametrize("kernel", ["ragged", "grouped"])
 @pytest.mark.parametrize("lora", NARROW)
-@pytest.mark.parametrize("base", NARROW)
+@pytest.mark.parametrize("base", slow_but(NARROW, NARROW[-1:]))
 def test_all_pairs_of_dtypes_train_before_and_after_growth(
     base: str, lora: str, kernel: str
 ) -> None:

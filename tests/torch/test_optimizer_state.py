@@ -54,7 +54,7 @@ def states(optimizer: Optimizer, adapter: Any) -> dict[tuple[nn.Parameter, str],
 
 @pytest.mark.parametrize("layout", optimizers.LAYOUTS)
 @pytest.mark.parametrize("config", [GROW, PRUNE], ids=["grow", "prune"])
-@pytest.mark.parametrize("kind", optimizers.ALL)
+@pytest.mark.parametrize("kind", optimizers.kinds())
 def test_an_event_makes_the_state_of_changed_slots_fresh(
     kind: str, config: dict[str, Any], layout: str
 ) -> None:
@@ -84,7 +84,7 @@ def test_an_event_makes_the_state_of_changed_slots_fresh(
 
 
 @pytest.mark.parametrize("layout", optimizers.LAYOUTS)
-@pytest.mark.parametrize("kind", optimizers.ALL)
+@pytest.mark.parametrize("kind", optimizers.kinds())
 def test_freed_slots_stay_zero(kind: str, layout: str) -> None:
     model = models.build()
     adapter = helpers.attach(model, config=PRUNE, layout=layout)
@@ -101,7 +101,7 @@ def test_freed_slots_stay_zero(kind: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", optimizers.LAYOUTS)
-@pytest.mark.parametrize("kind", sorted(optimizers.ALL.keys() - COUPLED))
+@pytest.mark.parametrize("kind", optimizers.kinds(optimizers.ALL.keys() - COUPLED))
 def test_other_rows_move_as_if_there_had_been_no_event(kind: str, layout: str) -> None:
     """The same optimizer on copies, with the same gradients: bit for bit the same rows.
 
@@ -135,7 +135,7 @@ def test_other_rows_move_as_if_there_had_been_no_event(kind: str, layout: str) -
 
 
 @pytest.mark.parametrize("layout", optimizers.LAYOUTS)
-@pytest.mark.parametrize("kind", sorted(QUANTIZED.keys() - UNCORRECTED))
+@pytest.mark.parametrize("kind", optimizers.kinds(QUANTIZED.keys() - UNCORRECTED))
 def test_newborn_rows_move_as_far_as_without_quantization(kind: str, layout: str) -> None:
     """Up to 16,000 in one step when the code 0 was taken for zero.
 
@@ -361,7 +361,7 @@ def test_an_adam_that_counts_elsewhere(shared: bool, caplog: pytest.LogCaptureFi
 # -- what is said, and where ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", optimizers.ALL)
+@pytest.mark.parametrize("kind", optimizers.kinds())
 def test_optimizers_without_a_correction_are_named(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:

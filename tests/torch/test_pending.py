@@ -48,7 +48,7 @@ def go_on(
 @pytest.mark.parametrize(
     "options",
     [
-        {"router": "after_warmup"},
+        pytest.param({"router": "after_warmup"}, marks=pytest.mark.slow),
         pytest.param({"auto_step": False, "router": "trainable"}, marks=pytest.mark.slow),
         pytest.param(
             {"layout": "masked", "config": {"policy": "prune", "r_init": 6}},

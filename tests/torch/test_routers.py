@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import drlora_torch
+from tests.marks import slow_but
 from tests.torch import helpers, models
 
 WITH_ROUTER = sorted(models.FAMILIES)
@@ -31,7 +32,7 @@ def changed(model: Any, before: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["frozen", "after_warmup", "trainable"])
-@pytest.mark.parametrize("family", WITH_ROUTER)
+@pytest.mark.parametrize("family", slow_but(WITH_ROUTER, WITH_ROUTER[::3]))
 def test_routers_change_only_when_they_should(family: str, mode: str) -> None:
     model = models.build(family)
     before = routers(model)

@@ -33,11 +33,11 @@ def write(tmp_path: Path, kind: str, **fields: Any) -> Path:
     ("kind", "fields", "layers"),
     [
         ("olmoe", {}, 16),
-        ("mixtral", {}, 32),
+        pytest.param("mixtral", {}, 32, marks=pytest.mark.slow),
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}, 11),
         ("deepseek_v2", {"n_routed_experts": 64, "first_k_dense_replace": 1}, 31),
-        ("deepseek_v3", {}, 58),
-        ("gpt_oss", {}, 36),
+        pytest.param("deepseek_v3", {}, 58, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", {}, 36, marks=pytest.mark.slow),
         ("qwen3_vl_moe", {}, 24),
     ],
 )

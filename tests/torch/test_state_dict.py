@@ -235,7 +235,7 @@ BAD: list[tuple[str, Callable[[State], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("change", "message"), [r[1:] for r in BAD], ids=[r[0] for r in BAD])
 def test_what_does_not_fit_is_refused_and_changes_nothing(
     change: Callable[[State], None], message: str, strict: bool

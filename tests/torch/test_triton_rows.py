@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from drlora_torch.lora.kernels.factors import Owned
 from drlora_torch.lora.rows import RowGenerator
 from drlora_torch.lora.slots import Layout, SlotTable
 from drlora_torch.step import importance
+from tests.marks import one_in
 from tests.torch import test_kernels
 
 triton_rows = pytest.importorskip("drlora_torch.lora.kernels.triton_rows")
@@ -56,8 +58,7 @@ def alive(rows: Tensor, dispatch: Dispatch) -> Tensor:
     return rows[: int(dispatch.offsets[-1])]
 
 
-@pytest.mark.parametrize("sentinels", [False, True])
-@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(("sentinels", "gather"), one_in(4, product((True, False), repeat=2)))
 @pytest.mark.parametrize("ranks", [[2, 0, 1, 4, 3], [0, 36, 17, 1, 0], [66, 0, 40, 0, 0]])
 def test_low_rank_products(on_rows: Any, sentinels: bool, gather: bool, ranks: list[int]) -> None:
     dispatch, owned = make_dispatch(sentinels), make_owned(ranks)
@@ -77,7 +78,7 @@ def test_low_rank_products(on_rows: Any, sentinels: bool, gather: bool, ranks: l
     close(on_rows.factor_gradient(*args), torch_rows.factor_gradient(wanted, *args[1:]))
 
 
-@pytest.mark.parametrize("sentinels", [False, True])
+@pytest.mark.parametrize("sentinels", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_and_weights(on_rows: Any, sentinels: bool, dtype: torch.dtype) -> None:
     dispatch = make_dispatch(sentinels)

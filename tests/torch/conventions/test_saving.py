@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.marks import slow_but
 from tests.torch import helpers
 from tests.torch.conventions.families import CASES, batch, build
 
@@ -73,7 +74,7 @@ def test_save_pretrained_of_an_adapted_model_writes_the_base(family: str, tmp_pa
     assert all(helpers.equal(saved[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("family", sorted(CASES))
+@pytest.mark.parametrize("family", slow_but(sorted(CASES), sorted(CASES)[::4]))
 def test_a_dropped_model_is_collected(family: str) -> None:
     """No hook or forward of ours keeps it alive."""
     model, adapter = attached(family)

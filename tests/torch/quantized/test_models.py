@@ -169,7 +169,7 @@ def test_models_inside_wrappers(wrap: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["olmoe", pytest.param("gpt_oss", marks=pytest.mark.exhaustive)])
 def test_compiled_training_is_the_same(family: str) -> None:
     """The whole model, with and without an adapter; each experts module is one graph break."""
     runs = []
