@@ -9,14 +9,16 @@ from rich.console import Console
 
 from scripts.fuzz import attempts as fuzz
 from scripts.fuzz import targets
+from tests.marks import slow_but
 
+SLOW = {"report", "checkpoints", "going-on"}  # they draw pages and train
 QUIET = Console(quiet=True)
 
 
-@pytest.mark.parametrize("name", fuzz.ALL)
+@pytest.mark.parametrize("name", slow_but(fuzz.ALL, fuzz.ALL.keys() - SLOW))
 def test_readers_refuse_damage(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert fuzz.fuzz_plainly(name, 30, 1, QUIET) == 0
+    assert fuzz.fuzz_plainly(name, fuzz.ALL[name].share_of(20), 1, QUIET) == 0
 
 
 def test_readers_that_fall_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

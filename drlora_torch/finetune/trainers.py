@@ -11,7 +11,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import DPOTrainer, SFTTrainer
 
 from drlora_torch.errors import CheckpointError
-from drlora_torch.finetune import optimizer_state
+from drlora_torch.finetune import optimizer_state, stored_callbacks
 
 
 class _AdapterFiles(Trainer):
@@ -65,6 +65,17 @@ class _AdapterFiles(Trainer):
         )
         optimizer_state.scatter(self.optimizer, self._optimizer_groups, state)
         self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # torch, pickle and NumPy raise kinds of their own
+            raise _damaged(str(checkpoint), f"its random state cannot be read ({error})") from error
+
+    def _load_callback_state(self) -> None:
+        own = [*self.callback_handler.callbacks, self.control]
+        stored_callbacks.check(self.state.stateful_callbacks, own)
+        super()._load_callback_state()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.get_tp_size() > 1:

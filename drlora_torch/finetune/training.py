@@ -16,19 +16,20 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, SFTConfig
 
 from drlora_core.errors import near_misses
 from drlora_torch.adapter import Adapter
 from drlora_torch.errors import CheckpointError, RunError
+from drlora_torch.finetune import stored_callbacks
 from drlora_torch.finetune.data.prepare import Prepared
 from drlora_torch.finetune.options import FinetuneOptions
 from drlora_torch.finetune.trainers import DPO, SFT
 from drlora_torch.integrations.rank_images import RankImages
 from drlora_torch.integrations.trainer import DRLoRACallback, move_reporters_last
 from drlora_torch.integrations.trl import BaseReference
+from drlora_torch.storage import trainer_state
 
 
 def build_trainer(
@@ -167,10 +168,12 @@ def read_state(checkpoint: str | None) -> TrainerState | None:
     """
     if checkpoint is None:
         return None
-    file = Path(checkpoint) / TRAINER_STATE_NAME
+    file = Path(checkpoint) / trainer_state.FILE
+    if trainer_state.read(file.parent) is None:
+        raise CheckpointError(f"{file} is not a Trainer's state: it is missing or cut short")
     try:
         return TrainerState.load_from_json(str(file))
-    except (ValueError, TypeError) as error:
+    except TypeError as error:  # a field that this Transformers does not know
         raise CheckpointError(f"{file} is not a Trainer's state: {error}") from error
 
 
@@ -194,9 +197,11 @@ def _has_ended(state: TrainerState, steps: int) -> bool:
     """True at the last step, or where early stopping has run out of patience."""
     if state.global_step >= steps:
         return True
-    stopping: Any = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-    if stopping is None:
+    stored: Any = state.stateful_callbacks
+    name = EarlyStoppingCallback.__name__
+    stored_callbacks.check(stored, [EarlyStoppingCallback()])
+    if not isinstance(stopping := stored.get(name), dict):
         return False
-    waited: int = stopping["attributes"]["early_stopping_patience_counter"]
-    patience: int = stopping["args"]["early_stopping_patience"]
-    return waited >= patience
+    fields = {**stopping.get("args", {}), **stopping.get("attributes", {})}
+    waited, patience = (fields.get(f"early_stopping_patience{part}") for part in ("_counter", ""))
+    return waited is not None and patience is not None and waited >= patience

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 
 from drlora_torch.adapter import Adapter, state_of
 from drlora_torch.errors import CheckpointError
 from drlora_torch.integrations import checks
 from drlora_torch.integrations.metrics import rank_metrics
 from drlora_torch.lifecycle.residents import active_tracker
+from drlora_torch.storage import trainer_state
 from drlora_torch.storage.adapter_file import FILE_NAME
 from drlora_torch.storage.entering import save_beside
 from drlora_torch.storage.run_folder import newest_checkpoint
@@ -168,6 +168,8 @@ def _position(state: TrainerState) -> str:
 def _read_state(checkpoint: Path) -> TrainerState | None:
     """Read the last file that the Trainer writes; None if it is missing or damaged."""
     try:
-        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError):
+        if trainer_state.read(checkpoint) is None:
+            return None
+        return TrainerState.load_from_json(str(checkpoint / trainer_state.FILE))
+    except (CheckpointError, TypeError):  # TypeError: a field that this Transformers does not know
         return None

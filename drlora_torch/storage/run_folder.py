@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import warnings
 from pathlib import Path
 
 from drlora_torch.errors import CheckpointError
+from drlora_torch.storage import trainer_state
 from drlora_torch.storage.adapter_file import FILE_NAME, read_description
 from drlora_torch.storage.seal import broken_by
 
 RUN_ADAPTER, RUN_CHECKPOINTS = "adapter", "checkpoints"
 RUN_RECIPE, RUN_RESULT = "run.yaml", "result.json"
-TRAINER_STATE = "trainer_state.json"
-"""Last file that the Trainer writes into a checkpoint."""
 
 
 def adapter_in(run: Path) -> Path | None:
@@ -58,22 +56,30 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a Trainer, None if there is none.
 
     One that a crash has cut short has no adapter, or no readable state of the Trainer. One that
-    does not fit its seal is passed over, with a warning.
+    does not fit its seal, or whose state holds what no Trainer writes, is passed over, with a
+    warning.
 
     Raises:
-        CheckpointError: there are checkpoints, and none fits its seal.
+        CheckpointError: there are checkpoints, and all are damaged.
     """
-    complete = {
-        step: checkpoint
-        for checkpoint in folder.glob("checkpoint-*")
-        if (checkpoint / FILE_NAME).is_file() and (step := _step_of(checkpoint)) is not None
-    }
+    complete: dict[int, Path] = {}
     reason = None
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        if not (checkpoint / FILE_NAME).is_file():
+            continue
+        try:
+            state = trainer_state.read(checkpoint)
+        except CheckpointError as error:
+            reason = str(error)
+            _warn(checkpoint, reason)
+            continue
+        if state is not None:
+            complete[state.global_step] = checkpoint
     for step in sorted(complete, reverse=True):
-        if (reason := broken_by(complete[step])) is None:
+        if (broken := broken_by(complete[step])) is None:
             return complete[step]
-        text = f"{complete[step]} is damaged and is passed over for an older one: {reason}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        reason = broken
+        _warn(complete[step], reason)
     if reason is not None:
         raise CheckpointError(
             f"every checkpoint in {str(folder)!r} is damaged ({reason}); delete that folder to "
@@ -82,13 +88,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _step_of(checkpoint: Path) -> int | None:
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    step = state.get("global_step", 0) if isinstance(state, dict) else None
-    return step if isinstance(step, int) else None
+def _warn(checkpoint: Path, reason: str) -> None:
+    text = f"{checkpoint} is damaged and is passed over for an older one: {reason}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _steps_in(folder: Path) -> int:

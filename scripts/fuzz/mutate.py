@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import random
@@ -90,6 +91,19 @@ def damage_zip(content: bytes, draw: random.Random) -> bytes:
     return stream.getvalue()
 
 
+def damage_lines(content: bytes, draw: random.Random) -> bytes:
+    """Damage the JSON in one line of several."""
+    lines = content.splitlines()
+    chosen = draw.randrange(len(lines))
+    lines[chosen] = damage_json(lines[chosen], draw)
+    return b"\n".join(lines)
+
+
+def damage_gzip(content: bytes, draw: random.Random) -> bytes:
+    """Damage the lines in a gzip file, which is whole again."""
+    return gzip.compress(damage_lines(gzip.decompress(content), draw), mtime=0)
+
+
 def _places(value: Any) -> Any:
     """Every place of a JSON value that can be replaced: its holder and its key."""
     entries = value.items() if isinstance(value, dict) else ()
@@ -102,7 +116,15 @@ def _places(value: Any) -> Any:
 
 def mutator(name: str) -> Callable[[bytes, random.Random], bytes]:
     """Return a function that damages a file of a name: by its bytes, or by what it holds."""
-    kinds = {".json": damage_json, ".safetensors": damage_safetensors, ".npz": damage_zip}
+    kinds = {
+        ".json": damage_json,
+        ".jsonl": damage_lines,
+        ".jsonl.gz": damage_gzip,
+        ".safetensors": damage_safetensors,
+        ".npz": damage_zip,
+        ".pth": damage_zip,
+        ".pt": damage_zip,
+    }
     inside = next((made for end, made in kinds.items() if name.endswith(end)), damage)
 
     def mutate(content: bytes, draw: random.Random) -> bytes:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import drlora_torch
 from drlora_core import AllocatorConfig, AllocatorEngine
+from drlora_core.plan import make_plan
 from drlora_torch.finetune.recipe import combine
-from scripts.fuzz.targets import Target
+from drlora_torch.inspection import inspect
+from drlora_torch.models.shapes import build_skeleton, read_shape
+from drlora_torch.storage.travel import LENGTH
+from scripts.fuzz.targets import ACCEPTED, Target
 
 
 @functools.cache
@@ -100,6 +105,62 @@ def read_peft(folder: Path) -> None:
         check_whole()
 
 
+def write_state_dict(folder: Path) -> None:
+    """The adapter in the model's state dict: its rows, and the file in its extra state."""
+    adapter = attach()
+    train(adapter)
+    state = dict(base().state_dict())
+    own = {key: value for key, value in state.items() if "drlora" in key}
+    extra = next(key for key in own if key.endswith("_extra_state"))
+    content = own.pop(extra).numpy().tobytes()
+    length = int.from_bytes(content[:LENGTH], "little")
+    (folder / "extra.safetensors").write_bytes(content[LENGTH : LENGTH + length])
+    (folder / "extra.key").write_text(extra)
+    save_file({key: value.contiguous() for key, value in own.items()}, folder / "rows.safetensors")
+    adapter.detach()
+
+
+def read_state_dict(folder: Path) -> None:
+    content = (folder / "extra.safetensors").read_bytes()
+    content = len(content).to_bytes(LENGTH, "little") + content
+    try:
+        rows = load_file(folder / "rows.safetensors")
+    except Exception:  # not read by drlora
+        return
+    rows[(folder / "extra.key").read_text()] = torch.frombuffer(
+        bytearray(content), dtype=torch.uint8
+    )
+    adapter = attach()
+    before = adapter_values(adapter)
+    try:
+        base().load_state_dict({**base().state_dict(), **rows})
+        check_outputs(adapter)
+    except ACCEPTED:
+        assert adapter_values(adapter) == before, "the adapter is not as it was"
+        raise
+    except RuntimeError as error:  # torch's own, for keys and shapes that do not fit
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+    finally:
+        adapter.detach()
+        check_whole()
+
+
+def adapter_values(adapter: drlora_torch.Adapter) -> list[Any]:
+    own = [value.tolist() for value in adapter.lora_parameters()]
+    return [own, {name: ranks.tolist() for name, ranks in adapter.ranks().items()}]
+
+
+def write_family(folder: Path) -> None:
+    base().config.save_pretrained(folder)
+
+
+def read_family(folder: Path) -> None:
+    """The model of a family, built by Transformers without weights."""
+    make_plan(read_shape(str(folder)), AllocatorConfig.for_training(200))
+    inspect(build_skeleton(str(folder)), 8)
+
+
 def write_recipe(folder: Path) -> None:
     (folder / "run.yaml").write_text(
         "model: m\ndata: d.jsonl\nsteps: 40\nlearning_rate: 0.001\nr_target: 4\nr_max: 12\n"
@@ -112,7 +173,13 @@ def read_recipe(folder: Path) -> object:
 
 
 TARGETS = {
-    "adapter": Target(write_adapter, read_adapter, ("drlora_adapter.safetensors",)),
-    "peft": Target(write_peft, read_peft, ("adapter_config.json", "adapter_model.safetensors")),
-    "recipe": Target(write_recipe, read_recipe, ("run.yaml",)),
+    "adapter": Target(write_adapter, read_adapter, ("drlora_adapter.safetensors",), share=0.2),
+    "peft": Target(
+        write_peft, read_peft, ("adapter_config.json", "adapter_model.safetensors"), share=0.2
+    ),
+    "state-dict": Target(
+        write_state_dict, read_state_dict, ("extra.safetensors", "rows.safetensors"), share=0.2
+    ),
+    "family": Target(write_family, read_family, ("config.json",), share=0.05),
+    "recipe": Target(write_recipe, read_recipe, ("run.yaml",), share=0.4),
 }

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -17,6 +18,9 @@ from drlora_torch.errors import DataError
 RUN_FILE = "run.yaml"
 """A folder that holds it is that of a run."""
 LONGEST_CELL = 2**31 - 1
+UNPACKED, SMALL = 100, 2**26
+"""A file may unpack to so many times its size, and so many bytes: text packs to a tenth or so."""
+PARQUET_ROWS = 256  # read at a time
 SPLITS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -76,7 +80,7 @@ def read_file(file: Path) -> Iterator[Row]:
                     f"{where}: a row must be an object with columns, got {values!r:.60}"
                 )
             yield Row(values, where)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data {str(file)!r} cannot be read: {error}") from error
 
 
@@ -92,8 +96,45 @@ def _split_of(file: Path) -> str:
 
 def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
+        unpacking = _Unpacking(gzip.GzipFile(file, "rb"), _Allowance(file))
+        return cast(BinaryIO, io.BufferedReader(unpacking))
     return file.open("rb")
+
+
+class _Allowance:
+    """Bytes that a packed file may still unpack to."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._most = file.name, SMALL + UNPACKED * file.stat().st_size
+        self._left = self._most
+
+    def take(self, size: int) -> None:
+        """Count bytes that were unpacked; too many are a DataError."""
+        self._left -= size
+        if self._left < 0:
+            raise DataError(
+                f"{self._file} unpacks to more than {self._most:,} bytes, {UNPACKED} times its "
+                f"size and {SMALL:,}; unpack it yourself if its rows are meant"
+            )
+
+
+class _Unpacking(io.RawIOBase):
+    """What a gzip file unpacks to, within its allowance."""
+
+    def __init__(self, packed: gzip.GzipFile, allowance: _Allowance) -> None:
+        self._packed, self._allowance = packed, allowance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._packed.readinto(buffer)
+        self._allowance.take(size)
+        return size
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def _decode(content: bytes, file: Path, line: int) -> str:
@@ -161,9 +202,10 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number, allowance = 0, _Allowance(file)
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_ROWS):
+            allowance.take(batch.nbytes)
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row

@@ -11,6 +11,7 @@ import pydantic_core
 from transformers import TrainerCallback
 
 from drlora_core import atomic
+from drlora_core.runs.metrics import to_step
 
 WRONG = ("num_tokens", "train_tokens_per_second")
 """Figures that start anew when a run goes on, and speeds with evaluations in them."""
@@ -44,12 +45,14 @@ class MetricsFile(TrainerCallback):
 def _rows_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # cut off by a crash
+        except (ValueError, RecursionError):  # cut off by a crash
             continue
-        if row.get("step", 0) <= step and "train_loss" not in row:
+        if not isinstance(row, dict) or "train_loss" in row:
+            continue
+        if (at := to_step(row.get("step", 0))) is not None and at <= step:
             yield row
 
 
