@@ -65,7 +65,7 @@ def shorten(value: object, most: int = 80) -> str:
     """
     try:
         text = repr(value)
-    except ValueError:  # Python prints no integers with more digits
+    except (ValueError, RecursionError):  # Python prints neither longer integers nor deeper lists
         return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else "a value"
     if len(text) <= most:
         return text

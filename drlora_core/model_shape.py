@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from drlora_core.errors import LayoutError
+from drlora_core.errors import LayoutError, shorten
 
 LARGEST_SIZE = 2**31 - 1
-MOST_LAYERS = 10_000
+MOST_LAYERS = 400
+"""No model has as many; Transformers takes some milliseconds to build each."""
 # Field names, the most specific first.
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 HIDDEN = ("moe_latent_size", "hidden_size")
@@ -86,11 +87,23 @@ class TokenSizes(TypedDict):
 
 
 def token_sizes(config: Mapping[str, Any]) -> TokenSizes:
-    """Read what a token takes from the fields of a config.json; None for what it does not say."""
+    """Read what a token takes from the fields of a config.json; None for what it does not say.
+
+    Raises:
+        LayoutError: a size is negative, or larger than that of any model.
+    """
 
     def find(names: tuple[str, ...]) -> int | None:
-        values = (config.get(name) for name in names)
-        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+        for name in names:
+            value = config.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                if not 0 <= value <= LARGEST_SIZE:
+                    raise LayoutError(
+                        f"{name} is {shorten(value)}; accepted: whole numbers from 0 to "
+                        f"{LARGEST_SIZE}"
+                    )
+                return value
+        return None
 
     return TokenSizes(
         hidden_size=find(("hidden_size", "d_model")),
@@ -150,15 +163,29 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LayoutError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise LayoutError(f"{path} is a JSON {type(values).__name__}, not a model's configuration")
-    for part in (values, values.get("text_config")):
-        if isinstance(part, dict) and isinstance(total := part.get("num_hidden_layers"), int):
-            _check_total(path, total)
+    _check_depths(path, values)
     return values
+
+
+def _check_depths(path: Path, values: dict[str, Any]) -> None:
+    """Refuse too many layers, also of parts such as a vision tower, before any is built."""
+    parts: list[Any] = [values]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            for name, value in part.items():
+                if isinstance(value, int) and name.endswith(("layers", "n_layer", "depth")):
+                    _check_total(path, value)
+            part = list(part.values())
+        if isinstance(part, list):
+            parts.extend(each for each in part if isinstance(each, (dict, list)))
 
 
 def _check_total(path: Path, layers: int) -> None:
     if layers > MOST_LAYERS:
-        raise LayoutError(f"{path}: {layers} decoder layers; accepted: at most {MOST_LAYERS}")
+        raise LayoutError(
+            f"{path}: {shorten(layers)} decoder layers; accepted: at most {MOST_LAYERS}"
+        )
 
 
 def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str) -> int:
@@ -174,14 +201,15 @@ def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option:
 def _positive(path: Path, name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST_SIZE:
         raise LayoutError(
-            f"{path}: {name} is {value!r}; accepted: whole numbers from {least} to {LARGEST_SIZE}"
+            f"{path}: {name} is {shorten(value)}; accepted: whole numbers from {least} to "
+            f"{LARGEST_SIZE}"
         )
     return value
 
 
 def _list(path: Path, config: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(value := config.get(name) or [], list):
-        raise LayoutError(f"{path}: {name} is {value!r}; accepted: a list")
+        raise LayoutError(f"{path}: {name} is {shorten(value)}; accepted: a list")
     return value
 
 

@@ -189,7 +189,7 @@ def _check_pair(name: str, pair: tuple[ArrayLike, ArrayLike | None]) -> Pair:
         routing, given = pair
         f = np.array(routing, dtype=np.float64)
         g = np.full(f.shape, np.nan) if given is None else np.array(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise StatisticError(f"layer {name!r}: not a pair of arrays (f, g): {error}") from error
     if f.ndim != 1 or not f.size or f.shape != g.shape:
         raise LayoutError(

@@ -11,7 +11,8 @@ from drlora_core.errors import import_extra
 from drlora_core.runs.metrics import to_step
 
 NATS = "nats per token"
-MOST_BYTES = 2**20
+MOST_BYTES, MOST_NESTED = 2**16, 20
+"""Of a recipe, which has a few thousand and one level; PyYAML takes long for nested lists."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +42,29 @@ class RunRecipe:
         return "DPO loss" if self.options.get("method") == "dpo" else NATS
 
 
+def check_yaml(yaml: Any, text: str) -> None:
+    """Refuse a text that takes long to read: a large or nested one, or one that repeats parts.
+
+    Args:
+        yaml: PyYAML, which only an extra installs.
+        text: that is to be read.
+
+    Raises:
+        ValueError: says which, and what is accepted.
+        yaml.YAMLError: it is no YAML.
+    """
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it has {len(text):,} characters; accepted: at most {MOST_BYTES:,}")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it repeats a part by an alias (*name); write the part out")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise ValueError(f"its lists are nested more than {MOST_NESTED} deep")
+
+
 def read_recipe(path: Path) -> RunRecipe | None:
     """Read a recipe; None without the file.
 
@@ -52,6 +76,7 @@ def read_recipe(path: Path) -> RunRecipe | None:
     yaml = import_extra("yaml", "report")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
+        check_yaml(yaml, text)
         options = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         options = None

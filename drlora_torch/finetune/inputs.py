@@ -92,6 +92,8 @@ def read_template(file: Path) -> str:
         raise RunError(
             f"--chat-template {str(file)!r}, line {error.lineno}: not Jinja ({error.message})"
         ) from error
+    except RecursionError as error:
+        raise RunError(f"--chat-template {str(file)!r} is nested too deeply") from error
     if not text.strip():
         raise RunError(f"--chat-template {str(file)!r} is empty")
     return text
@@ -102,7 +104,11 @@ def check_tokenizer(tokenizer: Any, model: str) -> None:
 
     Transformers makes an empty one for a folder that has none.
     """
-    if len(tokenizer) == 0 or not tokenizer("a b c 1 2 3")["input_ids"]:
+    try:
+        usable = len(tokenizer) > 0 and bool(tokenizer("a b c 1 2 3")["input_ids"])
+    except Exception as error:  # its files may set any attribute to a value of any kind
+        raise ModelError(f"the tokenizer of {model!r} makes no tokens: {error}") from error
+    if not usable:
         raise ModelError(
             f"{model!r} has no tokenizer, or one with an empty vocabulary; copy the tokenizer's "
             "files (tokenizer.json, tokenizer_config.json) beside the model"

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from drlora_core.errors import near_misses
+from drlora_core.runs.recipe import check_yaml
 from drlora_torch.embedded import MODEL_DIR, TEST_FILE, TRAIN_FILE
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.groups import Group
@@ -120,7 +121,9 @@ def read_fields(file: Path) -> dict[str, Any]:
         RunError: the file is missing or no YAML mapping, or a field is unknown or there twice.
     """
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _OneOfEach)
+        text = file.read_text(encoding="utf-8")
+        check_yaml(yaml, text)
+        content = yaml.load(text, _OneOfEach)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise RunError(f"{str(file)!r} cannot be read: {reason}") from error
@@ -148,12 +151,14 @@ class _OneOfEach(yaml.SafeLoader):
     """Refuses a key that is there twice; YAML's own loader takes the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"option {name!r} is there twice", node.start_mark
-                )
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):  # others are refused below
+                if key.value in names:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"option {key.value!r} is there twice", node.start_mark
+                    )
+                names.add(key.value)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 

@@ -25,8 +25,10 @@ NASTY: list[Any] = [
         "\x1b[31m",
         "a" * 999,
     ),
+    *("\ud800", "\x00", "~nobody/x", "9" * 5000),
     *([], {}, [[]], [None], {"": {}}, [0] * 999, {"r": -5}, "(a+)+$", "(" * 99),
 ]
+DEEP = "a value that is nested deeply"
 BYTES = (b"\x00", b"\xff", b"NaN", b"1e999", b"-1", b"[" * 2000, b"{}", b'""', b"9" * 400)
 
 
@@ -59,8 +61,9 @@ def damage_json(content: bytes, draw: random.Random) -> bytes:
         if draw.random() < 0.15:
             del holder[key]
         else:
-            holder[key] = copy.deepcopy(draw.choice(NASTY))
-    return json.dumps(value).encode()
+            holder[key] = copy.deepcopy(draw.choice([DEEP, *NASTY]))
+    depth = draw.randrange(200, 1000)  # up to what Python's own reader of JSON takes
+    return json.dumps(value).replace(f'"{DEEP}"', "[" * depth + "]" * depth).encode()
 
 
 def damage_safetensors(content: bytes, draw: random.Random) -> bytes:

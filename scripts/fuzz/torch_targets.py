@@ -13,7 +13,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 import drlora_torch
 from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.plan import make_plan
-from drlora_torch.finetune.recipe import combine
+from drlora_torch.finetune.recipe import absolute, combine, to_yaml
 from drlora_torch.inspection import inspect
 from drlora_torch.models.shapes import build_skeleton, read_shape
 from drlora_torch.storage.travel import LENGTH
@@ -168,8 +168,11 @@ def write_recipe(folder: Path) -> None:
     )
 
 
-def read_recipe(folder: Path) -> object:
-    return combine({}, folder / "run.yaml").options.allocator_config
+def read_recipe(folder: Path) -> None:
+    recipe = absolute(combine({}, folder / "run.yaml"))
+    recipe.options.allocator_config()
+    (folder / "again.yaml").write_text(to_yaml(recipe))
+    combine({}, folder / "again.yaml")
 
 
 TARGETS = {
@@ -180,6 +183,6 @@ TARGETS = {
     "state-dict": Target(
         write_state_dict, read_state_dict, ("extra.safetensors", "rows.safetensors"), share=0.2
     ),
-    "family": Target(write_family, read_family, ("config.json",), share=0.05),
+    "family": Target(write_family, read_family, ("config.json",), share=0.1),
     "recipe": Target(write_recipe, read_recipe, ("run.yaml",), share=0.4),
 }

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from drlora_torch.errors import DataError
+from drlora_torch.finetune.data import files
 from drlora_torch.finetune.data.files import find_files, read_file
 
 ROWS = [{"prompt": "größe 1", "completion": "a, b"}, {"prompt": "two\nlines", "completion": "«c»"}]
@@ -155,3 +156,29 @@ def test_one_object_is_a_row(tmp_path: Path) -> None:
     row: dict[str, Any] = {"text": "a"}
     (tmp_path / "a.json").write_text(json.dumps(row))
     assert [found.values for found in read_file(tmp_path / "a.json")] == [row]
+
+
+def test_a_file_that_unpacks_to_far_more_than_it_is_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SMALL", 2**16)
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"a" * 2**22))
+    column = pyarrow.array(["a" * 2**16] * 1000)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "bomb.parquet")
+    for name in ("bomb.txt.gz", "bomb.parquet"):
+        with pytest.raises(DataError, match=rf"{name} unpacks to more than .* 100 times its size"):
+            list(read_file(tmp_path / name))
+
+
+def test_damage_inside_of_packed_files_is_said(tmp_path: Path) -> None:
+    good = gzip.compress(b'{"text": "a few words that are packed"}\n' * 9, mtime=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(good[:10] + b"\x07" + good[11:])
+    buffers = [pyarrow.py_buffer(each) for each in (b"\0\0\0\0\2\0\0\0", b"\xf9\xf9")]
+    column = pyarrow.StringArray.from_buffers(1, *buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    for name, message in (
+        ("a.jsonl.gz", "cannot be read: .*invalid block type"),
+        ("a.parquet", "not Parquet"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(read_file(tmp_path / name))

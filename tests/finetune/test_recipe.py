@@ -76,6 +76,9 @@ def test_a_file_without_a_model_is_of_the_shipped_one(tmp_path: Path) -> None:
 BAD_FILES = {
     "lerning_rate: 1": "no option 'lerning_rate'; did you mean 'learning_rate'",
     "steps: 1\nsteps: 2": "option 'steps' is there twice",
+    "steps: &a 1\nbatch_size: *a": "repeats a part by an alias",
+    "steps: " + "[" * 30: "nested more than 20 deep",
+    "steps: 1 #" + "a" * 2**16: "accepted: at most 65,536",
     "[1, 2]": "must hold options",
     "a: [": "cannot be read",
     "learning_rate: 1\nlearning-rate: 2": "option 'learning_rate' is there twice",

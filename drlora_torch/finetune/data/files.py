@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from drlora_core.errors import near_misses
+from drlora_core.errors import near_misses, shorten
 from drlora_torch.errors import DataError
 
 RUN_FILE = "run.yaml"
@@ -77,7 +77,7 @@ def read_file(file: Path) -> Iterator[Row]:
             where = f"{file.name}, {place}"
             if not isinstance(values, dict):
                 raise DataError(
-                    f"{where}: a row must be an object with columns, got {values!r:.60}"
+                    f"{where}: a row must be an object with columns, got {shorten(values)}"
                 )
             yield Row(values, where)
     except (OSError, EOFError, zlib.error) as error:
@@ -174,7 +174,7 @@ def _read_array(file: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(rows, dict):
         rows = [rows]
     if not isinstance(rows, list):
-        raise DataError(f"{file.name}: must hold an array of objects, got {str(rows)[:60]!r}")
+        raise DataError(f"{file.name}: must hold an array of objects, got {shorten(rows)}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -209,7 +209,9 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except pyarrow.ArrowException as error:
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # no UTF-8, no date
         raise DataError(f"{file.name}: not Parquet ({error})") from error
 
 

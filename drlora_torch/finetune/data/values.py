@@ -61,7 +61,10 @@ def _describe(value: object) -> str:
         (dict, "an object: "),
     )
     kind = next((name for types, name in kinds if isinstance(value, types)), "")
-    shown = json.dumps(value, default=str)
+    try:
+        shown = json.dumps(value, default=str)
+    except (ValueError, RecursionError):  # Python prints neither longer integers nor deeper lists
+        shown = "..."
     return kind + (shown if len(shown) <= 60 else f"{shown[:57]}...")
 
 

@@ -12,7 +12,8 @@ from drlora_core.validation import reword_errors
 from drlora_torch.storage.peft.patterns import Patterns
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]
-Alpha = Annotated[float, Field(allow_inf_nan=False)]
+LARGEST_ALPHA = 1e8  # in use are values up to some hundred; products of larger ones overflow
+Alpha = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA, allow_inf_nan=False)]
 
 
 class PeftConfig(BaseModel):
