@@ -80,6 +80,8 @@ def test_rows_of_a_log_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
     rows = [
         b'{"step": 1, "loss": 2.0}', b"\xff\xfe", b"[1]", b"[" * 5000, b'{"step": "2"}', b"{",
         b'{"step": 3, "loss": 1.0}', b'{"step": 1, "train_loss": 1.0}', b'{"step": null}',
+        b'{"step": 1, "half of a surrogate pair": "\\ud800"}',
+        b'{"step": 1, "a": ' + b"[" * 500 + b"]" * 500 + b"}",
     ]  # fmt: skip
     log.write_bytes(b"\n".join(rows))
     MetricsFile(log, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, step: int | None) -> None:
         self._path = path
         self._resumed = step is not None  # until the training goes on: logged already
-        kept = "" if step is None else "".join(map(_line, _rows_until(path, step)))
+        kept = "" if step is None else "".join(_lines_until(path, step))
         atomic.write_text(path, kept)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,7 +43,7 @@ class MetricsFile(TrainerCallback):
                 file.write(_line({**logs, "step": state.global_step}))
 
 
-def _rows_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
+def _lines_until(path: Path, step: int) -> Iterator[str]:
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -53,7 +54,10 @@ def _rows_until(path: Path, step: int) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict) or "train_loss" in row:
             continue
         if (at := to_step(row.get("step", 0))) is not None and at <= step:
-            yield row
+            with contextlib.suppress(
+                pydantic_core.PydanticSerializationError
+            ):  # half a character, or too deep
+                yield _line(row)
 
 
 def _line(row: Mapping[str, Any]) -> str:
