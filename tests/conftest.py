@@ -1,6 +1,7 @@
 """Hypothesis profiles and threads.
 
-HYPOTHESIS_PROFILE is fast (default), ci (always the same examples) or deep. Tests and the
+HYPOTHESIS_PROFILE is fast (default), ci (always the same examples), deep, or few (ten examples,
+always the same, and no search for a smaller one: a mutant is killed by any). Tests and the
 processes that they start use one thread each: sums keep one order, and parallel tests do not
 compete for cores. Without a GPU, Triton runs its kernels in an interpreter.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"  # read when NumPy and torch are imported
@@ -30,5 +31,14 @@ settings.register_profile(
 )
 settings.register_profile(
     "deep", settings.get_profile("fast"), max_examples=2000, stateful_step_count=60
+)
+settings.register_profile(
+    "few",
+    settings.get_profile("fast"),
+    max_examples=10,
+    stateful_step_count=15,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "fast"))
