@@ -75,9 +75,9 @@ def damage_safetensors(content: bytes, draw: random.Random) -> bytes:
     if inner and draw.random() < 0.7:
         name = draw.choice(inner)
         metadata[name] = damage_json(metadata[name].encode(), draw).decode()
+        made = json.dumps(header).encode()
     else:
-        header = json.loads(damage_json(json.dumps(header).encode(), draw))
-    made = json.dumps(header).encode()
+        made = damage_json(json.dumps(header).encode(), draw)
     return len(made).to_bytes(8, "little") + made + tensors
 
 
