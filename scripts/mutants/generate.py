@@ -46,8 +46,6 @@ def _describe(module: str, name: str, mutated: MutatedFile) -> Change:
         for span in (mutated.line_span_by_function_name[each],)
     )
     diff = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
-    was, becomes = (
-        " ".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+"
-    )
+    was, becomes = (" ".join(line[1:].strip() for line in diff if line[0] == sign) for sign in "-+")
     plain = function.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
     return Change(f"{module}.{plain}", was, becomes)

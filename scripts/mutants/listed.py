@@ -22,7 +22,11 @@ def read_listed(path: Path = LISTED) -> list[Change]:
     """Read the list; every entry has a reason."""
     entries = tomllib.loads(path.read_text())["survivor"]
     assert all(entry["reason"] for entry in entries)
-    return [Change(entry["function"], entry["was"], entry["becomes"]) for entry in entries]
+    return [
+        Change(entry["function"], entry["was"], becomes)
+        for entry in entries
+        for becomes in entry["becomes"]
+    ]
 
 
 def say(what: str, change: Change) -> str:

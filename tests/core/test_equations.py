@@ -140,8 +140,31 @@ def test_the_cut_is_that_of_a_loop(data: st.DataObject, ranks: list[int]) -> Non
     cut = pruning.least_important(*arrays, given_keep)
     assert cut.dtype == np.bool_
     assert {tuple(place) for place in np.argwhere(cut).tolist()} == expected
-    if kept == 1:
-        assert np.array_equal(pruning.least_important(*arrays), cut)
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2])
+def test_ties_of_many_dimensions_are_cut_from_the_end(keep: int | None) -> None:
+    """Sorts that are not stable keep the order of few numbers."""
+    ranks, scores = [40, 40, 38], generator.choice([0.0, 0.5], (3, 40))
+    scores[:2, 30:] = 0.5  # the last dimensions of two experts differ in nothing but the expert
+    least = 1 if keep is None else keep
+    spare = [rank - least for rank in ranks]
+    options = {} if keep is None else {"keep": keep}
+    for count in (*range(1, 12), sum(spare) - 1, sum(spare)):
+        cut = pruning.least_important(scores, np.array(ranks), count, **options)
+        expected = reference.prune(scores.tolist(), ranks, count, spare)
+        assert {tuple(place) for place in np.argwhere(cut).tolist()} == expected
+    many = generator.choice([0.0, 0.5], (64, 64))
+    cut = pruning.least_important(many, np.full(64, 64), 64 * (64 - least), **options)
+    for row, gone in zip(many.tolist(), cut, strict=True):
+        best = sorted(range(64), key=lambda j: (-row[j], j))[:least]
+        assert np.flatnonzero(~gone).tolist() == sorted(best)
+    marks = generator.random((1, 40)) < 0.5
+    order = pruning.follow(pruning.initial_order(1, 40), marks)[0].tolist()
+    kept = np.flatnonzero(~marks[0]).tolist()
+    assert order == [*kept, *np.flatnonzero(marks[0]).tolist()]
+    values = np.arange(1.0, 41.0)[None]
+    assert pruning.compact(values, marks)[0, : len(kept)].tolist() == values[~marks].tolist()
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=3))
