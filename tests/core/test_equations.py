@@ -43,6 +43,13 @@ def test_the_bias_of_each_count_is_corrected(counts: list[int], decay: float) ->
         assert ema.correct_bias(np.array([value]), count, decay).tolist() == [corrected]
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_saliency_of_each_expert(gamma: float) -> None:
+    f, g, ranks = generator.random(5), generator.random(5), np.array([0, 1, 2, 7, 30])
+    expected = [f[i] * g[i] / (ranks[i] + 1) ** gamma for i in range(5)]
+    np.testing.assert_allclose(saliency.saliency(f, g, ranks, gamma), expected, rtol=1e-14)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(5, 7))
 def test_what_is_inactive_does_not_count(ranks: list[int], r_max: int) -> None:
     sample = generator.random((len(ranks), r_max))
