@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from drlora_core import ema, pruning, saliency, timetable
 from tests import reference
 
+TINY = float(np.finfo(np.float64).tiny)
 generator = np.random.default_rng(5)
 
 
@@ -71,6 +72,7 @@ def test_what_is_inactive_does_not_count(ranks: list[int], r_max: int) -> None:
         ([0.5, 0.5, 0.5], [0.0, 0.0, 9.0], [0.5, 0.5, 0.5]),  # no g is known
         ([2.0, 2.0, 1.0], [1.0, 0.0, 9.0], [0.5, 0.5, 0.25]),
         ([5e-324, 0.0, 0.5], [1e308, 0.0, 9.0], [5e-324, 0.0, 0.5]),  # the quotient is too large
+        ([TINY, 0.0, 0.5], [1.0, 0.0, 9.0], [TINY, 0.0, 0.5]),  # and may be
     ],
 )
 def test_an_expert_without_rank_is_worth_its_share(

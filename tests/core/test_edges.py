@@ -1,0 +1,168 @@
+"""Cases that few runs meet: nothing to show, something in the way, a file that is half there."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from drlora_core import (
+    AllocatorConfig,
+    GrowthEvent,
+    LayoutError,
+    atomic,
+    errors,
+    notebook,
+    testing,
+)
+from drlora_core.cli import app, common, main, tables
+from drlora_core.plots.loss import MOST_POINTS, thin
+from drlora_core.plots.style import MARKED_EVENTS, event_marks
+from drlora_core.policies import AllocationRequest
+from drlora_core.recording.format import check_place
+from drlora_core.recording.traces import from_routing_trace, load_trace
+from drlora_core.replay import first_difference
+from drlora_core.runs import history
+from drlora_core.runs.recipe import read_recipe
+from drlora_core.state import dimension_importance, make_state
+
+
+def test_single_dimensions_are_averaged_for_policies_that_cut_alone() -> None:
+    config = AllocatorConfig()
+    with pytest.raises(AssertionError, match="only policies that cut"):
+        dimension_importance(make_state(config, {"a": np.ones(2, dtype=np.int64)}), config)
+
+
+def grow_the_first(request: AllocationRequest) -> Any:
+    growth = np.zeros_like(request.ranks)
+    growth[0] = min(request.limits[0], request.quota)
+    return growth
+
+
+def overwrite(request: AllocationRequest) -> Any:
+    request.routing.setflags(write=True)
+    request.routing[:] += 1.0
+    return np.zeros_like(request.ranks)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [(grow_the_first, "depends on the numbering"), (overwrite, "writes to its input 'routing'")],
+)
+def test_a_policy_breaks_its_contract(policy: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        testing.check_policy(policy)
+
+
+def event(**fields: Any) -> GrowthEvent:
+    values: dict[str, Any] = {key: {} for key in ("deltas", "ranks", "saliency", "cut")}
+    return GrowthEvent(**{"step": 2, "index": 1, "unplaced": 0, **values, **fields})
+
+
+def test_events_that_leave_other_units_differ() -> None:
+    found = first_difference((event(),), (event(unplaced=3),))
+    assert found is not None
+    assert "left 0 units" in found
+    assert "left 3" in found
+    assert first_difference((event(),), (dataclasses.replace(event()),)) is None
+
+
+def test_what_is_empty_is_shown() -> None:
+    assert errors.near_misses("a", []) == "there are none yet"
+    assert notebook.layer_row("a", []) == ("a", 0, "-", "-", "-", 0)
+    assert history._choose_steps(0, [], 5) == set()
+    config = AllocatorConfig(policy="uniform", warmup_steps=5, growth_interval=10, growth_end=6)
+    assert "0 growth events<" in config._repr_html_()
+
+
+def test_many_points_are_thinned_and_many_events_are_a_span() -> None:
+    steps = np.arange(10 * MOST_POINTS)
+    thinned, values = thin(steps, steps / 2)
+    assert (len(thinned), thinned[0], thinned[-1]) == (MOST_POINTS, 0, steps[-1])
+    assert np.array_equal(values, thinned / 2)
+    events: Any = SimpleNamespace(event_steps=list(range(3, 3 + 2 * MARKED_EVENTS)))
+    (span,) = event_marks(events)
+    assert (span["x0"], span["x1"]) == (3, 2 + 2 * MARKED_EVENTS)
+
+
+def test_a_file_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LayoutError, match="is a file; choose another path"):
+        check_place(tmp_path / "file" / "recording")
+
+
+def test_a_trace_has_a_name_for_each_layer_and_a_known_format(tmp_path: Path) -> None:
+    sums = np.ones((2, 1, 3))
+    with pytest.raises(LayoutError, match="2 layer names for 1 layers"):
+        from_routing_trace(sums, np.array([4, 4]), layer_names=["a", "b"])
+    made = io.BytesIO()
+    np.save(made, sums)
+    with zipfile.ZipFile(tmp_path / "trace.npz", "w") as archive:
+        for name in ("weight_sum", "tokens"):
+            archive.writestr(f"{name}.npy", made.getvalue().replace(b"NUMPY\x01", b"NUMPY\x09", 1))
+    with pytest.raises(LayoutError, match=r"version \(9, 0\) of the NumPy format"):
+        load_trace(tmp_path / "trace.npz")
+
+
+def test_a_recipe_that_is_no_yaml_has_a_text_alone(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: [")
+    found = read_recipe(path)
+    assert found is not None
+    assert (found.text, found.options) == ("a: [", {})
+
+
+def test_a_terminal_gets_a_table_as_it_is() -> None:
+    console, made = Console(file=io.StringIO(), force_terminal=True), Table("a")
+    tables._print_stripped(made, console)
+    assert console.file.getvalue().strip()  # type: ignore[attr-defined]
+
+
+def test_the_command_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert 'pip install "drlora[cli]"' in capsys.readouterr().err
+
+
+def test_a_folder_that_was_missing_is_missing_after_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic.replaced_files(tmp_path / "a" / "b") as part:
+            (part / "file").touch()
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.DRLoRAError, match="is a file, so that"):
+        common.check_output(tmp_path / "file" / "out")
+
+
+def test_an_interruption_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(**_: Any) -> int:
+        raise typer.Abort
+
+    monkeypatch.setattr(app, "build", lambda: (interrupt, []))
+    with pytest.raises(SystemExit) as ended:
+        app.run(["plan"])
+    assert ended.value.code == app.INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
