@@ -161,6 +161,18 @@ MISUSE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         f"'{FIRST}' has routing but no importance",
     ),
     (
+        "unpaired the other way",
+        {"routing": {SECOND: ok[0]}, "importance": {FIRST: ok[0], SECOND: ok[0]}},
+        StatisticError,
+        f"'{FIRST}' has importance but no routing",
+    ),
+    (
+        "both long and short",
+        {key: {FIRST: [0.5], SECOND: [0.5] * 3} for key in ("routing", "importance")},
+        StatisticError,
+        rf"'{FIRST}', step 1: routing has shape \(1,\)",
+    ),
+    (
         "half an array",
         {"importance": {FIRST: ok[0]}},
         StatisticError,

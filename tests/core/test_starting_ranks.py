@@ -134,3 +134,19 @@ def test_a_measured_expert_that_is_not_visited_any_more_leaves_saliency_finite()
         engine.observe("experts", routing=[0.0, 1.0, 0.0], importance=[0.0, 0.0, 0.0])
         engine.step()
         assert np.isfinite(engine.saliency("experts")).all()
+
+
+@pytest.mark.parametrize("policy", ["uniform", "prune", "greedy"])
+def test_only_policies_with_a_quota_can_fall_short(
+    policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = 4 if policy == "prune" else 1
+    config = AllocatorConfig(
+        **{"r_init": start, "r_target": 2, "r_max": 4, "policy": policy, "quota": 1},
+        **{"warmup_steps": 0, "growth_interval": 1, "growth_end": 1},
+    )
+    engine = AllocatorEngine(config)
+    ranks = [2, 2, 1, 2] if policy == "uniform" else [start] * 4
+    engine.add_layer("a", 4, ranks=ranks)  # those of prune are above the budget that it ends with
+    assert engine.ranks("a").tolist() == ranks
+    assert bool(caplog.records) is (policy == "greedy")
