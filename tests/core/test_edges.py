@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from drlora_core import (
     LayoutError,
     atomic,
     errors,
+    model_shape,
     notebook,
     testing,
 )
@@ -35,6 +37,9 @@ from drlora_core.replay import first_difference
 from drlora_core.runs import history
 from drlora_core.runs.recipe import read_recipe
 from drlora_core.state import dimension_importance, make_state
+
+rank_map = importlib.import_module("drlora_core.plots.rank_map")  # functions have these names too
+trajectories = importlib.import_module("drlora_core.plots.trajectories")
 
 
 def test_single_dimensions_are_averaged_for_policies_that_cut_alone() -> None:
@@ -166,3 +171,37 @@ def test_an_interruption_is_told(
         app.run(["plan"])
     assert ended.value.code == app.INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_an_answer_that_varies_is_refused() -> None:
+    calls: list[int] = []
+
+    def vary(request: AllocationRequest) -> Any:
+        calls.append(1)
+        growth = np.zeros_like(request.ranks)
+        growth[0] = min(request.limits[0], request.quota, len(calls) % 2)
+        return growth
+
+    with pytest.raises(AssertionError, match="is not deterministic"):
+        testing._check_once(vary, testing.make_request(quota=3, ranks=[1], limits=[2]))
+
+
+def test_a_list_of_a_model_is_a_list() -> None:
+    assert model_shape._list(Path("c"), {}, "layers") == []
+    with pytest.raises(LayoutError, match="layers is 3; accepted: a list"):
+        model_shape._list(Path("c"), {"layers": 3}, "layers")
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(errors.DRLoRAError, match="cannot be written to"):
+        common.check_output(tmp_path / "out")
+
+
+def test_without_signals_a_point_tells_its_rank_alone() -> None:
+    run: Any = SimpleNamespace(history=SimpleNamespace(steps=[]))
+    for found in (trajectories._hover(run, "a", 0, []), rank_map._hover(run, 0, True)):
+        assert list(found) == ["hovertemplate"]
+        assert "rank" in found["hovertemplate"]
