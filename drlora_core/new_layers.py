@@ -64,7 +64,7 @@ def check_ranks(config: AllocatorConfig, default: IntArray, ranks: ArrayLike) ->
 
 def report_shortfall(config: AllocatorConfig, name: str, ranks: IntArray) -> None:
     """Warn of a fixed quota that will not spend the budget of a layer with starting ranks [N]."""
-    if config.quota is None or config.policy in ("uniform", "prune"):
+    if config.quota is None or config.policy == "uniform":
         return
     quota = min(config.quota, ranks.size * (config.max_growth or config.r_max))
     planned, start = quota * config.num_events, int(ranks.sum())

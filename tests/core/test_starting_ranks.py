@@ -146,7 +146,7 @@ def test_only_policies_with_a_quota_can_fall_short(
         **{"warmup_steps": 0, "growth_interval": 1, "growth_end": 1},
     )
     engine = AllocatorEngine(config)
-    ranks = [2, 2, 1, 2] if policy == "uniform" else [start] * 4
+    ranks = [1, 1, 1, 2] if policy == "uniform" else [start] * 4
     engine.add_layer("a", 4, ranks=ranks)  # those of prune are above the budget that it ends with
     assert engine.ranks("a").tolist() == ranks
     assert bool(caplog.records) is (policy == "greedy")
