@@ -2,29 +2,42 @@
 
 Every writer of the package goes through this module. Content is written beside its place, flushed
 to disk and renamed. A rename replaces a symbolic link itself, never the file behind it.
+
+A process that is killed leaves its temporary files. The next one that writes to the same folder
+deletes them: their names tell which process of which machine has made them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from drlora_core.locks import LOCK
+
+PREFIX, LAST = ".drlora-", "config.json"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}  # some network file systems
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace one file; the folder is made if it is missing.
+def write_file(path: Path, write: Callable[[Path], object], *, make_folder: bool = True) -> None:
+    """Replace one file; the folder is made if it is missing, unless that would be wrong.
 
     ``write`` fills the temporary file whose path it is given. On any error, also one of ``write``,
     an older file is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path, ".part")
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    place = _beside(path, ".part")  # a folder: safetensors has temporary files of its own in it
+    part = place / path.name
     try:
         _touch(part, path)
         mode = part.stat().st_mode  # that of the user's umask; safetensors would make it private
@@ -34,40 +47,48 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
         sync(path.parent)
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _touch(part: Path, path: Path) -> None:
     """Make the temporary file; an error names the file that was to be written."""
     try:
+        part.parent.mkdir()
         part.touch()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, make_folder: bool = True) -> None:
     """Replace a text file, UTF-8."""
-    write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_file(path, lambda part: part.write_text(text, encoding="utf-8"), make_folder=make_folder)
 
 
 @contextlib.contextmanager
 def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill; on leaving, its entries take their place in ``folder``.
 
-    Older entries of the same names give way, and so do those that match the pattern ``stale`` (a
-    checkpoint may have had more shards). They are deleted only once everything new is in place: on
-    any error they come back, and ``folder`` is as it was: where it was missing, it and those around
-    it are gone again.
+    A ``folder`` that is missing appears whole. In one that is there, entries of the same names give
+    way, and so do those that match the pattern ``stale`` (a checkpoint may have had more shards).
+    They are deleted only once everything new is in place: on any error they come back, and
+    ``folder`` is as it was: where it was missing, it and those around it are gone again. If the
+    process is killed among these renames, the configurations are missing, without which nobody
+    reads the rest, and the older files are in a folder ``.drlora-*.old`` beside the new ones.
     """
-    part = _beside(folder, ".part")
+    there = folder.is_dir()
+    part = _beside(folder / LAST if there else folder, ".part")  # it may be a disk of its own
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         part.mkdir(parents=True)
+        _sweep(part.parent)
         yield part
         for file in part.rglob("*"):
             sync(file)
-        _exchange(part, folder, stale)
+        if there:
+            _exchange(part, folder, stale)
+        else:
+            os.replace(part, folder)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         for each in new:
@@ -75,6 +96,35 @@ def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
                 each.rmdir()
         raise
     shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on leaving, it appears as ``folder``, whole.
+
+    Raises:
+        OSError: ``folder`` is there already, and not empty.
+    """
+    part = _beside(folder, ".part")
+    part.mkdir(parents=True)
+    try:
+        _sweep(part.parent)
+        yield part
+        os.rename(part, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes have left in a folder, and in those inside it."""
+    for parent in {left.parent for left in folder.rglob(f"{PREFIX}*.part")}:
+        _sweep(parent)
+
+
+def is_empty(folder: Path) -> bool:
+    """True for a folder in which there is nothing but what a killed process has left."""
+    return all(entry.name.startswith((PREFIX, LOCK)) for entry in folder.iterdir())
 
 
 def sync(path: Path) -> None:
@@ -100,13 +150,13 @@ def sync(path: Path) -> None:
 
 def _exchange(part: Path, folder: Path, stale: str | None) -> None:
     """Move the entries of ``part`` into ``folder``; on an error undo every move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = sorted(entry.name for entry in part.iterdir())
+    new = sorted((entry.name for entry in part.iterdir()), key=_is_configuration)
     old = {entry.name for entry in folder.glob(stale)} if stale else set()
     old |= {name for name in new if os.path.lexists(folder / name)}
-    aside = _beside(folder, ".old")
+    aside = _beside(folder / LAST, ".old")
     aside.mkdir()
-    moves = [(folder / name, aside / name) for name in sorted(old)]
+    first = sorted(old, key=_is_configuration, reverse=True)
+    moves = [(folder / name, aside / name) for name in first]
     moves += [(part / name, folder / name) for name in new]
     done: list[tuple[Path, Path]] = []
     try:
@@ -120,7 +170,46 @@ def _exchange(part: Path, folder: Path, stale: str | None) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
+    _sweep(folder, ".old")
+
+
+def _is_configuration(name: str) -> bool:
+    return name.endswith(LAST)
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    return path.parent / f".drlora-{uuid.uuid4().hex}{suffix}"
+    owner = f"{_machine()}-{os.getpid()}"
+    return path.parent / f"{PREFIX}{owner}-{uuid.uuid4().hex[:12]}{suffix}"
+
+
+def _sweep(folder: Path, suffix: str = ".part") -> None:
+    """Delete what processes that have ended left in a folder; only those of this machine."""
+    if os.name != "posix":
+        return  # where asking for a process could end it
+    for left in folder.glob(f"{PREFIX}{_machine()}-*{suffix}"):
+        number = left.name.split("-")[2]
+        if number.isdecimal() and not _lives(int(number)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    left.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    """Tell machines apart that share a file system, and containers with processes of their own."""
+    known = [platform.node()]
+    with contextlib.suppress(OSError):
+        known += [os.readlink("/proc/self/ns/pid"), BOOT.read_text()]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:8]

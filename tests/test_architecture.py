@@ -24,6 +24,7 @@ FILE_LINES, FUNCTION_LINES = 400, 50
 # A module of the core imports from its own level and from those above it in this list. Whatever is
 # not named (replay, plan ...) stands on the engine, below the command line.
 LEVELS: tuple[set[str], ...] = (
+    {"locks"},
     {
         *("errors", "bounds", "validation", "notebook", "atomic", "timetable", "ema", "saliency"),
         "driver",

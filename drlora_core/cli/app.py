@@ -129,6 +129,8 @@ def run(arguments: list[str] | None, show: Callable[[str], None] = print_error) 
     app, missing = build()
     try:
         code = app(args=arguments or ["--help"], prog_name="drlora", standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise typer.Abort
     except typer.Abort:
         text, code = "interrupted", INTERRUPTED
     except USAGE_ERROR as error:

@@ -14,6 +14,7 @@ import pydantic_core
 import typer
 from pydantic import ValidationError
 
+from drlora_core.atomic import is_empty
 from drlora_core.cli.console import is_unicode
 from drlora_core.config import AllocatorConfig
 from drlora_core.errors import DRLoRAError, describe_validation_error, near_misses, printable
@@ -98,7 +99,7 @@ def check_output(output: Path, *, folder: bool = False) -> None:
         output: a new file, or a new or empty folder.
         folder: it is a folder.
     """
-    empty = folder and output.is_dir() and not any(output.iterdir())
+    empty = folder and output.is_dir() and is_empty(output)
     if os.path.lexists(output) and not empty:
         raise DRLoRAError(f"{str(output)!r} exists; use another --output")
     nearest = next(parent for parent in (*output.parents, Path.cwd()) if os.path.lexists(parent))

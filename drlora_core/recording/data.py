@@ -268,6 +268,7 @@ class Recording:
         header = files.Header(
             layers=self.layers, config=self.config, policy=self.policy, dimensions=depth
         )
+        path.mkdir(parents=True, exist_ok=True)
         files.write_header(path, header, None)
         for start in range(0, self.steps, header.segment_steps):
             end = min(start + header.segment_steps, self.steps)

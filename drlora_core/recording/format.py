@@ -104,7 +104,7 @@ def write_header(folder: Path, header: Header, steps: int | None) -> None:
     header = header.model_copy(update={"steps": steps})
     told = json.loads(header.model_dump_json())
     text = json.dumps({**told, "checksum": checksum(told)}, indent=1)
-    atomic.write_text(folder / FILE, text + "\n")
+    atomic.write_text(folder / FILE, text + "\n", make_folder=False)
 
 
 def checksum(told: Mapping[str, Any]) -> str:
@@ -152,7 +152,7 @@ def check_place(folder: Path) -> None:
 
 def check_folder(folder: Path, header: Header, steps: int) -> None:
     """Refuse to start a recording in a folder with files, or to continue one that is not there."""
-    exists = any(folder.glob("*"))
+    exists = folder.is_dir() and not atomic.is_empty(folder)
     if exists != (steps > 0):
         raise LayoutError(
             f"the engine is at step {steps}, but {folder} "
@@ -163,6 +163,17 @@ def check_folder(folder: Path, header: Header, steps: int) -> None:
         old = read_header(folder)
         if list(old.layers.items()) != list(header.layers.items()) or old.config != header.config:
             raise LayoutError(f"{folder} has other layers or another configuration; use a new path")
+
+
+def ends_at(folder: Path, steps: int) -> bool:
+    """True for a recording of so many steps that was not marked as complete."""
+    try:
+        header = read_header(folder)
+        return header.steps is None and steps == sum(
+            len(rows) for rows, _ in read_segments(folder, header)
+        )
+    except (LayoutError, OSError):
+        return False
 
 
 def segment_path(folder: Path, start: int) -> Path:
@@ -185,7 +196,7 @@ def write_segment(
         with part.open("wb") as stream:
             np.savez(stream, steps=rows, events=event_rows)
 
-    atomic.write_file(segment_path(folder, start), write)
+    atomic.write_file(segment_path(folder, start), write, make_folder=False)
 
 
 def read_segments(folder: Path, header: Header, stop: int = sys.maxsize) -> Iterator[Segment]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from drlora_core import atomic
 from drlora_core.errors import describe_validation_error
+from drlora_core.locks import LOCK
 from drlora_core.runs import folder as files
 from drlora_torch.errors import RunError
 from drlora_torch.finetune.recipe import Recipe, absolute, read_fields, to_yaml
 
 RECIPE, RESULT, METRICS, RECORDING = files.RECIPE, files.RESULT, files.METRICS, files.RECORDING
 ADAPTER, CHECKPOINTS, PEFT = "adapter", "checkpoints", "peft"
-MERGED, LOGS = "merged", "logs"
+MERGED, LOGS, DATA = "merged", "logs", "data.json"
 RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
 """What may change when a run goes on; and where it runs."""
 
@@ -24,12 +25,26 @@ RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
 def create(folder: Path, recipe: Recipe) -> None:
     """Make the folder of a new run and write its recipe."""
     refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
-        new = Path(place, "run")  # renamed at once: a folder without a recipe cannot go on
-        new.mkdir()
+    with atomic.new_folder(folder) as new:  # a folder without a recipe could not go on
         write(new, recipe)
-        new.rename(folder)
+
+
+def check_there(folder: Path) -> None:
+    """Refuse to go on writing to a run that somebody has deleted."""
+    if not (folder / RECIPE).is_file():
+        raise RunError(
+            f"the folder {str(folder)!r} of this run was deleted while it trained; start it again"
+        )
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what was written to a run after it was deleted: nothing can go on from that."""
+    ours = {ADAPTER, CHECKPOINTS, LOGS, METRICS, RECORDING, RESULT, LOCK, DATA}
+    if not folder.is_dir() or (folder / RECIPE).exists():
+        return
+    names = [entry.name for entry in folder.iterdir()]
+    if all(name in ours or name.startswith(atomic.PREFIX) for name in names):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(folder: Path, recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 import shutil
@@ -10,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
 from drlora_core import atomic
 from drlora_core.cli.console import say
+from drlora_core.locks import FolderLock
 from drlora_core.report import write_report
 from drlora_core.runs import open_run
 from drlora_torch.adapter import Adapter, state_of
@@ -44,14 +45,12 @@ from drlora_torch.finetune.watch.stopping import (
     Diverged,
     StopOnSignal,
     Stopped,
+    StopWhenDeleted,
     StopWhenDiverged,
 )
 from drlora_torch.integrations.trainer import last_checkpoint
 from drlora_torch.storage.checkpoint import check_restorable
 from drlora_torch.storage.checkpoint import read as read_adapter
-
-LOCK = ".lock"
-"""In the folder of a run, while a process trains into it."""
 
 
 class Job(NamedTuple):
@@ -121,6 +120,8 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
         job = Job(recipe, output, console, everyone, tokenizer, data, stop)
         with stop.listening(), _leave_nothing(job, resume):
             results = _train_all(job, model, options, resume)
+            if everyone.is_main_process:
+                folder.check_there(output)
     if everyone.is_main_process:
         text = json.dumps([each.model_dump() for each in results], indent=2)
         atomic.write_text(output / folder.RESULT, text + "\n")
@@ -146,10 +147,9 @@ def _write_page(job: Job) -> Path | None:
 @contextlib.contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Refuse to train into a folder into which another process trains."""
-    lock = filelock.FileLock(output / LOCK, timeout=0)
     try:
-        lock.acquire()
-    except filelock.Timeout:
+        lock = FolderLock(output)
+    except BlockingIOError:
         raise RunError(
             f"another process trains into {str(output)!r}; wait until it has ended"
         ) from None
@@ -157,12 +157,11 @@ def _alone(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        (output / LOCK).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _leave_nothing(job: Job, resume: bool) -> Iterator[None]:
-    """If a new run fails before its training begins, remove its folder."""
+    """Remove the folder of a new run that fails before it trains, and remains of a deleted one."""
     try:
         yield
     except Stopped:
@@ -171,6 +170,8 @@ def _leave_nothing(job: Job, resume: bool) -> Iterator[None]:
         new = not resume and not job.stop.began
         if new and job.everyone.is_main_process and (job.output / folder.RECIPE).is_file():
             shutil.rmtree(job.output, ignore_errors=True)
+        if job.stop.began and job.everyone.is_main_process:
+            folder.remove_remains(job.output)
         raise
 
 
@@ -198,6 +199,7 @@ def _open_folder(job: Job, adapter: Adapter, resume: bool, whole: contextlib.Exi
             folder.create(job.output, job.recipe)
         whole.enter_context(_alone(job.output))
         if resume:
+            atomic.sweep(job.output)
             _check_restorable(job, adapter)
             folder.extend(job.output, job.recipe)
         summary.write(job.output, job.data.summary)
@@ -252,14 +254,14 @@ def _train(job: Job, options: FinetuneOptions, adapter: Adapter, output: Path) -
     progress = RichProgress(label, steps, job.console, meter)
     callbacks: list[Any] = [meter, progress, StopWhenDiverged(), job.stop]
     if first:
+        callbacks.append(StopWhenDeleted(functools.partial(folder.check_there, job.output)))
         if adapter.engine.step_count == 0:  # a replay starts from equal ranks
             adapter.engine.record_to(recording)
         else:
             job.console.print("no recording: this run starts from the ranks of an adapter")
         state = read_state(checkpoint)
         output.mkdir(exist_ok=True)
-        step = None if state is None else state.global_step
-        callbacks.append(MetricsFile(output / folder.METRICS, step))
+        callbacks.append(MetricsFile(output / folder.METRICS, state))
     trainer = build_trainer(
         options, adapter, job.tokenizer, job.data, checkpoints, output / folder.LOGS, callbacks
     )

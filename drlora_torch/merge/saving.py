@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from drlora_core import atomic
 from drlora_torch.attached import Attached
 from drlora_torch.errors import AttachError, CheckpointError, ModelError
@@ -65,7 +67,7 @@ def merge_and_save(
             logits: Compared = (None, None)
             if compare:
                 logits = compare_logits(attached, folder, quantize)
-    except OSError as failure:
+    except (OSError, SafetensorError) as failure:
         raise CheckpointError(
             f"could not write a merged model to {path}: {failure}; what was there before is "
             "untouched"

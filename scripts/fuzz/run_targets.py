@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from transformers import TrainerState
 
 from drlora_torch.embedded import MODEL_DIR, TEST_FILE
 from drlora_torch.finetune import folder as run_folder
@@ -56,7 +57,7 @@ def read_checkpoints(folder: Path) -> None:
         lambda: read_options(run).allocator_config(),
         lambda: read_summary(run),
         lambda: _read_last(run),
-        lambda: MetricsFile(run / run_folder.METRICS, 2),
+        lambda: MetricsFile(run / run_folder.METRICS, TrainerState(global_step=2)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,63 @@ def test_an_error_while_files_are_exchanged_undoes_all(
     assert len(calls) > call
     assert content(folder) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def dead() -> int:
+    """Number of a process that has ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_what_killed_processes_of_this_machine_left_is_deleted(tmp_path: Path) -> None:
+    own = f"{atomic.PREFIX}{atomic._machine()}"
+    gone = [f"{own}-{dead()}-0.part", f"{own}-{dead()}-1.part"]
+    kept = [f"{own}-{os.getpid()}-2.part", f"{own}-1-3.part", f".drlora-00000000-{dead()}-4.part"]
+    for name in [*gone[:1], *kept]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / gone[1] / "deep").mkdir(parents=True)
+    assert atomic.is_empty(tmp_path)
+    atomic.write_text(tmp_path / "a.txt", "new")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.txt", *kept}
+    assert not atomic.is_empty(tmp_path)
+    (tmp_path / "deep" / gone[1]).mkdir(parents=True)
+    atomic.sweep(tmp_path)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_configuration_goes_first_and_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed on the way leaves files that nobody reads."""
+    for text in ("old", "new"):
+        moved, replace = [], os.replace
+
+        def note(source: Path, target: Path, replace: Any = replace, moved: Any = moved) -> None:
+            replace(source, target)
+            moved.append((Path(target).parent == tmp_path / "run", Path(target).name))
+
+        monkeypatch.setattr(os, "replace", note)
+        with atomic.replaced_files(tmp_path / "run") as part:
+            for name in ("adapter_config.json", "weights", "zero"):
+                (part / name).write_text(text)
+        monkeypatch.undo()
+        if text == "old":
+            assert moved == [(False, "run")], "a new folder appears whole"
+    assert moved[0] == (False, "adapter_config.json")
+    assert moved[-1] == (True, "adapter_config.json")
+    assert len(moved) == 6
+    assert {file.read_text() for file in (tmp_path / "run").iterdir()} == {"new"}
+
+
+def test_a_folder_that_is_there_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    with atomic.new_folder(tmp_path / "deep" / "run") as part:
+        (part / "a.txt").write_text("first")
+    with pytest.raises(OSError, match="not empty"), atomic.new_folder(tmp_path / "deep/run"):
+        pass
+    assert content(tmp_path) == {"deep/run/a.txt": "first"}
 
 
 def test_windows_opens_no_folder_and_flushes_only_what_it_may_write(

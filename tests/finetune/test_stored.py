@@ -84,5 +84,5 @@ def test_rows_of_a_log_that_no_run_writes_are_left_out(tmp_path: Path) -> None:
         b'{"step": 1, "a": ' + b"[" * 500 + b"]" * 500 + b"}",
     ]  # fmt: skip
     log.write_bytes(b"\n".join(rows))
-    MetricsFile(log, 2)
+    MetricsFile(log, TrainerState(global_step=2))
     assert log.read_text() == '{"step":1,"loss":2.0}\n'

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from transformers import TrainerControl, TrainerState
 
 import drlora_torch
 from drlora_core.cli import main
+from drlora_core.locks import LOCK, FolderLock
 from drlora_core.recording import Recording
 from drlora_torch.errors import RunError
 from drlora_torch.finetune import folder, job
@@ -280,11 +280,11 @@ def test_metrics_are_appended_as_they_come(tmp_path: Path) -> None:
     old = ['{"eval_loss": 9.0, "step": 0}', '{"loss": 3.0, "step": 1, "train_runtime": 1}']
     cut = ['{"loss": 8.0, "step": 2}', '{"train_loss": 4.0, "step": 1}', '{"los']
     (tmp_path / "m.jsonl").write_text("\n".join(old + cut))
-    file = MetricsFile(tmp_path / "m.jsonl", 1)
+    file = MetricsFile(tmp_path / "m.jsonl", TrainerState(global_step=1))
     file.on_log(None, state, None, {"eval_loss": 1.0})  # measured before the run goes on
-    file.on_train_begin(None, state, None)
     state.global_step = 2
     file.on_log(None, state, None, {"loss": 2.0, "grad_norm": math.inf})
+    file.on_log(None, state, None, {"train_loss": 0.5})  # of the steps since it went on
     found = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert found == [*map(json.loads, old), {"loss": 2.0, "grad_norm": None, "step": 2}]
     MetricsFile(tmp_path / "m.jsonl", None)
@@ -322,14 +322,13 @@ def test_two_processes_do_not_train_into_one_folder(
 ) -> None:
     run = tmp_path / "run"
     job.run(options_for(moe_folder, sums, steps=2, save_every=2), run, QUIET)
-    assert not (run / job.LOCK).exists()
+    assert not (run / LOCK).exists()
     before = (run / folder.RECIPE).read_bytes()
     longer = folder.read(run).model_copy(update={"steps": 4})
-    with (
-        filelock.FileLock(run / job.LOCK),
-        pytest.raises(RunError, match="another process trains into"),
-    ):
+    held = FolderLock(run)
+    with pytest.raises(RunError, match="another process trains into"):
         job.run(longer, run, QUIET, resume=True)
+    held.release()
     assert (run / folder.RECIPE).read_bytes() == before
     assert (run / folder.RESULT).exists()
 

@@ -26,7 +26,12 @@ def write_merged(opened: Opened, target: Path, *, quantize: bool, compare: bool)
             written; nothing is written then.
     """
     with atomic.replaced_files(target) as part:
-        opened.tokenizer.save_pretrained(part)
+        try:
+            opened.tokenizer.save_pretrained(part)
+        except OSError:
+            raise
+        except Exception as error:  # of the library in Rust, a plain one
+            raise CheckpointError(f"could not write the tokenizer to {target}: {error}") from error
         try:
             report = opened.adapter.merge_and_save(part, quantize=quantize, compare=compare)
         except CheckpointError as error:  # it knows the temporary folder alone

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from drlora_core.cli import signals
 from drlora_torch.errors import RunError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, *signals.SIGNALS)
 IMPATIENT_AFTER = 1.0
 """Seconds; a launcher passes on a signal that its processes have had from the terminal too."""
 
@@ -36,7 +38,7 @@ class Stopped(RunError):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends the training after the current step when Ctrl-C is pressed or SIGTERM comes.
+    """Ends the training after the current step: on Ctrl-C, SIGTERM, or a terminal that is closed.
 
     All processes of a run stop after the same step. Another signal, a second later, ends at once.
 
@@ -49,6 +51,7 @@ class StopOnSignal(TrainerCallback):
         self._processes, self._device = processes, device
         self._received: int = 0
         self._moment = 0.0
+        self._terminals: list[int] = []
         self.began = False
         """True once a training has begun."""
         self.step: int | None = None
@@ -60,7 +63,9 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._terminals = [handle for handle in (1, 2) if os.isatty(handle)]
+        heard = [number for number in SIGNALS if not signals.is_ignored(number)]
+        before = {number: signal.signal(number, self._receive) for number in heard}
         try:
             yield
         finally:
@@ -70,8 +75,17 @@ class StopOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._received:
             self._received, self._moment = number, time.monotonic()
+            if signal.Signals(number).name == "SIGHUP":
+                self._leave_terminal()
         elif time.monotonic() - self._moment > IMPATIENT_AFTER:
             raise SystemExit(128 + number)
+
+    def _leave_terminal(self) -> None:
+        """Write to nowhere from now on: writing to a closed terminal would end the run at once."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for handle in self._terminals:
+            os.dup2(nowhere, handle)
+        os.close(nowhere)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = True
@@ -98,6 +112,20 @@ class StopOnSignal(TrainerCallback):
             name = signal.Signals(self._received).name
             where = "before the first step" if self.step is None else f"after step {self.step}"
             raise Stopped(f"stopped by {name} {where}; go on with: {go_on}", self._received)
+
+
+class StopWhenDeleted(TrainerCallback):
+    """Ends a run whose folder is gone, before anything else is written there.
+
+    Args:
+        check: raises if it is.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._check()
 
 
 class StopWhenDiverged(TrainerCallback):

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from drlora_torch.finetune.after import opened
 from drlora_torch.finetune.after.merged import describe
@@ -74,6 +80,25 @@ def test_a_failed_merge_leaves_nothing(
         said.err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "error"), [(PreTrainedTokenizerBase, Exception), (PreTrainedModel, SafetensorError)]
+)
+def test_errors_of_libraries_in_rust_are_sentences(
+    place: type, error: type[Exception], run: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no kind for a full disk."""
+
+    def no_space(*_: object, **__: object) -> None:
+        raise error("No space left on device (os error 28)")
+
+    monkeypatch.setattr(place, "save_pretrained", no_space)
+    said = call("merge", run)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "internal error" not in said.err
+    assert "could not write" in said.err
+    assert not (run / "merged").exists()
 
 
 @pytest.mark.parametrize(

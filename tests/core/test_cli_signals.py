@@ -1,0 +1,52 @@
+"""A command that is told to stop says one sentence, and its exit code is that of shells."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import typer
+
+from drlora_core.cli import app, main
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("SIGTERM", "stopped by SIGTERM"), ("SIGHUP", "stopped by SIGHUP"), ("SIGINT", "interrupted")],
+)
+def test_a_signal_ends_a_command_in_one_sentence(
+    name: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, cleaned = signal.Signals[name], []
+    commands = typer.Typer()
+    commands.callback()(lambda: None)
+
+    @commands.command()
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(app, "build", lambda: (commands, []))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        main(["wait"])
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().err == f"drlora: {sentence}\n"
+    assert cleaned == [True]
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(app, "run", lambda arguments: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        main([])  # under nohup
+    except SystemExit as stopped:
+        pytest.fail(f"it ended with {stopped.code}")
+    finally:
+        signal.signal(signal.SIGHUP, before)

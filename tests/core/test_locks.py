@@ -1,0 +1,127 @@
+"""One process writes into a folder; a killed one is in nobody's way."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from drlora_core import LayoutError
+from drlora_core.locks import LOCK, FolderLock
+from drlora_core.recording import Recording, RecordingWriter
+from tests.core import recorded
+
+
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    with pytest.raises(BlockingIOError):
+        FolderLock(tmp_path)
+    lock.release()
+    lock.release()
+    FolderLock(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        FolderLock(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK).exists()
+    FolderLock(tmp_path).release()
+
+
+def test_a_forked_process_does_not_release_the_lock(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    child = os.fork()
+    if child == 0:
+        lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(BlockingIOError):
+        FolderLock(tmp_path)
+    lock.release()
+
+
+def test_two_engines_do_not_record_into_one_folder(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = recorded.build(recorded.config())
+    first.record_to(path)
+    recorded.drive(first, 5)
+    second = recorded.build(recorded.config())
+    second.load_state_dict(first.state_dict())
+    second.record_to(path)
+    with pytest.raises(LayoutError, match=rf"another engine records to '{path}'; end that with"):
+        recorded.drive(second, 1)
+    recorded.drive(first, 3)
+    first.record_to(None)
+    second.load_state_dict(first.state_dict())
+    recorded.drive(second, 2)
+    second.record_to(None)
+    assert Recording.open(path).steps == 10
+    assert not (path / LOCK).exists()
+
+
+def test_an_engine_that_nobody_has_any_more_holds_no_lock(tmp_path: Path) -> None:
+    """As where a cell of a notebook is run again."""
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    state = engine.state_dict()
+    del engine
+    again = recorded.build(recorded.config())
+    again.load_state_dict(state)
+    again.record_to(tmp_path / "run")
+    recorded.drive(again, 1)
+    again.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 6
+
+
+def test_a_copy_of_an_engine_has_no_part_in_the_lock(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        with pytest.raises(LayoutError, match="another engine records to"):
+            recorded.drive(other, 1)
+        del other
+    recorded.drive(engine, 1)
+    engine.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 6
+
+
+def test_a_run_that_was_killed_after_its_last_step_completes_the_recording(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+        engine = recorded.build(recorded.config())
+        engine.record_to(path)
+        recorded.drive(engine, 5)
+        engine.state_dict()  # which writes the steps
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert any("not closed" in note for note in Recording.open(path).notes)
+    for steps in (4, 5):  # an engine that has gone elsewhere changes nothing
+        engine = recorded.build(recorded.config())
+        recorded.drive(engine, steps)
+        engine.record_to(RecordingWriter(path, engine))
+        engine.record_to(None)
+        assert bool(Recording.open(path).notes) == (steps == 4)
+    assert not (path / LOCK).exists()
+
+
+def test_a_recording_that_was_deleted_does_not_begin_in_the_middle(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(LayoutError, match="was deleted while it was written"):
+        engine.record_to(None)
+    engine.record_to(None)
+    assert not (tmp_path / "run").exists()
