@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from drlora_core.diagnostics import Finding, diagnose
-from drlora_core.replay import first_difference, repeats_run, replay
+from drlora_core.replay import first_difference, replay
 from drlora_core.runs import Run
 
 
@@ -88,8 +88,6 @@ def _check_replay(run: Run) -> Finding | str | None:
     if run.replayed or not recording.events or recording.policy not in (run.config.policy, None):
         return None
     result = replay(recording)
-    if not repeats_run(recording, result):
-        return None
     if (difference := first_difference(recording.events, result.events)) is None:
         return "A replay of the recording repeats the run's decisions exactly."
     return Finding(

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from drlora_core import atomic
+from drlora_core.locks import FolderLock
+
 Outcome = dict[str, Any]
-LEFT = (".drlora-*", ".run-*", "*.lock")
-"""What a process that was killed may leave; the next one has to take it away."""
+LEFT = (".drlora-*", ".run-*", ".lock")
+"""What a process that was killed may leave; the next one that writes there takes it away."""
 
 
 def digest(values: Any) -> str:
@@ -28,7 +31,15 @@ def digests(folder: Path, *patterns: str) -> Outcome:
 
 
 def leftovers(place: Path) -> list[str]:
-    """Temporary files and folders that are still there."""
+    """Temporary files and folders that are still there after another one has written beside them.
+
+    Work that is killed in its last moments has nothing to do when it is gone on with.
+    """
+    for folder in {each.parent for pattern in LEFT for each in place.rglob(pattern)}:
+        lock = FolderLock(folder)  # nobody holds it
+        atomic.write_text(folder / "later", "")
+        (folder / "later").unlink()
+        lock.release()
     return sorted(str(each.relative_to(place)) for pattern in LEFT for each in place.rglob(pattern))
 
 

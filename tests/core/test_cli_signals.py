@@ -12,6 +12,7 @@ import typer
 from drlora_core.cli import app, main
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [("SIGTERM", "stopped by SIGTERM"), ("SIGHUP", "stopped by SIGHUP"), ("SIGINT", "interrupted")],

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 QUIET = Console(quiet=True)
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_run_whose_terminal_is_closed_stops_and_writes_nothing_there(tmp_path: Path) -> None:
     stop = stopping.StopOnSignal(1, torch.device("cpu"))
     with stop.listening(), (tmp_path / "terminal").open("w") as terminal:

@@ -51,6 +51,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.S
     monkeypatch.setattr(Meter, "on_step_begin", send, raising=False)
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
@@ -101,6 +102,7 @@ def test_a_signal_before_the_first_step_is_obeyed(
     assert result.total_rank == result.budget
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_the_same_signal_again_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = stopping.StopOnSignal(1, torch.device("cpu"))
     with stop.listening():
