@@ -150,3 +150,4 @@ def test_only_policies_with_a_quota_can_fall_short(
     engine.add_layer("a", 4, ranks=ranks)  # those of prune are above the budget that it ends with
     assert engine.ranks("a").tolist() == ranks
     assert bool(caplog.records) is (policy == "greedy")
+    assert all("layer 'a'" in record.getMessage() for record in caplog.records)
