@@ -176,9 +176,8 @@ def _check_depths(path: Path, values: dict[str, Any]) -> None:
             for name, value in part.items():
                 if isinstance(value, int) and name.endswith(("layers", "n_layer", "depth")):
                     _check_total(path, value)
-            part = list(part.values())
-        if isinstance(part, list):
-            parts.extend(each for each in part if isinstance(each, (dict, list)))
+            part = part.values()
+        parts.extend(each for each in part if isinstance(each, (dict, list)))
 
 
 def _check_total(path: Path, layers: int) -> None:

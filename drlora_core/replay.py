@@ -157,6 +157,8 @@ def read_dimensions(
 ) -> FloatArray | None:
     """Return the importance of the dimensions that a replay has, in its numbering, [N, R].
 
+    None if the step has none.
+
     Args:
         record: the layer.
         row: the step, counted from 0.

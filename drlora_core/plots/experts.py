@@ -25,6 +25,6 @@ def highlighted(run: Run, layer: str) -> list[int]:
 
 
 def others(run: Run, layer: str) -> list[int]:
-    """Return the other experts."""
+    """Return the other experts: at least one, since not all can be above their mean."""
     chosen = set(highlighted(run, layer))
     return [expert for expert in range(run.layers[layer]) if expert not in chosen]

@@ -55,15 +55,15 @@ def signals(run: Drawable, layer: str) -> Any:
 def _draw_panel(run: Run, layer: str, axis: str, field: str) -> list[dict[str, Any]]:
     history, data = run.history, []
     values = getattr(history, field)[:, run.places[layer]]
-    if rest := others(run, layer):
-        low, high = values[:, rest].min(axis=1), values[:, rest].max(axis=1)
-        options: dict[str, Any] = {
-            "name": "range of the others",
-            "legendgroup": "others",
-            "yaxis": axis,
-        }
-        options["showlegend"] = axis == "y"
-        data += band(history.steps, to_short(low), to_short(high), **options)
+    rest = others(run, layer)
+    low, high = values[:, rest].min(axis=1), values[:, rest].max(axis=1)
+    options: dict[str, Any] = {
+        "name": "range of the others",
+        "legendgroup": "others",
+        "yaxis": axis,
+    }
+    options["showlegend"] = axis == "y"
+    data += band(history.steps, to_short(low), to_short(high), **options)
     for color, expert in zip(COLORS, highlighted(run, layer), strict=False):
         data.append(
             {

@@ -107,6 +107,37 @@ def test_what_killed_processes_of_this_machine_left_is_deleted(tmp_path: Path) -
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [PermissionError, OverflowError])
+def test_what_may_be_another_process_s_is_kept(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of another user may not be asked, and a number may be none of this system."""
+    left = tmp_path / f"{atomic.PREFIX}{atomic._machine()}-{dead()}-0.part"
+    left.touch()
+
+    def refuse(process: int, number: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "kill", refuse)
+    atomic.sweep(tmp_path)
+    assert left.exists()
+    monkeypatch.undo()
+    atomic.sweep(tmp_path)
+    assert not left.exists()
+
+
+def test_on_windows_no_process_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f"{atomic.PREFIX}{atomic._machine()}-{dead()}-0.part"
+    left.touch()
+    asked: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, number: asked.append(process))
+    monkeypatch.setattr(os, "name", "nt")
+    atomic._sweep(tmp_path)
+    monkeypatch.undo()
+    assert left.exists()
+    assert asked == []
+
+
 def test_a_configuration_goes_first_and_comes_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,18 @@ def test_replay_of_a_run_repeats_it(drlora: Any, run_dir: Path) -> None:
     assert sum(values["final_ranks"]["first"]) == 24
 
 
+def test_replay_says_what_the_reader_found(drlora: Any, tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    engine.state_dict()  # which writes the steps
+    shown = drlora("replay", tmp_path / "run")
+    engine.record_to(None)
+    assert shown.code == 0
+    assert shown.out.startswith("note: ")
+    assert "not closed" in shown.out.splitlines()[0]
+
+
 def test_a_run_recorded_in_zarr_is_refused(drlora: Any, tmp_path: Path) -> None:
     (tmp_path / "recording").mkdir()
     (tmp_path / "recording" / "zarr.json").write_text("{}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
 import typer
 
 from drlora_core.cli import app, main
+from drlora_core.cli.signals import raising_terminated
 
 
 @pytest.mark.usefixtures("default_signals")
@@ -51,3 +53,30 @@ def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.fail(f"it ended with {stopped.code}")
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_only_the_main_thread_listens_to_signals() -> None:
+    """Python lets no other thread change what a signal does."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with raising_terminated():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_ctrl_c_while_commands_are_loaded_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "build", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "drlora: interrupted\n"

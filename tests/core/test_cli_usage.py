@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.metadata
 import logging
 import re
@@ -168,6 +169,13 @@ def test_a_wrong_option_of_finetune_imports_no_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+def let_register(monkeypatch: pytest.MonkeyPatch, register: Any) -> None:
+    """Let another package register commands."""
+    entry = importlib.metadata.EntryPoint("torch", "other:register", application.ENTRY_POINTS)
+    monkeypatch.setattr(type(entry), "load", lambda self: register)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [entry])
+
+
 @pytest.mark.parametrize("library", application.EXTRAS)
 def test_a_missing_library_is_named(
     drlora: Any, library: str, monkeypatch: pytest.MonkeyPatch
@@ -182,9 +190,7 @@ def test_a_missing_library_is_named(
         app.command()(train)
         app.command()(stop)
 
-    entry = importlib.metadata.EntryPoint("torch", "other:register", application.ENTRY_POINTS)
-    monkeypatch.setattr(type(entry), "load", lambda self: register)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [entry])
+    let_register(monkeypatch, register)
     result = drlora("train")
     assert result.code == 2
     assert result.err == (
@@ -208,11 +214,60 @@ def test_panels_are_sections_of_the_help(drlora: Any, monkeypatch: pytest.Monkey
         app.command()(train)
         app.command("other")(lambda: None)
 
-    entry = importlib.metadata.EntryPoint("torch", "other:register", application.ENTRY_POINTS)
-    monkeypatch.setattr(type(entry), "load", lambda self: register)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [entry])
+    let_register(monkeypatch, register)
     monkeypatch.setenv("COLUMNS", "60")
     lines = drlora("train", "--help").out.splitlines()
     assert [line for line in lines if line.endswith(":")] == ["Length:", "Options:"]
     assert any("Steps. [x; at least 1]" in line for line in lines)
     assert max(map(len, lines)) <= 60
+
+
+class Color(str, enum.Enum):
+    """Choices of an option."""
+
+    RED, GREEN = "red", "green"
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"), [("grean", "; did you mean 'green'?"), ("zzz", "; see")]
+)
+def test_a_wrong_choice_has_near_misses(
+    drlora: Any, given: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register(app: Any) -> None:
+        def paint(color: Color = Color.RED) -> None:
+            raise AssertionError(color)
+
+        paint.__annotations__["color"] = Color
+        app.command()(paint)
+        app.command("other")(lambda: None)
+
+    let_register(monkeypatch, register)
+    result = drlora("paint", "--color", given)
+    assert result.code == 2
+    assert f"--color: '{given}' is not one of 'red', 'green'{hint}" in result.err
+
+
+def test_a_command_keeps_its_own_help_and_hidden_options_are_not_told(
+    drlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import typer
+
+    class Own(typer.core.TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            formatter.write("my own help")
+
+    secret = typer.Option(hidden=True)
+
+    def register(app: Any) -> None:
+        def train(secret: int = secret, steps: int = 3) -> None:
+            raise AssertionError((secret, steps))
+
+        app.command()(train)
+        app.command("other", cls=Own)(lambda: None)
+
+    let_register(monkeypatch, register)
+    assert drlora("other", "--help").out.strip() == "my own help"
+    shown = drlora("train", "--help").out
+    assert "--steps" in shown
+    assert "secret" not in shown

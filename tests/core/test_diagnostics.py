@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from drlora_core.diagnostics import CHECKS, Diagnosis, Finding, Thresholds, diag
 from drlora_core.diagnostics.healthy import HEALTHY
 from drlora_core.ema import IntArray
 from drlora_core.recording import Recording
-from drlora_core.runs import open_run
+from drlora_core.runs import from_recording, open_run
 from tests.core import recorded
 
 LAYERS, EXPERTS, STEPS = 3, 16, 40
@@ -303,3 +304,11 @@ def test_every_check_is_found_good_or_bad_or_not_made() -> None:
     healthy = diagnose(make(), settings())
     assert len(healthy.passed) == len(CHECKS) - 1
     assert "good: saturated_growth, even_growth" in str(healthy)
+
+
+def test_starting_ranks_that_spend_the_budget_leave_no_growth_to_judge() -> None:
+    """As where ranks of an earlier run are given to the layers."""
+    run = from_recording(make(), settings())
+    budget = {name: np.full(size, settings().r_target) for name, size in run.layers.items()}
+    result = diagnose(dataclasses.replace(run, starts=budget, events=()))
+    assert "the budget is spent at the start" in result.not_checked["even_growth"]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
+import json
+import shutil
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import typer
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -31,12 +35,15 @@ from drlora_core.cli import app, common, main, tables
 from drlora_core.plots.loss import MOST_POINTS, thin
 from drlora_core.plots.style import MARKED_EVENTS, event_marks
 from drlora_core.policies import AllocationRequest
-from drlora_core.recording.format import check_place
+from drlora_core.recording import writer
+from drlora_core.recording.format import check_place, ends_at
 from drlora_core.recording.traces import from_routing_trace, load_trace
 from drlora_core.replay import first_difference
-from drlora_core.runs import history
+from drlora_core.runs import history, recipe
 from drlora_core.runs.recipe import read_recipe
 from drlora_core.state import dimension_importance, make_state
+from drlora_core.validation import reword_errors
+from tests.core import recorded
 
 rank_map = importlib.import_module("drlora_core.plots.rank_map")  # functions have these names too
 trajectories = importlib.import_module("drlora_core.plots.trajectories")
@@ -106,6 +113,35 @@ def test_a_file_is_in_the_way(tmp_path: Path) -> None:
         check_place(tmp_path / "file" / "recording")
 
 
+def test_a_recording_that_cannot_be_read_ends_nowhere(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run", steps=3)
+    header = json.loads((tmp_path / "run" / "recording.json").read_text())
+    opened = {k: v for k, v in header.items() if k != "checksum"} | {"steps": None}
+    (tmp_path / "run" / "recording.json").write_text(json.dumps(opened))
+    assert ends_at(tmp_path / "run", 3)
+    assert not ends_at(tmp_path / "run", 2)
+    (tmp_path / "run" / "recording.json").write_text("{")
+    assert not ends_at(tmp_path / "run", 3)
+    assert not ends_at(tmp_path / "gone", 3)
+
+
+def test_at_the_end_of_a_process_a_writer_that_is_gone_closes_nothing(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    written = writer.RecordingWriter(tmp_path / "run", engine)
+    engine.record_to(written)
+    recorded.drive(engine, 3)
+    engine.state_dict()  # which writes the steps
+    at_exit = weakref.ref(written)
+    writer._close(at_exit)
+    assert json.loads((tmp_path / "run" / "recording.json").read_text())["steps"] == 3
+    engine.record_to(None)
+    del written
+    assert at_exit() is None
+    shutil.rmtree(tmp_path / "run")
+    writer._close(at_exit)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trace_has_a_name_for_each_layer_and_a_known_format(tmp_path: Path) -> None:
     sums = np.ones((2, 1, 3))
     with pytest.raises(LayoutError, match="2 layer names for 1 layers"):
@@ -125,6 +161,26 @@ def test_a_recipe_that_is_no_yaml_has_a_text_alone(tmp_path: Path) -> None:
     found = read_recipe(path)
     assert found is not None
     assert (found.text, found.options) == ("a: [", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a" * (recipe.MOST_BYTES + 1), "it has 65,537 characters; accepted: at most 65,536"),
+        ("a: &a [1]\nb: *a", "repeats a part by an alias"),
+        ("a: " + "[" * 21 + "]" * 21, "nested more than 20 deep"),
+    ],
+)
+def test_a_yaml_text_that_takes_long_to_read_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    with pytest.raises(ValueError, match=message):
+        recipe.check_yaml(yaml, text)
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = read_recipe(tmp_path / "recipe.yaml")
+    assert found is None or found.options == {}
+    recipe.check_yaml(yaml, "a: " + "[" * 19 + "]" * 19)
 
 
 def test_a_terminal_gets_a_table_as_it_is() -> None:
@@ -184,6 +240,37 @@ def test_an_answer_that_varies_is_refused() -> None:
 
     with pytest.raises(AssertionError, match="is not deterministic"):
         testing._check_once(vary, testing.make_request(quota=3, ranks=[1], limits=[2]))
+
+
+def test_an_error_of_the_check_is_not_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(draw: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(testing, "_draw_request", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        testing.check_policy(grow_the_first)
+
+
+class Chosen(BaseModel):
+    """A configuration with lists."""
+
+    names: Annotated[list[str], Field(min_length=1)] = ["a"]
+    pair: Annotated[list[int], Field(min_length=2)] = [1, 2]
+    _reword_errors = model_validator(mode="wrap")(reword_errors)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"names": []}, r"must name at least one, got \[\]"),
+        ({"pair": [7]}, r"must name at least 2, got \[7\]"),
+    ],
+)
+def test_a_list_that_is_too_short_says_how_many_are_needed(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Chosen(**given)
 
 
 def test_a_list_of_a_model_is_a_list() -> None:

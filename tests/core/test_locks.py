@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import fcntl
+import importlib.util
 import os
 import pickle
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from drlora_core import LayoutError
+from drlora_core import LayoutError, locks
 from drlora_core.locks import LOCK, FolderLock
 from drlora_core.recording import Recording, RecordingWriter
 from tests.core import recorded
@@ -47,6 +50,43 @@ def test_a_forked_process_does_not_release_the_lock(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError):
         FolderLock(tmp_path)
     lock.release()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["another took it", "it is free"])
+def test_a_file_that_its_last_owner_deletes_is_no_lock(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its opening and its locking, the file may go, and be made anew."""
+    calls, take = [], fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+            if again:
+                (tmp_path / LOCK).touch()
+        take(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = FolderLock(tmp_path)
+    assert len(calls) == 2
+    with pytest.raises(BlockingIOError):
+        FolderLock(tmp_path)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_windows_there_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("drlora_core.locks", locks.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    both = [elsewhere.FolderLock(tmp_path) for _ in range(2)]
+    assert list(tmp_path.iterdir()) == []
+    for lock in both:
+        lock.release()
 
 
 def test_two_engines_do_not_record_into_one_folder(tmp_path: Path) -> None:

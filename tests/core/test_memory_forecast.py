@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora_core import AllocatorConfig
+from drlora_core import AllocatorConfig, LayoutError
 from drlora_core.memory_forecast import (
     BYTES,
     GROUP_BYTES,
@@ -172,6 +172,8 @@ def test_what_a_token_takes_is_read_from_the_file(tmp_path: Path) -> None:
     assert (read.hidden_size, read.vocab_size, read.experts_per_token) == (2048, 151936, 8)
     odd = token_sizes({"d_model": 8, "vocab_size": True, "moe_topk": [1, 2], "moe_k": 3})
     assert odd == {"hidden_size": 8, "vocab_size": None, "experts_per_token": 3}
+    with pytest.raises(LayoutError, match="vocab_size is -5; accepted: whole numbers from 0 to"):
+        token_sizes({"vocab_size": -5})
 
 
 @pytest.fixture

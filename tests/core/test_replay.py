@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from drlora_core import (
 from drlora_core.ema import IntArray
 from drlora_core.policies import policy_name
 from drlora_core.recording import Recording
+from drlora_core.recording.format import BITS
 from drlora_core.replay import first_difference, replay
 from tests.core import recorded
 
@@ -138,6 +140,15 @@ def test_prune_is_replayed_by_the_identity_of_dimensions(tmp_path: Path) -> None
         replay(recording, recorded.config(policy="prune", r_init=8, r_target=6))
     greedy = replay(recording, recorded.config())
     assert greedy.total_rank()[-1] == 10 * 4
+
+
+def test_a_step_without_importance_is_named_in_a_replay_that_cuts(tmp_path: Path) -> None:
+    recorded.record(tmp_path / "run", steps=5, policy="prune", r_init=8)
+    recording = Recording.open(tmp_path / "run")
+    presence = recording.presence.copy()
+    presence[2, 1] -= BITS["importance"]
+    with pytest.raises(StatisticError, match="layer 'second', step 3: importance is missing"):
+        replay(dataclasses.replace(recording, presence=presence))
 
 
 def test_move_is_replayed_only_with_the_dimensions_of_its_run(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +89,18 @@ def test_a_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert DRLoRAError.__name__ in result.stderr
     assert 'if __name__ == "__main__"' in result.stderr
+
+
+def test_workers_that_end_are_explained(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, processes: int, mp_context: object) -> None:
+            super().__init__(processes)
+
+        def submit(self, *_: object) -> concurrent.futures.Future[object]:  # type: ignore[override]
+            raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Ended)
+    with pytest.raises(DRLoRAError, match=r"worker processes of the sweep ended; .* processes=1"):
+        sweep(recording, configs(), processes=2)

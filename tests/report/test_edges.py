@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from drlora_core import LayoutError
-from drlora_core.report import page, serving, writing
+from drlora_core.report import figures, page, serving, writing
 
 
 def test_a_run_in_memory_has_no_place_for_its_report() -> None:
@@ -42,6 +43,42 @@ def test_a_page_is_rendered_anew_only_if_files_have_changed(
     monkeypatch.setattr(live, "_render", render)
     assert live.read() == live.read()
     assert len(rendered) == 1
+
+
+def test_within_the_pause_a_page_is_good_without_a_look_at_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looks = [100.0], []
+
+    def look(*paths: Path) -> str:
+        looks.append(paths)
+        return str(len(looks))
+
+    monkeypatch.setattr(serving, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(serving, "version_of", look)
+    live = serving.LivePage(tmp_path, pause=5.0)
+    monkeypatch.setattr(live, "_render", lambda version: (version, "page"))
+    for now, version in {100.0: "1", 104.9: "1", 105.0: "2", 105.1: "2"}.items():
+        clock[0] = now
+        assert live.read() == (version, "page")
+    assert looks == [(tmp_path,)] * 2
+
+
+@pytest.mark.parametrize("layers", [figures.MOST_LAYERS, figures.MOST_LAYERS + 1])
+def test_of_very_many_layers_those_that_differ_most_can_be_chosen(layers: int) -> None:
+    """Long names that are cut alike have numbers."""
+    names = [f"{'x' * 99}{number}{'y' * 99}" for number in range(layers)]
+    final = np.zeros((layers, 2), dtype=np.int64)
+    final[:, 1] = np.arange(1, layers + 1)  # the first differ least
+    places = {name: slice(2 * row, 2 * row + 2) for row, name in enumerate(names)}
+    run: Any = SimpleNamespace(layers=names, places=places, final=final.ravel())
+    card = figures._by_layer("key", "title", "Text.", run, lambda run, name: name)
+    drawn = list(card.variants.values())
+    assert drawn == [names[-1], *names[layers - figures.MOST_LAYERS : -1]]
+    assert next(iter(card.variants)).startswith("0: xxx")
+    assert list(card.variants)[-1].startswith(f"{figures.MOST_LAYERS - 1}: xxx")
+    few = f"Text. The {figures.MOST_LAYERS} layers of {layers} whose ranks differ most."
+    assert card.text == (few if layers > figures.MOST_LAYERS else "Text.")
 
 
 @pytest.mark.parametrize(("error", "told"), [(ConnectionResetError, False), (KeyError, True)])
