@@ -14,6 +14,7 @@ import pytest
 from drlora_core import atomic
 from scripts.kills import faults, jobs, killing
 from scripts.kills.results import digests
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forks beside threads
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def test_a_writer_that_leaves_files_is_found(tmp_path: Path) -> None:
     assert all("left over: ['out/.drlora-" in problem for problem in problems)
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS)
+@pytest.mark.parametrize("fault", slow_but(faults.FAULTS, ["disk full", "folder deleted"]))
 def test_recordings_outlive_faults(fault: str, tmp_path: Path) -> None:
     campaign = killing.Campaign(tmp_path)
     assert faults.case(campaign, None, jobs._record(), fault, 0.5) == []
