@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora_core import ema, pruning, saliency, timetable
+from drlora_core import ema, policies, pruning, saliency, timetable
+from drlora_core.policies import Policy
+from drlora_core.testing import make_request
 from tests import reference
 
 TINY = float(np.finfo(np.float64).tiny)
@@ -196,3 +199,15 @@ def test_a_sample_gets_the_numbers_of_the_start() -> None:
     order = np.array([[2, 0, 1], [1, 2, 0]])
     found = pruning.to_recorded(sample, np.array([2, 3]), order)
     np.testing.assert_array_equal(found, [[0.25, np.nan, 0.5], [3.0, 1.0, 2.0]])
+
+
+@pytest.mark.parametrize("policy", [policies.greedy, policies.rescored, policies.proportional])
+@pytest.mark.parametrize("offers", [1, 4, 5, 9])
+def test_a_quota_for_all_that_fits_is_spent(policy: Policy, offers: int) -> None:
+    limits = [offers] * 3
+    request = make_request(
+        quota=3 * offers, ranks=[1, 2, 3], limits=limits, routing=[0.2, 0.3, 0.5]
+    )
+    assert policy(request).tolist() == limits
+    short = dataclasses.replace(request, quota=3 * offers - 1)
+    assert int(policy(short).sum()) == 3 * offers - 1

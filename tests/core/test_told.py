@@ -12,11 +12,11 @@ from drlora_core import AllocatorConfig, AllocatorEngine
 from drlora_core.policies import greedy, policy_name
 
 
-class Everything:
-    """A policy with a state of its own."""
+class Nothing:
+    """A policy that is an object, and grows nothing."""
 
     def __call__(self, request: Any) -> Any:
-        return request.limits
+        return np.zeros_like(request.limits)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ class Everything:
     [
         (greedy, "greedy"),
         (functools.partial(greedy), "greedy"),
-        (Everything(), "Everything"),
-        (functools.partial(Everything()), "Everything"),
+        (Nothing(), "Nothing"),
+        (functools.partial(Nothing()), "Nothing"),
     ],
 )
 def test_a_policy_has_the_name_of_its_function_or_class(policy: Any, name: str) -> None:
@@ -72,3 +72,24 @@ def test_a_recorder_is_told_every_sample_and_step(together: bool) -> None:
         assert np.array_equal(importance, values[name])
     ranks = {name: engine.ranks(name).tolist() for name in ("a", "b")}
     assert notes.steps == [(1, ranks, None), "closed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "name"),
+    [
+        ({}, None, "greedy"),
+        ({"policy": "prune", "r_init": 24}, None, "prune"),
+        ({}, Nothing(), "Nothing"),
+    ],
+)
+def test_an_engine_and_an_event_say_what_they_are(options: Any, policy: Any, name: str) -> None:
+    times = {"warmup_steps": 0, "growth_interval": 1, "growth_end": 4}
+    engine = AllocatorEngine(AllocatorConfig(**times, **options), policy=policy)
+    engine.add_layer("a<b", 2)
+    assert name in repr(engine)
+    engine.observe("a<b", routing=[0.5, 0.5], importance=np.ones((2, engine.config.r_max)))
+    event = engine.step()
+    assert event is not None
+    assert f"{event!r}, ranks after it".replace("<", "&lt;") in event._repr_html_()
+    assert event.unplaced == sum(engine.state_dict()["carry"])
+    assert (event.unplaced == 0) is (policy is None)
