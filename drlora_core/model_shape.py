@@ -175,16 +175,14 @@ def _check_depths(path: Path, values: dict[str, Any]) -> None:
         if isinstance(part, dict):
             for name, value in part.items():
                 if isinstance(value, int) and name.endswith(("layers", "n_layer", "depth")):
-                    _check_total(path, value)
+                    _check_total(path, value, name)
             part = part.values()
         parts.extend(each for each in part if isinstance(each, (dict, list)))
 
 
-def _check_total(path: Path, layers: int) -> None:
+def _check_total(path: Path, layers: int, name: str = "decoder layers") -> None:
     if layers > MOST_LAYERS:
-        raise LayoutError(
-            f"{path}: {shorten(layers)} decoder layers; accepted: at most {MOST_LAYERS}"
-        )
+        raise LayoutError(f"{path}: {name} is {shorten(layers)}; accepted: at most {MOST_LAYERS}")
 
 
 def _size(path: Path, config: Mapping[str, Any], names: tuple[str, ...], option: str) -> int:

@@ -101,7 +101,7 @@ def check_metadata(metadata: Message) -> None:
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert needed == ["numpy>=1.26", "pydantic>=2.7"]
-    tools = ("pytest", "coverage", "mutmut", "mypy", "ruff", "build", "hypothesis")
+    tools = ("pytest", "coverage", "mypy", "ruff", "build", "hypothesis")
     for line in metadata.get_all("Requires-Dist", []):
         assert not line.startswith(tools) or line.endswith('extra == "dev"')
 

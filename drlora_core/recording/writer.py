@@ -108,7 +108,7 @@ class RecordingWriter:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has to open the recording itself, which it can once this writer is closed."""
         closed = dict.fromkeys(("_lock", "_at_exit", "_header"))
-        return {**self.__dict__, **closed, "_rows": [], "_events": []}
+        return {**self.__dict__, **closed, "_rows": [], "_events": [], "_opened": False}
 
     def sample(self, name: str, routing: Given, importance: Given, tokens: int | None) -> None:
         arrays = {}
@@ -189,14 +189,15 @@ class RecordingWriter:
     def __del__(self) -> None:
         """An engine that nobody has any more stops recording."""
         if self._opened:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, LayoutError):  # nobody is there to be told
                 self.close()
 
     @contextlib.contextmanager
     def _there(self) -> Iterator[None]:
         """Inside, a part of the recording is written, unless its beginning is gone."""
         with contextlib.suppress(FileNotFoundError):
-            if (self.path / files.FILE).is_file():
+            lost = self._lock is not None and self._lock.is_lost
+            if not lost and (self.path / files.FILE).is_file():
                 yield
                 return
         self._header, self._rows, self._events = None, [], []
@@ -217,8 +218,9 @@ class RecordingWriter:
                 self._lock = FolderLock(self.path)
             except BlockingIOError:
                 raise LayoutError(
-                    f"another engine records to {str(self.path)!r}; end that with "
-                    "engine.record_to(None), wait until its process has ended, or use a new path"
+                    f"another engine records to {str(self.path)!r} (this one may be a copy of it); "
+                    "end that with engine.record_to(None), wait until its process has ended, or "
+                    "use a new path"
                 ) from None
 
     def _unlock(self) -> None:
@@ -229,7 +231,7 @@ class RecordingWriter:
     def _open(self, ranks: Ranks, steps: int) -> files.Header:
         """Create the recording, or keep its first ``steps`` steps."""
         self.flush()
-        self._opened = True
+        self._opened, self._process = True, os.getpid()  # a copy may be in another process
         config, layers = self._engine.config, {name: values.size for name, values in ranks.items()}
         depth = config.r_max if config.cuts else None
         header = files.Header(layers=layers, config=config, policy=self._policy, dimensions=depth)
@@ -280,4 +282,5 @@ class RecordingWriter:
 def _close(writer: weakref.ref[RecordingWriter]) -> None:
     """Close a writer at the end of the process, if it is still there."""
     if (found := writer()) is not None:
-        found.close()
+        with contextlib.suppress(LayoutError):  # deleted, by somebody who knows
+            found.close()

@@ -31,17 +31,23 @@ def create(folder: Path, recipe: Recipe) -> None:
 
 def check_there(folder: Path) -> None:
     """Refuse to go on writing to a run that somebody has deleted."""
-    if not (folder / RECIPE).is_file():
+    if (folder / RECIPE).is_file():
+        return
+    if (folder / DATA).is_file():
         raise RunError(
-            f"the folder {str(folder)!r} of this run was deleted while it trained; start it again"
+            f"{str(folder / RECIPE)!r} was moved or deleted while the run trained; put it back and "
+            f"go on with --resume"
         )
+    raise RunError(
+        f"the folder {str(folder)!r} of this run was deleted while it trained; start it again"
+    )
 
 
 def remove_remains(folder: Path) -> None:
     """Remove what was written to a run after it was deleted: nothing can go on from that."""
-    ours = {ADAPTER, CHECKPOINTS, LOGS, METRICS, RECORDING, RESULT, LOCK, DATA}
-    if not folder.is_dir() or (folder / RECIPE).exists():
-        return
+    ours = {ADAPTER, CHECKPOINTS, LOGS, METRICS, RECORDING, RESULT, LOCK}
+    if not folder.is_dir():
+        return  # DATA is written at the start alone: where it is, nobody has deleted the folder
     names = [entry.name for entry in folder.iterdir()]
     if all(name in ours or name.startswith(atomic.PREFIX) for name in names):
         shutil.rmtree(folder, ignore_errors=True)

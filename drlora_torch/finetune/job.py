@@ -118,7 +118,7 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
         stop = StopOnSignal(everyone.num_processes, everyone.device)
         recipe = recipe.model_copy(update=options.model_dump())
         job = Job(recipe, output, console, everyone, tokenizer, data, stop)
-        with stop.listening(), _leave_nothing(job, resume):
+        with stop.listening(), _without_remains(job):
             results = _train_all(job, model, options, resume)
             if everyone.is_main_process:
                 folder.check_there(output)
@@ -160,16 +160,26 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _leave_nothing(job: Job, resume: bool) -> Iterator[None]:
-    """Remove the folder of a new run that fails before it trains, and remains of a deleted one."""
+def _removed_on_failure(job: Job) -> Iterator[None]:
+    """Remove the folder that this process has made if the run fails before it trains."""
     try:
         yield
     except Stopped:
         raise
     except BaseException:
-        new = not resume and not job.stop.began
-        if new and job.everyone.is_main_process and (job.output / folder.RECIPE).is_file():
+        if not job.stop.began:
             shutil.rmtree(job.output, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _without_remains(job: Job) -> Iterator[None]:
+    """On an error, remove what was written to a run that somebody has deleted."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
         if job.stop.began and job.everyone.is_main_process:
             folder.remove_remains(job.output)
         raise
@@ -197,6 +207,7 @@ def _open_folder(job: Job, adapter: Adapter, resume: bool, whole: contextlib.Exi
     if job.everyone.is_main_process:
         if not resume:
             folder.create(job.output, job.recipe)
+            whole.enter_context(_removed_on_failure(job))
         whole.enter_context(_alone(job.output))
         if resume:
             atomic.sweep(job.output)

@@ -44,7 +44,8 @@ def _check_parts(name: str, given: Any, own: dict[str, dict[str, Any]]) -> None:
     for part, fields in given.items():
         _check_fields(f"{name}.{part}", fields, own[part])
         for field, value in fields.items():
-            if type(value) is not (kind := type(own[part][field])):
+            kind = type(own[part][field])
+            if type(value) not in (kind, int if kind is float else kind):
                 raise CheckpointError(
                     f"{name}.{part}.{field} is {shorten(value)}; accepted: {kind.__name__}"
                 )
@@ -52,5 +53,8 @@ def _check_parts(name: str, given: Any, own: dict[str, dict[str, Any]]) -> None:
 
 def _check_fields(name: str, given: Any, own: dict[str, Any]) -> None:
     if not isinstance(given, dict) or not given.keys() <= own.keys():
-        known = ", ".join(own) or "none"
-        raise CheckpointError(f"{name} is {shorten(given)}; accepted: an object with {known}")
+        known = ", ".join(own) or "no fields"
+        raise CheckpointError(
+            f"{name} is {shorten(given)}; accepted: an object with {known}. Was the checkpoint "
+            "written by another version of Transformers?"
+        )

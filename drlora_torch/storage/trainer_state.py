@@ -18,8 +18,8 @@ from drlora_torch.errors import CheckpointError
 FILE = "trainer_state.json"
 """Last file that the Trainer writes into a checkpoint."""
 Steps = Annotated[int, Field(ge=0, le=LARGEST_STEP)]
-Interval = Annotated[int, Field(ge=1, le=LARGEST_STEP)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # sys.maxsize epochs of a stream without length
 
 
 class Fields(BaseModel):
@@ -30,12 +30,12 @@ class Fields(BaseModel):
     epoch: Amount | None = 0.0
     global_step: Steps = 0
     max_steps: Steps = 0
-    logging_steps: Interval = 500
-    eval_steps: Interval = 500
-    save_steps: Interval = 500
-    train_batch_size: Interval | None = None
-    num_train_epochs: Steps = 0
-    num_input_tokens_seen: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    logging_steps: Amount = 500  # 0 and fractions where another strategy decides
+    eval_steps: Amount = 500
+    save_steps: Amount = 500
+    train_batch_size: Count | None = None
+    num_train_epochs: Count = 0
+    num_input_tokens_seen: Count = 0
     total_flos: Amount = 0.0
     log_history: list[dict[str, Any]] = []
     best_metric: float | None = None

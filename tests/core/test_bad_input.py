@@ -27,7 +27,7 @@ PLAN = {
     "deep.json": "deep.json is not JSON: ",
     "nan.json": "num_experts is nan; accepted: whole numbers from 1",
     "negative.json": "num_experts is -4; accepted: whole numbers from 1",
-    "huge.json": "decoder layers; accepted: at most 400",
+    "huge.json": "accepted: at most 400",
     "good.json -s gama=1": "no such field; did you mean 'gamma'?",
     "good.json -s gamma=NaN": "gamma: must be a finite number",
     "good.json -s gamma=1e999": "gamma: must be a finite number",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,50 @@ def test_on_windows_there_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lock.release()
 
 
+def test_where_nothing_can_be_locked_writers_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network file systems; what else goes wrong is raised."""
+
+    def refuse(code: int) -> None:
+        def flock(handle: int, how: int) -> None:
+            raise OSError(code, "refused")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    for code in (errno.ENOSYS, errno.ENOLCK):
+        refuse(code)
+        both = [FolderLock(tmp_path) for _ in range(2)]
+        assert not any(lock.is_lost for lock in both)
+        for lock in both:
+            lock.release()
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="refused"):
+        FolderLock(tmp_path)
+
+
+def test_children_of_a_killed_process_hold_no_lock(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        lock = FolderLock(tmp_path)
+        worker = os.fork()
+        if worker == 0:
+            os.write(writing, str(os.getpid()).encode())
+            signal.pause()
+        while lock:
+            time.sleep(1.0)
+    worker = int(os.read(reading, 20))
+    try:
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+        FolderLock(tmp_path).release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reading)
+        os.close(writing)
+
+
 def test_two_engines_do_not_record_into_one_folder(tmp_path: Path) -> None:
     path = tmp_path / "run"
     first = recorded.build(recorded.config())
@@ -97,7 +143,7 @@ def test_two_engines_do_not_record_into_one_folder(tmp_path: Path) -> None:
     second = recorded.build(recorded.config())
     second.load_state_dict(first.state_dict())
     second.record_to(path)
-    with pytest.raises(LayoutError, match=rf"another engine records to '{path}'; end that with"):
+    with pytest.raises(LayoutError, match=rf"another engine records to '{path}' .*; end that with"):
         recorded.drive(second, 1)
     recorded.drive(first, 3)
     first.record_to(None)
@@ -165,3 +211,42 @@ def test_a_recording_that_was_deleted_does_not_begin_in_the_middle(tmp_path: Pat
         engine.record_to(None)
     engine.record_to(None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recording_that_another_one_has_made_anew_is_left_alone(tmp_path: Path) -> None:
+    first = recorded.build(recorded.config())
+    first.record_to(tmp_path / "run")
+    recorded.drive(first, 5)
+    shutil.rmtree(tmp_path / "run")
+    recorded.record(tmp_path / "run", steps=3)
+    with pytest.raises(LayoutError, match="was deleted while it was written"):
+        first.record_to(None)
+    assert Recording.open(tmp_path / "run").steps == 3
+
+
+def test_an_engine_that_is_dropped_after_its_recording_was_deleted_says_nothing(
+    tmp_path: Path,
+) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    shutil.rmtree(tmp_path / "run")
+    del engine  # an error in here would be a warning, and those are errors in these tests
+
+
+def test_a_copy_in_another_process_goes_on_with_the_recording(tmp_path: Path) -> None:
+    engine = recorded.build(recorded.config())
+    engine.record_to(tmp_path / "run")
+    recorded.drive(engine, 5)
+    stored, state = pickle.dumps(engine), engine.state_dict()
+    engine.record_to(None)
+    child = os.fork()
+    if child == 0:
+        other = pickle.loads(stored)
+        other.load_state_dict(state)
+        recorded.drive(other, 2)
+        other.record_to(None)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert Recording.open(tmp_path / "run").steps == 7
+    assert not (tmp_path / "run" / LOCK).exists()

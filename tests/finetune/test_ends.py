@@ -58,7 +58,7 @@ def test_remains_of_a_deleted_run_are_removed_and_nothing_else(tmp_path: Path) -
     (run / folder.METRICS).touch()
     with pytest.raises(RunError, match=r"run' of this run was deleted while it trained"):
         stopping.StopWhenDeleted(lambda: folder.check_there(run)).on_step_end(None, None, None)
-    for name in ("mine.txt", folder.RECIPE):
+    for name in ("mine.txt", folder.RECIPE, folder.DATA):
         (run / name).touch()
         folder.remove_remains(run)
         assert (run / folder.METRICS).exists()

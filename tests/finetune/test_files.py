@@ -165,9 +165,10 @@ def test_a_file_that_unpacks_to_far_more_than_it_is_is_refused(
     (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"a" * 2**22))
     column = pyarrow.array(["a" * 2**16] * 1000)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "bomb.parquet")
-    for name in ("bomb.txt.gz", "bomb.parquet"):
-        with pytest.raises(DataError, match=rf"{name} unpacks to more than .* 100 times its size"):
-            list(read_file(tmp_path / name))
+    with pytest.raises(DataError, match=r"bomb.txt.gz unpacks to more than .* 100 times its size"):
+        list(read_file(tmp_path / "bomb.txt.gz"))
+    with pytest.raises(DataError, match=r"bomb.parquet: 256 rows from row 1 on unpack to"):
+        list(read_file(tmp_path / "bomb.parquet"))
 
 
 def test_damage_inside_of_packed_files_is_said(tmp_path: Path) -> None:

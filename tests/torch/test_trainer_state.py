@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,27 @@ GOOD = {
 WRONG: dict[str, tuple[Any, str]] = {
     "global_step": ("12", "global_step: Input should be a valid integer, got '12'"),
     "max_steps": (-1, "max_steps: Input should be greater than or equal to 0"),
-    "save_steps": (0, "save_steps: Input should be greater than or equal to 1"),
-    "eval_steps": (None, "eval_steps: Input should be a valid integer"),
-    "logging_steps": (10**15, "logging_steps: Input should be less than or equal to"),
+    "save_steps": (-1, "save_steps: Input should be greater than or equal to 0"),
+    "eval_steps": (None, "eval_steps: Input should be a valid number"),
+    "logging_steps": ("5", "logging_steps: Input should be a valid number"),
     "epoch": (float("nan"), "epoch: Input should be a finite number|greater than or equal to 0"),
     "log_history": ({}, "log_history: Input should be a valid list"),
     "best_model_checkpoint": (3, "best_model_checkpoint: Input should be a valid string"),
     "stateful_callbacks": ([1], "stateful_callbacks: Input should be a valid dictionary"),
 }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_train_epochs", sys.maxsize),  # of a stream without a length
+        *(("eval_steps", 0), ("save_steps", 0), ("save_steps", 100.0), ("logging_steps", 0.25)),
+    ],
+)
+def test_what_a_trainer_writes_is_no_damage(field: str, value: Any, tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, 12, GOOD | {field: value})
+    assert trainer_state.read(made) is not None
+    assert newest_checkpoint(tmp_path) == made
 
 
 def checkpoint(folder: Path, step: int, content: Any) -> Path:

@@ -16,7 +16,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import drlora_torch
 from drlora_torch import AttachError
 from drlora_torch.models import sharding
-from tests.marks import slow_but
 from tests.torch import helpers, models
 
 # Dynamo's own, when it looks at a tensor between two graphs.
@@ -97,7 +96,7 @@ ORDERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("order", slow_but(ORDERS, ORDERS[:1]))
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_compiled_model_trains_as_an_eager_one(order: Callable[[Any], Any]) -> None:
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     model, adapter = order(models.build(num_hidden_layers=1))

@@ -18,8 +18,8 @@ from drlora_torch.errors import DataError
 RUN_FILE = "run.yaml"
 """A folder that holds it is that of a run."""
 LONGEST_CELL = 2**31 - 1
-UNPACKED, SMALL = 100, 2**26
-"""A file may unpack to so many times its size, and so many bytes: text packs to a tenth or so."""
+UNPACKED, SMALL = 100, 2**30
+"""Limit of what a packed file unpacks to: ``SMALL`` bytes plus ``UNPACKED`` times its size."""
 PARQUET_ROWS = 256  # read at a time
 SPLITS = {
     "train": ("train",),
@@ -202,10 +202,14 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    number, allowance = 0, _Allowance(file)
+    number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_ROWS):
-            allowance.take(batch.nbytes)
+            if batch.nbytes > SMALL:
+                raise DataError(
+                    f"{file.name}: {len(batch)} rows from row {number + 1} on unpack to "
+                    f"{batch.nbytes:,} bytes; accepted: at most {SMALL:,}"
+                )
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
