@@ -68,6 +68,29 @@ def test_remains_of_a_deleted_run_are_removed_and_nothing_else(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_another_process_has_just_begun_is_left_alone(
+    moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found that the folder is missing; one is faster to load its model."""
+    recipe, run, create = options_for(moe_folder, sums, steps=2), tmp_path / "run", folder.create
+
+    def late(path: Path, given: Any) -> None:
+        create(path, given)
+        (path / "theirs").touch()
+        create(path, given)
+
+    monkeypatch.setattr(folder, "create", late)
+    with pytest.raises(RunError, match="exists; use another --output"):
+        job.run(recipe, run, QUIET)
+    assert sorted(entry.name for entry in run.iterdir()) == [folder.RECIPE, "theirs"]
+
+
+def test_a_run_whose_recipe_is_gone_is_not_called_deleted(tmp_path: Path) -> None:
+    (tmp_path / folder.DATA).touch()
+    with pytest.raises(RunError, match=r"run.yaml' was moved or deleted while the run trained"):
+        folder.check_there(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_deleted_ends_and_can_start_again(
     moe_folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
