@@ -114,11 +114,15 @@ def pinned(name: str) -> dict[str, str]:
     }
 
 
+TOOLS = ("docs", "mutants")
+"""Extras that only developers install."""
+
+
 def lower_bounds() -> dict[str, str]:
-    """The lower bounds of pyproject.toml, tools for lint, build, hooks and the site excepted."""
+    """The lower bounds of pyproject.toml; not of tools for lint, build, hooks, mutants, the site."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {n: each for n, each in project["optional-dependencies"].items() if n != "docs"}
-    lists = [project["dependencies"], *extras.values()]
+    extras = project["optional-dependencies"]
+    lists = [extras[name] for name in extras if name not in TOOLS] + [project["dependencies"]]
     bounds = {}
     for requirement in (Requirement(text) for one in lists for text in one):
         if requirement.name not in ("drlora", "build", "mypy", "pre-commit", "ruff"):
@@ -141,5 +145,6 @@ def test_the_oldest_versions_are_those_that_are_tested() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    site = {Requirement(text).name for text in project["optional-dependencies"]["docs"]}
+    extras = project["optional-dependencies"]
+    site = {Requirement(text).name for name in TOOLS for text in extras[name]}
     assert set(lower_bounds()) | site - {"drlora"} <= set(pinned("constraints.txt"))
