@@ -119,7 +119,7 @@ TOOLS = ("docs", "mutants")
 
 
 def lower_bounds() -> dict[str, str]:
-    """The lower bounds of pyproject.toml; not of tools for lint, build, hooks and what TOOLS has."""
+    """The lower bounds of pyproject.toml; not of tools for lint, build and hooks, nor TOOLS."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lists = [extras[name] for name in extras if name not in TOOLS] + [project["dependencies"]]
