@@ -124,7 +124,7 @@ def sweep(folder: Path) -> None:
 
 def is_empty(folder: Path) -> bool:
     """True for a folder in which there is nothing but what a killed process has left."""
-    return all(entry.name.startswith((PREFIX, LOCK)) for entry in folder.iterdir())
+    return all(entry.name == LOCK or entry.name.startswith(PREFIX) for entry in folder.iterdir())
 
 
 def sync(path: Path) -> None:

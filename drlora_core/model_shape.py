@@ -17,7 +17,7 @@ from drlora_core.errors import LayoutError, shorten
 
 LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 400
-"""No model has as many; Transformers takes some milliseconds to build each."""
+"""More than any published model has; Transformers takes some milliseconds to build each."""
 # Field names, the most specific first.
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 HIDDEN = ("moe_latent_size", "hidden_size")
@@ -180,7 +180,7 @@ def _check_depths(path: Path, values: dict[str, Any]) -> None:
         parts.extend(each for each in part if isinstance(each, (dict, list)))
 
 
-def _check_total(path: Path, layers: int, name: str = "decoder layers") -> None:
+def _check_total(path: Path, layers: int, name: str = "the number of decoder layers") -> None:
     if layers > MOST_LAYERS:
         raise LayoutError(f"{path}: {name} is {shorten(layers)}; accepted: at most {MOST_LAYERS}")
 

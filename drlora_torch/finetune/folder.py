@@ -13,11 +13,12 @@ from drlora_core.errors import describe_validation_error
 from drlora_core.locks import LOCK
 from drlora_core.runs import folder as files
 from drlora_torch.errors import RunError
+from drlora_torch.finetune.data.summary import FILE as DATA
 from drlora_torch.finetune.recipe import Recipe, absolute, read_fields, to_yaml
 
 RECIPE, RESULT, METRICS, RECORDING = files.RECIPE, files.RESULT, files.METRICS, files.RECORDING
 ADAPTER, CHECKPOINTS, PEFT = "adapter", "checkpoints", "peft"
-MERGED, LOGS, DATA = "merged", "logs", "data.json"
+MERGED, LOGS = "merged", "logs"
 RESUMABLE = ("steps", "eval_every", "save_every", "report_to", "run_name")
 """What may change when a run goes on; and where it runs."""
 
@@ -44,10 +45,13 @@ def check_there(folder: Path) -> None:
 
 
 def remove_remains(folder: Path) -> None:
-    """Remove what was written to a run after it was deleted: nothing can go on from that."""
+    """Remove what was written to a run after it was deleted: nothing can go on from that.
+
+    A folder with RECIPE or DATA, which are written at the start alone, was not deleted.
+    """
     ours = {ADAPTER, CHECKPOINTS, LOGS, METRICS, RECORDING, RESULT, LOCK}
     if not folder.is_dir():
-        return  # DATA is written at the start alone: where it is, nobody has deleted the folder
+        return
     names = [entry.name for entry in folder.iterdir()]
     if all(name in ours or name.startswith(atomic.PREFIX) for name in names):
         shutil.rmtree(folder, ignore_errors=True)

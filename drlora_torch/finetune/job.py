@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ def run(recipe: Recipe, output: Path, console: Console, *, resume: bool = False)
         stop = StopOnSignal(everyone.num_processes, everyone.device)
         recipe = recipe.model_copy(update=options.model_dump())
         job = Job(recipe, output, console, everyone, tokenizer, data, stop)
-        with stop.listening(), _without_remains(job):
+        with stop.listening(), _on_failure(_remove_remains, job):
             results = _train_all(job, model, options, resume)
             if everyone.is_main_process:
                 folder.check_there(output)
@@ -160,29 +160,27 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _removed_on_failure(job: Job) -> Iterator[None]:
-    """Remove the folder that this process has made if the run fails before it trains."""
+def _on_failure(clean: Callable[[Job], None], job: Job) -> Iterator[None]:
+    """Clean up after an error; a run that was told to stop has none."""
     try:
         yield
     except Stopped:
         raise
     except BaseException:
-        if not job.stop.began:
-            shutil.rmtree(job.output, ignore_errors=True)
+        clean(job)
         raise
 
 
-@contextlib.contextmanager
-def _without_remains(job: Job) -> Iterator[None]:
-    """On an error, remove what was written to a run that somebody has deleted."""
-    try:
-        yield
-    except Stopped:
-        raise
-    except BaseException:
-        if job.stop.began and job.everyone.is_main_process:
-            folder.remove_remains(job.output)
-        raise
+def _remove_new(job: Job) -> None:
+    """Remove the folder that this process has made, of a run that has not trained yet."""
+    if not job.stop.began:
+        shutil.rmtree(job.output, ignore_errors=True)
+
+
+def _remove_remains(job: Job) -> None:
+    """Remove what was written to a run after somebody had deleted it."""
+    if job.stop.began and job.everyone.is_main_process:
+        folder.remove_remains(job.output)
 
 
 def _train_all(
@@ -207,7 +205,7 @@ def _open_folder(job: Job, adapter: Adapter, resume: bool, whole: contextlib.Exi
     if job.everyone.is_main_process:
         if not resume:
             folder.create(job.output, job.recipe)
-            whole.enter_context(_removed_on_failure(job))
+            whole.enter_context(_on_failure(_remove_new, job))
         whole.enter_context(_alone(job.output))
         if resume:
             atomic.sweep(job.output)

@@ -80,3 +80,14 @@ def test_ctrl_c_while_commands_are_loaded_is_one_sentence(
         main(["plan"])
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "drlora: interrupted\n"
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_forked_worker_ends_as_it_would_without_us() -> None:
+    with raising_terminated():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+    assert os.WTERMSIG(status) == signal.SIGTERM

@@ -96,40 +96,28 @@ def _split_of(file: Path) -> str:
 
 def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
-        unpacking = _Unpacking(gzip.GzipFile(file, "rb"), _Allowance(file))
-        return cast(BinaryIO, io.BufferedReader(unpacking))
+        return cast(BinaryIO, io.BufferedReader(_Unpacking(file)))
     return file.open("rb")
 
 
-class _Allowance:
-    """Bytes that a packed file may still unpack to."""
+class _Unpacking(io.RawIOBase):
+    """What a gzip file unpacks to; too many bytes are a DataError."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._most = file.name, SMALL + UNPACKED * file.stat().st_size
-        self._left = self._most
-
-    def take(self, size: int) -> None:
-        """Count bytes that were unpacked; too many are a DataError."""
-        self._left -= size
-        if self._left < 0:
-            raise DataError(
-                f"{self._file} unpacks to more than {self._most:,} bytes, {UNPACKED} times its "
-                f"size and {SMALL:,}; unpack it yourself if its rows are meant"
-            )
-
-
-class _Unpacking(io.RawIOBase):
-    """What a gzip file unpacks to, within its allowance."""
-
-    def __init__(self, packed: gzip.GzipFile, allowance: _Allowance) -> None:
-        self._packed, self._allowance = packed, allowance
+        self._packed, self._left = gzip.GzipFile(file, "rb"), self._most
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         size = self._packed.readinto(buffer)
-        self._allowance.take(size)
+        self._left -= size
+        if self._left < 0:
+            raise DataError(
+                f"{self._file} unpacks to more than {self._most:,} bytes, {UNPACKED} times its "
+                f"size and {SMALL:,}; unpack it yourself if you want its rows"
+            )
         return size
 
     def close(self) -> None:
