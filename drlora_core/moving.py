@@ -74,10 +74,11 @@ def exchange(
     """
     ranks, units = request.ranks, _in_order(request, dimensions.shape[1])
     new = _place(_within(units, request.limits), request.quota, ranks.size)
-    goal = _place_most(request, units, np.ones_like(may_give), r_min, int(ranks.sum()))
-    units = _within(units, np.maximum(np.minimum(request.limits, goal), new))
+    everyone = np.ones_like(may_give)
+    goal = _place_most(request, units.experts, everyone, r_min, int(ranks.sum()))
+    possible = _within(units, np.maximum(np.minimum(request.limits, goal), new))
     may_give = may_give & (goal == 0)
-    growth = _place_most(request, units, may_give, r_min, most)
+    growth = _place_most(request, possible, may_give, r_min, most)
     moved, keep = int(growth.sum() - new.sum()), ranks
     if moved:
         keep = ranks - spare_units(request, growth, may_give, r_min)
@@ -94,31 +95,34 @@ def _in_order(request: AllocationRequest, r_max: int) -> Units:
     return Units(experts[order], numbers[order])
 
 
-def _within(units: Units, limits: IntArray) -> Units:
-    """Leave out what an expert would get above its limit."""
-    kept = units.numbers < limits[units.experts]
-    return Units(units.experts[kept], units.numbers[kept])
+def _within(units: Units, limits: IntArray) -> IntArray:
+    """Who gets the units, in order, without what an expert would get above its limit."""
+    return units.experts[units.numbers < limits[units.experts]]
 
 
-def _place(units: Units, count: int, num_experts: int) -> IntArray:
+def _place(experts: IntArray, count: int, num_experts: int) -> IntArray:
     """Give the experts the first ``count`` units, [N]."""
-    return np.bincount(units.experts[:count], minlength=num_experts)
+    return np.bincount(experts[:count], minlength=num_experts)
 
 
 def _place_most(
-    request: AllocationRequest, units: Units, may_give: NDArray[np.bool_], r_min: int, most: int
+    request: AllocationRequest,
+    experts: IntArray,
+    may_give: NDArray[np.bool_],
+    r_min: int,
+    most: int,
 ) -> IntArray:
     """Place the quota and as many of ``most`` other units as experts can give, [N]."""
     # If n units can move, so can fewer: fewer experts receive, and the least of them is worth more.
-    moved, too_many = 0, max(min(most, units.experts.size - request.quota), 0) + 1
+    moved, too_many = 0, max(min(most, experts.size - request.quota), 0) + 1
     while too_many - moved > 1:
         middle = (moved + too_many) // 2
-        growth = _place(units, request.quota + middle, request.ranks.size)
+        growth = _place(experts, request.quota + middle, request.ranks.size)
         if spare_units(request, growth, may_give, r_min).sum() >= middle:
             moved = middle
         else:
             too_many = middle
-    return _place(units, request.quota + moved, request.ranks.size)
+    return _place(experts, request.quota + moved, request.ranks.size)
 
 
 def spare_units(

@@ -42,15 +42,11 @@ class Pool:
         """Its experts among all, [E]."""
         return slice(self.start, self.start + self.num_experts)
 
-    def slices(self) -> list[slice]:
-        """The range of each layer's experts, in the order of ``names``."""
-        ends = itertools.accumulate(self.sizes)
-        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
-
     def split(self) -> list[Pool]:
         """A pool of each layer."""
-        parts = zip(self.names, self.sizes, self.slices(), strict=True)
-        return [Pool((name,), (n,), self.start + part.start) for name, n, part in parts]
+        starts = itertools.accumulate(self.sizes, initial=self.start)  # and the end of the last
+        parts = zip(self.names, self.sizes, starts, strict=False)
+        return [Pool((name,), (n,), start) for name, n, start in parts]
 
     def describe(self) -> str:
         return f"layer {self.names[0]!r}" if len(self.names) == 1 else f"{len(self.names)} layers"
