@@ -69,7 +69,7 @@ def save_state(
     """Return the state as a nested dict; arrays are copies."""
     return {
         "version": VERSION,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(),
         "step": step,
         "carry": list(carry),
         "layers": {name: _save_layer(state, name) for name in state.places},
@@ -144,8 +144,8 @@ def check_layout(loaded: Mapping[str, int], own: Mapping[str, int]) -> None:
 
 
 def _check_config(saved: dict[str, Any], config: AllocatorConfig) -> None:
-    own = config.model_dump(mode="json")
-    saved = AllocatorConfig().model_dump(mode="json") | saved  # it may be older than some fields
+    own = config.model_dump()
+    saved = AllocatorConfig().model_dump() | saved  # it may be older than some fields
     differing = [
         f"{field} {saved[field]!r} (here {own.get(field)!r})"
         for field in sorted(saved)

@@ -276,7 +276,11 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("observed", changed(".observed", "no"), "observed: Input should be a valid boolean, got 'no'"),
     ("rank low", changed(".ranks", lambda a: a * 0), r"ranks lie in 0\.\.0, not 1\.\.4"),
     ("rank high", changed(".ranks", lambda a: a * 0 + 5), r"ranks lie in 5\.\.5"),
-    ("over budget", changed(".ranks", lambda a: a * 0 + 3), "sum to 9, above the budget of 6"),
+    (
+        "over budget",
+        changed(".ranks", lambda a: a * 0 + 3),
+        "ranks of layer 'layers.0.mlp' sum to 9, above the budget of 6",
+    ),
 ]
 
 
@@ -293,6 +297,23 @@ def test_a_damaged_or_foreign_state_is_refused(
     with pytest.raises(LayoutError, match=message):
         engine.load_state_dict(state)
     assert_same_state(engine.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("routing", 1e100),
+        ("importance", 1e100),
+        ("importance_count", 2**53),
+        ("routing_count", 2**53),
+    ],
+)
+def test_the_largest_values_of_a_state_are_accepted(field: str, value: float) -> None:
+    engine = running()
+    state = engine.state_dict()
+    changed(f".{field}", value if field == "routing_count" else lambda a: a * 0 + value)(state)
+    engine.load_state_dict(state)
+    assert_same_state(engine.state_dict(), state)
 
 
 @pytest.mark.parametrize("state", [None, [], "state", 3])
