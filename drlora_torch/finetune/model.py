@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from drlora_core.notebook import count
 from drlora_torch.errors import FOREIGN_CODE, ModelError, needs_foreign_code
 from drlora_torch.finetune.options import FinetuneOptions, is_local
 from drlora_torch.finetune.sharding import Sharding
 from drlora_torch.models.quantization.quantizer import Experts4bitConfig
 from drlora_torch.models.quantization.stored_quantizers import packed_config
+from drlora_torch.models.shapes import check_config
 from drlora_torch.models.sharding import is_sharded
 
 
@@ -34,19 +36,30 @@ def load_model(
         dtype = "float32"
     storage = _storage(name, dtype, quantization, in_4bit)
     if sharding is None or not sharding.is_sharded:
-        whole: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype, **storage)
-        return whole
+        return _load_whole(name, dtype=dtype, **storage)
     if storage:
         raise ModelError(
             f"packed experts cannot be spread with {' '.join(sharding.words)}; leave that, or "
             "--quantization and --load-in-4bit, out"
         )
     config = sharding.distributed_config()
-    model: nn.Module = _load(AutoModelForCausalLM, name, dtype=dtype, distributed_config=config)
+    model = _load_whole(name, dtype=dtype, distributed_config=config)
     if not is_sharded(model):
         raise ModelError(
             f"Transformers does not shard {type(model).__name__} with {' '.join(sharding.words)}; "
             "use --fsdp-size alone, or none of these options"
+        )
+    return model
+
+
+def _load_whole(name: str, **arguments: Any) -> nn.Module:
+    """Load a model of which every weight is in its checkpoint."""
+    model: nn.Module
+    model, found = _load(AutoModelForCausalLM, name, output_loading_info=True, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"the files of {name!r} lack {count(len(missing), 'weight')} of the model in its "
+            f"config.json, first {missing[0]!r}, which would be random; is a file missing?"
         )
     return model
 
@@ -104,6 +117,7 @@ def _load(loader: Any, name: str, **arguments: Any) -> Any:
     if is_local(name) and not Path(source, "config.json").is_file():
         raise ModelError(f"{name!r} is not the folder of a model: it has no config.json")
     try:
+        check_config(source)
         # Without it Transformers asks on the terminal, and runs the code after a "y".
         return loader.from_pretrained(source, trust_remote_code=False, **arguments)
     except ModelError:
@@ -111,4 +125,6 @@ def _load(loader: Any, name: str, **arguments: Any) -> Any:
     except Exception as error:  # the hub client, safetensors and configurations have their own
         foreign = needs_foreign_code(error)
         reason = FOREIGN_CODE if foreign else str(error).strip().split("\n")[0]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other shapes than its config.json says"
         raise ModelError(f"model {name!r} could not be loaded: {reason}") from error

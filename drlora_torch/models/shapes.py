@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
+from transformers.utils import cached_file
 
+from drlora_core.errors import LayoutError
 from drlora_core.model_shape import LayerShape, ModelShape, read_json, token_sizes
 from drlora_torch.errors import FOREIGN_CODE, ModelError, needs_foreign_code
 from drlora_torch.models.discovery import find_layers
@@ -78,18 +81,29 @@ def build_skeleton(source: str, quantization: str = "none") -> nn.Module:
     return _build(source, config, _quantizer(source, config, wanted) if is_packed else None)
 
 
-def _read_config(source: str) -> Any:
-    from transformers import AutoConfig
+def check_config(source: str) -> None:
+    """Refuse a config.json of more layers than any model has, before Transformers builds any.
 
+    Raises:
+        ModelError: the folder has no config.json.
+        LayoutError: it is no configuration, or has too many layers.
+        OSError: there is no such hub id.
+    """
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{source!r} is not the folder of a model: it has no config.json")
-    if path.exists():
-        read_json(path)
+    read_json(path if path.exists() else Path(str(cached_file(source, "config.json"))))
+
+
+def _read_config(source: str) -> Any:
+    path = Path(source).expanduser()
     try:
+        check_config(source)
         return AutoConfig.from_pretrained(
             str(path) if path.exists() else source, trust_remote_code=False
         )
+    except (ModelError, LayoutError):
+        raise
     except OSError as error:
         if path.exists():
             raise ModelError(f"{source!r} cannot be read: {_first_sentence(error)}") from error

@@ -142,7 +142,7 @@ def test_a_resume_shares_the_rows_among_batches(
 
 
 def test_a_model_that_stays_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_load", lambda *_, **__: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(model, "_load_whole", lambda *_, **__: torch.nn.Linear(2, 2))
     with pytest.raises(ModelError, match="does not shard Linear with --fsdp-size=2 --ep-size=2"):
         model.load_model("m", sharding=Sharding(fsdp_size=2, ep_size=2))
 
