@@ -70,11 +70,13 @@ def test_an_atomic_writer_survives(tmp_path: Path) -> None:
     assert problems == []
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_not_atomic_is_found(tmp_path: Path) -> None:
     _, problems = cases(tmp_path, a_file(in_place), 6)
     assert set(problems) == {"out/a.txt is neither old nor new"}
 
 
+@pytest.mark.slow
 def test_a_writer_that_leaves_files_is_found(tmp_path: Path) -> None:
     _, problems = cases(tmp_path, a_file(untidily), 6)
     assert problems

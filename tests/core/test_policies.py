@@ -43,7 +43,7 @@ def requests(draw: st.DrawFn, experts: int = 8, most: int = 5) -> AllocationRequ
 
 @pytest.mark.parametrize("name", GROWTH_POLICIES)
 def test_built_in_policies_keep_the_contract(name: str) -> None:
-    check_policy(GROWTH_POLICIES[name], equivariant=name != "random", examples=300)
+    check_policy(GROWTH_POLICIES[name], equivariant=name != "random", examples=100)
 
 
 @pytest.mark.parametrize("name", GROWING)

@@ -16,7 +16,7 @@ from torch import nn
 
 import drlora_torch
 from tests.ecosystem.in_peft import CASES, CONVENTIONS, Case
-from tests.marks import slow_and_thinned
+from tests.marks import one_in, slow_and_thinned
 from tests.torch import dense, helpers
 from tests.torch.conformance.table import FAMILIES
 from tests.torch.conventions import handwritten
@@ -57,7 +57,7 @@ def assert_same_deltas(have: drlora_torch.Adapter, want: drlora_torch.Adapter) -
 @pytest.mark.parametrize(
     ("name", "rank"),
     [
-        *((name, None) for name in IN_PEFT),
+        *one_in(2, ((name, None) for name in IN_PEFT)),
         *slow_and_thinned((name, 2) for name in IN_PEFT if name in FAMILIES),
     ],
 )
@@ -78,7 +78,10 @@ def test_peft_computes_what_we_do(tmp_path: Path, name: str, rank: int | None) -
 
 @pytest.mark.parametrize(
     ("name", "per_expert"),
-    [(name, each) for name in CONVENTIONS for each in (True, False) if each or name in IN_PEFT],
+    one_in(
+        2,
+        ((name, e) for name in CONVENTIONS for e in (True, False) if e or name in IN_PEFT),
+    ),
 )
 def test_import_gives_it_back(tmp_path: Path, name: str, per_expert: bool) -> None:
     case = CASES[name]

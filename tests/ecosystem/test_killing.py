@@ -39,6 +39,7 @@ def check(results: dict[str, Any], kills: int) -> None:
         assert all(len(set(ranks)) > 1 for ranks in result["ranks"].values())  # growth happened
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_few_kills(tmp_path: Path) -> None:
     check(killed(tmp_path, 3, 0, *killing.OPTIMIZERS), 3)

@@ -106,6 +106,7 @@ def test_a_checkpoint_of_the_base_alone_is_refused(tmp_path: Path) -> None:
     assert adapter.engine.step_count == 0
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_resumes_too(tmp_path: Path) -> None:
     """No PreTrainedModel: the Trainer writes the whole state dict."""
 
@@ -233,6 +234,7 @@ def tied_trainer(folder: Path) -> tuple[Any, drlora_torch.Adapter]:
     return trainers.Trainer(model, arguments, train_dataset=trainers.rows()), adapter
 
 
+@pytest.mark.slow
 def test_tied_modules_are_saved_and_resumed(tmp_path: Path) -> None:
     straight, whole = tied_trainer(tmp_path)
     straight.train()
@@ -292,6 +294,7 @@ def in_peft(folder: Path, **changes: Any) -> tuple[Any, drlora_torch.Adapter]:
     return trainer, adapter
 
 
+@pytest.mark.slow
 @peft_warns
 def test_a_peft_model_resumes_the_adapter_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -305,6 +308,7 @@ def test_a_peft_model_resumes_the_adapter_too(tmp_path: Path) -> None:
     assert same_weights(adapter, whole)
 
 
+@pytest.mark.slow
 @peft_warns
 def test_the_best_peft_model_comes_back_whole(tmp_path: Path) -> None:
     best_first = {"load_best_model_at_end": True, "greater_is_better": True}

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from tests.ecosystem import trainers
 from tests.ecosystem.test_trainer import FILE, same_statistics, training_log
+from tests.marks import slow_but
 from tests.torch import helpers
 
 
@@ -63,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, ["accumulation"]))
 def test_skipped_steps_are_those_of_a_plain_loop(tmp_path: Path, case: str) -> None:
     accumulation = CASES[case].get("gradient_accumulation_steps", 1)
     overflowing = {accumulation * 1, accumulation * 5}  # of steps 2 and 6, the first micro-batch

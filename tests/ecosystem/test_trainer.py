@@ -114,7 +114,7 @@ def training_log(trainer: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("case", slow_but(RESUMED, ["accumulation", "dropout and routers"]))
+@pytest.mark.parametrize("case", slow_but(RESUMED, ["dropout and routers"]))
 def test_trainers_own_resume_is_exact(tmp_path: Path, case: str) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5, **RESUMED[case]}
     straight, whole = trainers.build(tmp_path / "straight", **saving)
@@ -148,6 +148,7 @@ def test_another_folder_must_be_named(tmp_path: Path) -> None:
     assert helpers.rank_history(adapter) == helpers.rank_history(whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 5}
     for name, rate in (("old", 1e-2), ("new", 2e-2)):
@@ -157,6 +158,7 @@ def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
         confused.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-5"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_step_is_noticed_without_logs(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
     trainers.build(tmp_path, **saving)[0].train()
@@ -254,6 +256,7 @@ def test_reporters_can_be_moved_behind_the_callback(
     assert trainer.pop_callback(Reporter) is None
 
 
+@pytest.mark.slow
 def test_training_leaves_the_order_of_callbacks(tmp_path: Path) -> None:
     trainer, _ = trainers.build(tmp_path)
     before = list(trainer.callback_handler.callbacks)

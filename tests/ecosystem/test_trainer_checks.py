@@ -94,6 +94,7 @@ def test_a_model_that_the_user_froze_after_attach_is_trained(
     assert adapter.events
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_nothing_was_frozen(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,6 +170,7 @@ def test_without_the_callback_it_is_said_once(caplog: pytest.LogCaptureFixture) 
 # -- the balancing loss ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trls_balancing_loss_is_advised_against_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

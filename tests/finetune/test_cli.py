@@ -89,6 +89,7 @@ def test_resume_needs_an_unfinished_run_and_no_other_options(
     assert "leave out --compare" in said
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_adapter(
     moe_folder: Path, sums: Path, tmp_path: Path

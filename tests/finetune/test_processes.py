@@ -129,6 +129,7 @@ def test_when_one_process_is_killed_all_end_and_one_can_go_on(one: Path, tmp_pat
     same_run(run, one)
 
 
+@pytest.mark.exhaustive
 def test_a_refusal_by_the_processes_is_said_once(tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
     arguments = [str(missing), "rows.jsonl", "--output", "run", "--processes", "2"]

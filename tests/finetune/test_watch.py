@@ -51,11 +51,9 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.S
     monkeypatch.setattr(Meter, "on_step_begin", send, raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_signals")
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(
     number: int,
     code: int,
@@ -231,6 +229,7 @@ def test_a_stream_trains_and_goes_on_where_it_stopped(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_preferences_are_learned_and_the_reference_is_the_base(
     moe_folder: Path, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_relevance_is_refused_where_nobody_knows_it() -> None:
             controlled.relevance(model, task)
 
 
+@pytest.mark.slow
 def test_pretraining_teaches_text_and_routing() -> None:
     _, tokenizer = load_model("controlled")
     model = controlled.make_model(tokenizer, seed=1)

@@ -22,7 +22,6 @@ from drlora_core import AllocatorConfig
 from drlora_core.testing import make_request
 from drlora_torch.lora.layers import ExpertLoRA, ProjectionShape
 from drlora_torch.lora.slots import Layout, SlotTable
-from tests.marks import slow_but
 from tests.quality.studies import TINY, make_spec
 
 torch.set_num_threads(1)
@@ -60,13 +59,11 @@ def step(lora: ExpertLoRA, optimizer: torch.optim.Optimizer, around: Any) -> dic
 # -- runs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    slow_but(
-        ["redraw_least", "hindsight_redraw_extra", "known_ranks", "early_newborn_warmup",
-         "hindsight_scale_rank"],
-        ["redraw_least"],
-    ),
+    ["redraw_least", "hindsight_redraw_extra", "known_ranks", "early_newborn_warmup",
+     "hindsight_scale_rank"],
 )  # fmt: skip
 def test_methods_of_the_study_keep_their_budget(name: str) -> None:
     short = TINY.model_copy(update={"steps": 10, "events": 2, "evaluations": 1})

@@ -79,6 +79,7 @@ def test_notes_that_cannot_be_computed_are_refused(folder: Path, note: str, mess
     assert not (folder / "results").exists()
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_pages_twice_and_a_page_of_figures(folder: Path) -> None:
     from benchmarks.quality.__main__ import app
 

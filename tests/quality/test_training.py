@@ -70,6 +70,7 @@ def test_methods_of_a_seed_see_the_same_batches(
     assert seen(monkeypatch, "uniform", 1) != first
 
 
+@pytest.mark.slow
 def test_our_uniform_lora_is_pefts(setting: Setting) -> None:
     """The same rows of A, batches and optimizer: two libraries, one curve."""
     ours, theirs = run(make_spec("uniform")), run(make_spec("uniform_peft"))
@@ -212,6 +213,7 @@ def test_hindsight_has_the_ranks_of_early_growth_from_the_start(setting: Setting
     assert known.test_loss != grown.test_loss
 
 
+@pytest.mark.slow
 def test_statistics_are_of_the_layers(setting: Setting) -> None:
     record = run(make_spec("drlora"))
     assert list(record.ranks) == list(record.routing) == list(record.importance)
@@ -302,6 +304,7 @@ def test_the_linear_schedule() -> None:
     assert {rate(constant, step) for step in (1, 50, 100)} == {1.0}
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch(setting: Setting) -> None:
     whole = TINY.model_copy(update={"steps": 4, "events": 2, "batch_size": 4})
     parts = whole.model_copy(update={"batch_size": 2, "accumulation": 2})

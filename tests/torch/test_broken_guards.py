@@ -31,6 +31,7 @@ from drlora_torch.step.routing import Routing
 from drlora_torch.step.tracker import StepTracker
 from drlora_torch.step.witness import GradientWitness
 from drlora_torch.storage import checkpoint
+from tests.marks import slow_but
 from tests.torch import (
     test_amp,
     test_checkpoint,
@@ -357,7 +358,7 @@ NOTICED = (AssertionError, pytest.fail.Exception)
 
 
 @pytest.mark.filterwarnings("ignore")  # a broken guard may well warn on its way
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("guard", slow_but(GUARDS, list(GUARDS)[::2]))
 def test_a_missing_guard_is_noticed(
     guard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -73,14 +73,8 @@ def train(family: str, prepare: Any, *, padded: bool = False, **options: Any) ->
     return losses, ranks, saliency
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "olmoe",
-        pytest.param("gpt_oss", marks=pytest.mark.slow),
-        pytest.param("nemotron_h", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
 def test_growth_compiles_nothing_anew(family: str) -> None:
     """Every loss, rank and saliency is that of the model as it is, bit for bit."""
     wanted = train(family, as_it_is)

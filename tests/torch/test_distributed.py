@@ -133,7 +133,7 @@ def apart(rank: int, folder: str, compiled: bool) -> None:
 
 
 @launches
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_processes_that_train_apart_all_raise_at_the_first_step(
     tmp_path: Path, compiled: bool
 ) -> None:

@@ -204,7 +204,7 @@ def ask(run: Run) -> None:
         assert len(run.adapter.engine.saliency(next(iter(run.adapter.layers)))) == models.EXPERTS
 
 
-FAST = ("accumulation", "not finite", "pruned", "resumed")
+FAST = ("not finite", "pruned", "resumed")
 SCENARIOS: dict[str, tuple[Callable[[Run], None], dict[str, Any]]] = {
     "plain": (plain, {}),
     "masked": (plain, {"layout": "masked"}),

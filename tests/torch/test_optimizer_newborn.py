@@ -20,7 +20,7 @@ from drlora_torch.lora.parts import HeldRows
 from drlora_torch.step import newborn
 from drlora_torch.step.optimizers import fresh
 from drlora_torch.step.optimizers.adam import adam_ratio
-from tests.marks import slow_but
+from tests.marks import slow_and_thinned, slow_but
 from tests.torch import helpers, models, optimizers
 
 
@@ -107,8 +107,13 @@ COUNTED = {
 }
 
 
+FAST = ("fused", "decay", "amsgrad", "free radam")
+
+
 @pytest.mark.parametrize("layout", optimizers.LAYOUTS)
-@pytest.mark.parametrize("kind", slow_but(COUNTED, ["fused", "decay", "amsgrad", "free radam"]))
+@pytest.mark.parametrize(
+    "kind", [*FAST, *slow_and_thinned((kind,) for kind in COUNTED if kind not in FAST)]
+)
 def test_newborn_rows_move_as_if_their_count_had_just_begun(kind: str, layout: str) -> None:
     assert follow_newborns(COUNTED[kind], 12, layout=layout) < 1e-12
 

@@ -40,7 +40,8 @@ def test_other_modes_and_numbers_of_processes(world: int) -> None:
     assert describe(compare(world, chosen, STEPS)) == []
 
 
-@pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("checkpoints", [False, True])
 def test_what_is_saved_in_one_topology_goes_on_in_each_other(checkpoints: bool) -> None:
     passages = compare_files(checkpoints)
     assert len(passages) == 36 + (7 if checkpoints else 0)

@@ -15,6 +15,7 @@ from drlora_torch.finetune import job
 from drlora_torch.finetune.after.opened import open_run
 from tests.finetune.after.conftest import Call
 from tests.finetune.test_finetune import options_for
+from tests.marks import slow_and_thinned
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_and_thinned(((kind,) for kind in KINDS), 2))
 def test_every_kind_of_run_can_be_used(
     kind: str,
     moe_folder: Path,
