@@ -29,9 +29,7 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile(
-    "ci", settings.get_profile("fast"), max_examples=200, derandomize=True, print_blob=True
-)
+settings.register_profile("ci", settings.get_profile("fast"), derandomize=True, print_blob=True)
 settings.register_profile(
     "deep", settings.get_profile("fast"), max_examples=2000, stateful_step_count=60
 )

@@ -91,3 +91,17 @@ def test_a_forked_worker_ends_as_it_would_without_us() -> None:
             os._exit(0)
         status = os.waitpid(child, 0)[1]
     assert os.WTERMSIG(status) == signal.SIGTERM
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_in_another_process_a_signal_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, in this process, where it is seen that nothing else is done."""
+    sent = []
+    with raising_terminated():
+        handler = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
+        assert callable(handler)
+        handler(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert sent == [(-1, signal.SIGTERM)]

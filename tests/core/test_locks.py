@@ -80,6 +80,7 @@ def test_a_file_that_its_last_owner_deletes_is_no_lock(
 
 def test_on_windows_there_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(os, "register_at_fork")
     spec = importlib.util.spec_from_file_location("drlora_core.locks", locks.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -89,6 +90,7 @@ def test_on_windows_there_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
     for lock in both:
         lock.release()
+    elsewhere._forget_all()  # as a child would, with no lock to leave
 
 
 def test_where_nothing_can_be_locked_writers_go_on(
