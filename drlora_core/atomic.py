@@ -22,7 +22,8 @@ from pathlib import Path
 
 from drlora_core.locks import LOCK
 
-PREFIX, LAST = ".drlora-", "config.json"
+PREFIX = ".drlora-"
+CONFIGURATIONS = ("config.json", "adapter_config.json")  # without which no library reads a folder
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}  # some network file systems
 
@@ -72,11 +73,11 @@ def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
     way, and so do those that match the pattern ``stale`` (a checkpoint may have had more shards).
     They are deleted only once everything new is in place: on any error they come back, and
     ``folder`` is as it was: where it was missing, it and those around it are gone again. If the
-    process is killed among these renames, the configurations are missing, without which nobody
+    process is killed among these renames, the configuration is missing, without which nobody
     reads the rest, and the older files are in a folder ``.drlora-*.old`` beside the new ones.
     """
     there = folder.is_dir()
-    part = _beside(folder / LAST if there else folder, ".part")  # it may be a disk of its own
+    part = _beside(folder / "files" if there else folder, ".part")  # it may be a disk of its own
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         part.mkdir(parents=True)
@@ -153,7 +154,7 @@ def _exchange(part: Path, folder: Path, stale: str | None) -> None:
     new = sorted((entry.name for entry in part.iterdir()), key=_is_configuration)
     old = {entry.name for entry in folder.glob(stale)} if stale else set()
     old |= {name for name in new if os.path.lexists(folder / name)}
-    aside = _beside(folder / LAST, ".old")
+    aside = _beside(folder / "files", ".old")
     aside.mkdir()
     first = sorted(old, key=_is_configuration, reverse=True)
     moves = [(folder / name, aside / name) for name in first]
@@ -174,7 +175,7 @@ def _exchange(part: Path, folder: Path, stale: str | None) -> None:
 
 
 def _is_configuration(name: str) -> bool:
-    return name.endswith(LAST)
+    return name in CONFIGURATIONS
 
 
 def _beside(path: Path, suffix: str) -> Path:

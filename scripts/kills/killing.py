@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import os
 import random
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from drlora_core import atomic
 from scripts.kills.children import Child, Ended, Kill, run
 from scripts.kills.jobs import Job
 from scripts.kills.results import Outcome, differences, digests, leftovers
@@ -130,7 +130,7 @@ def broken(job: Job, reference: Reference, place: Path) -> list[str]:
 
 def is_refused(names: set[str]) -> bool:
     """Without its configuration, no library reads a folder."""
-    return not any(fnmatch.fnmatch(name, "*config.json") for name in names)
+    return names.isdisjoint(atomic.CONFIGURATIONS)
 
 
 def choose(reference: Reference, draw: random.Random) -> Kill:

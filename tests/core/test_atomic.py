@@ -151,14 +151,14 @@ def test_a_configuration_goes_first_and_comes_last(
 
         monkeypatch.setattr(os, "replace", note)
         with atomic.replaced_files(tmp_path / "run") as part:
-            for name in ("adapter_config.json", "weights", "zero"):
+            for name in ("adapter_config.json", "generation_config.json", "weights", "zero"):
                 (part / name).write_text(text)
         monkeypatch.undo()
         if text == "old":
             assert moved == [(False, "run")], "a new folder appears whole"
     assert moved[0] == (False, "adapter_config.json")
     assert moved[-1] == (True, "adapter_config.json")
-    assert len(moved) == 6
+    assert len(moved) == 8
     assert {file.read_text() for file in (tmp_path / "run").iterdir()} == {"new"}
 
 
