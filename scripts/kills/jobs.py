@@ -102,7 +102,9 @@ def _saves() -> list[Job]:
     return [
         Job(
             kind, name, functools.partial(_save, write, 2), lambda place: digests(place, "out/*"),
-            prepare=functools.partial(_save, write, 1), whole=("out/*",), is_command=False,
+            prepare=functools.partial(_save, write, 1), is_command=False,
+            # Transformers writes the base in place.
+            whole=("out/drlora*",) if "model" in name else ("out/*",),
             together="out" if " over " in name else "",
         )
         for name, (kind, write) in writers.items()
