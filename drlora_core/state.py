@@ -276,7 +276,7 @@ def grow(state: State, growth: IntArray) -> State:
 def cut(state: State, marked: NDArray[np.bool_]) -> State:
     """Cut dimensions, bool [E, R]; g and its count restart for experts that have none left."""
     ranks, dimensions = state.ranks - marked.sum(axis=1), state.dimensions
-    emptied = (ranks == 0) & marked.any(axis=1)
+    emptied = ranks == 0
     return dataclasses.replace(
         state,
         ranks=ranks,

@@ -191,14 +191,14 @@ def test_nothing_moves_where_there_is_no_room() -> None:
 
 
 def test_experts_without_rank_have_the_importance_of_their_share() -> None:
-    """f is 0.5, 0.25, 0.25 and the third has no rank: 4 of g for each 1 of f."""
+    """Of the others, 4 of g are for 0.75 of f; those keep what was measured."""
     options = {"r_init": 0, "r_target": 4, "r_max": 8, "warmup_steps": 9, "growth_end": 99}
     engine = build(options | {"growth_interval": 9}, {})
     engine.add_layer("a", 3, ranks=[1, 1, 0])
     for _ in range(3):
-        engine.observe("a", routing=[0.5, 0.25, 0.25], importance=[2.0, 1.0, 7.0])
+        engine.observe("a", routing=[0.5, 0.25, 0.25], importance=[3.0, 1.0, 7.0])
         engine.step()
-    np.testing.assert_allclose(engine.saliency("a"), [0.5, 0.125, 0.25], rtol=1e-12)
+    np.testing.assert_allclose(engine.saliency("a"), [0.75, 0.125, 1 / 3], rtol=1e-12)
 
 
 def test_greedy_gives_nothing_without_a_quota() -> None:
@@ -266,3 +266,33 @@ def test_a_policy_that_errs_is_told_where() -> None:
 def test_the_name_of_a_policy_is_no_callable(name: str) -> None:
     with pytest.raises(PolicyError, match=f"in the configuration: .*policy={name!r}"):
         check_callable(name)
+
+
+def test_averages_of_what_grew_or_was_emptied_start_anew() -> None:
+    config = AllocatorConfig(policy="move", r_init=2, r_target=2, r_max=3, r_min=0)
+    state = states.make_state(config, {"a": np.array([2, 2]), "b": np.array([1, 0])})
+    assert state.dimensions is not None
+    state.dimensions[:] = [[3.0, 2.0, 0.0], [4.0, 5.0, 0.0], [6.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    state.importance[:], state.importance_count[:] = [2.5, 4.5, 6.0, 0.0], [3, 4, 5, 0]
+    state.routing[:] = [0.5, 0.5, 0.75, 0.25]
+
+    def content(state: states.State) -> list[Any]:
+        assert state.dimensions is not None
+        arrays = (state.ranks, state.importance, state.importance_count, state.dimensions)
+        assert state.routing.tolist() == [0.5, 0.5, 0.75, 0.25]
+        return [array.tolist() for array in arrays]
+
+    assert content(states.grow(state, np.array([0, 1, 0, 2]))) == [
+        [2, 3, 1, 2],
+        [2.5, 0.0, 6.0, 0.0],
+        [3, 0, 5, 0],
+        [[3.0, 2.0, 0.0], [0.0] * 3, [6.0, 0.0, 0.0], [0.0] * 3],
+    ]
+    marked = np.zeros((4, 3), dtype=np.bool_)
+    marked[0, 0] = marked[2, 0] = True
+    assert content(states.cut(state, marked)) == [
+        [1, 2, 0, 0],
+        [2.5, 4.5, 0.0, 0.0],
+        [3, 4, 0, 0],
+        [[2.0, 0.0, 0.0], [4.0, 5.0, 0.0], [0.0] * 3, [0.0] * 3],
+    ]
