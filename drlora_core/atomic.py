@@ -23,7 +23,7 @@ from pathlib import Path
 from drlora_core.locks import LOCK
 
 PREFIX = ".drlora-"
-CONFIGURATIONS = ("config.json", "adapter_config.json")  # without which no library reads a folder
+CONFIGURATIONS = ("config.json", "adapter_config.json")  # no model or adapter loads without
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}  # some network file systems
 
@@ -37,7 +37,7 @@ def write_file(path: Path, write: Callable[[Path], object], *, make_folder: bool
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    place = _beside(path, ".part")  # a folder: safetensors has temporary files of its own in it
+    place = _temporary(path.parent, ".part")  # a folder: safetensors has temporary files of its own
     part = place / path.name
     try:
         _touch(part, path)
@@ -73,15 +73,16 @@ def replaced_files(folder: Path, stale: str | None = None) -> Iterator[Path]:
     way, and so do those that match the pattern ``stale`` (a checkpoint may have had more shards).
     They are deleted only once everything new is in place: on any error they come back, and
     ``folder`` is as it was: where it was missing, it and those around it are gone again. If the
-    process is killed among these renames, the configuration is missing, without which nobody
-    reads the rest, and the older files are in a folder ``.drlora-*.old`` beside the new ones.
+    process is killed among these renames, the configuration is missing, without which no model or
+    adapter loads, and the older files are in a folder ``.drlora-*.old`` beside the new ones.
     """
     there = folder.is_dir()
-    part = _beside(folder / "files" if there else folder, ".part")  # it may be a disk of its own
+    around = folder if there else folder.parent  # the folder may be a disk of its own
+    part = _temporary(around, ".part")
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         part.mkdir(parents=True)
-        _sweep(part.parent)
+        _sweep(around)
         yield part
         for file in part.rglob("*"):
             sync(file)
@@ -106,7 +107,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: ``folder`` is there already, and not empty.
     """
-    part = _beside(folder, ".part")
+    part = _temporary(folder.parent, ".part")
     part.mkdir(parents=True)
     try:
         _sweep(part.parent)
@@ -151,12 +152,12 @@ def sync(path: Path) -> None:
 
 def _exchange(part: Path, folder: Path, stale: str | None) -> None:
     """Move the entries of ``part`` into ``folder``; on an error undo every move."""
-    new = sorted((entry.name for entry in part.iterdir()), key=_is_configuration)
+    new = sorted((entry.name for entry in part.iterdir()), key=CONFIGURATIONS.__contains__)
     old = {entry.name for entry in folder.glob(stale)} if stale else set()
     old |= {name for name in new if os.path.lexists(folder / name)}
-    aside = _beside(folder / "files", ".old")
+    aside = _temporary(folder, ".old")
     aside.mkdir()
-    first = sorted(old, key=_is_configuration, reverse=True)
+    first = sorted(old, key=CONFIGURATIONS.__contains__, reverse=True)
     moves = [(folder / name, aside / name) for name in first]
     moves += [(part / name, folder / name) for name in new]
     done: list[tuple[Path, Path]] = []
@@ -174,13 +175,10 @@ def _exchange(part: Path, folder: Path, stale: str | None) -> None:
     _sweep(folder, ".old")
 
 
-def _is_configuration(name: str) -> bool:
-    return name in CONFIGURATIONS
-
-
-def _beside(path: Path, suffix: str) -> Path:
+def _temporary(folder: Path, suffix: str) -> Path:
+    """Name a temporary file or folder in a folder."""
     owner = f"{_machine()}-{os.getpid()}"
-    return path.parent / f"{PREFIX}{owner}-{uuid.uuid4().hex[:12]}{suffix}"
+    return folder / f"{PREFIX}{owner}-{uuid.uuid4().hex[:12]}{suffix}"
 
 
 def _sweep(folder: Path, suffix: str = ".part") -> None:

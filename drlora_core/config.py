@@ -96,7 +96,7 @@ class AllocatorConfig(BaseModel):
     scope: ScopeName = "layer"
     """``layer``: a quota per layer; ``global``: one quota over all layers."""
     layer_floor: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Scope ``global`` only: share of its even quota that each layer always gets."""
+    """Scope ``global`` only: share of its even quota that each layer gets first."""
     layer_ceiling: PositiveRank | None = None
     """Scope ``global`` only: largest mean rank of a layer; None: min(r_max, 2 * r_target)."""
     seed: Annotated[WholeNumber, Field(ge=0), SEED_BOUND] = 0

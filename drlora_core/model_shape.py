@@ -163,12 +163,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LayoutError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise LayoutError(f"{path} is a JSON {type(values).__name__}, not a model's configuration")
-    _check_depths(path, values)
+    check_depths(path, values)
     return values
 
 
-def _check_depths(path: Path, values: dict[str, Any]) -> None:
-    """Refuse too many layers, also of parts such as a vision tower, before any is built."""
+def check_depths(path: Path, values: dict[str, Any]) -> None:
+    """Refuse too many layers, also of parts such as a vision tower, before any is built.
+
+    Raises:
+        LayoutError: names the field, and says how many are accepted.
+    """
     parts: list[Any] = [values]
     while parts:
         part = parts.pop()

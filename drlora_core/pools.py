@@ -126,7 +126,8 @@ def allocate(
     """Spread a global quota so that each layer gets at least its floor, at most its capacity.
 
     The policy runs on each layer for the floors, then on all experts. ``floors`` and ``capacities``
-    are int64 [layers]; the floors sum to at most the quota. Returns the growth, int64 [N].
+    are int64 [layers]; if the floors sum to more than the quota, the last layers get less. Returns
+    the growth, int64 [N].
     """
     layers = pool.split()
     growth = _run_on_layers(policy, request, layers, floors)

@@ -53,13 +53,25 @@ def load_model(
 
 
 def _load_whole(name: str, **arguments: Any) -> nn.Module:
-    """Load a model of which every weight is in its checkpoint."""
+    """Load a model of which every matrix is in its files, in the shape that config.json says.
+
+    Transformers would make the others random and go on.
+    """
     model: nn.Module
-    model, found = _load(AutoModelForCausalLM, name, output_loading_info=True, **arguments)
-    if missing := sorted(found["missing_keys"]):
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them here
+    model, found = _load(AutoModelForCausalLM, name, **options, **arguments)
+    if wrong := sorted(found["mismatched_keys"]):
+        key, stored, expected = wrong[0]
+        raise ModelError(
+            f"the files of {name!r} have {count(len(wrong), 'weight')} of another shape than its "
+            f"config.json says, first {key!r}: {list(stored)}, not {list(expected)}"
+        )
+    # Biases of routers are often left out, and are zero then.
+    matrices = {key for key, weight in model.named_parameters() if weight.ndim > 1}
+    if missing := sorted(matrices & set(found["missing_keys"])):
         raise ModelError(
             f"the files of {name!r} lack {count(len(missing), 'weight')} of the model in its "
-            f"config.json, first {missing[0]!r}, which would be random; is a file missing?"
+            f"config.json, first {missing[0]!r}; is a file missing?"
         )
     return model
 
@@ -125,6 +137,4 @@ def _load(loader: Any, name: str, **arguments: Any) -> Any:
     except Exception as error:  # the hub client, safetensors and configurations have their own
         foreign = needs_foreign_code(error)
         reason = FOREIGN_CODE if foreign else str(error).strip().split("\n")[0]
-        if "ignore_mismatched_sizes" in reason:
-            reason = "its weights have other shapes than its config.json says"
         raise ModelError(f"model {name!r} could not be loaded: {reason}") from error

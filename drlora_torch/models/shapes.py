@@ -6,17 +6,17 @@ group ``drlora.shapes``, by which ``drlora plan`` finds it.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
-from transformers.utils import cached_file
+from transformers import AutoConfig, PreTrainedConfig
 
-from drlora_core.errors import LayoutError
-from drlora_core.model_shape import LayerShape, ModelShape, read_json, token_sizes
+from drlora_core.errors import DRLoRAError
+from drlora_core.model_shape import LayerShape, ModelShape, check_depths, read_json, token_sizes
 from drlora_torch.errors import FOREIGN_CODE, ModelError, needs_foreign_code
 from drlora_torch.models.discovery import find_layers
 
@@ -81,35 +81,37 @@ def build_skeleton(source: str, quantization: str = "none") -> nn.Module:
     return _build(source, config, _quantizer(source, config, wanted) if is_packed else None)
 
 
-def check_config(source: str) -> None:
+def check_config(source: str) -> str:
     """Refuse a config.json of more layers than any model has, before Transformers builds any.
+
+    Returns:
+        What Transformers may read: a path, or the hub id.
 
     Raises:
         ModelError: the folder has no config.json.
         LayoutError: it is no configuration, or has too many layers.
         OSError: there is no such hub id.
     """
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{source!r} is not the folder of a model: it has no config.json")
-    read_json(path if path.exists() else Path(str(cached_file(source, "config.json"))))
+    path, name = Path(source).expanduser(), source
+    if os.path.exists(path):  # Path.exists raises for names that are too long
+        name = str(path)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ModelError(f"{source!r} is not the folder of a model: it has no config.json")
+        read_json(path)
+    found, _ = PreTrainedConfig.get_config_dict(name)
+    check_depths(path, found)  # that of a hub id, or a file that config.json names
+    return name
 
 
 def _read_config(source: str) -> Any:
-    path = Path(source).expanduser()
     try:
-        check_config(source)
-        return AutoConfig.from_pretrained(
-            str(path) if path.exists() else source, trust_remote_code=False
-        )
-    except (ModelError, LayoutError):
+        return AutoConfig.from_pretrained(check_config(source), trust_remote_code=False)
+    except DRLoRAError:
         raise
     except OSError as error:
-        if path.exists():
-            raise ModelError(f"{source!r} cannot be read: {_first_sentence(error)}") from error
-        raise ModelError(
-            f"{source!r} is no file or folder here, and on the hub: {_first_sentence(error)}"
-        ) from error
+        here = os.path.exists(Path(source).expanduser())
+        where = "cannot be read" if here else "is no file or folder here, and on the hub"
+        raise ModelError(f"{source!r} {where}: {_first_sentence(error)}") from error
     except Exception as error:  # every family checks its fields in its own way
         raise _cannot_build(source, error) from error
 

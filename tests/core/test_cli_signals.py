@@ -99,9 +99,9 @@ def test_in_another_process_a_signal_is_given_back(monkeypatch: pytest.MonkeyPat
     sent = []
     with raising_terminated():
         handler = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(os, "getpid", lambda: -1)
+        monkeypatch.setattr(os, "getpid", lambda: 2**31 - 1)
         monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
         assert callable(handler)
         handler(signal.SIGTERM, None)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert sent == [(-1, signal.SIGTERM)]
+    assert sent == [(2**31 - 1, signal.SIGTERM)]

@@ -123,8 +123,9 @@ def test_an_expert_gives_from_its_second_sample_after_growth_on() -> None:
     assert moved_by([first]) == [[4, 2]]
     # Expert 0 grew at the first event, so it gives at the third at the earliest.
     assert moved_by([first, second, second]) == [[4, 2], [4, 2], [2, 4]]
-    # It gave at the first event and grew at the second, so the other has its unit until the fourth.
-    assert moved_by([first, first, second]) == [[4, 2], [4, 2], [2, 4]]
+    # Expert 1 grew at the third event, so it gives at the fifth at the earliest.
+    after = moved_by([first, second, second, first, first])
+    assert after == [[4, 2], [4, 2], [2, 4], [2, 4], [4, 2]]
 
 
 def spare_by_hand(
@@ -166,7 +167,7 @@ def test_what_experts_can_spare_is_counted_unit_by_unit(
 @pytest.mark.parametrize(
     ("ranks", "routing", "growth", "r_min", "spare"),
     [
-        # Two units are got, of worth 6/2 and 6/3; the other's are worth 1.5 and 3.
+        # Two units are got, of worth 6/2 and 6/3; that of the other is worth 1.5.
         ([1, 1], [6.0, 1.5], [2, 0], 0, [0, 0]),
         ([1, 1], [6.0, 1.5], [1, 0], 0, [0, 1]),
         ([0, 1], [6.0, 1.5], [1, 0], 0, [0, 1]),

@@ -85,6 +85,8 @@ def test_equal_remainders_tie_although_floats_differ() -> None:
     """Shares 4/3, 4/3 and 1/3 of a quota of 3: the unit left over goes to the first expert."""
     request = make_request(3, [1, 1, 3], [3, 3, 3], saliency=[4.0, 4.0, 1.0])
     assert policies.proportional(request).tolist() == [2, 1, 0]
+    nearly = make_request(1, [1, 1], [5, 5], saliency=[1.0, 1.0 + 4e-10])
+    assert policies.proportional(nearly).tolist() == [1, 0]
 
 
 @given(requests())
