@@ -26,6 +26,7 @@ from benchmarks.scale.building import PRESETS, build
 from benchmarks.scale.meter import Meter
 from benchmarks.scale.running import WARM_UP, Job, plan, run
 from drlora_core.memory_forecast import RunOptions
+from tests.marks import slow_and_thinned
 
 NAMES = sorted(PRESETS)
 SIZES = WARM_UP | {"num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1}
@@ -49,7 +50,7 @@ def job(name: str, **changes: Any) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_and_thinned(((name,) for name in NAMES), 2))
 def test_parts_are_what_is_forecast(name: str) -> None:
     found = run(job(name))
     parts, planned = found.parts, found.forecast

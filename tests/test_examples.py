@@ -61,8 +61,15 @@ def losses_in(printed: str) -> list[float]:
     return [float(loss) for loss in found]
 
 
+# CI leaves out what tests/test_readme.py and tests/docs/test_processes.py do in another form.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name[:2] in ("01", "04") else [])
+        for name in EXPECTED
+    ],
+)
 def test_an_example_trains_and_meets_its_budget(name: str, tmp_path: Path) -> None:
     layers, fall, says, launcher = EXPECTED[name]
     if launcher and not torch.distributed.is_gloo_available():

@@ -321,6 +321,7 @@ def crashes_without_room(request: AllocationRequest) -> Any:
 
 LATE = (first_come, policies.random, moody)
 """Rejected after many examples."""
+LEFT_OUT = [pytest.mark.slow, pytest.mark.exhaustive]
 REJECTED: list[tuple[Callable[..., Any], str]] = [
     (overspends, r"'overspends' .* spent \d+ units of a quota of \d+"),
     (lambda request: request.limits + 1, "above its limit"),
@@ -340,9 +341,7 @@ REJECTED: list[tuple[Callable[..., Any], str]] = [
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        pytest.param(
-            *row, marks=pytest.mark.slow if row[0] in LATE or i % 2 else [], id=row[1][:40]
-        )
+        pytest.param(*row, marks=LEFT_OUT if row[0] in LATE or i % 2 else [], id=row[1][:40])
         for i, row in enumerate(REJECTED)
     ],
 )

@@ -23,7 +23,7 @@ from drlora_torch.integrations.trl import BaseReference, use_base_reference
 from drlora_torch.step import agreement
 from tests.ecosystem import trainers
 from tests.ecosystem.test_trl import ARGUMENTS, TEXTS, VOCABULARY, tokenizer
-from tests.marks import slow_but
+from tests.marks import slow_and_thinned
 from tests.torch import helpers, models
 
 peft = pytest.importorskip("peft")
@@ -120,7 +120,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, ["trained routers"]))
+@pytest.mark.parametrize(
+    "case",
+    ["trained routers", *slow_and_thinned((case,) for case in CASES if case != "trained routers")],
+)
 def test_the_base_model_is_as_good_as_a_second_one(tmp_path: Path, case: str) -> None:
     changes = {"router_aux_loss_coef": 0.0, **CASES[case]}
     own = prefer(tmp_path / "own", True, **changes)

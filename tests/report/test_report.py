@@ -170,7 +170,9 @@ def test_what_is_shipped_of_plotly_fits_the_library() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layers", "experts"), [(26, 64), (61, 384)])
+@pytest.mark.parametrize(
+    ("layers", "experts"), [pytest.param(26, 64, marks=pytest.mark.exhaustive), (61, 384)]
+)
 def test_pages_of_large_models_are_below_2_mb(layers: int, experts: int, tmp_path: Path) -> None:
     path = write_large(tmp_path / "run", layers, experts, steps=120, events=24)
     page = write_report(open_run(path), against=open_run(path))

@@ -32,7 +32,7 @@ from torch.optim import (
 from tests.marks import slow_but
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
-LAYOUTS = ["pooled", pytest.param("masked", marks=pytest.mark.slow)]
+LAYOUTS = ["pooled", pytest.param("masked", marks=[pytest.mark.slow, pytest.mark.exhaustive])]
 """For tests of single rows, to which a layout is just another number of rows."""
 BLOCK = 256  # of bitsandbytes
 

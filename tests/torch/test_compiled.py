@@ -73,8 +73,7 @@ def train(family: str, prepare: Any, *, padded: bool = False, **options: Any) ->
     return losses, ranks, saliency
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", slow_and_thinned([("olmoe",), ("gpt_oss",), ("nemotron_h",)]))
 def test_growth_compiles_nothing_anew(family: str) -> None:
     """Every loss, rank and saliency is that of the model as it is, bit for bit."""
     wanted = train(family, as_it_is)

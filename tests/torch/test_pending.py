@@ -17,6 +17,7 @@ import drlora_torch
 from drlora_torch.adapter import state_of
 from drlora_torch.lifecycle.residents import active_tracker
 from drlora_torch.storage import checkpoint
+from tests.marks import slow_and_thinned
 from tests.torch import helpers, models
 from tests.torch.test_checkpoint import FILE, LAYER, ROUTER, _at, _put, refused, rewrite
 
@@ -47,14 +48,13 @@ def go_on(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        pytest.param({"router": "after_warmup"}, marks=pytest.mark.slow),
-        pytest.param({"auto_step": False, "router": "trainable"}, marks=pytest.mark.slow),
-        pytest.param(
-            {"layout": "masked", "config": {"policy": "prune", "r_init": 6}},
-            marks=pytest.mark.slow,
-        ),
-    ],
+    slow_and_thinned(
+        [
+            ({"router": "after_warmup"},),
+            ({"auto_step": False, "router": "trainable"},),
+            ({"layout": "masked", "config": {"policy": "prune", "r_init": 6}},),
+        ]
+    ),
     ids=["growth", "by hand", "prune"],
 )
 def test_resume_at_any_micro_batch(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import drlora_torch
 from drlora_torch import AttachError
 from drlora_torch.models import sharding
+from tests.marks import slow_and_thinned
 from tests.torch import helpers, models
 
 # Dynamo's own, when it looks at a tensor between two graphs.
@@ -92,7 +93,7 @@ SLOW = [
 ]
 ORDERS: list[Any] = [
     compile_then_attach,
-    *(pytest.param(order, marks=pytest.mark.slow) for order in SLOW),
+    *slow_and_thinned((order,) for order in SLOW),
 ]
 
 
