@@ -129,7 +129,7 @@ def broken(job: Job, reference: Reference, place: Path) -> list[str]:
 
 
 def is_refused(names: set[str]) -> bool:
-    """Without its configuration, no library reads a folder."""
+    """Without its configuration, no model or adapter loads from a folder."""
     return names.isdisjoint(atomic.CONFIGURATIONS)
 
 
